@@ -22,17 +22,21 @@ import csv
 import dataclasses
 import difflib
 import functools
+import gzip
+import hashlib
 import html
 import io
 import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tarfile
 import time
 import unicodedata
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +59,8 @@ SILENCE = float(np.log(1e-5))  # LasrFeatureExtractor floors its mel energies at
 IGNORED_LABEL = -100  # the label id that losses leave out, by convention in torch and transformers
 WINDOW_OVERLAP_SECONDS = 2.0  # on each side, as in the model card's pipeline call (chunk_length_s=20, stride_length_s=2)
 CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
+FLAC_BYTES_AN_HOUR = 59e6  # of 16 kHz mono speech
+SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
 BOOTSTRAP_DRAWS = 10_000
 
 
@@ -64,6 +70,12 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """Something that went wrong while running: exit status 1."""
+
+
+def say(text=""):
+    """Print once, not once a process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 # ---------------------------------------------------------------- configuration
@@ -98,8 +110,11 @@ class ScriptArguments:
     window_seconds: float = flag(20.0, f"score longer clips in windows of so many seconds, overlapping by {WINDOW_OVERLAP_SECONDS:g} s a side")
     num_proc: int | None = flag(None, "processes that prepare audio; all cores if not given")
     keep_archives: bool = flag(False, "keep the downloaded archives after they are converted")
+    streaming: bool = flag(False, "train on audio straight from the Hub, keeping none of it; needs --max_steps")
     prepare_only: bool = flag(False, "download and convert the audio, then stop")
+    dry_run: bool = flag(False, "say what a run would do: clips, hours, disk, updates; no audio is fetched")
     eval_only: bool = flag(False, "score --model on the test split, then stop")
+    score_file: str | None = flag(None, "write the report for any system's texts: JSON lines or CSV with text and pred_text")
     transcribe: list[str] | None = flag(None, "print the text of these audio files, then stop")
     demo: bool = flag(False, "run the whole job on the small model and corpus in tests/fixtures, offline")
 
@@ -244,17 +259,19 @@ def check_arguments(script, common):
     for domain in script.domains or []:
         if domain not in DOMAINS:
             raise UsageError(f"--domains has '{domain}'; the domains are {' and '.join(DOMAINS)}")
-    modes = [name for name in ("prepare_only", "eval_only", "transcribe") if getattr(script, name)]
+    modes = [name for name in ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe") if getattr(script, name)]
     if len(modes) > 1:
         raise UsageError(f"--{modes[0]} and --{modes[1]} cannot be used together; choose one")
+    if script.streaming and common["max_steps"] <= 0:
+        raise UsageError("--streaming needs --max_steps: a stream has no length, so its epochs cannot be counted")
     if common["fp16"] and common["bf16"]:
         raise UsageError("--fp16 and --bf16 cannot be used together; choose one")
     for name, value in (("model", script.model), ("dataset", script.dataset)):
         if re.match(r"[./~]", value) and not Path(value).expanduser().is_dir():
             raise UsageError(f"--{name} is {value}: there is no such folder; give a folder or a Hub id such as {DEFAULT_MODEL}")
-    for path in script.transcribe or []:
-        if not Path(path).is_file():
-            raise UsageError(f"--transcribe has {path}: there is no such file")
+    for name, path in [("transcribe", path) for path in script.transcribe or []] + [("score_file", script.score_file)]:
+        if path and not Path(path).is_file():
+            raise UsageError(f"--{name} is {path}: there is no such file")
 
 
 def make_training_arguments(common, rest, script):
@@ -310,26 +327,32 @@ def explained_hub_errors(repo, kind):
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     try:
         yield
-    except errors.GatedRepoError as error:
-        if get_token() is None:
-            raise RunError(f"{repo} is gated and you are not logged in: accept its terms at {page}, then run 'hf auth login' "
-                           "(or set HF_TOKEN)") from error
-        raise RunError(f"{repo} is gated and your account has no access to it: accept its terms at {page} with the account "
-                       "of your token ('hf auth whoami')") from error
-    except errors.RepositoryNotFoundError as error:
-        raise RunError(f"there is no {kind} '{repo}' on the Hub, or it is private: check --{kind}, or run 'hf auth login'") from error
-    except (errors.RevisionNotFoundError, errors.RevisionResolutionError) as error:
-        raise RunError(f"{kind} {repo} has no such revision: check --{kind}_revision") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise RunError(f"{kind} {repo} is not on this machine and {constants.ENDPOINT} cannot be reached: go online, or give "
-                       f"--{kind} a local folder") from error
-    except errors.EntryNotFoundError as error:
-        raise RunError(f"{kind} {repo} lacks a file that it should have: {str(error).splitlines()[0]}") from error
-    except (httpx2.HTTPError, errors.HfHubHTTPError, ConnectionError) as error:
-        raise RunError(f"{kind} {repo} could not be read from {constants.ENDPOINT} ({one_line(error)}): try again later; "
-                       "what is finished is kept") from error
-    except errors.HFValidationError as error:
-        raise RunError(f"--{kind} is '{repo}': neither a local folder nor a Hub id of the form owner/name") from error
+        return
+    except (httpx2.HTTPError, OSError, errors.EntryNotFoundError, errors.RevisionResolutionError, errors.HFValidationError) as error:
+        cause = error
+    # A server that answers 5xx comes out as "not found locally", with the answer as its cause.
+    if isinstance(cause, errors.LocalEntryNotFoundError) and isinstance(cause.__cause__, errors.HfHubHTTPError):
+        cause = cause.__cause__
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if isinstance(cause, errors.GatedRepoError) and get_token() is None:
+        advice = f"is gated and you are not logged in: accept its terms at {page}, then run 'hf auth login' (or set HF_TOKEN)"
+    elif isinstance(cause, errors.GatedRepoError):
+        advice = f"is gated and your account has no access to it: accept its terms at {page} with the account that 'hf auth whoami' names"
+    elif isinstance(cause, errors.RepositoryNotFoundError):
+        advice = f"is not on the Hub, or is private: check --{kind}, or run 'hf auth login'"
+    elif isinstance(cause, errors.HFValidationError):
+        advice = f"is neither a local folder nor a Hub id of the form owner/name: check --{kind}"
+    elif isinstance(cause, (errors.RevisionNotFoundError, errors.RevisionResolutionError)):
+        advice = f"has no such revision: check --{kind}_revision"
+    elif status == 401:
+        advice = "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
+    elif isinstance(cause, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.ConnectError)):
+        advice = f"is not on this machine and {constants.ENDPOINT} cannot be reached: go online, or give --{kind} a local folder"
+    elif isinstance(cause, errors.EntryNotFoundError):
+        advice = f"lacks a file that it should have ({one_line(cause)}): check --{kind}_revision"
+    else:
+        advice = f"could not be read ({one_line(cause)}): run the same command again, what is finished is kept"
+    raise RunError(f"{kind} {repo} {advice}") from cause
 
 
 def one_line(error):
@@ -338,25 +361,115 @@ def one_line(error):
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+def check_model_access(args):
+    """Raise RunError if the model cannot be had: its first file is where a gated or missing model shows."""
+    from huggingface_hub import hf_hub_download
+
+    if not Path(args.model).expanduser().is_dir():
+        with explained_hub_errors(args.model, "model"):
+            hf_hub_download(args.model, "config.json", revision=args.model_revision)
+
+
 def load_processor_and_model(args):
     """The processor and the float32 CTC model that `args.model` names; raises RunError that says what to do."""
     from transformers import AutoModelForCTC, AutoProcessor
 
-    name, revision = str(Path(args.model).expanduser()) if Path(args.model).expanduser().is_dir() else args.model, args.model_revision
-    with explained_hub_errors(args.model, "model"):
-        if name == args.model and not Path(name).is_dir():
-            from huggingface_hub import hf_hub_download
-
-            # The first file asked for is where a gated or missing model shows with an exception that says which.
-            hf_hub_download(name, "config.json", revision=revision)
-        try:
-            processor = AutoProcessor.from_pretrained(name, revision=revision)
-            model = AutoModelForCTC.from_pretrained(name, revision=revision, dtype="float32")
-        except (OSError, ValueError, KeyError) as error:
-            raise RunError(f"{name} cannot be loaded as a CTC model with a processor: {one_line(error)}") from error
+    check_model_access(args)
+    folder = Path(args.model).expanduser()
+    source = dict(pretrained_model_name_or_path=str(folder) if folder.is_dir() else args.model, revision=args.model_revision)
+    try:
+        processor = AutoProcessor.from_pretrained(**source)
+        model = AutoModelForCTC.from_pretrained(**source, dtype="float32")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise RunError(f"model {args.model} cannot be loaded as a CTC model with its processor ({one_line(error)})") from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "feature_extractor"):
-        raise RunError(f"{name} has no feature extractor and tokenizer together; --model needs both")
+        raise RunError(f"model {args.model} has no feature extractor and tokenizer together; --model needs both")
     return processor, model
+
+
+RETRIES = 6  # tries without a byte of progress, 1, 2, 4, ... seconds apart
+
+
+class HubStream(io.RawIOBase):
+    """A file of a dataset on the Hub as a stream of bytes from `position` on, through dropped connections.
+
+    After 5xx, resets, time-outs and stalls it goes on from the byte reached, which hf_hub_download does by 10 MiB chunks and
+    not across processes. Raises the Hub client's exceptions when nothing more arrives.
+    """
+
+    def __init__(self, corpus, path, position=0):
+        from huggingface_hub import hf_hub_url
+
+        self.url = hf_hub_url(corpus.name, path, repo_type="dataset", revision=corpus.revision)
+        self.size = corpus.files[path][0]
+        self.position = position
+        self.connection = contextlib.ExitStack()
+        self.chunks = None
+
+    def readable(self):
+        return True
+
+    def _connect(self):
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        headers = {**build_hf_headers(), "Range": f"bytes={self.position}-", "Accept-Encoding": "identity"}
+        request = get_session().stream("GET", self.url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        response = self.connection.enter_context(request)
+        hf_raise_for_status(response)
+        if self.position and response.status_code != 206:
+            raise OSError(f"{self.url} ignores byte ranges")
+        return response.iter_raw(1 << 16)
+
+    def readinto(self, buffer):
+        import httpx2
+        from huggingface_hub.errors import HfHubHTTPError
+
+        for attempt in range(RETRIES):
+            if self.position >= self.size:
+                return 0
+            try:
+                self.chunks = self.chunks or self._connect()
+                chunk = getattr(self, "rest", b"") or next(self.chunks, b"")
+                if chunk:
+                    taken = chunk[: len(buffer)]
+                    self.rest = chunk[len(buffer) :]
+                    buffer[: len(taken)] = taken
+                    self.position += len(taken)
+                    return len(taken)
+            except (httpx2.TransportError, HfHubHTTPError) as error:
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
+                if status < 500 and status not in (408, 429) or attempt == RETRIES - 1:
+                    raise
+            self.connection.close()
+            self.chunks = None
+            time.sleep(min(2**attempt, 30))
+        raise OSError(f"{self.url} ends after {self.position:,} of {self.size:,} bytes")
+
+    def close(self):
+        self.connection.close()
+        super().close()
+
+
+def download(corpus, path, target):
+    """Fetch a file of the corpus to `target`, which is complete and has the Hub's checksum, or absent; goes on where it stopped."""
+    from filelock import FileLock
+
+    size, checksum = corpus.files[path]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    with FileLock(f"{partial}.lock"):
+        for attempt in range(2):
+            if target.exists():
+                return
+            with open(partial, "ab") as file, HubStream(corpus, path, file.tell()) as stream:
+                shutil.copyfileobj(stream, file, 1 << 20)
+            with open(partial, "rb") as file:
+                if partial.stat().st_size == size and checksum in (None, hashlib.file_digest(file, "sha256").hexdigest()):
+                    os.replace(partial, target)
+                    return
+            partial.unlink()
+    raise RunError(f"{path} was fetched twice and is not what the Hub announces ({size:,} bytes, sha256 {checksum})")
 
 
 # ---------------------------------------------------------------- corpus
@@ -376,7 +489,7 @@ def clip_key(path):
 class Corpus:
     """The AfriSpeech-200 repository, on the Hub or as a local folder, and its prepared form under `data_dir`.
 
-    `files` maps each path in the repository to its size in bytes.
+    `files` maps each path in the repository to [its size in bytes, its sha256 where the Hub has one].
     """
 
     name: str
@@ -384,16 +497,19 @@ class Corpus:
     folder: Path | None
     data_dir: Path
     keep_archives: bool
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, list] = field(default_factory=dict)
+
+    def find(self, pattern, split, accents=None):
+        """[(accent folder, path)] of a split's files that match "audio/{accent}/{split}/..." patterns, only of `accents` if given."""
+        pattern = re.compile(pattern.format(accent="([^/]+)", split=split))
+        matches = [match for match in map(pattern.fullmatch, sorted(self.files)) if match]
+        return [(match[1], match[0]) for match in matches if accents is None or match[1] in accents]
 
     def archives(self, split, accents=None):
-        """[(accent folder, path)] of the audio archives of a split, only of `accents` (folders) if given."""
-        found = []
-        for path in sorted(self.files):
-            match = re.fullmatch(rf"audio/([^/]+)/{split}/[^/]+\.tar\.gz", path)
-            if match and (accents is None or match[1] in accents):
-                found.append((match[1], path))
-        return found
+        return self.find(r"audio/{accent}/{split}/[^/]+\.tar\.gz", split, accents)
+
+    def transcript_files(self, split, accents=None):
+        return self.find(r"transcripts/{accent}/{split}\.csv", split, accents)
 
     def accents(self):
         return sorted({path.split("/")[1] for path in self.files if re.match(r"(audio|transcripts)/[^/]+/", path)})
@@ -402,32 +518,46 @@ class Corpus:
         return self.data_dir / archive.split("/")[2] / (Path(archive).name.removesuffix(".tar.gz") + ".arrow")
 
     def fetch(self, path):
-        """The local path of a file of the repository, downloaded if need be: (path, whether it is ours to delete)."""
+        """The local path of a file of the repository, downloaded if need be; raises RunError."""
         if self.folder:
-            return self.folder / path, False
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+            return self.folder / path
+        from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(self.name, path, repo_type="dataset", revision=self.revision)
         if isinstance(cached, str):
-            return Path(cached), False
-        with explained_hub_errors(self.name, "dataset"):
-            local = hf_hub_download(self.name, path, repo_type="dataset", revision=self.revision, local_dir=self.data_dir / "download")
-        return Path(local), path.endswith(".tar.gz") and not self.keep_archives
+            return Path(cached)
+        target = self.data_dir / "hub" / path
+        if not target.exists():
+            with explained_hub_errors(self.name, "dataset"):
+                download(self, path, target)
+        return target
+
+    def release(self, path):
+        """Delete an archive that we downloaded; a file in the user's folder or cache is never touched."""
+        target = self.data_dir / "hub" / path
+        if not self.keep_archives and not self.folder:
+            target.unlink(missing_ok=True)
+            target.with_name(target.name + ".partial.lock").unlink(missing_ok=True)
 
     def transcripts(self, accent, split):
         """{clip key: row} of one accent's CSV in a split; the first of rows with the same path counts."""
         path = f"transcripts/{accent}/{split}.csv"
-        if path not in self.files:
-            return {}
-        local, _ = self.fetch(path)
         rows = {}
-        with open(local, newline="", encoding="utf-8-sig") as file:
-            # csv, not pandas: the country code NA is Namibia, and no cell may turn into a NaN.
-            for row in csv.DictReader(file):
-                audio_path = row.get("audio_paths") or row.get("audio_path")
-                if audio_path:
-                    rows.setdefault(clip_key(audio_path), row)
+        if path in self.files:
+            with open(self.fetch(path), newline="", encoding="utf-8-sig", errors="replace") as file:
+                # csv, not pandas: the country code NA is Namibia, and no cell may turn into a NaN.
+                for row in csv.DictReader(file):
+                    audio_path = row.get("audio_paths") or row.get("audio_path")
+                    if audio_path:
+                        rows.setdefault(clip_key(audio_path), row)
         return rows
+
+    def fetch_transcripts(self, splits, accents):
+        """Have every CSV of `splits` here: some hundred small files, so several at once."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(self.fetch, [path for split in splits for _, path in self.transcript_files(split, accents)]))
 
 
 def open_corpus(args):
@@ -436,7 +566,6 @@ def open_corpus(args):
     folder = folder.resolve() if folder.is_dir() else None
     revision = args.dataset_revision or (DEFAULT_DATASET_REVISION if args.dataset == DEFAULT_DATASET else None)
     corpus = Corpus(args.dataset, revision, folder, Path(args.data_dir).expanduser(), args.keep_archives)
-    corpus.data_dir.mkdir(parents=True, exist_ok=True)
     source_file = corpus.data_dir / "source.json"
     source = {"dataset": str(folder or args.dataset), "revision": revision}
     stored = json.loads(source_file.read_text()) if source_file.exists() else None
@@ -444,42 +573,49 @@ def open_corpus(args):
         raise UsageError(f"--data_dir {args.data_dir} holds audio of {stored['dataset']} at revision {stored['revision']}, not of "
                          f"{source['dataset']} at {revision}; choose another --data_dir")
     if folder:
-        corpus.files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        corpus.files = {path.relative_to(folder).as_posix(): [path.stat().st_size, None] for path in folder.rglob("*") if path.is_file()}
     elif stored and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         corpus.files = stored["files"]  # a commit never changes: no network is needed to go on
     else:
-        from huggingface_hub import HfApi
-        from huggingface_hub.hf_api import RepoFile
-
-        with explained_hub_errors(args.dataset, "dataset"):
-            tree = HfApi().list_repo_tree(args.dataset, recursive=True, revision=revision, repo_type="dataset")
-            corpus.files = {item.path: item.size for item in tree if isinstance(item, RepoFile)}
-    if not corpus.archives("(train|dev|test)"):
+        corpus.files = list_hub_files(args.dataset, revision)
+    if not corpus.archives("(?:train|dev|test)"):
         raise RunError(f"{args.dataset} has no audio/<accent>/<split>/*.tar.gz: it is not in the layout of {DEFAULT_DATASET}")
-    write_text(source_file, json.dumps({**source, "files": {} if folder else corpus.files}, indent=1))
+    if not args.dry_run:
+        write_text(source_file, json.dumps({**source, "files": {} if folder else corpus.files}, indent=1))
     return corpus
+
+
+def list_hub_files(name, revision):
+    """{path: [size in bytes, sha256 or None]} of a dataset repository, in one call."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    with explained_hub_errors(name, "dataset"):
+        tree = HfApi().list_repo_tree(name, recursive=True, revision=revision, repo_type="dataset")
+        return {item.path: [item.size, item.lfs.sha256 if item.lfs else None] for item in tree if isinstance(item, RepoFile)}
 
 
 def write_text(path, text):
     """Write a text file so that it is complete or absent, whatever happens meanwhile."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path} ({one_line(error)})") from error
 
 
 def chosen_accents(corpus, accents):
     """The folders of the accents named by the user (None: all); raises UsageError with the nearest names."""
-    if not accents:
-        return None
     known = corpus.accents()
-    for accent in accents:
+    for accent in accents or []:
         if slugify(accent) not in known:
             near = difflib.get_close_matches(slugify(accent), known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"the accents are {', '.join(known)}"
             raise UsageError(f"--accents has '{accent}', which {corpus.name} does not have; {hint}")
-    return {slugify(accent) for accent in accents}
+    return {slugify(accent) for accent in accents} if accents else None
 
 
 def decode_audio(data):
@@ -488,18 +624,14 @@ def decode_audio(data):
     import soundfile
 
     try:
-        source = io.BytesIO(data) if isinstance(data, bytes) else str(data)
-        info = soundfile.info(source)
-        if info.frames * info.channels * 4 > CLIP_BYTES_LIMIT:
-            raise ValueError(f"decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
-        if isinstance(source, io.BytesIO):
-            source.seek(0)
-        samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError, OSError) as error:
+        with soundfile.SoundFile(io.BytesIO(data) if isinstance(data, bytes) else str(data)) as file:
+            if file.frames * file.channels * 4 > CLIP_BYTES_LIMIT:
+                raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
+            samples, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
+    except (soundfile.SoundFileError, OSError) as error:
         raise ValueError(one_line(error)) from error
-    samples = samples.mean(axis=1)
     if not np.isfinite(samples).all():
-        raise ValueError("holds samples that are not numbers")
+        raise ValueError("it holds samples that are not numbers")
     if rate != SAMPLE_RATE and len(samples):
         samples = librosa.resample(samples, orig_sr=rate, target_sr=SAMPLE_RATE)  # soxr HQ
     return samples
@@ -522,93 +654,125 @@ def clip_features():
     return Features({"audio": Value("binary"), "num_samples": Value("int32"), **{name: Value("string") for name in names}})
 
 
+def clip_row(key, split, accent, row):
+    """The columns of a prepared file but for the audio, from a row of the transcripts (None if there is none)."""
+    columns = {"text": "transcript", "speaker": "user_ids", **{name: name for name in ("accent", "country", "domain", "gender", "age_group")}}
+    clip = {name: (row or {}).get(column) or "" for name, column in columns.items()}
+    seconds = to_number((row or {}).get("duration"))
+    return {**clip, "accent": clip["accent"] or accent, "num_samples": int(seconds * SAMPLE_RATE), "clip": key, "split": split, "problem": ""}
+
+
 def make_clip(key, split, accent, row, audio=None, problem=""):
-    """One row of a prepared file from a row of the transcripts (None if there is none)."""
-    row = row or {}
+    """One row of a prepared file; its length is that of the audio itself, 0 with a `problem`."""
     samples = np.zeros(0, np.float32)
-    if audio is not None and not problem:
+    if not problem:
         try:
             samples = decode_audio(audio)
             problem = "" if len(samples) else "no audio samples"
         except ValueError as error:
             problem = f"undecodable audio ({error})"
-    return {
-        "audio": b"" if problem else encode_flac(samples),
-        "num_samples": len(samples),
-        "clip": key,
-        "text": row.get("transcript") or "",
-        "speaker": row.get("user_ids") or "",
-        "accent": row.get("accent") or accent,
-        "country": row.get("country") or "",
-        "domain": row.get("domain") or "",
-        "gender": row.get("gender") or "",
-        "age_group": row.get("age_group") or "",
-        "split": split,
-        "problem": problem,
-    }
+    return {**clip_row(key, split, accent, row), "audio": b"" if problem else encode_flac(samples), "num_samples": len(samples), "problem": problem}
 
 
-def archive_members(path):
-    """Yield (name, bytes, problem) for each member of a tar.gz, read as a stream; raises EOFError or OSError if corrupt.
+def archive_members(stream):
+    """Yield (name, bytes, problem) for each member of a tar.gz that is read as a stream; raises DAMAGE if it is corrupt.
 
-    gzip.open under tarfile, not tarfile's own "r|gz": only the former checks the checksum at the end.
+    gzip under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end.
     """
-    import gzip
-
-    with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+    with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
         for member in tar:
-            if member.isdir():
-                continue
             problem = ""
-            if not member.isreg():
-                problem = "refused: not a regular file in the archive"
-            elif member.name.startswith("/") or ".." in member.name.split("/"):
+            if member.name.startswith("/") or ".." in member.name.split("/"):
                 problem = "refused: its path climbs out of the archive"
+            elif member.isdir():
+                continue
+            elif not member.isreg():
+                problem = "refused: it is a link or a device, not a file"
             elif member.size > CLIP_BYTES_LIMIT:
-                problem = f"refused: over {CLIP_BYTES_LIMIT / 1e9:g} GB"
+                problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB"
             yield member.name, b"" if problem else tar.extractfile(member).read(), problem
-        while stream.read(1 << 20):  # to the end, where a cut or corrupt file shows
+        while plain.read(1 << 20):  # to the end, where a cut or corrupt file shows
             pass
 
 
+DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile)
+
+
+def archive_clips(corpus, accent, archive, stream):
+    """Yield the rows of a prepared file for each clip of an archive read from `stream`; damage ends it with a row that says so."""
+    split, rows, count = archive.split("/")[2], None, 0
+    rows = corpus.transcripts(accent, split)
+    try:
+        for name, audio, problem in archive_members(stream):
+            key = clip_key(name)
+            yield make_clip(key, split, accent, rows.get(key), audio, problem or ("" if key in rows else "no transcript"))
+            count += 1
+    except DAMAGE as error:
+        yield make_clip(archive, split, accent, None, problem=f"damaged archive ({one_line(error)}): {count} clips of it are kept")
+
+
 def prepare_archive(corpus, accent, archive):
-    """Convert one archive to its prepared file, complete or absent; returns (clips, hours)."""
+    """Convert one archive to its prepared file, complete or absent; returns (clips, hours) of it. Raises RunError."""
     from datasets.arrow_writer import ArrowWriter
 
-    split, out = archive.split("/")[2], corpus.prepared_path(archive)
-    rows = corpus.transcripts(accent, split)
-    local, ours = corpus.fetch(archive)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = corpus.prepared_path(archive)
     partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     clips, samples = 0, 0
     try:
-        with ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer:
-            for name, audio, problem in archive_members(local):
-                key = clip_key(name)
-                if not problem and key not in rows:
-                    problem = "no transcript"
-                clip = make_clip(key, split, accent, rows.get(key), audio, problem)
+        local = corpus.fetch(archive)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(local, "rb") as stream, ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer:
+            for clip in archive_clips(corpus, accent, archive, stream):
                 writer.write(clip)
                 clips, samples = clips + 1, samples + clip["num_samples"]
             writer.finalize()
         os.replace(partial, out)
-    except (EOFError, OSError, tarfile.TarError, zlib_error()) as error:
-        raise RunError(f"archive {archive} is damaged or cannot be read ({one_line(error)}): delete it and run again") from error
+        corpus.release(archive)
+    except OSError as error:
+        raise RunError(f"{archive} cannot be prepared ({one_line(error)})") from error
     finally:
         partial.unlink(missing_ok=True)
-    if ours:
-        local.unlink(missing_ok=True)
     return clips, samples / SAMPLE_RATE / 3600
 
 
-def zlib_error():
-    import zlib
+def exit_with_parent():
+    """End this worker process when its parent is killed: otherwise it would wait for work for ever."""
+    import multiprocessing
+    import threading
+    from multiprocessing.connection import wait
 
-    return zlib.error
+    threading.Thread(target=lambda: (wait([multiprocessing.parent_process().sentinel]), os._exit(1)), daemon=True).start()
+
+
+def disk_needed(corpus, todo, splits, accents, num_proc):
+    """(bytes that preparing `todo` needs at its peak, bytes that stay), from the durations in the transcripts."""
+    share = sum(corpus.files[path][0] for _, path in todo) / max(1, sum(corpus.files[path][0] for split in splits for _, path in corpus.archives(split, accents)))
+    stays = share * sum(hours(transcript_rows(corpus, split, accents)) for split in splits) * FLAC_BYTES_AN_HOUR
+    sizes = sorted((corpus.files[path][0] for _, path in todo), reverse=True)
+    in_flight = 0 if corpus.folder else sum(sizes if corpus.keep_archives else sizes[:num_proc])
+    return stays + in_flight, stays + (in_flight if corpus.keep_archives else 0)
+
+
+def transcript_rows(corpus, split, accents):
+    """The rows of a split as its transcripts announce them, without audio."""
+    return [clip_row(key, split, accent, row) for accent, _ in corpus.transcript_files(split, accents)
+            for key, row in corpus.transcripts(accent, split).items()]  # fmt: skip
+
+
+def hours(rows):
+    return sum(row["num_samples"] for row in rows) / SAMPLE_RATE / 3600
+
+
+def to_number(text):
+    """A number in a CSV cell, 0.0 if it holds none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def prepare_corpus(corpus, splits, accents, num_proc):
-    """Convert every archive that the run needs and that is not converted yet.
+    """Convert every archive that the run needs and that is not converted yet; raises RunError when some could not be.
 
     Several processes may call this at once: one works, the others wait at the lock, without a time-out.
     """
@@ -618,76 +782,120 @@ def prepare_corpus(corpus, splits, accents, num_proc):
     from filelock import FileLock
     from tqdm import tqdm
 
+    corpus.data_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(corpus.data_dir / "prepare.lock"):
+        corpus.fetch_transcripts(splits, accents)
         todo = [(accent, path) for split in splits for accent, path in corpus.archives(split, accents)
                 if not corpus.prepared_path(path).exists()]
         if not todo:
             return
         for stale in corpus.data_dir.glob("*/*.tmp"):
             stale.unlink()
-        todo.sort(key=lambda item: -corpus.files[item[1]])  # the largest first, so that none is left alone at the end
-        clips, hours = 0, 0.0
+        need, free = disk_needed(corpus, todo, splits, accents, num_proc)[0], shutil.disk_usage(corpus.data_dir).free
+        if need > free:
+            raise RunError(f"preparing {len(todo)} archives needs {need / 1e9:.1f} GB in {corpus.data_dir} and {free / 1e9:.1f} GB are free: "
+                           "choose another --data_dir, fewer --accents, or a lower --num_proc")
+        todo.sort(key=lambda item: -corpus.files[item[1]][0])  # the largest first, so that none is left alone at the end
+        clips, spoken_hours, failures = 0, 0.0, []
         # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
-        with ProcessPoolExecutor(min(num_proc, len(todo)), multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with (ProcessPoolExecutor(min(num_proc, len(todo)), context, exit_with_parent) as pool,
+              tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar):  # fmt: skip
             jobs = [pool.submit(prepare_archive, corpus, accent, path) for accent, path in todo]
             try:
-                with tqdm(total=len(jobs), desc="preparing audio", unit="archive") as bar:
-                    for job in as_completed(jobs):
-                        more_clips, more_hours = job.result()
-                        clips, hours = clips + more_clips, hours + more_hours
-                        bar.set_postfix_str(f"{clips:,} clips, {hours:.2f} h")
-                        bar.update()
+                for job in as_completed(jobs):
+                    if isinstance(job.exception(), (RunError, OSError)):
+                        failures.append(job.exception())
+                    else:
+                        clips, spoken_hours = clips + job.result()[0], spoken_hours + job.result()[1]
+                    bar.set_postfix_str(f"{clips:,} clips, {spoken_hours:.2f} h")
+                    bar.update()
             except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
+    if failures:
+        raise RunError(f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready; the first: {failures[0]}")
 
 
 def load_split(corpus, split, accents):
     """(Dataset of every clip of a split, rows of transcripts without audio): memory-mapped, nothing copied."""
     from datasets import Dataset, concatenate_datasets
 
-    archives = corpus.archives(split, accents)
-    parts = [Dataset.from_file(str(corpus.prepared_path(path))) for _, path in archives]
-    clips = concatenate_datasets(parts) if parts else Dataset.from_dict({name: [] for name in clip_features()}, features=clip_features())
-    found = set(clips["clip"])
-    folders = sorted(path.split("/")[1] for path in corpus.files if re.fullmatch(rf"transcripts/[^/]+/{split}\.csv", path))
-    missing = []
-    for accent in folders:
-        if accents is None or accent in accents:
-            rows = corpus.transcripts(accent, split)
-            missing += [make_clip(key, split, accent, row, problem="no audio") for key, row in rows.items() if key not in found]
+    parts = [Dataset.from_file(str(corpus.prepared_path(path))) for _, path in corpus.archives(split, accents)]
+    empty = Dataset.from_dict({name: [] for name in clip_features()}, features=clip_features())
+    clips = concatenate_datasets(parts) if parts else empty
+    found, missing = set(clips["clip"]), []
+    for accent, _ in corpus.transcript_files(split, accents):
+        rows = corpus.transcripts(accent, split)
+        missing += [make_clip(key, split, accent, row, problem="no audio") for key, row in rows.items() if key not in found]
     return clips, missing
+
+
+def streamed_clips(archives, corpus, args, check, seed, skipped_file):
+    """Yield the training clips of `archives` [(accent, path)] for ever, straight from the Hub or folder, kept nowhere.
+
+    Runs in the DataLoader's workers, each with its own part of `archives`. What cannot be used is added to `skipped_file`.
+    """
+    for turn in itertools.count():
+        yielded = 0
+        for index in np.random.default_rng((seed, turn)).permutation(len(archives)):
+            accent, path = archives[index]
+            with explained_hub_errors(corpus.name, "dataset"):
+                stream = open(corpus.folder / path, "rb") if corpus.folder else io.BufferedReader(HubStream(corpus, path), 1 << 20)
+                with stream:
+                    for clip in archive_clips(corpus, accent, path, stream):
+                        reason = clip["problem"] or check(clip)
+                        if reason:
+                            append_skipped(skipped_file, clip, reason)
+                        elif wanted(clip, args):
+                            yielded += 1
+                            yield {**clip, "row": 0}
+        if not yielded:
+            raise RunError(f"no clip of {len(archives)} archives can be used for training: see {skipped_file}")
+
+
+def stream_training_clips(corpus, accents, args, check, training, seed):
+    """An endless IterableDataset over this process's share of the training archives, shuffled through a buffer."""
+    from datasets import Features, IterableDataset, Value
+
+    archives = corpus.archives("train", accents)
+    if len(archives) < training.world_size:
+        raise UsageError(f"--streaming has {len(archives)} training archives for {training.world_size} processes; use fewer, or leave it out")
+    arguments = dict(corpus=corpus, args=args, check=check, seed=seed, skipped_file=skipped_path(training))
+    arguments["archives"] = archives[training.process_index :: training.world_size]  # datasets divides a list among the workers
+    features = Features({**clip_features(), "row": Value("int64")})
+    return IterableDataset.from_generator(streamed_clips, features, arguments).shuffle(seed=seed, buffer_size=SHUFFLE_CLIPS)
 
 
 @dataclass
 class Selection:
-    """The clips of a split that a run uses, and those that it had to leave out (`skipped`: clip, split, reason, ...)."""
+    """The clips of a split that a run uses, and those that it had to leave out (`skipped`: columns of skipped_clips.csv)."""
 
     clips: object
     rows: list[dict]
     skipped: list[dict]
 
-    def hours(self):
-        return sum(row["num_samples"] for row in self.rows) / SAMPLE_RATE / 3600
+def wanted(row, args):
+    """Whether a clip is of the --domains and --countries asked for."""
+    countries = {code.upper() for code in args.countries or []}
+    return (not args.domains or row["domain"] in args.domains) and (not countries or row["country"] in countries)
 
 
-def select_clips(clips, missing, split, args, unusable, max_samples, seed):
-    """The `Selection` of a split: of the domains and countries asked for, and without what cannot be used.
+def select_clips(clips, missing, args, check, max_samples, seed):
+    """The `Selection` of a split: what the user asked for, without what cannot be used.
 
-    `unusable(row)` gives the reason against a good clip, or "". The result is ordered by falling length, so that the
+    `check(row)` gives the reason against a clip, or "". The result is ordered by falling length, so that the
     longest batch comes first when scoring.
     """
-    columns = [name for name in clips.column_names if name != "audio"]
-    rows = clips.select_columns(columns).to_list()
-    countries = {code.upper() for code in args.countries or []}
+    rows = clips.select_columns([name for name in clips.column_names if name != "audio"]).to_list()
     kept, skipped = [], []
     for index, row in enumerate(itertools.chain(rows, missing)):
-        if (args.domains and row["domain"] not in args.domains) or (countries and row["country"] not in countries):
+        # A damaged archive or a file without a transcript has no domain to ask for.
+        if not wanted(row, args) and row["domain"]:
             continue
-        reason = row["problem"] or unusable(row)
+        reason = row["problem"] or check(row)
         if reason:
-            skipped.append({"split": split, "clip": row["clip"], "reason": reason, "accent": row["accent"],
-                            "seconds": round(row["num_samples"] / SAMPLE_RATE, 2), "text": row["text"]})
+            skipped.append(skipped_row(row, reason))
         else:
             kept.append(index)
     if max_samples and max_samples < len(kept):
@@ -698,16 +906,34 @@ def select_clips(clips, missing, split, args, unusable, max_samples, seed):
     return Selection(chosen, [{**rows[index], "row": index} for index in kept], skipped)
 
 
-def write_skipped(path, selections):
-    """skipped_clips.csv: every clip that was left out, from which split, and why; returns the counts by split and reason."""
-    skipped = [row for selection in selections for row in selection.skipped]
+def skipped_path(training):
+    return Path(training.output_dir) / "results" / "skipped_clips.csv"
+
+
+SKIPPED_COLUMNS = ("split", "clip", "reason", "accent", "seconds", "text")
+
+
+def skipped_row(row, reason):
+    return {**{name: row[name] for name in ("split", "clip", "accent", "text")}, "reason": reason, "seconds": round(row["num_samples"] / SAMPLE_RATE, 2)}
+
+
+def csv_lines(rows):
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, ["split", "clip", "reason", "accent", "seconds", "text"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(skipped)
-    write_text(path, buffer.getvalue())
-    # A reason may carry detail in brackets or numbers; the count goes by its kind.
-    return Counter((row["split"], re.split(r"[:(]", row["reason"])[0].strip()) for row in skipped)
+    csv.DictWriter(buffer, SKIPPED_COLUMNS, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def append_skipped(path, clip, reason):
+    """Add a line to skipped_clips.csv from any process (one write to a file opened for appending stays whole), once a clip."""
+    line = csv_lines([skipped_row(clip, reason)])
+    if line not in Path(path).read_text(encoding="utf-8"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line)
+
+
+def reason_kind(reason):
+    """A reason without its detail, to count by."""
+    return re.split(r"[:(]", reason)[0].strip()
 
 
 # ---------------------------------------------------------------- text
@@ -740,13 +966,15 @@ class LabelEncoder:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.target_text = target_text
-        self.covered = functools.cache(self._covers)
+        self.known = {}
         self.dropped = Counter()
 
-    def _covers(self, character):
+    def covered(self, character):
         """Whether the tokenizer has a piece that the head can emit for `character`, inside a word and on its own."""
-        ids = self.tokenizer(f"{character}a{character}", add_special_tokens=False).input_ids
-        return self.tokenizer.unk_token_id not in ids and max(ids) < self.vocab_size
+        if character not in self.known:
+            ids = self.tokenizer(f"{character}a{character}", add_special_tokens=False).input_ids
+            self.known[character] = self.tokenizer.unk_token_id not in ids and max(ids) < self.vocab_size
+        return self.known[character]
 
     def fold_character(self, character):
         if self.covered(character):
@@ -818,59 +1046,59 @@ NORMALIZERS = {"wer": normalize_wer, "wer_paper": normalize_paper, "wer_raw": no
 # ---------------------------------------------------------------- batches
 
 
-def count_logits(model, extractor, samples):
-    """How many logits the model gives for a clip of `samples` at 16 kHz; below 1 it cannot be run.
-
-    LASR: frames = 1 + (samples - window) // hop without centring, then two convolutions of stride 2.
-    """
-    import torch
-
-    if hasattr(extractor, "hop_length"):
-        samples = 1 + (samples - extractor.win_length) // extractor.hop_length
-    return int(logit_lengths(model, torch.tensor([samples]))[0])
-
-
 def logit_lengths(model, input_lengths):
     """Lengths of the logits for lengths of the inputs (frames, or samples for models on waveforms), shape (clips,)."""
     method = getattr(model, "_get_subsampling_output_length", None) or model._get_feat_extract_output_lengths
     return method(input_lengths)
 
 
+def input_length(extractor, samples):
+    """Frames of a clip of `samples`, without centring: 1 + (samples - window) // hop; samples for models on waveforms."""
+    return 1 + (samples - extractor.win_length) // extractor.hop_length if hasattr(extractor, "hop_length") else samples
+
+
 def shortest_clip(model, extractor):
     """The fewest samples that the model can be run on, to a hop; 2,320 (0.145 s) for MedASR."""
-    samples = step = getattr(extractor, "hop_length", 80)
-    samples = getattr(extractor, "win_length", step)
-    while count_logits(model, extractor, samples) < 1:
+    import torch
+
+    samples, step = getattr(extractor, "win_length", 80), getattr(extractor, "hop_length", 80)
+    while logit_lengths(model, torch.tensor([input_length(extractor, samples)])) < 1:
         samples += step
     return samples
 
 
-def unusable_in(split, model, processor, encoder, args):
-    """The function that says why a clip of `split` cannot be used, "" if it can.
+class ClipCheck:
+    """Says why a clip cannot be used, "" if it can: check(row).
 
-    Dev and test clips are never left out for their length: short ones are padded, long ones scored in windows.
+    Dev and test clips are never left out for their length: short ones are padded, long ones scored in windows. It holds no
+    model, because streaming hands it to worker processes.
     """
-    shortest = shortest_clip(model, processor.feature_extractor)
 
-    def reason(row):
+    def __init__(self, model, extractor, encoder, max_train_seconds):
+        import torch
+
+        self.extractor, self.encoder, self.max_train_seconds = extractor, encoder, max_train_seconds
+        self.shortest = shortest_clip(model, extractor)
+        longest = input_length(extractor, int(max_train_seconds * SAMPLE_RATE))
+        self.logits = logit_lengths(model, torch.arange(max(0, longest) + 1)).tolist()
+
+    def __call__(self, row):
         if not tidy(row["text"]):
             return "empty text"
-        if split != "train":
+        if row["split"] != "train":
             return ""
         seconds = row["num_samples"] / SAMPLE_RATE
-        if row["num_samples"] < shortest:
-            return f"too short: {seconds:.2f} s, the model needs {shortest / SAMPLE_RATE:.3f} s"
-        if seconds > args.max_train_seconds:
+        if row["num_samples"] < self.shortest:
+            return f"too short: {seconds:.2f} s, the model needs {self.shortest / SAMPLE_RATE:.3f} s"
+        if seconds > self.max_train_seconds:
             return f"over --max_train_seconds: {seconds:.1f} s"
-        labels = encoder(row["text"])
-        if not labels:
-            return "no text left that the tokenizer covers"
+        labels = self.encoder(row["text"])
         # CTC puts a blank between two equal labels.
         needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
-        logits = count_logits(model, processor.feature_extractor, row["num_samples"])
-        return f"more labels than frames: {needed} labels, {logits} logits" if needed > logits else ""
-
-    return reason
+        logits = self.logits[input_length(self.extractor, row["num_samples"])]
+        if needed > logits:
+            return f"more labels than frames: {needed} labels, {logits} logits"
+        return "" if labels else "no text left that the tokenizer covers"
 
 
 # SpecAugment (Park et al. 2019, arXiv 1904.08779), moderate: of 128 mel bins up to 2 x 20 are masked, of the time one
@@ -949,7 +1177,7 @@ def decode_ids(processor, ids, blank):
     return [" ".join(text.split()) for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-# ---------------------------------------------------------------- scoring
+# ---------------------------------------------------------------- transcribing
 
 
 @dataclass
@@ -1031,6 +1259,21 @@ def batch_ids(model, batch, device):
     return [ids for half in halves for ids in batch_ids(model, half, device)]
 
 
+# ---------------------------------------------------------------- scores
+
+# What readers say for punctuation and layout. Many AfriSpeech speakers voice it although the prompt has only the sign.
+SPOKEN_PUNCTUATION = re.compile(
+    r"\b(?:full stop|period|comma|semi ?colon|colon|question mark|exclamation mark|hyphen|dash|slash|apostrophe|"
+    r"(?:open|close)(?:d)? (?:bracket|brackets|parenthesis|quote|quotes)|next line|new line|next paragraph|new paragraph)\b"
+)
+
+
+def drop_spoken_punctuation(reference, hypothesis):
+    """The normalised hypothesis without the spoken-punctuation words that its reference lacks, for `wer_spoken`."""
+    written = set(SPOKEN_PUNCTUATION.findall(reference))
+    return " ".join(SPOKEN_PUNCTUATION.sub(lambda match: match[0] if match[0] in written else " ", hypothesis).split())
+
+
 @functools.cache
 def error_rates_metric():
     """jiwer's corpus-level WER and CER as an `evaluate` metric; evaluate.load("wer") would download its script."""
@@ -1053,6 +1296,8 @@ def error_counts(references, hypotheses, characters=False):
     """Errors of each pair, an int array (pairs, 4): substitutions, deletions, insertions, words (or characters) of the reference."""
     import jiwer
 
+    if not references:
+        return np.zeros((0, 4), dtype=np.int64)
     process = jiwer.process_characters if characters else jiwer.process_words
     output = process(list(references), list(hypotheses))
     counts = np.zeros((len(references), 4), dtype=np.int64)
@@ -1061,8 +1306,7 @@ def error_counts(references, hypotheses, characters=False):
         counts[index, 3] = len(words)
         for chunk in alignment:
             if chunk.type in column:
-                span = (chunk.ref_end_idx - chunk.ref_start_idx) or (chunk.hyp_end_idx - chunk.hyp_start_idx)
-                counts[index, column[chunk.type]] += span
+                counts[index, column[chunk.type]] += max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
     return counts
 
 
@@ -1090,52 +1334,404 @@ def interval(values):
 
 
 DURATION_BINS = ((0, 5), (5, 10), (10, 20), (20, float("inf")))  # seconds
+GROUP_KINDS = ("domain", "accent", "country", "gender", "age_group", "seen_accent", "duration")
+# A smaller group is shown, and marked, but neither ranked nor averaged: its figure says more about its few speakers.
+MIN_GROUP_SPEAKERS, MIN_GROUP_WORDS = 5, 500
 
 
-def group_keys(row, train_accents):
-    """The groups that a clip belongs to: {kind: name}."""
-    seconds = row["num_samples"] / SAMPLE_RATE
-    low, high = next(edges for edges in DURATION_BINS if seconds < edges[1])
+def group_names(row, kind, train_accents):
+    """The name of the group of `kind` that a clip belongs to."""
+    if kind == "seen_accent":
+        return "unknown" if train_accents is None else "seen" if row["accent"] in train_accents else "unseen"
+    if kind == "duration":
+        low, high = next(edges for edges in DURATION_BINS if row["num_samples"] / SAMPLE_RATE < edges[1])
+        return f"{low}-{high} s" if high < float("inf") else f"over {low} s"
+    return row[kind] or "unknown"
+
+
+@dataclass
+class Scored:
+    """A system's texts on a set of clips: `counts` {rate name: error_counts}, and `scores`, the SCORES of metrics.json."""
+
+    rows: list[dict]
+    texts: list[str]
+    counts: dict[str, np.ndarray]
+    groups: dict[str, np.ndarray]
+    scores: dict
+
+    @property
+    def speakers(self):
+        return np.array([row["speaker"] or row["clip"] for row in self.rows])
+
+
+def score_texts(rows, texts, train_accents):
+    """The `Scored` of hypotheses `texts` against the transcripts of `rows`: corpus-level rates, intervals, groups."""
+    references = [row["text"] for row in rows]
+    pairs = {name: ([normalize(text) for text in references], [normalize(text) for text in texts]) for name, normalize in NORMALIZERS.items()}
+    pairs["wer_spoken"] = (pairs["wer"][0], [drop_spoken_punctuation(*pair) for pair in zip(*pairs["wer"])])
+    counts = {name: error_counts(*pair) for name, pair in pairs.items()}
+    counts["cer"] = error_counts(*pairs["wer"], characters=True)
+    groups = {kind: np.array([group_names(row, kind, train_accents) for row in rows]) for kind in GROUP_KINDS}
+    scored = Scored(rows, texts, counts, groups, {})
+    scored.scores = scores_of(scored, np.ones(len(rows), bool))
+    scored.scores["groups"] = {kind: {str(name): scores_of(scored, names == name) for name in np.unique(names)} for kind, names in groups.items()}
+    return scored
+
+
+def scores_of(scored, chosen):
+    """SCORES without groups of the clips where `chosen` (bool, shape (clips,)) holds."""
+    words, speakers = scored.counts["wer"][chosen], scored.speakers[chosen]
+    people, total = int(len(np.unique(speakers))), int(words[:, 3].sum())
     return {
-        "domain": row["domain"] or "unknown",
-        "accent": row["accent"],
-        "country": row["country"] or "unknown",
-        "gender": row["gender"] or "unknown",
-        "age_group": row["age_group"] or "unknown",
-        "seen_accent": "unknown" if train_accents is None else "seen" if row["accent"] in train_accents else "unseen",
-        "duration": f"{low}-{high} s" if high < float("inf") else f"over {low} s",
+        **{name: rate(counts[chosen]) for name, counts in scored.counts.items()},
+        "clips": int(len(words)),
+        "speakers": people,
+        "words": total,
+        "wer_ci95": interval(bootstrap_rates(words, speakers)),
+        **dict(zip(("substitutions", "deletions", "insertions"), map(int, words[:, :3].sum(axis=0)))),
+        "small": people < MIN_GROUP_SPEAKERS or total < MIN_GROUP_WORDS,
     }
 
 
-def score_texts(rows, hypotheses, train_accents):
-    """(SCORES, errors of each clip) of `hypotheses` against the transcripts of `rows`, with groups and intervals."""
-    references = [row["text"] for row in rows]
-    counts = {name: error_counts(map_list(normalize, references), map_list(normalize, hypotheses)) for name, normalize in NORMALIZERS.items()}
-    characters = error_counts(map_list(normalize_wer, references), map_list(normalize_wer, hypotheses), characters=True)
-    speakers = np.array([row["speaker"] for row in rows])
-    keys = [group_keys(row, train_accents) for row in rows]
+def compare(baseline, finetuned):
+    """The "delta" of metrics.json: fine-tuned minus baseline on the same clips, for all of them and each group."""
 
-    def scores(chosen):
-        words = counts["wer"][chosen]
+    def difference(chosen):
+        before, after, speakers = baseline.counts["wer"][chosen], finetuned.counts["wer"][chosen], baseline.speakers[chosen]
+        change = bootstrap_rates(after, speakers) - bootstrap_rates(before, speakers)
+        errors = after[:, :3].sum(axis=1) - before[:, :3].sum(axis=1)
+        rates = {name: (rate(finetuned.counts[name][chosen]), rate(baseline.counts[name][chosen])) for name in finetuned.counts}
         return {
-            **{name: rate(counts[name][chosen]) for name in NORMALIZERS},
-            "cer": rate(characters[chosen]),
-            "clips": int(len(words)),
-            "speakers": int(len(np.unique(speakers[chosen]))),
-            "words": int(words[:, 3].sum()),
-            "wer_ci95": interval(bootstrap_rates(words, speakers[chosen])),
-            **dict(zip(("substitutions", "deletions", "insertions"), map(int, words[:, :3].sum(axis=0)))),
+            **{name: now - then for name, (now, then) in rates.items() if now is not None},
+            "wer_ci95": interval(change),
+            "probability_of_improvement": float((change < 0).mean()),
+            "clips_better": float((errors < 0).mean()),
+            "clips_equal": float((errors == 0).mean()),
+            "clips_worse": float((errors > 0).mean()),
         }
 
-    groups = {}
-    for kind in keys[0] if keys else ():
-        names = np.array([key[kind] for key in keys])
-        groups[kind] = {str(name): scores(names == name) for name in np.unique(names)}
-    return {**scores(np.ones(len(rows), bool)), "groups": groups}, counts["wer"]
+    groups = {kind: {str(name): difference(names == name) for name in np.unique(names)} for kind, names in baseline.groups.items()}
+    return {**difference(np.ones(len(baseline.rows), bool)), "groups": groups}
 
 
-def map_list(function, items):
-    return [function(item) for item in items]
+# ---------------------------------------------------------------- report
+
+NEGATIONS = re.compile(r"no|not|nor|none|never|without|negative|denie[sd]|deny|absent|cannot|\w+n't")
+NUMBERS = re.compile(
+    r"\w*\d\w*|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|sixty|"
+    r"seventy|eighty|ninety|hundred|thousand|million|half|once|twice"
+)
+
+
+def clinical_words(rows):
+    """Words at least 5 times in clinical references and, by frequency, at least 10 times as common there as in general ones."""
+    counts = {domain: Counter(word for row in rows if row["domain"] == domain for word in normalize_wer(row["text"]).split()) for domain in DOMAINS}
+    clinical, general = counts["clinical"], counts["general"]
+    scale = sum(clinical.values()) / max(1, sum(general.values()))
+    return {word for word, count in clinical.items() if count >= 5 and count >= 10 * general[word] * scale and len(word) > 2}
+
+
+def recall_tests(rows):
+    """{kind of word that matters most: predicate}"""
+    clinical = clinical_words(rows)
+    return {"numbers": NUMBERS.fullmatch, "negations": NEGATIONS.fullmatch, "clinical words": clinical.__contains__}
+
+
+def word_errors(scored):
+    """(recalls {kind: (found, all)}, Counter of confusions, insertions, deletions) of a `Scored`."""
+    import jiwer
+
+    output = jiwer.process_words([normalize_wer(row["text"]) for row in scored.rows], [normalize_wer(text) for text in scored.texts])
+    tests = recall_tests(scored.rows)
+    found, everything = Counter(), Counter()
+    for alignment, words in zip(output.alignments, output.references):
+        hit = {index for chunk in alignment if chunk.type == "equal" for index in range(chunk.ref_start_idx, chunk.ref_end_idx)}
+        for index, word in enumerate(words):
+            for kind in (kind for kind, test in tests.items() if test(word)):
+                everything[kind] += 1
+                found[kind] += index in hit
+    substitutions, insertions, deletions = map(Counter, jiwer.collect_error_counts(output))
+    return {kind: (found[kind], everything[kind]) for kind in tests}, substitutions, insertions, deletions
+
+
+def percent(value):
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def points(delta):
+    """A difference of rates in percentage points with its interval."""
+    low, high = delta["wer_ci95"]
+    return f"{100 * delta['wer']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def markdown_table(header, rows):
+    clean = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *clean)] + [""]
+
+
+def group_table(kind, before, after, delta):
+    """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *."""
+    after = after or before
+    lines = []
+    for name, now in sorted(after["groups"][kind].items(), key=lambda item: -item[1]["words"]):
+        then = before and before["groups"][kind][name]
+        change = points(delta["groups"][kind][name]) if delta and now["words"] else "-"
+        ci = f"[{percent(now['wer_ci95'][0])}, {percent(now['wer_ci95'][1])}]" if now["words"] else "-"
+        lines.append([name + ("\\*" if now["small"] else ""), f"{now['clips']:,}", f"{now['speakers']:,}", f"{now['words']:,}",
+                      percent(then and then["wer"]) if delta else "-", percent(now["wer"]), ci, change])  # fmt: skip
+    return markdown_table([kind.replace("_", " "), "clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"], lines)
+
+
+def group_summary(kind, after):
+    """One line: macro average over the groups that are large enough, and the worst of them."""
+    large = {name: scores["wer"] for name, scores in after["groups"][kind].items() if not scores["small"]}
+    if not large:
+        return f"No group has {MIN_GROUP_SPEAKERS} speakers and {MIN_GROUP_WORDS} words: none is ranked."
+    worst = max(large, key=large.get)
+    return f"Macro average over {len(large)} groups that are large enough: {percent(np.mean(list(large.values())))}; the worst is {worst}, {percent(large[worst])}."
+
+
+def error_sections(baseline, finetuned):
+    """Markdown lines on what goes wrong: recalls, commonest errors, clips that got worse, empty and runaway outputs."""
+    last = finetuned or baseline
+    recalls, *counters = word_errors(last)
+    before = word_errors(baseline)[0] if finetuned and baseline else {}
+    shown = lambda pair: f"{percent(pair[0] / pair[1])} of {pair[1]:,}" if pair and pair[1] else "-"  # noqa: E731
+    lines = ["## What goes wrong", "", "Recall, the share of the reference's words that come out right:", ""]
+    lines += markdown_table(["words", "before", "now"], [[kind, shown(before.get(kind)), shown(pair)] for kind, pair in recalls.items()])
+    names = [" ".join(key) if isinstance(key, str) else key for key in ("confusions", "insertions", "deletions")]
+    for name, counter in zip(names, counters):
+        common = ", ".join(f"{' -> '.join(key) if isinstance(key, tuple) else key} ({count})" for key, count in counter.most_common(15))
+        lines += [f"Commonest {name}: {common or 'none'}.", ""]
+    words = [len(normalize_wer(text).split()) for text in last.texts]
+    empty = sum(count == 0 for count in words)
+    runaway = sum(count > 2 * length + 5 for count, length in zip(words, last.counts["wer"][:, 3]))
+    lines += [f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.", ""]
+    if finetuned and baseline:
+        worse = finetuned.counts["wer"][:, :3].sum(axis=1) - baseline.counts["wer"][:, :3].sum(axis=1)
+        chosen = [index for index in np.argsort(-worse, kind="stable")[:10] if worse[index] > 0]
+        cells = [[f"+{worse[index]}", last.rows[index]["accent"], *(tidy(text)[:200] for text in (last.rows[index]["text"], baseline.texts[index], last.texts[index]))]
+                 for index in chosen]  # fmt: skip
+        lines += ["Clips that got worse most:", "", *markdown_table(["errors", "accent", "reference", "before", "now"], cells)] if cells else []
+    return lines
+
+
+def summary_table(baseline, finetuned, delta):
+    """Markdown lines: every rate before and after, all clips."""
+    names = {"wer": "WER", "wer_spoken": "WER, spoken punctuation set aside", "wer_paper": "WER, the AfriSpeech authors' normalisation",
+             "wer_raw": "WER as written", "cer": "CER"}  # fmt: skip
+    cells = [[label, percent(baseline and baseline[name]), percent(finetuned and finetuned[name]), f"{100 * delta[name]:+.1f}" if delta and name in delta else "-"]
+             for name, label in names.items()]  # fmt: skip
+    return markdown_table(["rate", "before", "fine-tuned", "change, points"], cells)
+
+
+def report_lines(title, baseline, finetuned, delta, notes, pictures):
+    """results/report.md as lines."""
+    last = (finetuned or baseline).scores
+    before, after = baseline and baseline.scores, finetuned and finetuned.scores
+    lines = [f"# {title}", "", f"{last['clips']:,} clips, {last['speakers']:,} speakers, {last['words']:,} words. All rates are corpus-level.", ""]
+    lines += summary_table(before, after, delta)
+    if delta:
+        lines += [f"WER changes by {points(delta)} points (95 % interval over speakers, paired); probability of improvement "
+                  f"{percent(delta['probability_of_improvement'])}. {percent(delta['clips_better'])} of the clips are better, "
+                  f"{percent(delta['clips_equal'])} equal, {percent(delta['clips_worse'])} worse.", ""]  # fmt: skip
+    else:
+        lines += [f"WER {percent(last['wer'])}, 95 % interval over speakers {percent(last['wer_ci95'][0])} to {percent(last['wer_ci95'][1])}.", ""]
+    lines += [note + "\n" for note in notes]
+    lines += [f"![{label}]({name})\n" for name, label in pictures]
+    for kind in GROUP_KINDS:
+        lines += [f"## By {kind.replace('_', ' ')}", "", *group_table(kind, before, after, delta), group_summary(kind, last), ""]
+    lines += [f"\\* under {MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words: not ranked and not in the macro average.", ""]
+    return lines + error_sections(baseline, finetuned)
+
+
+def draw_pictures(folder, baseline, finetuned, history):
+    """PNGs beside the report: [(file name, label)] of those that the data allows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    systems = [(name, scored.scores) for name, scored in (("before", baseline), ("fine-tuned", finetuned)) if scored]
+    pictures = []
+
+    def save(figure, name, label):
+        figure.tight_layout()
+        figure.savefig(Path(folder) / name, dpi=110)
+        pyplot.close(figure)
+        pictures.append((name, label))
+
+    for kind, name, label in (("accent", "wer_by_accent.png", "WER by accent"), ("duration", "wer_by_duration.png", "WER by duration of the clip")):
+        groups = systems[-1][1]["groups"][kind]
+        order = sorted((group for group in groups if groups[group]["words"]), key=lambda group: groups[group]["wer"])
+        if kind == "accent" and len(order) > 30:
+            order = [group for group in order if not groups[group]["small"]]
+        if kind == "duration":
+            order = [group for group in ("over 20 s", "10-20 s", "5-10 s", "0-5 s") if group in groups]
+        figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.32 * len(order)))
+        for offset, (system, scores) in zip((0.16, -0.16), systems):
+            rates = [100 * scores["groups"][kind][group]["wer"] for group in order]
+            bounds = np.array([scores["groups"][kind][group]["wer_ci95"] for group in order]).T * 100
+            errors = np.abs(bounds - np.array(rates))
+            axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=system)
+        axes.set_yticks(range(len(order)), [f"{group} *" if groups[group]["small"] else group for group in order])
+        axes.set(xlabel="WER, % (95 % interval over speakers; * too small to rank)", xlim=(0, None), title=label)
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend()
+        save(figure, name, label)
+    evaluations = [entry for entry in history if "eval_wer" in entry]
+    if evaluations:
+        figure, axes = pyplot.subplots(figsize=(8, 3.5))
+        axes.plot([entry["step"] for entry in evaluations], [100 * entry["eval_wer"] for entry in evaluations], "o-", label="dev WER, %")
+        axes.set(xlabel="update", ylabel="dev WER, %", ylim=(0, None), title="Training")
+        losses = [entry for entry in history if "loss" in entry]
+        axes.twinx().plot([entry["step"] for entry in losses], [entry["loss"] for entry in losses], color="0.6", label="training loss")
+        figure.axes[1].set(ylabel="training loss (grey)", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        save(figure, "training.png", "Dev WER and training loss")
+    return pictures
+
+
+def library_versions():
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "datasets", "evaluate", "jiwer", "librosa", "soundfile", "accelerate", "tensorboard")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+
+
+def prediction_lines(baseline, finetuned):
+    """One JSON object a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
+    last = finetuned or baseline
+    for index, row in enumerate(last.rows):
+        yield json.dumps({
+            "audio_filepath": row["clip"],
+            "duration": round(row["num_samples"] / SAMPLE_RATE, 3),
+            "text": row["text"],
+            "pred_text": last.texts[index],
+            "baseline_text": baseline.texts[index] if finetuned and baseline else None,
+            **{name: row[name] for name in ("speaker", "accent", "country", "domain", "gender", "age_group")},
+            "wer": rate(last.counts["wer"][index : index + 1]),
+        }, ensure_ascii=False) + "\n"  # fmt: skip
+
+
+def write_results(folder, config, data, baseline, finetuned, title, notes=(), history=()):
+    """metrics.json, predictions_test.jsonl, report.md and its pictures into `folder`; returns the metrics."""
+    folder = Path(folder)
+    delta = compare(baseline, finetuned) if baseline and finetuned else None
+    metrics = {"config": config, "versions": library_versions(), "data": data, "baseline": baseline and baseline.scores,
+               "finetuned": finetuned and finetuned.scores, "delta": delta}  # fmt: skip
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
+    write_text(folder / "predictions_test.jsonl", "".join(prediction_lines(baseline, finetuned)))
+    pictures = draw_pictures(folder, baseline, finetuned, history)
+    write_text(folder / "report.md", "\n".join(report_lines(title, baseline, finetuned, delta, notes, pictures)) + "\n")
+    say()
+    for line in side_by_side(metrics):
+        say("  " + line)
+    return metrics
+
+
+def side_by_side(metrics):
+    """Lines of a table for the terminal: WER before and after of all clips and each domain, then the other rates."""
+    before, after = metrics["baseline"], metrics["finetuned"]
+    lines = [f"{'test clips':<12}{'clips':>7}{'words':>9}{'before':>10}{'fine-tuned':>12}{'change':>10}"]
+
+    def line(label, then, now):
+        change = f"{100 * (now['wer'] / then['wer'] - 1):+.1f} %" if then and now and then["wer"] and now["wer"] is not None else "-"
+        size = now or then
+        return f"{label:<12}{size['clips']:>7,}{size['words']:>9,}{percent(then and then['wer']):>10}{percent(now and now['wer']):>12}{change:>10}"
+
+    lines.append(line("all", before, after))
+    for name in (after or before)["groups"]["domain"]:
+        lines.append(line(name, before and before["groups"]["domain"][name], after and after["groups"]["domain"][name]))
+    for name in ("wer_spoken", "wer_paper", "wer_raw", "cer"):
+        lines.append(f"{name:<28}{percent(before and before[name]):>10}{percent(after and after[name]):>12}")
+    return lines
+
+
+def model_card(args, command, metrics):
+    """The README.md of the final model, with the Hub's evaluation metadata."""
+    import yaml
+
+    hub_ids = [name for name in (args.model, args.dataset) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
+    rates = [{"type": "wer" if name.startswith("wer") else "cer", "name": name, "value": round(100 * metrics["finetuned"][name], 2)}
+             for name in ("wer", "wer_spoken", "wer_paper", "wer_raw", "cer")]  # fmt: skip
+    result = {"task": {"type": "automatic-speech-recognition"}, "dataset": {"name": "AfriSpeech-200", "type": args.dataset, "split": "test"}, "metrics": rates}
+    header = {
+        "language": "en",
+        **({"base_model": args.model} if args.model in hub_ids else {}),
+        **({"datasets": [args.dataset]} if args.dataset in hub_ids else {}),
+        "pipeline_tag": "automatic-speech-recognition",
+        "library_name": "transformers",
+        "tags": ["medical", "african-accents", "ctc"],
+        "license": "other",
+        "license_name": "health-ai-developer-foundations",
+        "license_link": "https://developers.google.com/health-ai-developer-foundations/terms",
+        "model-index": [{"name": "medasr-afrispeech-200", "results": [result]}],
+    }
+    train = metrics["data"]["train"]
+    versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False)}---
+# {args.model} adapted to African-accented English
+
+Fine-tuned on {args.dataset}, {train["clips"]:,} clips and {train["hours"]:.1f} hours, by `{PROGRAM}`.
+{metrics["finetuned"]["clips"]:,} test clips of {metrics["finetuned"]["speakers"]:,} speakers, none of whom was trained on:
+
+{chr(10).join(summary_table(metrics["baseline"], metrics["finetuned"], metrics["delta"]))}
+WER: lower-case words without punctuation. The report by accent and domain is in `results/` beside this folder.
+
+```python
+import librosa
+from transformers import AutoModelForCTC, AutoProcessor
+
+processor, model = AutoProcessor.from_pretrained("final"), AutoModelForCTC.from_pretrained("final")
+audio, _ = librosa.load("visit.wav", sr=16000)
+ids = model.generate(**processor(audio, sampling_rate=16000))
+print(processor.batch_decode(ids, skip_special_tokens=True)[0])
+```
+
+The base model's terms (Health AI Developer Foundations) hold for this derivative too; AfriSpeech-200 is CC-BY-NC-SA-4.0, for
+non-commercial use. Not a medical device: a person checks every transcript that a decision rests on.
+
+Made with `{command}`; {versions}.
+"""
+
+
+SCORE_KEYS = ("speaker", "accent", "country", "domain", "gender", "age_group")
+
+
+def read_score_file(path):
+    """(rows, pred_texts, baseline_texts or None, notes) of a JSONL or CSV file in the keys of predictions_test.jsonl.
+
+    A row without a reference or a text is left out and named in the notes. Raises UsageError for a file of another kind.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8-sig")
+        if str(path).endswith(".csv"):
+            entries = list(csv.DictReader(io.StringIO(content, newline="")))
+        else:
+            entries = [json.loads(line) for line in content.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--score_file {path} is neither JSON lines nor CSV ({one_line(error)})") from error
+    rows, texts, before, notes = [], [], [], []
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict):
+            raise UsageError(f"--score_file {path}: row {number} is not an object with keys such as text and pred_text")
+        lacking = [key for key in ("text", "pred_text") if not isinstance(entry.get(key), str) or (key == "text" and not tidy(entry[key]))]
+        if lacking:
+            notes.append(f"Row {number} ({entry.get('audio_filepath') or 'no audio_filepath'}) has no {' and no '.join(lacking)}: left out.")
+            continue
+        clip = entry.get("audio_filepath") or f"row {number}"
+        rows.append({"clip": clip, "text": entry["text"], "num_samples": int(to_number(entry.get("duration")) * SAMPLE_RATE),
+                     **{key: str(entry.get(key) or "") for key in SCORE_KEYS}})  # fmt: skip
+        texts.append(entry["pred_text"])
+        before.append(entry.get("baseline_text"))
+    if not rows:
+        raise UsageError(f"--score_file {path} has no row with both text and pred_text among {len(entries)}")
+    with_baseline = all(isinstance(text, str) for text in before)
+    if not with_baseline and any(isinstance(text, str) and text for text in before):
+        notes.append("Some rows have no baseline_text: no comparison is made.")
+    return rows, texts, before if with_baseline else None, notes
 
 
 # ---------------------------------------------------------------- training
@@ -1247,6 +1843,14 @@ def training_classes():
         frames = None
         mark = None
 
+        def get_train_dataloader(self):
+            if not isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+                return super().get_train_dataloader()
+            # The stream is this process's own share already; accelerate would divide it again.
+            workers = min(self.args.dataloader_num_workers, self.train_dataset.num_shards)
+            return torch.utils.data.DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator,
+                                               num_workers=workers, pin_memory=self.args.dataloader_pin_memory)  # fmt: skip
+
         def training_step(self, model, inputs, num_items_in_batch=None):
             mask = inputs["attention_mask"]
             counts = torch.stack([mask.sum(), torch.tensor(mask.numel(), device=mask.device)]).to(self.args.device)
@@ -1303,11 +1907,16 @@ def training_classes():
     return CTCTrainer, TensorBoard, Progress
 
 
-def fit_schedule(training, clips):
-    """Shorten the default warm-up and evaluation interval where a run is too short for them; returns the updates planned."""
+def planned_updates(training, clips):
+    """(updates in all, updates an epoch) of a run on so many training clips."""
     batches = -(-clips // (training.per_device_train_batch_size * training.world_size))
     an_epoch = max(1, -(-batches // training.gradient_accumulation_steps))
-    updates = training.max_steps if training.max_steps > 0 else int(np.ceil(training.num_train_epochs * an_epoch))
+    return training.max_steps if training.max_steps > 0 else int(np.ceil(training.num_train_epochs * an_epoch)), an_epoch
+
+
+def fit_schedule(training, clips):
+    """Shorten the default warm-up and evaluation interval where a run is too short for them; returns the updates planned."""
+    updates, _ = planned_updates(training, clips)
     defaults = {item.name: item.default for item in dataclasses.fields(CommonTrainingArguments)}
     if updates < training.eval_steps == defaults["eval_steps"] and training.save_steps == defaults["save_steps"]:
         training.eval_steps = training.save_steps = max(1, updates // 5)
@@ -1325,15 +1934,17 @@ def make_trainer(args, training, processor, model, encoder, train, dev):
 
     CTCTrainer, TensorBoard, Progress = training_classes()
     extractor = processor.feature_extractor
-    # "As written" is the default for a reason: the head keeps the case and punctuation that dictation needs.
     collator = CTCCollator(extractor, encoder, augment=args.spec_augment, shortest=shortest_clip(model, extractor))
+    if args.streaming:
+        training.train_sampling_strategy, training.ignore_data_skip = "random", True
     if training.gradient_checkpointing:
         # Under DDP checkpointing forbids unused parameters, which a dropped layer would leave.
         model.encoder.layerdrop = 0.0
     if training.fp16:
         calibration = CTCCollator(extractor, shortest=collator.shortest)
-        chosen = [train[int(index)] for index in np.linspace(0, len(train) - 1, 16)]
-        batches = [calibration([{**row, "split": "train"} for row in chosen[start : start + 4]]) for start in range(0, 16, 4)]
+        # Dev clips, because a stream has no clips to choose from; as "train" they come without their row numbers.
+        chosen = [{**dev.clips[int(index)], "split": "train"} for index in np.linspace(0, len(dev.clips) - 1, 16)]
+        batches = [calibration(chosen[start : start + 4]) for start in range(0, 16, 4)]
         guarded = guard_half_precision(model, batches, training.device)
         largest = max(guarded, key=guarded.get)
         say(f"  float16, with {len(guarded)} modules in float32 (the largest activation is {guarded[largest]:.3g}, in {largest})")
@@ -1401,108 +2012,6 @@ def train_model(trainer, checkpoint, updates):
                        f"--gradient_accumulation_steps {steps * 2}, --gradient_checkpointing, or a lower --max_train_seconds") from error
 
 
-# ---------------------------------------------------------------- report
-
-
-def percent(value):
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def say(text=""):
-    """Print once, not once a process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
-
-
-def side_by_side(baseline, finetuned):
-    """Lines of a table with the scores before and after, all clips first, then by domain."""
-    rows = [("all", baseline, finetuned)]
-    after = finetuned or baseline
-    rows += [(name, ((baseline or {}).get("groups", {}).get("domain", {}).get(name)), ((finetuned or {}).get("groups", {}).get("domain", {}).get(name)))
-             for name in after["groups"].get("domain", {})]
-    lines = [f"{'test clips':<12}{'clips':>7}{'words':>8}   {'baseline':>10}{'fine-tuned':>12}{'change':>10}"]
-    for name, before, now in rows:
-        shown = now or before
-        change = f"{100 * (now['wer'] / before['wer'] - 1):+.1f} %" if before and now and before["wer"] and now["wer"] is not None else "-"
-        lines.append(f"{name:<12}{shown['clips']:>7,}{shown['words']:>8,}   {percent(before and before['wer']):>10}"
-                     f"{percent(now and now['wer']):>12}{change:>10}")
-    for name in ("wer_paper", "wer_raw", "cer"):
-        lines.append(f"{name:<27}   {percent(baseline and baseline[name]):>10}{percent(finetuned and finetuned[name]):>12}")
-    return lines
-
-
-def library_versions():
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "datasets", "evaluate", "jiwer", "librosa", "soundfile", "accelerate", "tensorboard")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
-
-
-def write_predictions(path, rows, texts, baseline_texts, counts):
-    """One JSON object a test clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
-    lines = []
-    for row, text, before, errors in zip(rows, texts, baseline_texts or [None] * len(rows), counts):
-        lines.append(json.dumps({
-            "audio_filepath": row["clip"],
-            "duration": round(row["num_samples"] / SAMPLE_RATE, 3),
-            "text": row["text"],
-            "pred_text": text,
-            "baseline_text": before,
-            **{name: row[name] for name in ("speaker", "accent", "country", "domain", "gender", "age_group")},
-            "wer": rate(errors[None]),
-        }, ensure_ascii=False))  # fmt: skip
-    write_text(path, "".join(line + "\n" for line in lines))
-
-
-def score_delta(baseline, finetuned):
-    """Fine-tuned minus baseline of each rate; negative is better."""
-    names = (*NORMALIZERS, "cer")
-    return {name: finetuned[name] - baseline[name] for name in names if finetuned[name] is not None and baseline[name] is not None}
-
-
-def model_card(args, corpus_name, metrics):
-    """The README.md of the final model."""
-    table = "\n".join(side_by_side(metrics["baseline"], metrics["finetuned"]))
-    versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-    return f"""---
-language: en
-base_model: {args.model}
-datasets:
-- {corpus_name}
-pipeline_tag: automatic-speech-recognition
-library_name: transformers
-tags: [medical, african-accents, ctc]
-license: other
-license_name: health-ai-developer-foundations
-license_link: https://developers.google.com/health-ai-developer-foundations/terms
----
-# {args.model} adapted to African-accented English
-
-Fine-tuned on {corpus_name} by `{PROGRAM}`: {metrics["data"]["train"]["clips"]:,} clips, {metrics["data"]["train"]["hours"]:.1f} h.
-
-```
-{table}
-```
-Corpus-level rates on the test split. `wer`: lower-case words without punctuation; `wer_paper`: the AfriSpeech authors' own
-normalisation; `wer_raw`: as written.
-
-```python
-import librosa
-from transformers import AutoModelForCTC, AutoProcessor
-
-processor, model = AutoProcessor.from_pretrained("."), AutoModelForCTC.from_pretrained(".")
-audio, _ = librosa.load("visit.wav", sr=16000)
-ids = model.generate(**processor(audio, sampling_rate=16000))
-print(processor.batch_decode(ids, skip_special_tokens=True)[0])
-```
-
-The base model stays under Google's Health AI Developer Foundations terms, which a derivative inherits; AfriSpeech-200 is
-CC-BY-NC-SA-4.0. Not a medical device: check every transcript that a decision rests on.
-
-Command: `{metrics["config"]["command"]}`. Versions: {versions}.
-"""
-
-
 # ---------------------------------------------------------------- phases
 
 
@@ -1520,116 +2029,182 @@ def transcribe_files(args, training):
             print(f"{PROGRAM}: error: {path} cannot be read as audio: {error}", file=sys.stderr)
             status = 1
     training.disable_tqdm = True
-    for name, text in zip(names, transcribe_clips(model, processor, clips, [clip["num_samples"] for clip in clips], args, training)):
+    texts = transcribe_clips(model, processor, clips, [clip["num_samples"] for clip in clips], args, training)
+    for name, text in zip(names, texts):
         print(text if len(args.transcribe) == 1 else f"{name}\t{text}")
     return status
 
 
-def select_splits(args, corpus, accents, splits, model, processor, encoder, training):
+def score_file(args, training):
+    """The whole report for the texts in --score_file, made by any system; returns the exit status."""
+    rows, texts, baseline_texts, notes = read_score_file(args.score_file)
+    for note in notes:
+        print(f"{PROGRAM}: warning: {note}", file=sys.stderr)
+    scored = score_texts(rows, texts, None)
+    before = baseline_texts and score_texts(rows, baseline_texts, None)
+    if not any(row["speaker"] for row in rows):
+        notes.append("No row names its speaker: each clip counts as one, which makes the intervals too narrow.")
+    folder = Path(training.output_dir) / "results"
+    config = {"command": args.command, "score_file": args.score_file}
+    data = {"test": {"clips": len(rows), "hours": round(hours(rows), 4), "left_out": len(notes)}}
+    write_results(folder, config, data, before or scored, scored if before else None, f"Scores of {Path(args.score_file).name}", notes)
+    say(f"\nresults: {folder}")
+    return 0
+
+
+def dry_run(args, training, corpus, accents):
+    """Say what a run would do, from the transcripts alone: clips, hours and speakers, downloads, disk and updates."""
+    corpus.data_dir.mkdir(parents=True, exist_ok=True)
+    corpus.fetch_transcripts(SPLITS, accents)
+    train = 0
+    for split in SPLITS:
+        rows = [row for row in transcript_rows(corpus, split, accents) if wanted(row, args)]
+        if split == "train":
+            rows = [row for row in rows if row["num_samples"] <= args.max_train_seconds * SAMPLE_RATE]
+            train = min(len(rows), args.max_train_samples or len(rows))
+        say(split_line(split, rows))
+        for accent, count in Counter(row["accent"] for row in rows).most_common():
+            own = [row for row in rows if row["accent"] == accent]
+            say(f"    {accent:<24}{count:>8,} clips{hours(own):>9.2f} h{len({row['speaker'] for row in own}):>7,} speakers")
+    splits = SPLITS[1:] if args.streaming else SPLITS
+    todo = [(accent, path) for split in splits for accent, path in corpus.archives(split, accents) if not corpus.prepared_path(path).exists()]
+    fetched = 0 if corpus.folder else sum(corpus.files[path][0] for _, path in todo)
+    peak, kept = disk_needed(corpus, todo, splits, accents, args.num_proc)
+    say(f"  to fetch {fetched / 1e9:.2f} GB in {len(todo)} archives; to keep {kept / 1e9:.2f} GB in {args.data_dir}, at the peak {peak / 1e9:.2f} GB")
+    updates, an_epoch = planned_updates(training, train)
+    say(f"  {updates:,} updates, {an_epoch:,} an epoch, of {training.per_device_train_batch_size} clips x {training.gradient_accumulation_steps} "
+        f"accumulation steps x {training.world_size} devices")
+    return 0
+
+
+def split_line(split, rows):
+    people, spoken = len({row["speaker"] for row in rows}), len({row["accent"] for row in rows})
+    return f"  {split:<5}{len(rows):>8,} clips{hours(rows):>9.2f} h{people:>7,} speakers{spoken:>5} accents"
+
+
+def select_splits(args, corpus, accents, splits, check, training):
     """{split: Selection}, with what was left out written to skipped_clips.csv and said; raises RunError for an empty split."""
     limits = {"train": args.max_train_samples, "dev": args.max_eval_samples, "test": args.max_test_samples}
     selections = {}
     for split in splits:
-        clips, missing = load_split(corpus, split, accents)
-        unusable = unusable_in(split, model, processor, encoder, args)
-        selections[split] = select_clips(clips, missing, split, args, unusable, limits[split], training.seed)
-        rows = selections[split].rows
-        people, spoken = len({row["speaker"] for row in rows}), len({row["accent"] for row in rows})
-        say(f"  {split:<5} {len(rows):>7,} clips {selections[split].hours():>7.2f} h {people:>6,} speakers {spoken:>4} accents")
-        if not rows:
+        if args.streaming and split == "train":
+            rows = [row for row in transcript_rows(corpus, split, accents) if wanted(row, args)]
+            selections[split] = Selection(None, rows, [])
+        else:
+            selections[split] = select_clips(*load_split(corpus, split, accents), args, check, limits[split], training.seed)
+        say(split_line(split, selections[split].rows))
+        if not selections[split].rows and not args.prepare_only:
             raise RunError(f"no {split} clip is left for these --accents, --domains and --countries: choose more of them")
-    path = Path(training.output_dir) / "results" / "skipped_clips.csv"
-    counts = write_skipped(path, selections.values()) if training.process_index == 0 else {}
-    for (split, reason), count in sorted(counts.items()):
+    skipped = [row for selection in selections.values() for row in selection.skipped]
+    if training.process_index == 0:
+        write_text(skipped_path(training), ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
+    for (split, reason), count in sorted(Counter((row["split"], reason_kind(row["reason"])) for row in skipped).items()):
         say(f"  left out of {split}: {count:,} x {reason}")
-    if counts:
-        say(f"  each one is named in {path}")
+    if skipped:
+        say(f"  each one is named in {skipped_path(training)}")
     return selections
 
 
 def data_summary(selections, encoder):
+    """The "data" of metrics.json."""
     summary = {split: {
         "clips": len(selection.rows),
-        "hours": round(selection.hours(), 4),
+        "hours": round(hours(selection.rows), 4),
         "speakers": len({row["speaker"] for row in selection.rows}),
         "accents": len({row["accent"] for row in selection.rows}),
-        "skipped": dict(Counter(re.split(r"[:(]", row["reason"])[0].strip() for row in selection.skipped)),
+        "skipped": dict(Counter(reason_kind(row["reason"]) for row in selection.skipped)),
     } for split, selection in selections.items()}  # fmt: skip
     return {**summary, "characters_dropped_from_labels": dict(encoder.dropped)}
 
 
 def score_split(model, processor, selection, args, training, train_accents):
-    """(texts, SCORES, errors of each clip) of the model on a selection."""
+    """The `Scored` of the model on a selection."""
     texts = transcribe_clips(model, processor, selection.clips, [row["num_samples"] for row in selection.rows], args, training)
-    return (texts, *score_texts(selection.rows, texts, train_accents))
+    return score_texts(selection.rows, texts, train_accents)
 
 
-def write_results(args, training, selections, encoder, baseline, finetuned):
-    """results/metrics.json and predictions_test.jsonl; `baseline` and `finetuned` are what score_split gave, or None."""
-    texts, scores, counts = finetuned or baseline
-    config = {"command": " ".join(["python", PROGRAM, *args.command]), **{name: value for name, value in vars(args).items() if name != "command"},
-              "training": json.loads(training.to_json_string())}
-    metrics = {
-        "config": config,
-        "versions": library_versions(),
-        "data": data_summary(selections, encoder),
-        "baseline": baseline and baseline[1],
-        "finetuned": finetuned and scores,
-        "delta": score_delta(baseline[1], scores) if baseline and finetuned else None,
-    }
-    results = Path(training.output_dir) / "results"
-    write_text(results / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
-    write_predictions(results / "predictions_test.jsonl", selections["test"].rows, texts, baseline and finetuned and baseline[0], counts)
-    say()
-    for line in side_by_side(metrics["baseline"], metrics["finetuned"]):
-        say("  " + line)
-    return metrics
+def window_note(selection, args):
+    longer = sum(row["num_samples"] > args.window_seconds * SAMPLE_RATE for row in selection.rows)
+    return f"{longer:,} clips longer than {args.window_seconds:g} s were scored in overlapping windows; none was left out for its length."
 
 
 def run(args, training):
     """The whole job, phase by phase; returns the exit status."""
     from transformers import set_seed
 
+    if args.score_file:
+        return score_file(args, training)
     if args.transcribe:
         return transcribe_files(args, training)
     set_seed(training.seed)
-    checkpoint = None if args.prepare_only or args.eval_only else checkpoint_to_resume(training)
-    splits = ("test",) if args.eval_only else SPLITS
-    if not args.prepare_only:
-        say(f"model: {args.model}")
-        processor, model = load_processor_and_model(args)
+    checkpoint = None if args.prepare_only or args.eval_only or args.dry_run else checkpoint_to_resume(training)
     say(f"corpus: {args.dataset}")
+    if not (args.prepare_only or args.dry_run):
+        check_model_access(args)
     corpus = open_corpus(args)
     accents = chosen_accents(corpus, args.accents)
-    prepare_corpus(corpus, splits, accents, args.num_proc)
+    if args.dry_run:
+        return dry_run(args, training, corpus, accents)
+    splits = ("test",) if args.eval_only else SPLITS
+    prepare_corpus(corpus, splits[1:] if args.streaming and not args.eval_only else splits, accents, args.num_proc)
     if args.prepare_only:
+        select_splits(args, corpus, accents, SPLITS[1:] if args.streaming else SPLITS, lambda row: "", training)
         say(f"  ready in {args.data_dir}")
         return 0
+    processor, model = load_processor_and_model(args)
+    return fit_and_score(args, training, corpus, accents, splits, processor, model, checkpoint)
+
+
+def fit_and_score(args, training, corpus, accents, splits, processor, model, checkpoint):
+    """From a loaded model and prepared audio to results and, unless --eval_only, a final model; returns the exit status."""
     encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
-    selections = select_splits(args, corpus, accents, splits, model, processor, encoder, training)
+    check = ClipCheck(model, processor.feature_extractor, encoder, args.max_train_seconds)
+    selections = select_splits(args, corpus, accents, splits, check, training)
+    data, test = data_summary(selections, encoder), selections["test"]
     train_accents = None if args.eval_only else {row["accent"] for row in selections["train"].rows}
+    output = Path(training.output_dir)
+    config = {"command": args.command, **vars(args), "training": json.loads(training.to_json_string())}
     baseline = None
     if args.eval_only or not args.skip_baseline:
-        say("scoring the model as it is on the test split")
-        baseline = score_split(model, processor, selections["test"], args, training, train_accents)
-        say(f"  WER {percent(baseline[1]['wer'])}")
+        say(f"scoring {args.model} as it is on the test split")
+        baseline = score_split(model, processor, test, args, training, train_accents)
+        say(f"  WER {percent(baseline.scores['wer'])}")
     if args.eval_only:
-        write_results(args, training, selections, encoder, baseline, None)
+        if training.process_index == 0:
+            write_results(output / "results", config, data, baseline, None, f"{args.model} on {args.dataset}", [window_note(test, args)])
+            say(f"\nresults: {output / 'results'}")
         return 0
     say("training")
     updates = fit_schedule(training, len(selections["train"].rows))
+    if args.streaming:
+        done = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
+        # Another seed after a resumption: the stream starts anew, and should not start with the same clips.
+        selections["train"].clips = stream_training_clips(corpus, accents, args, check, training, training.seed + done)
     trainer = make_trainer(args, training, processor, model, encoder, selections["train"].clips, selections["dev"])
     train_model(trainer, checkpoint, updates)
     say("scoring the fine-tuned model on the test split")
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    finetuned = score_split(model, processor, selections["test"], args, training, train_accents)
-    final = Path(training.output_dir) / "final"
-    trainer.save_model(str(final))
+    finetuned = score_split(trainer.accelerator.unwrap_model(trainer.model), processor, test, args, training, train_accents)
+    trainer.save_model(str(output / "final"))
     if training.process_index == 0:
-        metrics = write_results(args, training, selections, encoder, baseline, finetuned)
-        write_text(final / "README.md", model_card(args, args.dataset, metrics))
-        say(f"\nmodel: {final}\nresults: {Path(training.output_dir) / 'results'}\ncurves: tensorboard --logdir {Path(training.output_dir) / 'runs'}")
+        history = trainer.state.log_history
+        metrics = write_results(output / "results", config, data, baseline, finetuned, f"{args.model} on {args.dataset}", [window_note(test, args)], history)
+        write_text(output / "final" / "README.md", model_card(args, args.command, metrics))
+        write_test_scores_to_tensorboard(output, metrics, trainer.state.global_step)
+        say(f"\nmodel: {output / 'final'}\nresults: {output / 'results'}\ncurves: tensorboard --logdir {output / 'runs'}")
     return 0
+
+
+def write_test_scores_to_tensorboard(output, metrics, step):
+    """The test scores and the picture by accent, under the same `runs` as the training curves."""
+    import matplotlib.image
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(output / "runs")) as writer:
+        for system in ("baseline", "finetuned"):
+            for name in ("wer", "wer_spoken", "wer_paper", "wer_raw", "cer") if metrics[system] else ():
+                writer.add_scalar(f"test_{system}/{name}", metrics[system][name], step)
+        picture = matplotlib.image.imread(output / "results" / "wer_by_accent.png")
+        writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
 
 
 def main(argv=None):
@@ -1637,16 +2212,21 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args, training = parse_arguments(argv)
-        args.command = argv
+        args.command = shlex.join(["python", PROGRAM, *argv])
         return run(args, training)
     except UsageError as error:
         status, message = 2, str(error)
     except RunError as error:
-        status, message = 1, str(error)
+        # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
+        status, message = 1, str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
     except KeyboardInterrupt:
         status, message = 130, "interrupted; the same command goes on with prepared audio, --resume_from_checkpoint true with training"
     except SystemExit as error:  # argparse's --help
         return error.code or 0
+    except Exception as error:
+        if os.environ.get("MEDASR_TRACEBACK"):
+            raise
+        status, message = 1, f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
     print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return status
 
