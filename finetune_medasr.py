@@ -78,6 +78,12 @@ def say(text=""):
         print(text, flush=True)
 
 
+def one_line(error):
+    """An exception as one short line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
 # ---------------------------------------------------------------- configuration
 
 
@@ -161,12 +167,21 @@ TRAINING_DEFAULTS = dict(
     remove_unused_columns=False,
 )
 
-DEMO_ARGUMENTS = f"""
-    --model {HERE / "tests/fixtures/model"} --dataset {HERE / "tests/fixtures/corpus"}
-    --output_dir ./medasr-demo --data_dir ./medasr-demo/audio
-    --learning_rate 1e-3 --per_device_train_batch_size 8 --gradient_accumulation_steps 2 --max_steps 100 --warmup_steps 15
-    --eval_steps 25 --save_steps 25 --logging_steps 5 --save_total_limit 2 --dataloader_num_workers 0
-"""
+DEMO_SETTINGS = {
+    "model": HERE / "tests/fixtures/model",
+    "dataset": HERE / "tests/fixtures/corpus",
+    "output_dir": "./medasr-demo",
+    "data_dir": "./medasr-demo/audio",
+    "learning_rate": 1e-3,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 100,
+    "warmup_steps": 15,
+    "eval_steps": 25,
+    "save_steps": 25,
+    "logging_steps": 5,
+    "save_total_limit": 2,
+    "dataloader_num_workers": 0,
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -199,24 +214,26 @@ def make_parser(*dataclass_types):
     return parser
 
 
-def config_file_flags(path):
-    """The flags that a YAML file stands for: `learning_rate: 1e-5` is `--learning_rate 1e-5`."""
+def read_config_file(path):
+    """The settings in a YAML file, a dict; raises UsageError."""
     import yaml
 
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the configuration file {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as a YAML file of flags ({one_line(error)})") from error
     if not isinstance(settings, dict):
         raise UsageError(f"{path} holds a {type(settings).__name__}; it must hold lines of the form 'flag: value'")
+    return settings
+
+
+def as_flags(settings):
+    """The command line that a dict stands for: {"learning_rate": 1e-5} is --learning_rate 1e-5."""
     flags = []
     for name, value in settings.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{name}", *map(str, values)]
+        if value is not None:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            flags += [f"--{name}", *map(str, values)]
     return flags
 
 
@@ -227,9 +244,9 @@ def parse_arguments(argv):
     """
     quiet_libraries()
     if argv and not argv[0].startswith("-"):
-        argv = config_file_flags(argv[0]) + argv[1:]
+        argv = as_flags(read_config_file(argv[0])) + argv[1:]
     if "--demo" in argv:
-        argv = DEMO_ARGUMENTS.split() + argv
+        argv = as_flags(DEMO_SETTINGS) + argv
     parser = make_parser(ScriptArguments, CommonTrainingArguments)
     namespace, rest = parser.parse_known_args(argv)
     if namespace.help_all:
@@ -245,13 +262,12 @@ def parse_arguments(argv):
 
 def check_arguments(script, common):
     """Refuse what cannot work, in one line that names the flag, the value found and the valid ones."""
-    positive = ["max_train_seconds", "window_seconds", "max_train_samples", "max_eval_samples", "max_test_samples", "num_proc"]
-    positive_common = ["learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size",
-                       "gradient_accumulation_steps", "num_train_epochs", "eval_steps", "save_steps", "logging_steps"]
-    values = [(name, getattr(script, name)) for name in positive] + [(name, common[name]) for name in positive_common]
-    for name, value in values:
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name} is {value:g}; it must be above 0")
+    settings = {**vars(script), **common}
+    for name in ("max_train_seconds", "window_seconds", "max_train_samples", "max_eval_samples", "max_test_samples", "num_proc", "learning_rate",
+                 "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+                 "eval_steps", "save_steps", "logging_steps"):  # fmt: skip
+        if settings[name] is not None and not settings[name] > 0:
+            raise UsageError(f"--{name} is {settings[name]:g}; it must be above 0")
     if script.window_seconds < 3 * WINDOW_OVERLAP_SECONDS:
         raise UsageError(f"--window_seconds is {script.window_seconds:g}; it must be at least {3 * WINDOW_OVERLAP_SECONDS:g}")
     if script.early_stopping_patience < 0:
@@ -291,10 +307,12 @@ def make_training_arguments(common, rest, script):
         hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
         raise UsageError(f"unknown flag or stray value {unknown[0]}; {hint}")
     del values.help_all
-    if values.fp16 is None:
-        import torch
+    import torch
 
-        values.fp16 = torch.cuda.is_available() and not values.bf16 and not values.use_cpu
+    has_gpu = torch.cuda.is_available() and not values.use_cpu
+    if values.fp16 and not has_gpu:
+        raise UsageError("--fp16 needs a CUDA GPU, and there is none; leave it out")
+    values.fp16 = has_gpu and not values.bf16 if values.fp16 is None else values.fp16
     try:
         return TrainingArguments(**vars(values))
     except (ValueError, TypeError) as error:
@@ -355,12 +373,6 @@ def explained_hub_errors(repo, kind):
     raise RunError(f"{kind} {repo} {advice}") from cause
 
 
-def one_line(error):
-    """An exception as one short line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-
-
 def check_model_access(args):
     """Raise RunError if the model cannot be had: its first file is where a gated or missing model shows."""
     from huggingface_hub import hf_hub_download
@@ -404,7 +416,7 @@ class HubStream(io.RawIOBase):
         self.size = corpus.files[path][0]
         self.position = position
         self.connection = contextlib.ExitStack()
-        self.chunks = None
+        self.chunks, self.rest = None, b""
 
     def readable(self):
         return True
@@ -430,7 +442,7 @@ class HubStream(io.RawIOBase):
                 return 0
             try:
                 self.chunks = self.chunks or self._connect()
-                chunk = getattr(self, "rest", b"") or next(self.chunks, b"")
+                chunk = self.rest or next(self.chunks, b"")
                 if chunk:
                     taken = chunk[: len(buffer)]
                     self.rest = chunk[len(buffer) :]
@@ -966,7 +978,8 @@ class LabelEncoder:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.target_text = target_text
-        self.known = {}
+        self.known = {}  # character -> whether the tokenizer covers it
+        self.table = {}  # code point -> what it becomes, for str.translate
         self.dropped = Counter()
 
     def covered(self, character):
@@ -984,14 +997,10 @@ class LabelEncoder:
         decomposed = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
         if decomposed and decomposed != [character]:
             return "".join(map(self.fold_character, decomposed))
-        kind, name = unicodedata.category(character), unicodedata.name(character, "")
-        if kind == "Pd":
-            return "-"
+        name = unicodedata.name(character, "")
         if name.startswith("GREEK") and "LETTER" in name:
             return name.split("LETTER ")[1].split()[0].lower()
-        if kind[0] != "C" and kind != "Mn":  # zero-width and control characters are not text: nothing is lost with them
-            self.dropped[character] += 1
-        return ""
+        return "-" if unicodedata.category(character) == "Pd" else ""
 
     def fold(self, text):
         """The transcript in the characters that the tokenizer covers; what had to be dropped is counted in `dropped`."""
@@ -1001,7 +1010,13 @@ class LabelEncoder:
             # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
             text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
         text = unicodedata.normalize("NFC", text)
-        return " ".join("".join(character if character == " " else self.fold_character(character) for character in text).split())
+        for character in set(text) - {" "}:
+            if ord(character) not in self.table:
+                self.table[ord(character)] = self.fold_character(character)
+            # Zero-width, control and combining characters are no text of their own: nothing is lost with them.
+            if not self.table[ord(character)] and unicodedata.category(character) not in ("Cf", "Cc", "Mn"):
+                self.dropped[character] += text.count(character)
+        return " ".join(text.translate(self.table).split())
 
     def __call__(self, text):
         """Label ids, a list of int, of a transcript."""
@@ -1144,7 +1159,9 @@ class CTCCollator:
         waveforms = [np.pad(samples, (0, max(0, self.shortest - len(samples)))) for samples in waveforms]
         # The extractor pads the waveforms, so that padded frames come out as silence. Audio and text go through it and
         # the tokenizer apart: LasrProcessor drops the attention mask when it is given both.
-        batch = dict(self.extractor(waveforms, sampling_rate=SAMPLE_RATE, padding="longest", return_attention_mask=True, return_tensors="pt"))
+        # Some wav2vec2 models were trained without a mask and say so in their extractor.
+        masked = getattr(self.extractor, "return_attention_mask", True)
+        batch = dict(self.extractor(waveforms, sampling_rate=SAMPLE_RATE, padding="longest", return_attention_mask=masked, return_tensors="pt"))
         if self.encoder:
             labels = [torch.tensor(self.encoder(row["text"])) for row in rows]
             batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL).long()
@@ -1160,9 +1177,8 @@ def greedy_ids(model, logits, attention_mask):
     import torch
 
     ids = logits.argmax(-1)
-    if attention_mask is not None:
-        lengths = logit_lengths(model, attention_mask.sum(-1))
-        ids[torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]] = blank_id(model)
+    lengths = logit_lengths(model, attention_mask.sum(-1))
+    ids[torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]] = blank_id(model)
     return ids
 
 
@@ -1227,6 +1243,8 @@ def transcribe_clips(model, processor, clips, num_samples, args, training):
     loader = DataLoader(Windows(clips, mine), training.per_device_eval_batch_size, collate_fn=collator,
                         num_workers=min(training.dataloader_num_workers, len(mine)))
     model = model.to(training.device).eval()
+    lengths = [max(stop - start, collator.shortest) for _, start, stop in mine]
+    logits = logit_lengths(model, input_length(extractor, torch.tensor(lengths))).tolist()
     pieces = []
     with torch.inference_mode(), tqdm(total=len(mine), desc="scoring", unit="clip", disable=training.process_index > 0 or training.disable_tqdm) as bar:
         for batch in loader:
@@ -1234,7 +1252,8 @@ def transcribe_clips(model, processor, clips, num_samples, args, training):
             batch.pop("row")
             for ids, (row, start, stop) in zip(batch_ids(model, batch, training.device), mine[done:]):
                 first = overlap // samples_per_logit if start else 0
-                last = (window - overlap) // samples_per_logit if stop < num_samples[row] else len(ids)
+                # What comes after a clip's own logits is padding, where `forward` leaves garbage.
+                last = (window - overlap) // samples_per_logit if stop < num_samples[row] else logits[len(pieces)]
                 pieces.append((row, start, ids[first:last]))
             bar.update(len(pieces) - done)
     joined = {row: [] for row in range(len(num_samples))}
@@ -1249,7 +1268,7 @@ def batch_ids(model, batch, device):
 
     try:
         inputs = {name: value.to(device) for name, value in batch.items()}
-        return greedy_ids(model, model(**inputs).logits, inputs.get("attention_mask")).tolist()
+        return model(**inputs).logits.argmax(-1).tolist()
     except torch.cuda.OutOfMemoryError:
         size = len(next(iter(batch.values())))
         if size == 1:
@@ -1324,8 +1343,8 @@ def bootstrap_rates(counts, speakers, draws=BOOTSTRAP_DRAWS, seed=0):
     names, block = np.unique(speakers, return_inverse=True)
     errors = np.bincount(block, counts[:, :3].sum(axis=1), len(names))
     words = np.bincount(block, counts[:, 3], len(names))
-    weights = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    return weights @ errors / np.maximum(weights @ words, 1)
+    drawn = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)), dtype=np.int32)
+    return errors[drawn].sum(axis=1) / np.maximum(words[drawn].sum(axis=1), 1)
 
 
 def interval(values):
@@ -1417,6 +1436,7 @@ def compare(baseline, finetuned):
 # ---------------------------------------------------------------- report
 
 NEGATIONS = re.compile(r"no|not|nor|none|never|without|negative|denie[sd]|deny|absent|cannot|\w+n't")
+ERROR_NAMES = {"substitute": "confusions", "insert": "insertions", "delete": "deletions"}  # jiwer's names and ours
 NUMBERS = re.compile(
     r"\w*\d\w*|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|sixty|"
     r"seventy|eighty|ninety|hundred|thousand|million|half|once|twice"
@@ -1431,27 +1451,23 @@ def clinical_words(rows):
     return {word for word, count in clinical.items() if count >= 5 and count >= 10 * general[word] * scale and len(word) > 2}
 
 
-def recall_tests(rows):
-    """{kind of word that matters most: predicate}"""
-    clinical = clinical_words(rows)
-    return {"numbers": NUMBERS.fullmatch, "negations": NEGATIONS.fullmatch, "clinical words": clinical.__contains__}
-
-
 def word_errors(scored):
-    """(recalls {kind: (found, all)}, Counter of confusions, insertions, deletions) of a `Scored`."""
+    """(recall {kind of word: (found, all)}, {kind of error: Counter}) of a `Scored`, word by word."""
     import jiwer
 
     output = jiwer.process_words([normalize_wer(row["text"]) for row in scored.rows], [normalize_wer(text) for text in scored.texts])
-    tests = recall_tests(scored.rows)
+    tests = {"numbers": NUMBERS.fullmatch, "negations": NEGATIONS.fullmatch, "clinical words": clinical_words(scored.rows).__contains__}
     found, everything = Counter(), Counter()
-    for alignment, words in zip(output.alignments, output.references):
-        hit = {index for chunk in alignment if chunk.type == "equal" for index in range(chunk.ref_start_idx, chunk.ref_end_idx)}
-        for index, word in enumerate(words):
-            for kind in (kind for kind, test in tests.items() if test(word)):
-                everything[kind] += 1
-                found[kind] += index in hit
-    substitutions, insertions, deletions = map(Counter, jiwer.collect_error_counts(output))
-    return {kind: (found[kind], everything[kind]) for kind in tests}, substitutions, insertions, deletions
+    errors = {kind: Counter() for kind in ERROR_NAMES}
+    for alignment, reference, hypothesis in zip(output.alignments, output.references, output.hypotheses):
+        for chunk in alignment:
+            before, after = reference[chunk.ref_start_idx : chunk.ref_end_idx], hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            if chunk.type != "equal":
+                errors[chunk.type].update(f"{one} -> {other}" if one and other else one or other for one, other in itertools.zip_longest(before, after))
+            for kind, word in itertools.product(tests, before):
+                everything[kind] += bool(tests[kind](word))
+                found[kind] += chunk.type == "equal" and bool(tests[kind](word))
+    return {kind: (found[kind], everything[kind]) for kind in tests}, errors
 
 
 def percent(value):
@@ -1465,8 +1481,11 @@ def points(delta):
 
 
 def markdown_table(header, rows):
-    clean = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *clean)] + [""]
+    """Lines of a Markdown table, padded so that it reads well in a terminal too."""
+    rows = [header, *([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    rows.insert(1, ["-" * width for width in widths])
+    return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows] + [""]
 
 
 def group_table(kind, before, after, delta):
@@ -1494,15 +1513,16 @@ def group_summary(kind, after):
 def error_sections(baseline, finetuned):
     """Markdown lines on what goes wrong: recalls, commonest errors, clips that got worse, empty and runaway outputs."""
     last = finetuned or baseline
-    recalls, *counters = word_errors(last)
+    recalls, errors = word_errors(last)
     before = word_errors(baseline)[0] if finetuned and baseline else {}
-    shown = lambda pair: f"{percent(pair[0] / pair[1])} of {pair[1]:,}" if pair and pair[1] else "-"  # noqa: E731
+
+    def recall(pair):
+        return f"{percent(pair[0] / pair[1])} of {pair[1]:,}" if pair and pair[1] else "-"
+
     lines = ["## What goes wrong", "", "Recall, the share of the reference's words that come out right:", ""]
-    lines += markdown_table(["words", "before", "now"], [[kind, shown(before.get(kind)), shown(pair)] for kind, pair in recalls.items()])
-    names = [" ".join(key) if isinstance(key, str) else key for key in ("confusions", "insertions", "deletions")]
-    for name, counter in zip(names, counters):
-        common = ", ".join(f"{' -> '.join(key) if isinstance(key, tuple) else key} ({count})" for key, count in counter.most_common(15))
-        lines += [f"Commonest {name}: {common or 'none'}.", ""]
+    lines += markdown_table(["words", "before", "now"], [[kind, recall(before.get(kind)), recall(pair)] for kind, pair in recalls.items()])
+    for kind, counter in errors.items():
+        lines += [f"Commonest {ERROR_NAMES[kind]}: " + (", ".join(f"{words} ({count})" for words, count in counter.most_common(15)) or "none") + ".", ""]
     words = [len(normalize_wer(text).split()) for text in last.texts]
     empty = sum(count == 0 for count in words)
     runaway = sum(count > 2 * length + 5 for count, length in zip(words, last.counts["wer"][:, 3]))
@@ -1624,28 +1644,9 @@ def write_results(folder, config, data, baseline, finetuned, title, notes=(), hi
     write_text(folder / "predictions_test.jsonl", "".join(prediction_lines(baseline, finetuned)))
     pictures = draw_pictures(folder, baseline, finetuned, history)
     write_text(folder / "report.md", "\n".join(report_lines(title, baseline, finetuned, delta, notes, pictures)) + "\n")
-    say()
-    for line in side_by_side(metrics):
-        say("  " + line)
-    return metrics
-
-
-def side_by_side(metrics):
-    """Lines of a table for the terminal: WER before and after of all clips and each domain, then the other rates."""
     before, after = metrics["baseline"], metrics["finetuned"]
-    lines = [f"{'test clips':<12}{'clips':>7}{'words':>9}{'before':>10}{'fine-tuned':>12}{'change':>10}"]
-
-    def line(label, then, now):
-        change = f"{100 * (now['wer'] / then['wer'] - 1):+.1f} %" if then and now and then["wer"] and now["wer"] is not None else "-"
-        size = now or then
-        return f"{label:<12}{size['clips']:>7,}{size['words']:>9,}{percent(then and then['wer']):>10}{percent(now and now['wer']):>12}{change:>10}"
-
-    lines.append(line("all", before, after))
-    for name in (after or before)["groups"]["domain"]:
-        lines.append(line(name, before and before["groups"]["domain"][name], after and after["groups"]["domain"][name]))
-    for name in ("wer_spoken", "wer_paper", "wer_raw", "cer"):
-        lines.append(f"{name:<28}{percent(before and before[name]):>10}{percent(after and after[name]):>12}")
-    return lines
+    say("\n".join(["", *summary_table(before, after, delta), *group_table("domain", before, after, delta)]))
+    return metrics
 
 
 def model_card(args, command, metrics):
@@ -1842,6 +1843,16 @@ def training_classes():
 
         frames = None
         mark = None
+
+        def _get_train_sampler(self, train_dataset=None):
+            sampler = super()._get_train_sampler(train_dataset)
+            if hasattr(sampler, "lengths"):
+                # As a column of a dataset each length is read apart: 3 minutes for the training split, at every epoch.
+                sampler.lengths = sampler.lengths[:]
+            return sampler
+
+        def _get_eval_sampler(self, eval_dataset):
+            return torch.utils.data.SequentialSampler(eval_dataset)  # dev is in order of length already
 
         def get_train_dataloader(self):
             if not isinstance(self.train_dataset, torch.utils.data.IterableDataset):
