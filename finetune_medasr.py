@@ -956,14 +956,20 @@ FOLDS = {
     "‘": "'", "’": "'", "‚": "'", "‛": "'", "`": "'", "´": "'", "ʼ": "'", "′": "'", "“": '"', "”": '"', "„": '"', "″": '"',
     "«": '"', "»": '"', "&": " and ", "@": " at ", "=": " equals ", "<": " less than ", ">": " greater than ",
     "≤": " less than or equal to ", "≥": " greater than or equal to ", "°": " degrees ", "±": "+/-", "×": "x", "÷": "/", "µ": "u",
-    "μ": "u", "⁄": "/", "\\": "/", "|": "/", "~": "-", "−": "-", "•": "-", "·": ".", "…": "...", "—": "-", "$": " dollars ",
-    "£": " pounds ", "€": " euros ", "₦": " naira ", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ß": "ss",
+    "μ": "u", "⁄": "/", "\\": "/", "|": "/", "~": "-", "−": "-", "•": "-", "·": ".", "…": "...", "—": "-",
+    "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ß": "ss",
     "ɛ": "e", "Ɛ": "E", "ɔ": "o", "Ɔ": "O", "ŋ": "n", "Ŋ": "N", "ɓ": "b", "Ɓ": "B", "ɗ": "d", "Ɗ": "D", "ƙ": "k", "Ƙ": "K", "ƴ": "y",
     "ɣ": "g", "ł": "l", "đ": "d", "ı": "i",
 }  # fmt: skip
+VOICED = str.maketrans({symbol: word for symbol, word in FOLDS.items() if word.strip().isalpha() or " " in word or word == "'"})
 # "5 µg" is read as micrograms and written mcg in prescriptions; "ug" is on the lists of error-prone abbreviations.
 MICROGRAM = re.compile(r"[µμ]g\b")
 CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")  # MedASR writes dictated punctuation and layout as {period}, {new paragraph}
+
+
+def separate_digits(text):
+    """A space before a fraction or power that follows a digit: 1½ is not 11/2, and 10⁹ is not 109."""
+    return re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text)
 
 
 def tidy(text):
@@ -1008,8 +1014,9 @@ class LabelEncoder:
         text = MICROGRAM.sub("mcg", text)
         if not self.covered("("):
             # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
-            text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
-        text = unicodedata.normalize("NFC", text)
+            while re.search(r"\([^()]*\)", text):
+                text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
+        text = unicodedata.normalize("NFC", separate_digits(text))
         for character in set(text) - {" "}:
             if ord(character) not in self.table:
                 self.table[ord(character)] = self.fold_character(character)
@@ -1027,10 +1034,11 @@ class LabelEncoder:
 def normalize_wer(text):
     """The text that `wer` compares: lower-case words without punctuation, apostrophes inside words kept.
 
-    Entities, `{period}`-style tokens, NBSP, curly quotes and accents on letters are resolved first.
+    Entities, `{period}`-style tokens, NBSP, curly quotes, accents on letters and symbols that are read as words (& ° µg)
+    are resolved first: MedASR has no token for them and can only write the word.
     """
-    text = CONTROL_TOKEN.sub(" ", html.unescape(text)).translate(str.maketrans("‘’ʼ`´", "'''''"))
-    decomposed = unicodedata.normalize("NFKD", text.lower())
+    text = MICROGRAM.sub("mcg", CONTROL_TOKEN.sub(" ", html.unescape(text)))
+    decomposed = unicodedata.normalize("NFKD", separate_digits(text.translate(VOICED)).lower())
     plain = "".join(character for character in decomposed if not unicodedata.combining(character) and unicodedata.category(character) != "Cf")
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain))
 
@@ -1094,7 +1102,7 @@ class ClipCheck:
 
         self.extractor, self.encoder, self.max_train_seconds = extractor, encoder, max_train_seconds
         self.shortest = shortest_clip(model, extractor)
-        longest = input_length(extractor, int(max_train_seconds * SAMPLE_RATE))
+        longest = input_length(extractor, round(max_train_seconds * SAMPLE_RATE))
         self.logits = logit_lengths(model, torch.arange(max(0, longest) + 1)).tolist()
 
     def __call__(self, row):
@@ -1743,7 +1751,7 @@ HALF_PRECISION_LIMIT = 65_504 / 8
 
 
 def activation_peaks(model, batches, device):
-    """The largest absolute input or output of each leaf module and subsampler over `batches`, in float32: {name: peak}."""
+    """The largest absolute input or output of each module with weights and the subsampler over `batches`, in float32: {name: peak}."""
     import torch
 
     peaks = {}
@@ -1755,7 +1763,7 @@ def activation_peaks(model, batches, device):
 
         return hook
 
-    watched = [(name, module) for name, module in model.named_modules() if not any(module.children()) or name.endswith("subsampler")]
+    watched = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False)) or name.endswith("subsampler")]
     handles = [module.register_forward_hook(watch(name)) for name, module in watched]
     model.to(device).eval()
     try:
@@ -2168,6 +2176,9 @@ def run(args, training):
 
 def fit_and_score(args, training, corpus, accents, splits, processor, model, checkpoint):
     """From a loaded model and prepared audio to results and, unless --eval_only, a final model; returns the exit status."""
+    if not args.eval_only and model.config.model_type != "lasr_ctc":
+        raise UsageError(f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be fine-tuned; any CTC model "
+                         "can be scored with --eval_only")
     encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
     check = ClipCheck(model, processor.feature_extractor, encoder, args.max_train_seconds)
     selections = select_splits(args, corpus, accents, splits, check, training)
@@ -2194,7 +2205,9 @@ def fit_and_score(args, training, corpus, accents, splits, processor, model, che
     trainer = make_trainer(args, training, processor, model, encoder, selections["train"].clips, selections["dev"])
     train_model(trainer, checkpoint, updates)
     say("scoring the fine-tuned model on the test split")
-    finetuned = score_split(trainer.accelerator.unwrap_model(trainer.model), processor, test, args, training, train_accents)
+    # Without the wrapper that autocasts: before and after are scored alike, in float32.
+    tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    finetuned = score_split(tuned, processor, test, args, training, train_accents)
     trainer.save_model(str(output / "final"))
     if training.process_index == 0:
         history = trainer.state.log_history

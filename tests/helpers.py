@@ -1,0 +1,79 @@
+"""What several test files need: the small processor, small random models of its class, sounds, and the script's own arguments."""
+
+import functools
+import io
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+import finetune_medasr as script
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+MODEL = FIXTURES / "model"
+CORPUS = FIXTURES / "corpus"
+RATE = 16_000
+
+
+@functools.cache
+def small_processor():
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(MODEL)
+
+
+def random_model(**encoder_config):
+    """A LASR of the small model's shape with the same random weights each time, in eval mode; no dropout unless asked for."""
+    import torch
+    from transformers import AutoConfig, LasrForCTC
+
+    config = AutoConfig.from_pretrained(MODEL)
+    settings = {"num_hidden_layers": 2, "dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
+    for name, value in {**settings, **encoder_config}.items():
+        setattr(config.encoder_config, name, value)
+    torch.manual_seed(0)
+    model = LasrForCTC(config).eval()
+    with torch.no_grad():
+        # Far apart logits, so that the texts of two computations differ only if something is wrong.
+        model.ctc_head.weight *= 20
+    return model
+
+
+def label_encoder(target_text="as_written"):
+    from transformers import AutoConfig
+
+    return script.LabelEncoder(small_processor().tokenizer, AutoConfig.from_pretrained(MODEL).vocab_size, target_text)
+
+
+def noise(seconds, seed=0):
+    """Noise whose colour changes all the time: a model hears something else in each frame."""
+    samples = np.random.default_rng(seed).normal(size=round(seconds * RATE)).astype(np.float32)
+    time = np.arange(len(samples)) / RATE
+    return (0.1 * samples * np.sin(2 * np.pi * 3 * time) + 0.3 * np.sin(2 * np.pi * (400 + 300 * np.sin(5 * time)) * time)).astype(np.float32) / 2
+
+
+def wav_bytes(samples, rate=RATE):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
+
+
+def make_selection(texts_and_samples, split):
+    """The script's Selection of clips made of (text, samples) pairs, in its order: the longest first."""
+    from datasets import Dataset
+
+    clips = [
+        script.make_clip(f"session/{split}-{number}", split, "igbo",
+                         {"transcript": text, "user_ids": f"speaker-{number}", "domain": "clinical"}, wav_bytes(samples))
+        for number, (text, samples) in enumerate(texts_and_samples)
+    ]  # fmt: skip
+    args = script.ScriptArguments()
+    return script.select_clips(Dataset.from_list(clips, features=script.clip_features()), [], args, lambda row: "", None, 0)
+
+
+def parse(output_dir, *flags):
+    """(args, training) of a command line on the small model, on the CPU, without evaluation, checkpoints and TensorBoard."""
+    quiet = "--use_cpu true --dataloader_num_workers 0 --dataloader_pin_memory false --report_to none --disable_tqdm true"
+    still = "--eval_strategy no --save_strategy no --load_best_model_at_end false"
+    return script.parse_arguments(["--model", str(MODEL), "--dataset", str(CORPUS), "--output_dir", str(output_dir),
+                                   *quiet.split(), *still.split(), *map(str, flags)])  # fmt: skip

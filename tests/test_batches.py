@@ -1,0 +1,480 @@
+import socket
+
+import numpy as np
+import pytest
+import torch
+from helpers import RATE, label_encoder, make_selection, noise, parse, random_model, small_processor, wav_bytes
+
+import finetune_medasr as script
+
+
+def collator(**options):
+    return script.CTCCollator(small_processor().feature_extractor, **options)
+
+
+def rows_of(*texts_and_samples, split="dev"):
+    return [{"text": text, "samples": samples, "split": split, "row": number} for number, (text, samples) in enumerate(texts_and_samples)]
+
+
+def samples_for(logits):
+    """The shortest clip that gives so many logits: two convolutions of kernel 5 and stride 2 over frames of 400 samples every 160."""
+    return 400 + 160 * (4 * logits + 8)
+
+
+def make_trainer(output_dir, train, dev, *flags, model=None):
+    args, training = parse(output_dir, *flags)
+    return script.make_trainer(args, training, small_processor(), model or random_model(), label_encoder(), train.clips, dev)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """(train, dev) selections of a few clips of unequal lengths."""
+    train = make_selection([("The patient has a fever.", noise(1.5, seed)) for seed in range(2)], "train")
+    dev = make_selection([("Give 200 mg.", noise(1.9, 5)), ("No cough.", noise(0.7, 6)), ("A book, 11 letters", noise(1.2, 7))], "dev")
+    return train, dev
+
+
+# ---------------------------------------------------------------- audio
+
+
+def loudest_frequency(samples):
+    return np.argmax(np.abs(np.fft.rfft(samples * np.hanning(len(samples))))) * RATE / len(samples)
+
+
+@pytest.mark.parametrize("rate, seconds", [(44_100, 1.0), (44_100, 0.777), (8_000, 1.0), (16_000, 1.0), (48_000, 0.5)])
+def test_audio_of_any_rate_is_resampled_to_16_khz(rate, seconds):
+    time = np.arange(round(seconds * rate)) / rate
+    samples = script.decode_audio(wav_bytes(0.5 * np.sin(2 * np.pi * 1000 * time), rate))
+    assert samples.dtype == np.float32
+    assert abs(len(samples) - len(time) * RATE / rate) <= 1
+    assert abs(loudest_frequency(samples) - 1000) <= 2 / seconds
+    middle = samples[len(samples) // 4 : -len(samples) // 4]
+    assert np.abs(middle).max() == pytest.approx(0.5, abs=0.01)
+
+
+def test_resampling_does_not_fold_high_tones_into_speech():
+    time = np.arange(44_100) / 44_100
+    samples = script.decode_audio(wav_bytes(0.5 * np.sin(2 * np.pi * 12_000 * time), 44_100))
+    assert np.abs(samples[2000:-2000]).max() < 0.001
+
+
+def test_stereo_is_mixed_down_to_the_mean_of_its_channels():
+    left = 0.5 * np.sin(2 * np.pi * 500 * np.arange(RATE) / RATE)
+    samples = script.decode_audio(wav_bytes(np.stack([left, np.zeros(RATE)], axis=1)))
+    assert samples.shape == (RATE,)
+    np.testing.assert_allclose(samples, left / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("data", [b"", b"OggS" + bytes(range(256)), wav_bytes(np.full(1000, np.nan))])
+def test_audio_that_cannot_be_decoded_is_a_value_error(data):
+    with pytest.raises(ValueError):
+        script.decode_audio(data)
+
+
+# ---------------------------------------------------------------- which clips
+
+
+def test_the_shortest_clip_is_what_the_convolutions_need():
+    model, extractor = random_model(), small_processor().feature_extractor
+    assert script.shortest_clip(model, extractor) == 2320
+    assert model(**collator()(rows_of(("", noise(1)[:2320])))).logits.shape[1] == 1
+    with pytest.raises(RuntimeError):
+        model(**{name: value for name, value in collator()(rows_of(("", noise(1)[:2319]))).items() if name != "row"})
+
+
+@pytest.mark.parametrize("samples", [2320, 2960, 16_000, 35_123, 160_000])
+def test_counted_logits_are_those_of_the_model(samples):
+    model, extractor = random_model(num_hidden_layers=0), small_processor().feature_extractor
+    batch = collator()(rows_of(("", noise(10)[:samples]), split="train"))
+    counted = script.logit_lengths(model, torch.tensor([script.input_length(extractor, samples)]))
+    assert counted.tolist() == [model(**batch).logits.shape[1]]
+
+
+def clip_check(max_train_seconds):
+    return script.ClipCheck(random_model(num_hidden_layers=0), small_processor().feature_extractor, label_encoder(), max_train_seconds)
+
+
+@pytest.mark.parametrize("split, text, samples, reason", [
+    ("train", "no", 2319, "too short: 0.14 s, the model needs 0.145 s"),
+    ("train", "yes yes", 2320, "more labels than frames"),
+    ("train", "", 2320, "empty text"),
+    ("train", " \n\t\u00a0", 16_000, "empty text"),
+    ("dev", "", 16_000, "empty text"),
+    ("test", " ", 16_000, "empty text"),
+    ("train", "日本", 16_000, "no text left that the tokenizer covers"),
+    ("train", "no", 4 * RATE + 1, "over --max_train_seconds: 4.0 s"),
+    ("train", "no", 4 * RATE, ""),
+    ("train", "yes " * 200, 3 * RATE, "more labels than frames"),
+    ("dev", "no", 2319, ""),
+    ("test", "no", 1, ""),
+    ("dev", "no", 400 * RATE, ""),
+    ("test", "no", 400 * RATE, ""),
+    ("test", "yes " * 200, 3 * RATE, ""),
+    ("test", "日本", 16_000, ""),
+])  # fmt: skip
+def test_reasons_against_a_clip(split, text, samples, reason):
+    found = clip_check(4.0)({"split": split, "text": text, "num_samples": samples})
+    assert found == reason or reason == "more labels than frames" == found.split(":")[0]
+
+
+def test_a_limit_that_is_no_round_number_of_frames_is_no_index_error():
+    assert clip_check(4.015)({"split": "train", "text": "no", "num_samples": 64_240}) == ""
+
+
+@pytest.mark.parametrize("text", ["5z5z5", "5zz55", "555555", "200 mg too good"])
+def test_a_clip_is_left_out_exactly_where_its_ctc_loss_is_infinite(text):
+    check, encoder = clip_check(30.0), label_encoder()
+    labels = torch.tensor(encoder(text))
+    verdicts = []
+    for logits in range(1, 3 * len(labels)):
+        scores = torch.zeros(logits, 1, encoder.vocab_size).log_softmax(-1)
+        loss = torch.nn.functional.ctc_loss(scores, labels[None], torch.tensor([logits]), torch.tensor([len(labels)]))
+        usable = not check({"split": "train", "text": text, "num_samples": samples_for(logits)})
+        assert usable == bool(torch.isfinite(loss)), (text, logits)
+        verdicts.append(usable)
+    assert {True, False} == set(verdicts)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_a_batch_with_its_attention_mask_runs_through_the_model():
+    batch = collator(encoder=label_encoder())(rows_of(("A fever.", noise(1.5)), ("No.", noise(0.8)), split="train"))
+    assert batch["attention_mask"].sum(-1).tolist() == [148, 78]  # 1 + (samples - 400) // 160
+    output = random_model()(**batch)
+    assert torch.isfinite(output.loss) and output.loss > 0
+    assert output.logits.shape[:2] == (2, 34)
+
+
+def test_labels_are_padded_with_the_ignored_label():
+    encoder = label_encoder()
+    batch = collator(encoder=encoder)(rows_of(("200 mg too good", noise(1)), ("No.", noise(1)), split="train"))
+    long, short = encoder("200 mg too good"), encoder("No.")
+    assert batch["labels"].tolist() == [long, short + [-100] * (len(long) - len(short))]
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_clips_alone():
+    model, encoder = random_model(), label_encoder()
+    clips = [("The patient has a fever.", noise(2.5, 1)), ("No.", noise(0.9, 2))]
+    together = model(**collator(encoder=encoder)(rows_of(*clips, split="train"))).loss
+    alone = [model(**collator(encoder=encoder)(rows_of(clip, split="train"))).loss for clip in clips]
+    assert together.item() == pytest.approx(sum(alone).item() / 2, rel=1e-4)
+
+
+def test_padding_sounds_like_silence():
+    short = noise(0.5)
+    batch = collator()(rows_of(("", noise(1.5)), ("", short)))
+    beyond = batch["input_features"][1, -(-len(short) // 160) :]
+    assert len(beyond) > 90
+    torch.testing.assert_close(beyond, torch.full_like(beyond, float(np.log(1e-5))))
+
+
+def test_clips_below_the_shortest_are_padded_with_silence():
+    batch = collator(shortest=2320)(rows_of(("", noise(1)[:100])))
+    assert batch["input_features"].shape == (1, 13, 128) and batch["attention_mask"].all()
+
+
+def test_padding_never_changes_the_text_of_a_clip(tmp_path):
+    model, processor = random_model(), small_processor()
+    sounds = [noise(0.9, 1), noise(4.0, 2), noise(0.6, 3), noise(2.2, 4)]
+    clips = [{"audio": wav_bytes(samples)} for samples in sounds]
+    lengths = [len(samples) for samples in sounds]
+    texts = {}
+    for size in (1, 4):
+        args, training = parse(tmp_path, "--per_device_eval_batch_size", size)
+        texts[size] = script.transcribe_clips(model, processor, clips, lengths, args, training)
+    assert texts[1] == texts[4]
+    assert all(len(text) > 5 for text in texts[1]) and len(set(texts[1])) == 4
+
+
+def test_logits_on_padding_are_masked():
+    model = random_model(num_hidden_layers=0)
+    batch = collator()(rows_of(("", noise(2.0)), ("", noise(1.0, 2)), split="train"))
+    logits = torch.zeros(2, 47, model.config.vocab_size)
+    logits[..., 9] = 1.0
+    ids = script.greedy_ids(model, logits, batch["attention_mask"])
+    assert (ids[0] == 9).all()
+    assert ids[1].tolist() == [9] * 22 + [0] * 25  # 1 s gives 22 logits
+    assert script.decode_ids(small_processor(), ids, 0)[1] == small_processor().tokenizer.decode([9])
+
+
+@pytest.mark.parametrize("ids, text", [
+    ([0, 5, 5, 0, 5, 6, 6, 0, 0], [5, 5, 6]),
+    ([5, 5, 5], [5]),
+    ([0, 0, 0], []),
+    ([5, 0, 2, 0, 1, 6, -100, -100], [5, 6]),  # no </s>, no <s>, no padding of gathered batches
+    ([5, -100, 5], [5, 5]),
+])  # fmt: skip
+def test_frame_ids_are_collapsed_to_text(ids, text):
+    tokenizer = small_processor().tokenizer
+    assert script.decode_ids(small_processor(), np.array([ids]), 0) == [tokenizer.decode(text, group_tokens=False)]
+
+
+# ---------------------------------------------------------------- SpecAugment
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_spec_augment_masks_bands_and_stretches_with_silence_inside_the_clip(seed):
+    torch.manual_seed(seed)
+    lengths = torch.tensor([1000, 251, 40, 13])
+    features = torch.full((4, 1000, 128), 5.0)
+    script.spec_augment(features, lengths)
+    silence = torch.tensor(np.log(1e-5), dtype=torch.float32)
+    for clip, length in zip(features, lengths.tolist()):
+        assert (clip[length:] == 5).all()
+        masked = clip[:length] != 5
+        torch.testing.assert_close(clip[:length][masked], silence.expand(int(masked.sum())))
+        bins, frames = masked.all(0), masked.all(1)
+        assert (masked == (bins[None] | frames[:, None])).all()  # whole bands and whole stretches
+        assert bins.sum() <= 2 * 20
+        assert frames.sum() <= min(30, length // 5) * -(-length // 250)
+
+
+def test_spec_augment_masks_something_of_both_kinds_as_a_rule():
+    torch.manual_seed(0)
+    features = torch.full((20, 500, 128), 5.0)
+    script.spec_augment(features, torch.full((20,), 500))
+    masked = features != 5
+    assert masked.all(1).any(1).float().mean() > 0.8 and masked.all(2).any(1).float().mean() > 0.8
+    assert 0.05 < masked.float().mean() < 0.5
+
+
+def test_only_training_batches_are_augmented():
+    sound = ("A fever.", noise(2.0))
+    for split, altered in (("train", True), ("dev", False), ("test", False)):
+        torch.manual_seed(1)
+        plain = collator(encoder=label_encoder())(rows_of(sound, split=split))
+        augmented = collator(encoder=label_encoder(), augment=True)(rows_of(sound, split=split))
+        assert ("row" in plain) == (not altered)
+        assert torch.equal(plain["input_features"], augmented["input_features"]) != altered
+        assert torch.equal(plain["labels"], augmented["labels"])
+
+
+@pytest.mark.parametrize("flags, altered", [([], True), (["--no_spec_augment"], False)])
+def test_the_trainer_augments_its_training_batches_unless_told_not_to(tmp_path, clips, flags, altered):
+    train, dev = clips
+    trainer = make_trainer(tmp_path, train, dev, *flags)
+    plain = collator(encoder=label_encoder())([train.clips[0], train.clips[1]])["input_features"]
+    torch.manual_seed(2)
+    trained_on = trainer.data_collator([train.clips[0], train.clips[1]])["input_features"]
+    assert torch.equal(plain, trained_on) != altered
+    scored = trainer.data_collator([dev.clips[0]])["input_features"]
+    assert torch.equal(scored, collator()([dev.clips[0]])["input_features"])
+
+
+# ---------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize("samples", [1, 2000, 10_000, 10_001, 14_000, 16_000, 16_001, 25_999, 100_003])
+@pytest.mark.parametrize("overlap", [2000, 1000])
+def test_windows_tile_a_clip(samples, overlap):
+    window = 10_000
+    spans = script.window_spans(samples, window, overlap)
+    covered = np.zeros(samples, int)
+    for number, (start, stop) in enumerate(spans):
+        assert 0 <= start < stop <= samples and stop - start <= window
+        covered[0 if number == 0 else start + overlap : samples if number == len(spans) - 1 else stop - overlap] += 1
+    assert (covered == 1).all()
+    assert len(spans) == 1 or samples > window
+
+
+@pytest.mark.parametrize("seconds", [6.0, 6.01, 9.5, 17.3])
+def test_a_clip_in_windows_reads_like_the_clip_in_one_piece(tmp_path, seconds):
+    # Without encoder layers a logit hears 0.2 s around it, so windows and the whole must agree on each one.
+    model, processor, sound = random_model(num_hidden_layers=0), small_processor(), noise(seconds, 3)
+    texts = []
+    for window in (6, 60):
+        args, training = parse(tmp_path, "--window_seconds", window, "--per_device_eval_batch_size", 2)
+        texts += script.transcribe_clips(model, processor, [{"audio": wav_bytes(sound)}], [len(sound)], args, training)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 10 * seconds
+
+
+def test_texts_come_back_in_the_order_of_the_clips(tmp_path):
+    model, processor = random_model(num_hidden_layers=0), small_processor()
+    sounds = [noise(0.5, 1), noise(8.0, 2), noise(0.01, 3), noise(7.0, 4), noise(1.0, 5)]
+    clips, lengths = [{"audio": wav_bytes(samples)} for samples in sounds], [len(samples) for samples in sounds]
+    args, training = parse(tmp_path, "--window_seconds", 6, "--per_device_eval_batch_size", 3)
+    together = script.transcribe_clips(model, processor, clips, lengths, args, training)
+    alone = [script.transcribe_clips(model, processor, [clip], [length], args, training)[0] for clip, length in zip(clips, lengths)]
+    assert together == alone
+    assert len(set(together)) == 5
+
+
+# ---------------------------------------------------------------- half precision
+
+
+def overflowing_model(part):
+    """A LASR one of whose parts passes float16's 65,504, as MedASR's subsampler does; what it computes stays ordinary."""
+    model = random_model()
+    with torch.no_grad():
+        if part == "subsampler":
+            model.encoder.subsampler.dense_1.weight *= 3e6
+        else:
+            feed_forward = model.encoder.layers[1].feed_forward1
+            feed_forward.linear1.weight *= 1e7
+            feed_forward.linear2.weight *= 1e-7
+    return model
+
+
+@pytest.mark.parametrize("part, guarded_module", [
+    ("subsampler", "encoder.subsampler"),
+    ("feed_forward", "encoder.layers.1.feed_forward1.linear1"),
+])  # fmt: skip
+def test_guarded_model_stays_finite_where_plain_float16_overflows(part, guarded_module):
+    model = overflowing_model(part)
+    batch = collator(encoder=label_encoder())(rows_of(("No.", noise(0.4)), ("A", noise(0.3)), split="train"))
+    with torch.no_grad():
+        expected = model(**batch).logits
+        assert script.activation_peaks(model, [batch], "cpu")[guarded_module] > 65_504
+        with torch.autocast("cpu", torch.float16):
+            assert not torch.isfinite(model(**batch).logits).all()
+
+    guarded = script.guard_half_precision(model, [batch], "cpu")
+    assert guarded[guarded_module] > 65_504
+    # Only what needs it is in float32: float16 has to stay worth its while.
+    assert "encoder.layers.0.self_attn.q_proj" not in guarded and "ctc_head" not in " ".join(guarded)
+
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        logits = model(**batch).logits.float()
+    assert float((logits - expected).abs().max()) < 0.05 * float(expected.std())
+
+    model.train()
+    with torch.autocast("cpu", torch.float16):
+        loss = model(**batch).loss
+    loss.backward()
+    assert torch.isfinite(loss) and loss > 0
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+    assert model.encoder.subsampler.dense_1.weight.grad.abs().max() > 0
+
+
+def test_a_model_that_is_not_finite_even_when_guarded_is_refused():
+    model = random_model()
+    with torch.no_grad():
+        model.ctc_head.weight *= float("nan")
+    with pytest.raises(script.RunError, match="--bf16"):
+        script.guard_half_precision(model, [collator()(rows_of(("", noise(1)), split="train"))], "cpu")
+
+
+# ---------------------------------------------------------------- the Trainer
+
+
+def test_accumulated_batches_give_the_loss_and_gradient_of_one_batch(tmp_path):
+    # Copies of one clip: BatchNorm sees the same statistics in a batch of four and in four batches of one.
+    train = make_selection([("The patient has a fever.", noise(1.2))] * 4, "train")
+    logged = {}
+    for size, steps in ((4, 1), (1, 4)):
+        trainer = make_trainer(tmp_path / str(size), train, train, "--no_spec_augment", "--max_steps", 1, "--logging_steps", 1,
+                               "--per_device_train_batch_size", size, "--gradient_accumulation_steps", steps)  # fmt: skip
+        trainer.train()
+        logged[size] = next(logs for logs in trainer.state.log_history if "grad_norm" in logs)
+    assert logged[4]["loss"] > 0.1 and logged[4]["grad_norm"] > 0.1
+    assert logged[1]["loss"] == pytest.approx(logged[4]["loss"], rel=1e-3)
+    assert logged[1]["grad_norm"] == pytest.approx(logged[4]["grad_norm"], rel=1e-3)
+
+
+def test_checkpoints_and_saved_models_hold_the_whole_processor(tmp_path, clips):
+    from transformers import AutoModelForCTC, AutoProcessor
+
+    train, dev = clips
+    trainer = make_trainer(tmp_path, train, dev, "--max_steps", 1, "--save_strategy", "steps", "--save_steps", 1, "--logging_steps", 1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in (tmp_path / "checkpoint-1", tmp_path / "final"):
+        processor = AutoProcessor.from_pretrained(folder)
+        assert processor.tokenizer("200 mg").input_ids == small_processor().tokenizer("200 mg").input_ids
+        assert processor.feature_extractor.to_dict() == small_processor().feature_extractor.to_dict()
+    saved = AutoModelForCTC.from_pretrained(tmp_path / "final").state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in trainer.model.state_dict().items())
+
+
+def test_predictions_are_ids_of_frames_and_never_logits(tmp_path, clips):
+    train, dev = clips
+    trainer = make_trainer(tmp_path, train, dev)
+    batch = trainer.data_collator([dev.clips[index] for index in range(3)])
+    loss, ids, rows = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
+    assert not ids.is_floating_point() and ids.shape == (3, 44)
+    assert rows.tolist() == [row["row"] for row in dev.rows]
+    assert loss.ndim == 0 and torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_evaluation_scores_the_texts_of_the_clips_themselves(tmp_path, clips, batch_size):
+    train, dev = clips
+    args, training = parse(tmp_path)
+    texts = script.transcribe_clips(random_model(), small_processor(), dev.clips, [row["num_samples"] for row in dev.rows], args, training)
+    metrics = make_trainer(tmp_path, train, dev, "--per_device_eval_batch_size", batch_size).evaluate()
+    scores = script.score_texts(dev.rows, texts, None).scores
+    assert metrics["eval_wer"] == pytest.approx(scores["wer"])
+    assert metrics["eval_cer"] == pytest.approx(scores["cer"])
+    assert metrics["eval_wer_by_domain/clinical"] == pytest.approx(scores["wer"])
+    assert np.isfinite(metrics["eval_loss"])
+
+
+def frame_ids(text, frames):
+    """What a perfect model would give for a text: each label twice, then a blank."""
+    ids = [token for label in label_encoder()(text) for token in (label, label, 0)]
+    return ids + [-100] * (frames - len(ids))
+
+
+def test_doubled_letters_and_digits_survive_the_dev_scores():
+    texts = ["200 mg", "too good", "11", "THE PATIENT’S 1100 books {period}"]
+    rows = [{"row": 40 + number, "text": text, "domain": "clinical", "accent": "igbo"} for number, text in enumerate(texts)]
+    scores = script.DevScores(rows, small_processor(), 0)
+    order = [2, 0, 3, 1]  # samplers give the clips in an order of their own
+    from transformers import EvalPrediction
+
+    predictions = np.array([frame_ids(texts[number], 150) for number in order])
+    metrics = scores(EvalPrediction(predictions=predictions, label_ids=np.array([40 + number for number in order])))
+    assert metrics["wer"] == 0 and metrics["cer"] == 0
+    assert "| 200 mg | 200 mg |" in scores.samples and "| too good | too good |" in scores.samples
+
+
+def test_dev_scores_count_the_errors_of_each_domain():
+    rows = [{"row": 0, "text": "Give 200 mg.", "domain": "clinical", "accent": "igbo"},
+            {"row": 1, "text": "a good book", "domain": "general", "accent": "igbo"}]  # fmt: skip
+    predictions = np.array([frame_ids("Give 20 mg", 60), frame_ids("a good good book", 60)])
+    from transformers import EvalPrediction
+
+    metrics = script.DevScores(rows, small_processor(), 0)(EvalPrediction(predictions=predictions, label_ids=np.array([0, 1])))
+    assert metrics["wer"] == pytest.approx(2 / 6)
+    assert metrics["wer_by_domain/clinical"] == pytest.approx(1 / 3)
+    assert metrics["wer_by_domain/general"] == pytest.approx(1 / 3)
+    assert metrics["cer"] == pytest.approx((1 + 5) / (11 + 11))
+
+
+def test_the_metric_needs_no_network(monkeypatch):
+    def refused(*_):
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    script.error_rates_metric.cache_clear()
+    metrics = script.error_rates_metric().compute(predictions=["a c", "d"], references=["a b", "d"])
+    assert metrics == {"wer": pytest.approx(1 / 3), "cer": pytest.approx(1 / 4)}
+    script.error_rates_metric.cache_clear()
+
+
+@pytest.mark.parametrize("flags, layerdrop", [(["--gradient_checkpointing"], 0.0), ([], 0.1)])
+def test_gradient_checkpointing_switches_layerdrop_off(tmp_path, clips, flags, layerdrop):
+    train, dev = clips
+    model = random_model(layerdrop=0.1)
+    make_trainer(tmp_path, train, dev, *flags, model=model)
+    assert model.encoder.layerdrop == layerdrop
+
+
+def test_training_batches_are_grouped_by_length_without_decoding_audio(tmp_path, clips):
+    from datasets import Dataset
+
+    lengths = [int(length) for length in np.random.default_rng(0).integers(RATE, 20 * RATE, 160)]
+    empty = {name: "" for name in script.clip_features()}
+    rows = [{**empty, "audio": b"not audio", "num_samples": length, "split": "train"} for length in lengths]
+    train = Dataset.from_list(rows, features=script.clip_features())
+    args, training = parse(tmp_path, "--per_device_train_batch_size", 4)
+    trainer = script.make_trainer(args, training, small_processor(), random_model(), label_encoder(), train, clips[1])
+    order = list(trainer._get_train_sampler(train))
+    assert sorted(order) == list(range(160))
+    batches = [[lengths[index] for index in order[start : start + 4]] for start in range(0, 160, 4)]
+    padding = 1 - sum(lengths) / sum(4 * max(batch) for batch in batches)
+    assert padding < 0.15  # 0.37 in a random order
+    assert [max(batch) for batch in batches] != sorted((max(batch) for batch in batches), reverse=True)
