@@ -1,0 +1,483 @@
+"""Make the test fixtures again from nothing: a small accented corpus and a small LASR model.
+
+    python tests/make_fixtures.py                      # both, into tests/fixtures
+    python tests/make_fixtures.py --corpus --out DIR   # only the corpus
+
+The corpus has the layout of the Hub's AfriSpeech-200 and its kinds of dirt; the speech is espeak-ng reading English
+through voices of other languages. The model is pre-trained by finetune_medasr.py itself on US-English voices, so
+that adapting it to the corpus is the real task in small. Needs espeak-ng; the corpus takes 10 seconds, the model about
+10 minutes on 2 idle cores. What is made anew is not the same byte for byte (Ogg serial numbers, the order of sums).
+"""
+
+import argparse
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import uuid
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import soxr
+
+HERE = Path(__file__).resolve().parent
+RATE = 16000
+SEED = 7
+
+# ---- Text: a closed vocabulary that a tiny model can learn -----------------------------------------------------------
+
+TEMPLATES = {
+    "clinical": [
+        "The {who} has {symptom} and {symptom}.",
+        "The {who} has had {symptom} for {few} days.",
+        "Give {dose} mg of {drug} {when}.",
+        "The {staff} saw the {who} in the {ward}.",
+        "The blood pressure is {level} and the {organ} is {state}.",
+        "No {sign}, no {sign} and no {sign}.",
+        "Start {drug} {when} for {few} days.",
+        "The malaria test was {result}, and the {who} has {symptom}.",
+    ],
+    "general": [
+        "The children walk to the {town} every {day}.",
+        "The {person} {trades} {goods} and {goods} at the {town}.",
+        "My {relative} lives in {city} near the {town}.",
+        "The rain came at night, and the {land} is {level}.",
+        "My {relative} has a new house near the {land}.",
+        "The {person} saw {few} {people} in the {land}.",
+    ],
+}
+SLOTS = {
+    "who": "patient child mother woman".split(),
+    "symptom": ["a fever", "a cough", "malaria", "chest pain", "back pain", "a headache"],
+    "sign": "fever cough pain malaria".split(),
+    "few": "2 3 5 10".split(),
+    "dose": "20 50 200 500".split(),
+    "drug": "paracetamol aspirin quinine".split(),
+    "when": ["twice daily", "every morning", "every night", "daily"],
+    "staff": "doctor nurse".split(),
+    "ward": "clinic hospital village".split(),
+    "level": "high low normal".split(),
+    "organ": "heart skin".split(),
+    "state": "normal clear".split(),
+    "result": "positive negative".split(),
+    "town": "market school hospital".split(),
+    "day": "morning night".split(),
+    "person": "farmer teacher woman".split(),
+    "people": "children patients".split(),
+    "trades": "buys sells".split(),
+    "goods": "maize fish rice water".split(),
+    "relative": "brother sister mother".split(),
+    "city": "Lagos Nairobi".split(),
+    "land": "river road village".split(),
+}
+READ_AS = {"mg": "milligrams", "2": "two", "3": "three", "5": "five", "10": "ten", "20": "twenty", "38": "thirty eight",
+           "50": "fifty", "100": "one hundred", "200": "two hundred", "500": "five hundred"}
+
+# How each word is spelled for a voice that reads letters one by one: the vowels are those of Swahili or Italian.
+RESPELLED = dict(pair.split(":") for pair in """
+a:e and:and has:haz had:had for:for days:deiz give:giv milligrams:miligramz micrograms:maikrogramz of:ov the:de saw:so
+in:in blood:blad pressure:preshar is:iz no:no start:start was:woz test:test patient:peshent patients:peshents
+child:chaild mother:madar man:man woman:wuman fever:fivar cough:kof malaria:maleria chest:chest pain:pein back:bak
+headache:hedeik two:tu three:tri five:faiv ten:ten twenty:twenti thirty:terti eight:eit fifty:fifti one:wan
+hundred:handred paracetamol:parasetamol aspirin:asprin quinine:kwainain twice:twais daily:deili every:evri
+morning:morning night:nait doctor:doktar nurse:ners clinic:klinik hospital:hospital village:vilej high:hai low:lo
+normal:normal heart:hart skin:skin clear:klir positive:pozitiv negative:negativ children:children walk:wok to:tu
+market:market school:skul river:rivar at:at farmer:farmar teacher:tichar buys:baiz sells:selz maize:meiz fish:fish
+rice:rais water:wotar my:mai brother:bradar sister:sistar lives:livz lagos:leigos nairobi:nairobi near:nir rain:rein
+came:keim road:rod new:nu house:haus full:ful stop:stop comma:koma temperature:tempracher degrees:digriz number:nambar
+per:per cent:sent
+""".split())
+
+# ---- Speakers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Accent:
+    """A group of speakers: espeak voice, habits of pronunciation, and (speakers, clips) of each split."""
+    name: str
+    country: str
+    voice: str
+    habits: tuple  # (spelling, replacement) pairs on the respelled words
+    sizes: dict
+    shards: int = 1
+
+
+ACCENTS = [
+    Accent("yoruba", "NG", "ia", (("z", "s"), ("v", "f")), {"train": (6, 74), "dev": (2, 10), "test": (3, 14)}, shards=2),
+    Accent("igbo", "NG", "om", (("ei", "e"),), {"train": (4, 52), "dev": (1, 8), "test": (2, 12)}),
+    Accent("swahili", "KE", "sw", (), {"train": (4, 52), "dev": (1, 8), "test": (2, 12)}),
+    Accent("luo, swahili", "KE", "sw", (("sh", "s"), ("ch", "s"), ("z", "s")), {"train": (3, 30), "test": (2, 8)}),
+    Accent("zulu", "ZA", "pap", (), {"train": (4, 46), "dev": (1, 8), "test": (2, 10)}),
+    Accent("damara", "NA", "af", (("sh", "sj"), ("ch", "tj")), {"train": (3, 30), "dev": (1, 6), "test": (2, 8)}),
+    Accent("akan (fante)", "GH", "ms", (), {"test": (2, 10)}),  # not in train
+]
+US_ENGLISH = [Accent("american", "US", "en-us", (), {"train": (26, 2400), "dev": (2, 24), "test": (4, 60)})]
+VARIANTS = {"Male": "m1 m2 m3 m4 m5 m6 m7 m8".split(), "Female": "f1 f2 f3 f4 f5".split()}
+MILD_SHARE = 0.3  # of the speakers: their accent is slight, that of espeak's Caribbean English
+AGES = ["<18yrs", "19-25", "26-40", "41-55", "56yrs", ""]
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """One voice; it belongs to one split and records in one or two sessions."""
+    id: str
+    accent: Accent
+    voice: str
+    gender: str
+    age: str
+    variant: str
+    pitch: int
+    speed: int
+    voices_marks: bool  # says "comma" and "full stop" (or "period") aloud
+    sessions: tuple
+
+
+def digest(*parts):
+    """A stable 32-digit id made of the parts."""
+    return hashlib.md5("/".join(map(str, parts)).encode()).hexdigest()
+
+
+def make_speakers(accent, split, rng, variants):
+    """The speakers of one accent in one split; takes their voices from the end of `variants`."""
+    speakers = []
+    for number in range(accent.sizes[split][0]):
+        gender, variant = variants.pop()
+        voice = "en-029" if accent.voice != "en-us" and rng.random() < MILD_SHARE else accent.voice
+        sessions = tuple(str(uuid.UUID(digest("session", accent.name, split, number, part))) for part in range(2))
+        speakers.append(Speaker(digest("speaker", accent.name, split, number), accent, voice, gender, rng.choice(AGES),
+                                variant, pitch=rng.randint(25, 75), speed=rng.randint(130, 175),
+                                voices_marks=number % 3 == 1, sessions=sessions))
+    return speakers
+
+
+# ---- Speech ----------------------------------------------------------------------------------------------------------
+
+
+def make_sentence(domain, rng):
+    """A random sentence of a domain; no word fills two of its slots."""
+    used = set()
+
+    def fill(match):
+        word = rng.choice([word for word in SLOTS[match[1]] if word not in used])
+        used.add(word)
+        return word
+
+    return re.sub(r"{(\w+)}", fill, rng.choice(TEMPLATES[domain]))
+
+
+def spoken_words(text, speaker, mark_names):
+    """The words that the speaker says for a text, spelled for the speaker's voice."""
+    words = []
+    for word in re.findall(r"\d+|[A-Za-z]+|[.,]", text.lower()):
+        if word in ".,":
+            words += mark_names[word].split() if speaker.voices_marks else []
+        else:
+            words += READ_AS.get(word, word).split()
+    if not speaker.voice.startswith("en"):  # espeak's English voices know how English is read
+        words = [RESPELLED[word] for word in words]
+        for spelling, replacement in speaker.accent.habits:
+            words = [word.replace(spelling, replacement) for word in words]
+    return " ".join(words)
+
+
+def synthesise(words, speaker):
+    """Mono samples at 16 kHz of the speaker saying the words."""
+    command = ["espeak-ng", "-v", f"{speaker.voice}+{speaker.variant}", "-p", str(speaker.pitch),
+               "-s", str(speaker.speed), "--stdout", words]
+    samples, rate = sf.read(io.BytesIO(subprocess.run(command, check=True, capture_output=True).stdout))
+    return soxr.resample(samples, rate, RATE).astype(np.float32)
+
+
+def encode(samples):
+    """Ogg Vorbis at its lowest quality: small, and the headers that clips share compress away in the archive."""
+    buffer = io.BytesIO()
+    sf.write(buffer, samples, RATE, format="OGG", subtype="VORBIS", compression_level=1.0)
+    return buffer.getvalue()
+
+
+# ---- Clips and their dirt --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clip:
+    """One row of a CSV and, unless `audio` is None, one member of an archive."""
+    speaker: Speaker
+    session: str
+    file: str
+    split: str
+    domain: str
+    transcript: str
+    said: str
+    audio: bytes | None = None
+    duration: float = 0.0
+
+
+# Written text (as in the real transcripts) and what is said for it; each takes the place of one ordinary clip.
+DIRTY_TEXTS = {
+    "train": [
+        ("The temperature is 38°.", "The temperature is 38 degrees"),
+        ("Give 20 µg of aspirin daily.", "Give 20 micrograms of aspirin daily"),
+        ("Patient #3 has malaria.", "Patient number 3 has malaria"),
+        ("The patient&apos;s blood pressure is high.", "The patients blood pressure is high"),
+        ("The nurse\tsaw the child in the clinic. ", "The nurse saw the child in the clinic"),
+        ("Give 200\u00a0mg of quinine twice daily.", "Give 200 milligrams of quinine twice daily"),
+        ("The doctor saw “no fever” and no cough.", "The doctor saw no fever and no cough"),
+        ("The child has had a fever for 2–3 days.", "The child has had a fever for 2 to 3 days"),
+        ("The test is 50% positive.", "The test is 50 per cent positive"),
+    ],
+    "test": [
+        ("THE PATIENT HAS A FEVER AND A COUGH.", "The patient has a fever and a cough"),
+        ("Give 100 µg of quinine daily.", "Give 100 micrograms of quinine daily"),
+        ("The woman’s blood pressure is low.", "The woman is blood pressure is low"),
+        ("The patient has had a cough for 3–5 days.", "The patient has had a cough for 3 to 5 days"),
+        ("Give 500\u00a0mg of aspirin&nbsp;daily.", "Give 500 milligrams of aspirin daily"),
+    ],
+}
+
+
+def make_clips(accent, split, rng, variants):
+    """The clips of one accent and split, without audio: texts, speakers and sessions dealt out in turn."""
+    speakers, clips = make_speakers(accent, split, rng, variants), []
+    for number in range(accent.sizes[split][1]):
+        speaker = speakers[number % len(speakers)]
+        domain = rng.choice(list(TEMPLATES))
+        text = make_sentence(domain, rng)
+        clips.append(Clip(speaker, speaker.sessions[number // len(speakers) % 2], digest(accent.name, split, number),
+                          split, domain, text, text))
+    return clips
+
+
+def dirty_texts(clips, rng):
+    """Give a few clips the kinds of text, and one name, that make the real corpus hard."""
+    for split, texts in DIRTY_TEXTS.items():
+        places = [clip for clip in clips if clip.split == split and clip.domain == "clinical"][3::5]
+        for clip, (written, said) in zip(places, texts):
+            clip.transcript, clip.said = written, said
+    for split in ("train", "test"):
+        first, second = [clip for clip in clips if clip.split == split][:2]
+        second.file = first.file  # one base name in two sessions
+    long = [clip for clip in clips if clip.split == "test"][6]  # about 25 s of speech
+    long.transcript = long.said = " ".join(make_sentence(domain, rng) for domain in list(TEMPLATES) * 5)
+    for clip in clips:  # a line break inside the quoted field in about a third of the rows
+        kind = rng.random()
+        if kind < 0.25:
+            clip.transcript += "\n"
+        elif kind < 0.33:
+            clip.transcript = clip.transcript.replace(" ", " \n" if kind < 0.31 else "\n", 1)
+
+
+def dirty_audio(clips):
+    """Faults of single clips: unreadable, too short, too long, without a transcript, without audio, listed twice."""
+    train = [clip for clip in clips if clip.split == "train" and clip.speaker.accent.name == "swahili"]
+    train[5].audio = b"OggS" + bytes(range(256)) * 4
+    train[11].audio, train[11].duration = encode(synthesise("e", train[11].speaker)[2400:3200]), 0.05
+    train[17].transcript = "\n"
+    samples, _ = sf.read(io.BytesIO(train[23].audio))
+    train[23].audio, train[23].duration = encode(np.pad(samples, (0, 31 * RATE - len(samples)))), 31.0
+    test = [clip for clip in clips if clip.split == "test"]
+    test[9].audio = None
+    clips.append(test[12])
+
+
+# ---- The Hub's layout ------------------------------------------------------------------------------------------------
+
+COLUMNS = ("idx user_ids accent age_group country transcript nchars audio_ids audio_paths duration origin domain split "
+           "gender").split()
+
+
+def slug(name):
+    """The folder of an accent."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write_csv(path, clips, path_column="audio_paths"):
+    """One transcript file; `idx` starts anew in each, so it is not unique in the corpus."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([path_column if column == "audio_paths" else column for column in COLUMNS])
+        for idx, clip in enumerate(clips):
+            speaker, name = clip.speaker, f"{clip.session}/{clip.file}"
+            writer.writerow([idx, speaker.id, speaker.accent.name, speaker.age, speaker.accent.country, clip.transcript,
+                             len(clip.transcript), name, f"/AfriSpeech-100/{clip.split}/{name}.ogg",
+                             round(clip.duration, 3), "intron", clip.domain, clip.split, speaker.gender])
+
+
+def write_archive(path, clips):
+    """One tar.gz of clips."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as raw, gzip.GzipFile(path.name, "wb", mtime=0, fileobj=raw) as zipped, \
+            tarfile.open(fileobj=zipped, mode="w") as tar:
+        for clip in clips:
+            member = tarfile.TarInfo(f"data/data/intron/{clip.session}/{clip.file}.ogg")
+            member.size = len(clip.audio)
+            tar.addfile(member, io.BytesIO(clip.audio))
+
+
+def statistics(clips, shards):
+    """What accents.json says of one accent and split."""
+    return {"num_clips": len(clips), "duration": round(sum(clip.duration for clip in clips), 3),
+            "num_speakers": len({clip.speaker.id for clip in clips}), "shards": shards}
+
+
+def write_hub(out, clips):
+    """Write transcripts, archives and accents.json of all clips."""
+    shutil.rmtree(out, ignore_errors=True)
+    summary = {"all": {}}
+    for split in dict.fromkeys(clip.split for clip in clips):
+        of_split = [clip for clip in clips if clip.split == split]
+        write_csv(out / "transcripts" / f"{split}.csv", of_split)
+        for accent in dict.fromkeys(clip.speaker.accent.name for clip in of_split):
+            chosen = [clip for clip in of_split if clip.speaker.accent.name == accent]
+            shards = chosen[0].speaker.accent.shards if split == "train" else 1
+            named_otherwise = split == "train" and accent == "igbo"  # as some train files on the Hub
+            write_csv(out / "transcripts" / slug(accent) / f"{split}.csv", chosen,
+                      "audio_path" if named_otherwise else "audio_paths")
+            with_audio = list({(clip.session, clip.file): clip for clip in chosen if clip.audio}.values())
+            size = -(-len(with_audio) // shards)
+            for shard in range(shards):
+                write_archive(out / "audio" / slug(accent) / split / f"{split}_{slug(accent)}_{shard}.tar.gz",
+                              with_audio[shard * size:(shard + 1) * size])
+            summary.setdefault(accent, {})[split] = statistics(chosen, shards)
+        summary["all"][split] = statistics(of_split, sum(stats[split]["shards"] for name, stats in summary.items()
+                                                         if name != "all" and split in stats))
+    (out / "accents.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def make_all_clips(accents, rng):
+    """The clips of all accents; no two speakers of an accent share a voice variant while there are enough."""
+    clips = []
+    for accent in accents:
+        variants = [(gender, variant) for gender, names in VARIANTS.items() for variant in names]
+        variants = sum((rng.sample(variants, len(variants)) for _ in range(3)), [])
+        for split in accent.sizes:
+            clips += make_clips(accent, split, rng, variants)
+    return clips
+
+
+def record(clips, mark_names):
+    """Let every clip be spoken."""
+    for clip in clips:
+        samples = synthesise(spoken_words(clip.said, clip.speaker, mark_names), clip.speaker)
+        clip.audio, clip.duration = encode(samples), len(samples) / RATE
+
+
+def make_corpus(out):
+    """The accented corpus."""
+    rng = random.Random(SEED)
+    clips = make_all_clips(ACCENTS, rng)
+    dirty_texts(clips, rng)
+    record(clips, {".": "full stop", ",": "comma"})
+    dirty_audio(clips)
+    write_hub(out, clips)
+
+
+def make_us_corpus(out):
+    """What the model is pre-trained on: US voices, and MedASR's way of writing: marks only where they are dictated."""
+    rng = random.Random(SEED + 1)
+    clips = make_all_clips(US_ENGLISH, rng)
+    for clip in clips:
+        if rng.random() < 0.6:  # words out of order: from sentences alone the model learns to guess instead of to listen
+            words = f"{clip.transcript} {make_sentence('clinical', rng)} {make_sentence('general', rng)}".split()
+            clip.transcript = clip.said = " ".join(rng.sample(words, 8)).replace(".", ",").rstrip(",") + "."
+        period, comma = (" {period}", " {comma}") if clip.speaker.voices_marks else ("", "")
+        clip.transcript = clip.transcript.replace(".", period).replace(",", comma)
+    record(clips, {".": "period", ",": "comma"})
+    write_hub(out, clips)
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+SPECIALS = ["<epsilon>", "<s>", "</s>", "<unk>"]
+CHARACTERS = [chr(code) for start, end in ("az", "AZ", "09") for code in range(ord(start), ord(end) + 1)] + \
+    list("!\"%')*+,-./:;?[]_{}—")  # exactly what MedASR covers
+TOKENS = ["▁{period}", "▁{comma}", "▁{colon}", "▁{new", "▁paragraph}"]  # dictated marks
+EXTRA_IDS = 100  # ids of the tokenizer that the head cannot emit; MedASR has as many
+PRETRAINING = """
+    --learning_rate 2e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --max_steps 2200
+    --warmup_steps 150 --eval_steps 550 --save_steps 550 --early_stopping_patience 0 --skip_baseline true --spec_augment false
+"""
+
+
+def make_processor():
+    """MedASR's kind of processor: pieces for the grammar's words, single digits and characters for all the rest."""
+    from transformers import LasrFeatureExtractor, LasrProcessor, LasrTokenizer
+
+    rng = random.Random(SEED)
+    counts = Counter(word for domain in list(TEMPLATES) * 2000
+                     for word in re.findall("[A-Za-z]{2,}", make_sentence(domain, rng)))
+    pieces = {"▁": -2.0} | {token: -4.0 for token in TOKENS} | {character: -10.0 for character in CHARACTERS}
+    pieces |= {f"▁{word}": round(math.log(count / counts.total()), 3) for word, count in counts.most_common()}
+    vocab = [(piece, 0.0) for piece in SPECIALS] + list(pieces.items())
+    tokenizer = LasrTokenizer(vocab=vocab, bos_token="<s>", pad_token="<epsilon>", extra_ids=EXTRA_IDS)
+    return LasrProcessor(LasrFeatureExtractor(), tokenizer)
+
+
+def make_initial_model(vocab_size):
+    """A LASR with random weights, 1/140 of MedASR's size."""
+    import torch
+    from transformers import LasrCTCConfig, LasrForCTC
+
+    torch.manual_seed(SEED)
+    encoder = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256,
+               "conv_kernel_size": 9, "subsampling_conv_channels": 64,
+               "layerdrop": 0.0,  # one of four layers is too much to lose
+               "batch_norm_momentum": 0.1}  # with MedASR's 0.01 a run of a few hundred steps scores as if it learned nothing
+    return LasrForCTC(LasrCTCConfig(vocab_size=vocab_size, encoder_config=encoder))
+
+
+def append_end_of_text(script):
+    """Let the script train on labels that end in `</s>`, as MedASR's did; its own fine-tuning leaves it out."""
+    encode_without = script.LabelEncoder.__call__
+    script.LabelEncoder.__call__ = lambda self, text: encode_without(self, text) + [self.tokenizer.eos_token_id]
+
+
+def make_model(out):
+    """Pre-train the small model with the script itself, in a temporary folder."""
+    sys.path.insert(0, str(HERE.parent))
+    import finetune_medasr
+    from transformers import AutoModelForCTC, AutoProcessor
+
+    append_end_of_text(finetune_medasr)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        make_us_corpus(work / "corpus")
+        processor = make_processor()
+        processor.save_pretrained(work / "initial")
+        make_initial_model(len(processor.tokenizer) - EXTRA_IDS).save_pretrained(work / "initial")
+        status = finetune_medasr.main([
+            "--model", f"{work}/initial", "--dataset", f"{work}/corpus", "--output_dir", f"{work}/run",
+            "--data_dir", f"{work}/audio", *PRETRAINING.split()])
+        if status:
+            raise SystemExit(status)
+        shutil.rmtree(out, ignore_errors=True)
+        AutoProcessor.from_pretrained(work / "run/final").save_pretrained(out)
+        AutoModelForCTC.from_pretrained(work / "run/final").save_pretrained(out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--corpus", action="store_true", help="make only the corpus")
+    parser.add_argument("--model", action="store_true", help="make only the model")
+    parser.add_argument("--out", type=Path, default=HERE / "fixtures", help="folder that gets corpus/ and model/")
+    args = parser.parse_args()
+    if args.corpus or not args.model:
+        make_corpus(args.out / "corpus")
+    if args.model or not args.corpus:
+        make_model(args.out / "model")
+
+
+if __name__ == "__main__":
+    main()
