@@ -87,8 +87,8 @@ def one_line(error):
 # ---------------------------------------------------------------- configuration
 
 
-def flag(default, text, **more):
-    return field(default=default, metadata={"help": text, **more})
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -559,6 +559,7 @@ class Corpus:
         rows = {}
         if path in self.files:
             with open(self.fetch(path), newline="", encoding="utf-8-sig", errors="replace") as file:
+                csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows the rest of the file, which is not a reason to stop
                 # csv, not pandas: the country code NA is Namibia, and no cell may turn into a NaN.
                 for row in csv.DictReader(file):
                     audio_path = row.get("audio_paths") or row.get("audio_path")
@@ -594,8 +595,7 @@ def open_corpus(args):
         corpus.files = list_hub_files(args.dataset, revision)
     if not corpus.archives("(?:train|dev|test)"):
         raise RunError(f"{args.dataset} has no audio/<accent>/<split>/*.tar.gz: it is not in the layout of {DEFAULT_DATASET}")
-    if not args.dry_run:
-        write_text(source_file, json.dumps({**source, "files": {} if folder else corpus.files}, indent=1))
+    write_text(source_file, json.dumps({**source, "files": {} if folder else corpus.files}, indent=1))
     return corpus
 
 
@@ -643,9 +643,12 @@ def decode_audio(data):
                 raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
             samples, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
     except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError(one_line(error)) from error
+        # libsndfile's own words: the exception's text holds a memory address, and a prepared file must not differ by it.
+        raise ValueError(getattr(error, "error_string", None) or one_line(error)) from error
     if not np.isfinite(samples).all():
         raise ValueError("it holds samples that are not numbers")
+    if len(samples) / rate * SAMPLE_RATE * 4 > CLIP_BYTES_LIMIT:
+        raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB at {SAMPLE_RATE} Hz")
     if rate != SAMPLE_RATE and len(samples):
         samples = librosa.resample(samples, orig_sr=rate, target_sr=SAMPLE_RATE)  # soxr HQ
     return samples
@@ -714,7 +717,7 @@ DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile)
 
 def archive_clips(corpus, accent, archive, stream):
     """Yield the rows of a prepared file for each clip of an archive read from `stream`; damage ends it with a row that says so."""
-    split, rows, count = archive.split("/")[2], None, 0
+    split, count = archive.split("/")[2], 0
     rows = corpus.transcripts(accent, split)
     try:
         for name, audio, problem in archive_members(stream):
@@ -778,11 +781,27 @@ def hours(rows):
 
 
 def to_number(text):
-    """A number in a CSV cell, 0.0 if it holds none."""
+    """A finite number in a CSV cell, 0.0 if it holds none."""
     try:
-        return float(text)
+        return float(text) if np.isfinite(float(text)) else 0.0
     except (TypeError, ValueError):
         return 0.0
+
+
+def clear_leftovers(corpus, prepared):
+    """Delete what a killed preparation left: half-written files, and the archives of finished ones (`prepared`)."""
+    for stale in corpus.data_dir.glob("*/*.tmp"):
+        stale.unlink()
+    for archive in prepared:
+        corpus.release(archive)
+
+
+def check_disk(corpus, todo, splits, accents, num_proc):
+    """Raise RunError if the archives in `todo` cannot be prepared in the space that is free."""
+    need, free = disk_needed(corpus, todo, splits, accents, num_proc)[0], shutil.disk_usage(corpus.data_dir).free
+    if need > free:
+        raise RunError(f"preparing {len(todo)} archives needs {need / 1e9:.1f} GB in {corpus.data_dir} and {free / 1e9:.1f} GB are free: "
+                       "choose another --data_dir, fewer --accents, or a lower --num_proc")
 
 
 def prepare_corpus(corpus, splits, accents, num_proc):
@@ -790,45 +809,51 @@ def prepare_corpus(corpus, splits, accents, num_proc):
 
     Several processes may call this at once: one works, the others wait at the lock, without a time-out.
     """
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-
     from filelock import FileLock
-    from tqdm import tqdm
 
-    corpus.data_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(corpus.data_dir / "prepare.lock"):
         corpus.fetch_transcripts(splits, accents)
-        todo = [(accent, path) for split in splits for accent, path in corpus.archives(split, accents)
-                if not corpus.prepared_path(path).exists()]
-        if not todo:
-            return
-        for stale in corpus.data_dir.glob("*/*.tmp"):
-            stale.unlink()
-        need, free = disk_needed(corpus, todo, splits, accents, num_proc)[0], shutil.disk_usage(corpus.data_dir).free
-        if need > free:
-            raise RunError(f"preparing {len(todo)} archives needs {need / 1e9:.1f} GB in {corpus.data_dir} and {free / 1e9:.1f} GB are free: "
-                           "choose another --data_dir, fewer --accents, or a lower --num_proc")
-        todo.sort(key=lambda item: -corpus.files[item[1]][0])  # the largest first, so that none is left alone at the end
-        clips, spoken_hours, failures = 0, 0.0, []
-        # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
-        context = multiprocessing.get_context("spawn")
-        with (ProcessPoolExecutor(min(num_proc, len(todo)), context, exit_with_parent) as pool,
-              tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar):  # fmt: skip
-            jobs = [pool.submit(prepare_archive, corpus, accent, path) for accent, path in todo]
-            try:
-                for job in as_completed(jobs):
-                    if isinstance(job.exception(), (RunError, OSError)):
-                        failures.append(job.exception())
-                    else:
-                        clips, spoken_hours = clips + job.result()[0], spoken_hours + job.result()[1]
-                    bar.set_postfix_str(f"{clips:,} clips, {spoken_hours:.2f} h")
-                    bar.update()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    if failures:
-        raise RunError(f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready; the first: {failures[0]}")
+        archives = [item for split in splits for item in corpus.archives(split, accents)]
+        todo = [(accent, path) for accent, path in archives if not corpus.prepared_path(path).exists()]
+        clear_leftovers(corpus, [path for _, path in archives if corpus.prepared_path(path).exists()])
+        if todo:
+            check_disk(corpus, todo, splits, accents, num_proc)
+            todo.sort(key=lambda item: -corpus.files[item[1]][0])  # the largest first, so that none is left alone at the end
+            failures = prepare_archives(corpus, todo, num_proc)
+            if failures:
+                raise RunError(f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready; the first: {failures[0]}")
+
+
+def prepare_archives(corpus, todo, num_proc):
+    """Convert archives [(accent, path)] in parallel, with a progress bar; returns the errors of those that could not be."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+
+    from tqdm import tqdm
+
+    clips, spoken_hours, failures = 0, 0.0, []
+    # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
+    context = multiprocessing.get_context("spawn")
+    with (ProcessPoolExecutor(min(num_proc, len(todo)), context, exit_with_parent) as pool,
+          tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar):  # fmt: skip
+        jobs = [pool.submit(prepare_archive, corpus, accent, path) for accent, path in todo]
+        try:
+            for job in as_completed(jobs):
+                try:
+                    more_clips, more_hours = job.result()
+                    clips, spoken_hours = clips + more_clips, spoken_hours + more_hours
+                except RunError as error:
+                    failures.append(error)
+                bar.set_postfix_str(f"{clips:,} clips, {spoken_hours:.2f} h")
+                bar.update()
+        except BrokenProcessPool as error:
+            raise RunError("a process that prepares audio was killed, most likely for want of memory: run the same command again with "
+                           "a lower --num_proc") from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failures
 
 
 def load_split(corpus, split, accents):
@@ -2075,7 +2100,6 @@ def score_file(args, training):
 
 def dry_run(args, training, corpus, accents):
     """Say what a run would do, from the transcripts alone: clips, hours and speakers, downloads, disk and updates."""
-    corpus.data_dir.mkdir(parents=True, exist_ok=True)
     corpus.fetch_transcripts(SPLITS, accents)
     train = 0
     for split in SPLITS:

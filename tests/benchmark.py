@@ -1,0 +1,302 @@
+#!/usr/bin/env python3
+"""Measurements behind the README's figures, each one command.
+
+    python tests/benchmark.py gpu       # float16 and bfloat16 at MedASR's size and activation range, 50 updates each
+    python tests/benchmark.py prepare   # converting an archive of 300 MB, and the usual way: unpack, then datasets.map
+
+Figures are ratios or come from one run on one machine; run them on yours.
+"""
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import finetune_medasr  # noqa: E402
+
+CORPUS = HERE / "fixtures" / "corpus"
+MODEL = HERE / "fixtures" / "model"
+SUBSAMPLER_PEAK = 1.1e5  # what the released checkpoint's subsampler reaches; float16 ends at 65,504
+
+
+def full_size_model(folder, layers):
+    """A LasrForCTC in MedASR's configuration with random weights and its activation range, saved with a processor."""
+    import torch
+    from transformers import AutoProcessor, LasrCTCConfig, LasrForCTC
+
+    torch.manual_seed(0)
+    model = LasrForCTC(LasrCTCConfig(encoder_config={"model_type": "lasr_encoder", "num_hidden_layers": layers})).eval()
+    processor = AutoProcessor.from_pretrained(MODEL)
+    waveform = 0.1 * torch.randn(4 * finetune_medasr.SAMPLE_RATE).numpy()
+    features = processor.feature_extractor([waveform], sampling_rate=finetune_medasr.SAMPLE_RATE, return_attention_mask=True, return_tensors="pt")
+    subsampler = model.encoder.subsampler
+    with torch.no_grad():
+        peak = subsampler(features["input_features"]).abs().max()
+        for layer in (subsampler.conv_0, subsampler.conv_1):  # ReLU passes a positive scale through
+            layer.weight.mul_((SUBSAMPLER_PEAK / peak) ** 0.5)
+            layer.bias.mul_((SUBSAMPLER_PEAK / peak) ** 0.5)
+        reached = float(subsampler(features["input_features"]).abs().max())
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    print(f"model: MedASR's configuration, {layers} layers, {parameters / 1e6:.2f} M parameters, subsampler output up to {reached:.3g}")
+
+
+def train_on_gpu(model, precision, steps, batch_size, folder):
+    """Run the program itself for `steps` updates; returns its log history."""
+    arguments = ["--model", model, "--dataset", CORPUS, "--data_dir", folder / "audio", "--output_dir", folder / precision,
+                 "--max_steps", steps, "--warmup_steps", 5, "--logging_steps", 1, "--eval_steps", steps, "--save_steps", steps,
+                 "--save_total_limit", 1, "--per_device_train_batch_size", batch_size, "--gradient_accumulation_steps", 1,
+                 "--learning_rate", "3e-4", "--skip_baseline", "--max_test_samples", 8, f"--{precision}"]  # fmt: skip
+    if finetune_medasr.main([str(argument) for argument in arguments]):
+        sys.exit(f"{precision}: the run failed")
+    state = sorted((folder / precision).glob("checkpoint-*/trainer_state.json"))[-1]
+    return [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+
+
+def train_on_cpu(folder, data, steps, batch_size, guarded):
+    """The same under CPU autocast in float16, without the Trainer, which offers no fp16 on a CPU; returns the losses."""
+    import torch
+
+    args, training = finetune_medasr.parse_arguments(["--model", str(folder), "--dataset", str(CORPUS), "--data_dir", str(data), "--num_proc", "2"])
+    processor, model = finetune_medasr.load_processor_and_model(args)
+    corpus = finetune_medasr.open_corpus(args)
+    finetune_medasr.prepare_corpus(corpus, ("dev",), None, args.num_proc)
+    clips, _ = finetune_medasr.load_split(corpus, "dev", None)
+    encoder = finetune_medasr.LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")
+    collator = finetune_medasr.CTCCollator(processor.feature_extractor, encoder)
+    rows = [{**clips[index], "split": "train"} for index in range(batch_size)]
+    batch = collator(rows)
+    if guarded:
+        peaks = finetune_medasr.guard_half_precision(model, [batch], "cpu")
+        print(f"  {len(peaks)} modules in float32: " + ", ".join(f"{name} {peak:.3g}" for name, peak in sorted(peaks.items(), key=lambda item: -item[1])[:6]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    losses = []
+    for _ in range(steps):
+        model.train()
+        with torch.autocast("cpu", torch.float16):
+            loss = model(**batch).loss
+        losses.append(loss.item())
+        if not torch.isfinite(loss):
+            break
+        optimizer.zero_grad()
+        (loss * 64).backward()  # a fixed loss scale, which keeps small gradients out of float16's underflow
+        for weight in model.parameters():
+            if weight.grad is not None:
+                weight.grad /= 64
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return losses
+
+
+def report_losses(name, losses, seconds=None):
+    finite = all(abs(loss) < float("inf") for loss in losses)
+    first, last = sum(losses[:5]) / len(losses[:5]), sum(losses[-5:]) / len(losses[-5:])
+    verdict = "finite and falling" if finite and last < first else "FAILED"
+    speed = f", {seconds:.0f} audio s/s (median)" if seconds else ""
+    print(f"{name}: {len(losses)} updates, loss {first:.2f} -> {last:.2f}, {verdict}{speed}", flush=True)
+    return verdict != "FAILED"
+
+
+def benchmark_gpu(options):
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        # float16 is emulated on a CPU and takes minutes an update at full depth; what overflows is in the first layers.
+        full_size_model(folder / "model", layers=17 if torch.cuda.is_available() else 2)
+        if torch.cuda.is_available():
+            print(torch.cuda.get_device_name(), torch.__version__)
+            good = True
+            for precision in ("fp16", "bf16"):
+                start = time.monotonic()
+                history = train_on_gpu(folder / "model", precision, options.steps, options.batch_size, folder)
+                speeds = sorted(entry["audio_seconds_per_second"] for entry in history)
+                good &= report_losses(precision, [entry["loss"] for entry in history], speeds[len(speeds) // 2])
+                print(f"  {time.monotonic() - start:.0f} s with loading and scoring, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the most")
+            return 0 if good else 1
+        print("no CUDA GPU: float16 autocast on the CPU instead, without the Trainer")
+        plain = train_on_cpu(folder / "model", folder / "audio", 1, options.batch_size, guarded=False)
+        print(f"plain float16: loss {plain[0]} at the first update")
+        return 0 if report_losses("guarded float16", train_on_cpu(folder / "model", folder / "audio", options.steps, options.batch_size, True)) else 1
+
+
+# ---- prepare ----------------------------------------------------------------------------------------------------------
+
+
+def fixture_speech():
+    """The fixture's clips as 16 kHz samples, one after the other, for ever."""
+    import soundfile
+
+    while True:
+        for archive in sorted(CORPUS.glob("audio/*/*/*.tar.gz")):
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    try:
+                        yield soundfile.read(io.BytesIO(tar.extractfile(member).read()), dtype="float32")[0]
+                    except soundfile.SoundFileError:
+                        continue
+
+
+def make_corpus(folder, megabytes):
+    """A corpus of one archive in AfriSpeech-200's form, 44.1 kHz stereo WAV clips of 10 to 20 s; returns (clips, seconds)."""
+    import numpy as np
+    import soundfile
+    import soxr
+
+    generator, speech = np.random.default_rng(0), fixture_speech()
+    archive = folder / "audio" / "igbo" / "train" / "train_igbo_0.tar.gz"
+    transcripts = folder / "transcripts" / "igbo" / "train.csv"
+    archive.parent.mkdir(parents=True)
+    transcripts.parent.mkdir(parents=True)
+    rows, seconds = ["user_ids,accent,transcript,audio_paths,duration,domain"], 0.0
+    with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
+        while not rows[1:] or archive.stat().st_size < megabytes * 1e6:
+            samples, wanted = np.zeros(0, np.float32), generator.uniform(10, 20) * finetune_medasr.SAMPLE_RATE
+            while len(samples) < wanted:
+                samples = np.concatenate([samples, next(speech)])
+            mono = soxr.resample(samples, finetune_medasr.SAMPLE_RATE, 44_100)
+            mono += generator.normal(scale=1e-3, size=len(mono))  # a room's noise, which gzip cannot remove
+            buffer = io.BytesIO()
+            soundfile.write(buffer, np.stack([mono, 0.9 * mono], axis=1), 44_100, format="WAV", subtype="PCM_16")
+            member = tarfile.TarInfo(f"data/data/intron/session/{len(rows)}.wav")
+            member.size = buffer.tell()
+            tar.addfile(member, io.BytesIO(buffer.getvalue()))
+            rows.append(f"speaker,igbo,The patient has a fever.,/AfriSpeech-100/train/session/{len(rows)}.wav,{len(mono) / 44_100:.3f},clinical")
+            seconds += len(mono) / 44_100
+    transcripts.write_text("\n".join(rows) + "\n")
+    return len(rows) - 1, seconds
+
+
+def prepare_the_usual_way(options):
+    """Unpack the archive, then `datasets.map` with librosa into cached features; run in a process of its own."""
+    import csv
+
+    import librosa
+    from datasets import Dataset
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(MODEL)
+    archive, transcripts = next(options.corpus.glob("audio/*/*/*.tar.gz")), next(options.corpus.glob("transcripts/*/*.csv"))
+    with tarfile.open(archive) as tar:
+        tar.extractall(options.out / "wav", filter="data")
+    rows = [{"path": row["audio_paths"].replace("/AfriSpeech-100/train", str(options.out / "wav/data/data/intron")), "text": row["transcript"]}
+            for row in csv.DictReader(transcripts.open(newline=""))]  # fmt: skip
+
+    def features(row):
+        samples, _ = librosa.load(row["path"], sr=finetune_medasr.SAMPLE_RATE)
+        inputs = processor.feature_extractor(samples, sampling_rate=finetune_medasr.SAMPLE_RATE)
+        return {"input_features": inputs.input_features[0], "labels": processor.tokenizer(row["text"]).input_ids}
+
+    Dataset.from_list(rows).map(features, remove_columns=["path", "text"], cache_file_name=str(options.out / "features.arrow"))
+
+
+def bytes_below(folder):
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+    return total
+
+
+def memory_of_group(group):
+    """Resident bytes of all processes of a group together (Linux)."""
+    total = 0
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE") if int(fields[2]) == group else 0
+    return total
+
+
+def measured(command, folder):
+    """{"wall", "cpu" in seconds, "memory", "disk" in bytes at the peak, "kept" in bytes} of a command that writes to `folder`."""
+    peaks, stop = {"memory": 0, "disk": 0}, threading.Event()
+    start = time.monotonic()
+    with open(folder.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log, start_new_session=True)
+
+        def watch():
+            while not stop.wait(0.1):
+                peaks["memory"] = max(peaks["memory"], memory_of_group(process.pid))
+                peaks["disk"] = max(peaks["disk"], bytes_below(folder))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        stop.set()
+        watcher.join()
+    if status:
+        sys.exit(folder.with_suffix(".log").read_text())
+    kept = bytes_below(folder)
+    return {"wall": time.monotonic() - start, "cpu": usage.ru_utime + usage.ru_stime, "kept": kept, **peaks, "disk": max(peaks["disk"], kept)}
+
+
+def benchmark_prepare(options):
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        clips, seconds = make_corpus(folder / "full", options.megabytes)
+        make_corpus(folder / "one", 0)  # one clip: what starting the program costs
+        archive = sum(path.stat().st_size for path in folder.glob("full/audio/*/*/*.tar.gz"))
+        print(f"one archive of {archive / 1e6:.0f} MB: {clips} clips, {seconds / 3600:.2f} h; a single process converts it")
+        figures = []
+        for name in ("ours", "usual"):
+            for corpus in ("one", "full"):
+                out = folder / f"{name}-{corpus}"
+                out.mkdir()
+                command = [sys.executable, HERE.parent / "finetune_medasr.py", "--prepare_only", "--num_proc", 1, "--dataset", folder / corpus,
+                           "--data_dir", out, "--output_dir", folder / "output"]  # fmt: skip
+                if name == "usual":
+                    command = [sys.executable, __file__, "usual", folder / corpus, out]
+                figures.append(measured(command, out))
+        ours, usual = ({**full, "clip": (full["cpu"] - one["cpu"]) / (clips - 1)} for one, full in (figures[:2], figures[2:]))
+        hours = seconds / 3600
+        rows = [
+            ("wall time with start-up, s", "wall", 1),
+            ("ms a clip on one core, without start-up", "clip", 1e3),
+            ("memory at the peak, MB", "memory", 1e-6),
+            ("disk at the peak beside the archive, MB an hour", "disk", 1e-6 / hours),
+            ("disk that stays, MB an hour", "kept", 1e-6 / hours),
+        ]
+        print(f"{'':<50}{'this script':>12}{'usual way':>12}{'ratio':>8}")
+        for label, key, scale in rows:
+            print(f"{label:<50}{ours[key] * scale:>12.1f}{usual[key] * scale:>12.1f}{usual[key] / ours[key]:>8.1f}")
+        print(f"{'clips an hour on one core':<50}{3600 / ours['clip']:>12,.0f}{3600 / usual['clip']:>12,.0f}{usual['clip'] / ours['clip']:>8.1f}")
+        print("The usual way caches log-mels; this script computes them when it makes a batch, in the workers that feed the GPU.")
+    return 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    gpu = commands.add_parser("gpu", help="half precision at full size")
+    gpu.add_argument("--steps", type=int, default=50)
+    gpu.add_argument("--batch_size", type=int, default=8)
+    gpu.set_defaults(run=benchmark_gpu)
+    prepare = commands.add_parser("prepare", help="time, memory and disk of the preparation")
+    prepare.add_argument("--megabytes", type=float, default=300)
+    prepare.set_defaults(run=benchmark_prepare)
+    usual = commands.add_parser("usual", help="the way that 'prepare' compares with; it runs this itself")
+    usual.add_argument("corpus", type=Path)
+    usual.add_argument("out", type=Path)
+    usual.set_defaults(run=prepare_the_usual_way)
+    options = parser.parse_args()
+    return options.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

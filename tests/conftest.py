@@ -1,0 +1,104 @@
+"""What several test files run once: the demo, the Hub's copy of the small corpus, and the program as a user starts it."""
+
+import csv
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import soundfile
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE.parent / "finetune_medasr.py"
+MODEL, CORPUS = HERE / "fixtures/model", HERE / "fixtures/corpus"
+DEMO_COMMAND = "python finetune_medasr.py --demo"
+SPLITS = ("train", "dev", "test")
+NOWHERE = "http://127.0.0.1:9"  # nothing answers there
+
+sys.path.insert(0, str(HERE.parent))  # so that `pytest tests` finds the script as `python -m pytest tests` does
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: end-to-end runs that take from ten seconds to some minutes")
+
+
+def run_script(*arguments, cwd, env=None, launcher=(sys.executable,), timeout=900):
+    """The finished process of `python finetune_medasr.py ARGUMENTS`, its output as text."""
+    command = [*launcher, SCRIPT, *arguments]
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def error_line(stderr):
+    """The message of the program on a stderr that holds nothing else but progress bars and the Hub client announcing retries."""
+    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.search(r"\d+%\||^HTTP Error 503|^Retrying in", line)]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("finetune_medasr.py: error: "), stderr
+    return lines[0].removeprefix("finetune_medasr.py: error: ")
+
+
+def load_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def load_predictions(results):
+    return [json.loads(line) for line in (Path(results) / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def corpus_rows(split):
+    """{clip: CSV row} of the fixture corpus, the first of rows with the same path."""
+    rows = {}
+    for path in sorted(CORPUS.glob(f"transcripts/*/{split}.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                rows.setdefault("/".join((row.get("audio_paths") or row["audio_path"]).split("/")[-2:]), row)
+    return rows
+
+
+def corpus_audio(split):
+    """{clip: encoded audio} of the fixture corpus."""
+    clips = {}
+    for path in sorted(CORPUS.glob(f"audio/*/{split}/*.tar.gz")):
+        with tarfile.open(path) as tar:
+            clips |= {"/".join(member.name.split("/")[-2:]): tar.extractfile(member).read() for member in tar}
+    return clips
+
+
+def write_wav(path, clip):
+    """Decode a test clip of the fixture corpus to a 16-bit WAV file."""
+    samples, rate = soundfile.read(io.BytesIO(corpus_audio("test")[clip]))
+    soundfile.write(path, samples, rate, subtype="PCM_16")
+
+
+@pytest.fixture(scope="session")
+def hub_corpus(tmp_path_factory):
+    """The fixture corpus with the Hub's kind of audio: 44.1 kHz stereo WAV."""
+    from loopback_hub import hub_copy
+
+    return hub_copy(CORPUS, tmp_path_factory.mktemp("hub") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The demo, run in an empty folder on a machine that reaches no network."""
+    folder = tmp_path_factory.mktemp("demo")
+    offline = {"HF_ENDPOINT": NOWHERE, "HTTP_PROXY": NOWHERE, "HTTPS_PROXY": NOWHERE, "HF_HOME": str(folder.parent / "demo_hf_home")}
+    done = run_script(*shlex.split(DEMO_COMMAND)[2:], cwd=folder, env={**os.environ, **offline})
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = folder / "medasr-demo"
+    return SimpleNamespace(folder=folder, output=output, results=output / "results", final=output / "final", audio=output / "audio",
+                           stdout=done.stdout, stderr=done.stderr, metrics=load_json(output / "results/metrics.json"),
+                           predictions=load_predictions(output / "results"))  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def known_clip(demo):
+    """(clip, text) of a test clip that the demo's model writes down in several words."""
+    row = next(row for row in reversed(demo.predictions) if len(row["pred_text"].split()) >= 4)
+    return row["audio_filepath"], row["pred_text"]

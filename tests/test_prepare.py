@@ -1,0 +1,718 @@
+"""Getting the audio: the program run as a user runs it, against a Hub on the loopback interface that misbehaves."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+
+from conftest import SCRIPT, error_line
+from loopback_hub import DATASET, FIXTURES, LoopbackHub
+
+SMALL = ["--accents", "damara", "akan (fante)", "luo, swahili"]  # 6 archives of 2 to 16 MB
+
+
+def command(data_dir, *flags):
+    return [sys.executable, str(SCRIPT), "--data_dir", str(data_dir), "--output_dir", str(output_of(data_dir)), *map(str, flags)]
+
+
+def output_of(data_dir):
+    return data_dir.with_name(data_dir.name + "-output")
+
+
+def environment(tmp_path, hub=None, **extra):
+    """Variables for a subprocess that sees `hub` alone, or no network at all."""
+    if hub:
+        return hub.env(tmp_path, **extra)
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf_home"), **extra}
+
+
+def run(data_dir, *flags, env):
+    return subprocess.run(command(data_dir, *flags), env=env, capture_output=True, text=True, timeout=300)
+
+
+def prepare(data_dir, *flags, env):
+    return run(data_dir, "--prepare_only", "--num_proc", 2, *flags, env=env)
+
+
+def files_below(folder, pattern):
+    return sorted(path for path in folder.rglob(pattern) if path.is_file())
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digests(data_dir, splits=("train", "dev", "test")):
+    """{prepared file: its SHA-256}"""
+    return {path.name: digest(path) for split in splits for path in files_below(data_dir / split, "*.arrow")}
+
+
+def of_accents(prepared_files, *accents):
+    return {name: value for name, value in prepared_files.items() if any(f"_{accent}_" in name for accent in accents)}
+
+
+def small_ones(prepared_files):
+    return of_accents(prepared_files, "damara", "akan-fante", "luo-swahili")
+
+
+def unfinished(data_dir):
+    return [path for path in data_dir.rglob("*") if path.suffix in (".tmp", ".partial")]
+
+
+def skipped(data_dir):
+    """{clip: reason} as a run told its user."""
+    with open(output_of(data_dir) / "results" / "skipped_clips.csv", newline="", encoding="utf-8") as file:
+        return {row["clip"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def archives(corpus, pattern="*"):
+    """{name without .tar.gz: path} of a corpus folder."""
+    return {path.name.removesuffix(".tar.gz"): path for path in files_below(corpus / "audio", f"{pattern}.tar.gz")}
+
+
+def gets(hub, name):
+    """The GET requests for an archive, oldest first."""
+    return [request for request in hub.requests if request.method == "GET" and request.path.endswith(f"/{name}.tar.gz")]
+
+
+def first_byte(request):
+    return int(re.match(r"bytes=(\d+)-", request.range)[1]) if request.range else 0
+
+
+def spoken_rows(corpus):
+    """{(session, file): row of the CSVs} of every accent's transcripts."""
+    rows = {}
+    for path in files_below(corpus / "transcripts", "*.csv"):
+        if path.parent.name != "transcripts":
+            with open(path, newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    rows[tuple((row.get("audio_paths") or row["audio_path"]).split("/")[-2:])] = row
+    return rows
+
+
+@pytest.fixture(scope="module")
+def prepared(hub_corpus, tmp_path_factory):
+    """An undisturbed preparation of the whole corpus, its Hub still there."""
+    folder = tmp_path_factory.mktemp("prepared")
+    with LoopbackHub(datasets={DATASET: hub_corpus}) as hub:
+        result = prepare(folder / "audio", env=hub.env(folder))
+        assert result.returncode == 0, result.stderr
+        yield SimpleNamespace(hub=hub, corpus=hub_corpus, data_dir=folder / "audio", result=result, digests=digests(folder / "audio"))
+
+
+@pytest.fixture
+def hub(hub_corpus):
+    with LoopbackHub(datasets={DATASET: hub_corpus}) as hub:
+        yield hub
+
+
+# ---- A preparation that nothing disturbs ------------------------------------------------------------------------------
+
+
+def test_each_archive_becomes_one_file_and_is_deleted(prepared):
+    assert prepared.digests.keys() == {f"{name}.arrow" for name in archives(prepared.corpus)}
+    assert files_below(prepared.data_dir, "*.tar.gz") == []
+    assert unfinished(prepared.data_dir) == []
+
+
+def test_prepared_clips_are_the_corpus_in_16_khz_mono_flac(prepared):
+    from datasets import Dataset
+
+    rows = spoken_rows(prepared.corpus)
+    newlines, seen = 0, set()
+    for name, path in archives(prepared.corpus).items():
+        dataset = Dataset.from_file(str(prepared.data_dir / name.split("_")[0] / f"{name}.arrow"))
+        assert dataset.cache_files, "not memory-mapped"
+        with tarfile.open(FIXTURES / "corpus" / path.relative_to(prepared.corpus)) as tar:
+            sounds = {tuple(member.name.removesuffix(".ogg").removesuffix(".wav").split("/")[-2:]): tar.extractfile(member).read() for member in tar}
+        assert len(dataset) == len(sounds)
+        for clip in dataset:
+            session, file = clip["clip"].split("/")
+            row = rows[session, file]
+            seen.add((session, file))
+            assert [clip[column] for column in ("text", "speaker", "accent", "country", "domain", "gender", "age_group", "split")] == [
+                row[column] for column in ("transcript", "user_ids", "accent", "country", "domain", "gender", "age_group", "split")
+            ]
+            newlines += "\n" in clip["text"]
+            if clip["problem"]:
+                assert clip["audio"] == b"" and clip["num_samples"] == 0
+                continue
+            with soundfile.SoundFile(io.BytesIO(clip["audio"])) as flac:
+                assert (flac.format, flac.subtype, flac.samplerate, flac.channels, flac.frames) == ("FLAC", "PCM_16", 16_000, 1, clip["num_samples"])
+                samples = flac.read()
+            original, _ = soundfile.read(io.BytesIO(sounds[session, file.removesuffix(".wav")]))
+            # The Hub's copy has the clip in one channel and 0.9 of it in the other.
+            length = min(len(samples), len(original))
+            assert abs(len(samples) - len(original)) <= 2
+            assert np.square(samples[:length] - 0.95 * original[:length]).sum() < 1e-3 * np.square(original).sum()
+    assert newlines > len(seen) / 10
+    assert {row["accent"] for row in rows.values() if row["country"] == "NA"} == {"damara"}
+    assert len({file for _, file in seen}) < len(seen), "the fixture has no file name that occurs in two sessions"
+
+
+def test_what_cannot_be_used_is_named(prepared):
+    rows = spoken_rows(prepared.corpus)
+    members = set()
+    for path in archives(prepared.corpus).values():
+        with tarfile.open(path) as tar:
+            members |= {tuple(name.split("/")[-2:]) for name in tar.getnames()}
+    silent = {"/".join(key) for key in rows.keys() - members}
+    reasons = skipped(prepared.data_dir)
+    assert silent and {clip for clip, reason in reasons.items() if reason == "no audio"} == silent
+    assert [reason.split(" (")[0] for clip, reason in reasons.items() if clip not in silent] == ["undecodable audio"]
+    assert f"named in {output_of(prepared.data_dir) / 'results' / 'skipped_clips.csv'}" in prepared.result.stdout
+
+
+def test_another_selection_of_a_prepared_corpus_needs_no_network(prepared):
+    before = len(prepared.hub.requests)
+    flags = ["--accents", "Yoruba", "zulu", "--domains", "clinical", "--seed", 7, "--model", "somebody/else", "--max_train_seconds", 5]
+    result = prepare(prepared.data_dir, *flags, env=prepared.hub.env(prepared.data_dir.parent))
+    assert result.returncode == 0, result.stderr
+    assert prepared.hub.requests[before:] == []
+    assert digests(prepared.data_dir) == prepared.digests
+
+
+def test_kept_archives_and_files_of_the_users_cache(prepared, hub, hub_corpus, tmp_path):
+    env = hub.env(tmp_path)
+    script = "import sys, huggingface_hub as h; print(h.hf_hub_download(*sys.argv[1:3], repo_type='dataset', revision=sys.argv[3]))"
+    path = "audio/damara/train/train_damara_0.tar.gz"
+    cached = subprocess.run([sys.executable, "-c", script, DATASET, path, hub.commit(DATASET)], env=env, capture_output=True, text=True, check=True)
+    cached = Path(cached.stdout.strip())
+    before = (digest(cached), cached.stat().st_mtime_ns)
+    assert hub.count("*/train_damara_0.tar.gz", "GET") == 1
+    result = prepare(tmp_path / "audio", "--accents", "damara", "--keep_archives", env=env)
+    assert result.returncode == 0, result.stderr
+    assert hub.count("*/train_damara_0.tar.gz", "GET") == 1
+    assert (digest(cached), cached.stat().st_mtime_ns) == before
+    kept = {path.name: digest(path) for path in files_below(tmp_path / "audio", "*.tar.gz")}
+    assert kept == {path.name: digest(path) for name, path in archives(hub_corpus, "*damara*").items() if not name.startswith("train")}
+    assert digests(tmp_path / "audio") == of_accents(prepared.digests, "damara")
+    # A run that does not keep them deletes them; so it does with what a kill left between a conversion and its deletion.
+    result = prepare(tmp_path / "audio", "--accents", "damara", env=env)
+    assert result.returncode == 0, result.stderr
+    assert files_below(tmp_path / "audio", "*.tar.gz") == []
+    assert (digest(cached), cached.stat().st_mtime_ns) == before
+
+
+def test_dry_run_fetches_no_archive_and_counts_their_bytes(hub, hub_corpus, tmp_path):
+    result = run(tmp_path / "audio", "--dry_run", "--accents", "igbo", "swahili", "yoruba", "zulu", env=hub.env(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert hub.count("*.tar.gz") == 0
+    wanted = [path for accent in ("igbo", "swahili", "yoruba", "zulu") for path in archives(hub_corpus, f"*_{accent}_*").values()]
+    total = sum(path.stat().st_size for path in wanted)
+    assert f"to fetch {total / 1e9:.2f} GB in {len(wanted)} archives" in result.stdout
+
+
+def test_transcripts_of_a_dry_run_are_not_used_for_another_corpus(hub_corpus, tmp_path):
+    """Both corpora have the same paths; the second has other texts."""
+    other = tmp_path / "other"
+    for path in files_below(hub_corpus, "*damara*.tar.gz") + files_below(hub_corpus / "transcripts" / "damara", "*.csv"):
+        target = other / path.relative_to(hub_corpus)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(re.sub(rb"\b[Tt]he\b", b"that", path.read_bytes()) if path.suffix == ".csv" else path.read_bytes())
+    with LoopbackHub(datasets={DATASET: hub_corpus, "somebody/other": other}) as hub:
+        env = hub.env(tmp_path)
+        assert run(tmp_path / "audio", "--dry_run", "--accents", "damara", env=env).returncode == 0
+        result = prepare(tmp_path / "audio", "--dataset", "somebody/other", env=env)
+    if result.returncode == 0:
+        from datasets import Dataset
+
+        texts = " ".join(Dataset.from_file(str(tmp_path / "audio" / "train" / "train_damara_0.arrow"))["text"])
+        assert " that " in texts and " the " not in texts
+    else:
+        assert result.returncode == 2 and "choose another --data_dir" in error_line(result.stderr)
+
+
+def test_a_folder_with_another_corpus_is_refused(prepared, tmp_path):
+    result = prepare(prepared.data_dir, "--dataset", FIXTURES / "corpus", env=environment(tmp_path))
+    assert result.returncode == 2
+    assert all(part in error_line(result.stderr) for part in (str(FIXTURES / "corpus"), DATASET, "--data_dir"))
+    assert digests(prepared.data_dir) == prepared.digests
+
+
+def test_two_preparations_at_once_share_the_work(prepared, hub, tmp_path):
+    flags = ["--prepare_only", "--num_proc", "1", *SMALL]
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: run(tmp_path / "audio", *flags, env=hub.env(tmp_path)), range(2)))
+    assert [result.returncode for result in both] == [0, 0], both
+    assert sum("preparing audio" in result.stderr for result in both) == 1, "both did the work"
+    assert digests(tmp_path / "audio") == small_ones(prepared.digests)
+    for name in digests(tmp_path / "audio"):
+        assert len(gets(hub, name.removesuffix(".arrow"))) == 1, name
+
+
+def test_a_full_disk_is_foreseen(hub, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import shutil\nusage = shutil.disk_usage\nshutil.disk_usage = lambda path: usage(path)._replace(free=20_000_000)\n"
+    )
+    result = prepare(tmp_path / "audio", env=hub.env(tmp_path, PYTHONPATH=str(tmp_path)))
+    assert result.returncode == 1
+    need, free = map(float, re.search(r"needs ([\d.]+) GB in .* and ([\d.]+) GB are free", error_line(result.stderr)).groups())
+    assert 0.04 <= need <= 0.1 and free == pytest.approx(0.02, abs=0.02)
+    assert str(tmp_path / "audio") in error_line(result.stderr)
+    assert hub.count("*.tar.gz") == 0
+
+
+# ---- Kills ------------------------------------------------------------------------------------------------------------
+
+LAUNCHER = """
+import json, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import finetune_medasr
+finetune_medasr.parse_arguments([])  # imports what every run imports; workers are fresh processes and import it themselves
+for line in sys.stdin:
+    argv, output = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for target in (1, 2):
+            os.dup2(file, target)
+        os.dup2(nothing, 0)
+        status = finetune_medasr.main(argv)
+        sys.stdout.flush()
+        os._exit(status)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Launcher:
+    """Starts the program over and over, each time as a new process and group, without the seconds of imports."""
+
+    def __init__(self, hub, folder):
+        self.process = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(SCRIPT)], env=hub.env(folder), text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        self.output = folder / "printed.txt"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.process.stdout.close()
+
+    def start(self, data_dir, *flags):
+        """The process id of a started run, which is its group's too."""
+        argv = [*command(data_dir, *flags)[2:], "--prepare_only"]
+        self.process.stdin.write(json.dumps([argv, str(self.output)]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self):
+        """Its exit status, minus the signal for one that was killed."""
+        return int(self.process.stdout.readline())
+
+    def printed(self):
+        return self.output.read_text()
+
+
+def has_ended(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def group_is_gone(group, seconds=10):
+    """Whether every process of a group ends by itself within so many seconds; those that do not are killed."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    os.killpg(group, signal.SIGKILL)
+    return False
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+
+
+def work_done(data_dir):
+    """What a preparation has to show so far: {file: size} of audio, finished or not."""
+    done = {}
+    for path in data_dir.rglob("*"):
+        if re.search(r"\.tar\.gz|\.arrow", path.name) and not path.name.endswith(".lock"):
+            try:
+                done[path] = path.stat().st_size
+            except FileNotFoundError:  # renamed meanwhile
+                continue
+    return done
+
+
+def finish_what_was_begun(launcher, hub, data_dir, *flags):
+    """One more run, which must succeed and fetch only the bytes that earlier ones did not reach."""
+    reached = {path.name.removesuffix(".partial"): path.stat().st_size for path in files_below(data_dir, "*.tar.gz.partial")}
+    whole = {path.name for path in files_below(data_dir, "*.tar.gz")}
+    asked = len(hub.requests)
+    launcher.start(data_dir, *flags)
+    assert launcher.wait() == 0, launcher.printed()
+    starts = {}
+    for request in hub.requests[asked:]:
+        starts.setdefault(request.path.split("/")[-1], first_byte(request))
+    assert not whole & starts.keys(), "a complete archive was fetched again"
+    assert {name: starts.get(name, size) for name, size in reached.items()} == reached, "a download started anew"
+    return reached
+
+
+def kill_and_finish(prepared, tmp_path, whole_group, rounds=5, kills=3):
+    """Kill `kills` times in each of `rounds` preparations at random moments, finish each, and compare."""
+    generator = random.Random(whole_group)
+    flags = [*SMALL, "--num_proc", "1" if whole_group else "2"]
+    tmp_path.mkdir()
+    partial_work = killed = 0
+    with LoopbackHub(datasets={DATASET: prepared.corpus}) as hub, Launcher(hub, tmp_path) as launcher:
+        hub.fault("*.tar.gz", "slow", 12_000_000)  # so that kills fall into downloads too
+        for number in range(rounds):
+            data_dir = tmp_path / f"audio-{number}"
+            for _ in range(kills):
+                before = work_done(data_dir)
+                pid = launcher.start(data_dir, *flags)
+                wait_until(lambda: work_done(data_dir) != before or has_ended(pid))
+                time.sleep(generator.uniform(0, 1.5))
+                try:
+                    (os.killpg if whole_group else os.kill)(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+                killed += launcher.wait() == -signal.SIGKILL
+                assert group_is_gone(pid), "a worker outlived the program"
+                partial_work += bool(unfinished(data_dir))
+            finish_what_was_begun(launcher, hub, data_dir, *flags)
+            assert digests(data_dir) == small_ones(prepared.digests)
+            assert unfinished(data_dir) == [] and files_below(data_dir, "*.tar.gz") == []
+    assert killed >= rounds * kills // 2
+    assert partial_work >= killed // 2
+
+
+@pytest.mark.slow
+def test_preparation_goes_on_after_kills_of_the_program_or_of_its_whole_group(prepared, tmp_path):
+    with ThreadPoolExecutor(2) as pool:  # most of it is waiting
+        list(pool.map(lambda whole: kill_and_finish(prepared, tmp_path / f"group-{whole}", whole), (False, True)))
+
+
+def test_an_interrupted_preparation_says_so_and_goes_on(prepared, tmp_path):
+    data_dir = tmp_path / "audio"
+    with LoopbackHub(datasets={DATASET: prepared.corpus}) as hub, Launcher(hub, tmp_path) as launcher:
+        hub.fault("*.tar.gz", "slow", 2_000_000)
+        pid = launcher.start(data_dir, *SMALL, "--num_proc", "2")
+        wait_until(lambda: sum(path.stat().st_size for path in unfinished(data_dir)) > 2_000_000)
+        os.killpg(pid, signal.SIGINT)  # as Ctrl-C does
+        assert launcher.wait() == 130
+        assert group_is_gone(pid)
+        assert "Traceback" not in launcher.printed(), launcher.printed()
+        assert re.search(r"^finetune_medasr.py: error: interrupted; the same command goes on", launcher.printed(), re.MULTILINE)
+        hub.clear_faults()
+        assert finish_what_was_begun(launcher, hub, data_dir, *SMALL, "--num_proc", "2")
+    assert digests(data_dir) == small_ones(prepared.digests)
+
+
+def test_a_worker_killed_for_want_of_memory_is_explained(prepared, tmp_path):
+    data_dir = tmp_path / "audio"
+    flags = ["--accents", "akan-fante", "--num_proc", "1"]
+
+    def workers(pid):
+        """The processes of a group that convert audio, as /proc has them."""
+        commands = {path.parent: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists()}
+        return [int(path.name) for path, text in commands.items() if b"spawn_main" in text and os.getpgid(int(path.name)) == pid]
+
+    with LoopbackHub(datasets={DATASET: prepared.corpus}) as hub, Launcher(hub, tmp_path) as launcher:
+        hub.fault("*.tar.gz", "slow", 1_000_000)
+        pid = launcher.start(data_dir, *flags)
+        wait_until(lambda: files_below(data_dir, "*.tar.gz.partial"))
+        os.kill(workers(pid)[0], signal.SIGKILL)  # as the kernel does
+        assert launcher.wait() == 1
+        assert group_is_gone(pid)
+        assert re.search(r"^finetune_medasr.py: error: .*--num_proc", launcher.printed(), re.MULTILINE), launcher.printed()
+        hub.clear_faults()
+        finish_what_was_begun(launcher, hub, data_dir, *flags)
+    assert digests(data_dir) == of_accents(prepared.digests, "akan-fante")
+
+
+# ---- A Hub that misbehaves --------------------------------------------------------------------------------------------
+
+
+def test_preparation_gets_through_a_bad_connection(prepared, hub, tmp_path):
+    faults = {
+        "train_damara_0": [("drop_after", 2_000_000)] * 3,
+        "dev_damara_0": [("reset_after", 600_000)] * 2,
+        "test_damara_0": [("status", 503), ("status", 500)],
+        "train_luo-swahili_0": [("stall", 1_000_000), ("drop_after", 3_000_000), ("status", 500)],
+        "test_luo-swahili_0": [("corrupt", None)],
+        "test_akan-fante_0": [("truncate", None), ("drop_after", 0)],
+    }
+    for name, kinds in faults.items():
+        for kind, value in kinds:
+            hub.fault(f"*/{name}.tar.gz", kind, value, times=1, method="GET")
+    hub.fault("*/transcripts/damara/train.csv", "drop_after", 100, times=1)
+    result = prepare(tmp_path / "audio", *SMALL, env=hub.env(tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="1"))
+    assert result.returncode == 0, result.stderr
+    assert digests(tmp_path / "audio") == small_ones(prepared.digests)
+    assert unfinished(tmp_path / "audio") == [] and files_below(tmp_path / "audio", "*.tar.gz") == []
+    for name, kinds in faults.items():
+        assert len(gets(hub, name)) == len(kinds) + 1, name
+    for name in ("train_damara_0", "dev_damara_0", "train_luo-swahili_0"):
+        reached = 0
+        for request in gets(hub, name):
+            # A reset may cost what the client's system had received and not yet handed over.
+            assert (0 if name == "dev_damara_0" else reached - 70_000) < first_byte(request) <= reached or reached == 0, name
+            reached = first_byte(request) + request.sent
+
+
+def test_archives_that_cannot_be_had_do_not_stop_the_others(prepared, hub, tmp_path):
+    bad = {"test_damara_0": "corrupt", "test_akan-fante_0": "missing", "test_luo-swahili_0": "truncate"}
+    for name, kind in bad.items():
+        hub.fault(f"*/{name}.tar.gz", kind)
+    data_dir = tmp_path / "audio"
+    result = prepare(data_dir, *SMALL, env=hub.env(tmp_path))
+    assert result.returncode == 1
+    assert "3 of 6 archives could not be prepared" in error_line(result.stderr)
+    assert any(f"{name}.tar.gz" in error_line(result.stderr) for name in bad)
+    good = {name: value for name, value in small_ones(prepared.digests).items() if name.removesuffix(".arrow") not in bad}
+    assert digests(data_dir) == good
+    assert len(gets(hub, "test_damara_0")) == 2, "a corrupt archive is fetched once more"
+    hub.clear_faults()
+    asked = len(hub.requests)
+    result = prepare(data_dir, *SMALL, env=hub.env(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert digests(data_dir) == small_ones(prepared.digests)
+    assert {request.path.split("/")[-1] for request in hub.requests[asked:]} == {f"{name}.tar.gz" for name in bad}
+
+
+# ---- Files that nobody should trust -----------------------------------------------------------------------------------
+
+
+def wav(seconds=0.5, rate=16_000, subtype="PCM_16", samples=None):
+    buffer = io.BytesIO()
+    samples = 0.1 * np.sin(np.arange(int(seconds * rate))) if samples is None else samples
+    soundfile.write(buffer, samples, rate, format="WAV", subtype=subtype)
+    return buffer.getvalue()
+
+
+def with_rate(audio, rate):
+    """A WAV file whose header claims another rate."""
+    return audio[:24] + struct.pack("<II", rate, 2 * rate) + audio[32:]
+
+
+def flac_bomb():
+    """270 kB of FLAC that decode to 1 GB of float32: silence in 8 channels."""
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", 16_000, 8, format="FLAC", subtype="PCM_16") as file:
+        silence = np.zeros((1 << 20, 8), np.int16)
+        for _ in range(30):
+            file.write(silence)
+    return buffer.getvalue()
+
+
+def tar_gz(members):
+    """A tar.gz of (name, bytes or the letter of a kind of member) pairs."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            else:
+                member.type, member.linkname = content.encode(), "/etc/hostname"
+                tar.addfile(member)
+    return buffer.getvalue()
+
+
+def write_corpus(folder, accent, archive, rows, header="user_ids,accent,transcript,audio_paths,duration,domain,country"):
+    """One accent with one training archive (bytes) and a CSV (bytes, or names of clips to write rows for)."""
+    path = folder / "audio" / accent / "train" / f"train_{accent}_0.tar.gz"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(archive)
+    if not isinstance(rows, bytes):
+        rows = "\n".join([header, *(f"someone,{accent},text of {name},/AfriSpeech-100/train/{name}.wav,0.5,clinical,NG" for name in rows)]).encode()
+    path = folder / "transcripts" / accent / "train.csv"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(rows + b"\n")
+
+
+def member(name):
+    return f"data/data/intron/{name}.wav"
+
+
+def noisy_clips(accent, count):
+    """[(member, WAV)] that gzip cannot make small, so that damage in the middle falls between clips."""
+    generator = np.random.default_rng(0)
+    return [(member(f"{accent}/{index}"), wav(samples=generator.uniform(-0.5, 0.5, 8_000))) for index in range(count)]
+
+
+def test_damaged_and_hostile_files_are_refused_one_by_one(tmp_path):
+    from datasets import Dataset
+
+    corpus, data_dir, good = tmp_path / "corpus", tmp_path / "audio", wav()
+    names = [f"{accent}/{index}" for accent in ("cut", "corrupt", "trailer") for index in range(10)]
+    whole = {accent: tar_gz(noisy_clips(accent, 10)) for accent in ("cut", "corrupt", "trailer")}
+    write_corpus(corpus, "cut", whole["cut"][: len(whole["cut"]) // 2], names[:10])
+    middle = len(whole["corrupt"]) // 2
+    write_corpus(corpus, "corrupt", whole["corrupt"][:middle] + bytes(100) + whole["corrupt"][middle + 100 :], names[10:20])
+    write_corpus(corpus, "trailer", whole["trailer"][:-8] + struct.pack("<I", ~zlib.crc32(b"") & 0xFFFFFFFF) + whole["trailer"][-4:], names[20:])
+    write_corpus(corpus, "nothing", b"", [])
+    write_corpus(corpus, "not-gzip", b"<html>Service unavailable</html>", [])
+    hostile = {
+        "../../../outside/climbs.wav": (good, "climbs out"),
+        "/tmp/outside/absolute.wav": (good, "climbs out"),
+        member("hostile/symlink"): ("2", "link or a device"),
+        member("hostile/hardlink"): ("1", "link or a device"),
+        member("hostile/fifo"): ("6", "link or a device"),
+        member("hostile/device"): ("3", "link or a device"),
+        member("hostile/stranger"): (good, "no transcript"),
+        member("hostile/text"): (b"not audio at all", "undecodable audio"),
+        member("hostile/empty"): (b"", "undecodable audio"),
+        member("hostile/header"): (good[:44], "no audio samples"),
+        member("hostile/nan"): (wav(subtype="FLOAT", samples=np.full(8_000, np.nan)), "undecodable audio"),
+        member("hostile/bomb"): (flac_bomb(), "undecodable audio"),
+        member("hostile/slow"): (with_rate(wav(seconds=1.25), 1), "undecodable audio"),  # 1 Hz: 1.3 GB when resampled
+        member("hostile/norate"): (with_rate(good, 0), "undecodable audio"),
+    }
+    members = [("data/data", "5")]
+    for index, (name, (content, _)) in enumerate(hostile.items()):
+        members += [(name, content), (member(f"hostile/good-{index}"), good)]
+    listed = ["/".join(name.removesuffix(".wav").split("/")[-2:]) for name, _ in members if "stranger" not in name]
+    write_corpus(corpus, "hostile", tar_gz(members), listed)
+    dirty = ("nul", "latin", "nan", "inf", "short", "plain")
+    rows = b"user_ids,accent,transcript,audio_path,duration,domain\n"
+    rows += b"a\x00b,dirty,a\x00b,/x/dirty/nul.wav,1,clinical\nspeaker,dirty,caf\xe9,/x/dirty/latin.wav,1,clinical\n"
+    rows += b"speaker,dirty,text,/x/dirty/nan.wav,nan,clinical\nspeaker,dirty,text,/x/dirty/inf.wav,inf,clinical\n\n"
+    rows += b"speaker,dirty,text,/x/dirty/short.wav\nspeaker,dirty,text,/x/dirty/plain.wav,1,clinical"
+    write_corpus(corpus, "dirty", tar_gz([(member(f"dirty/{name}"), good) for name in dirty]), rows)
+    # A quote that is not closed, and more text after it than the csv module takes by default.
+    rows = b"user_ids,accent,transcript,audio_paths,duration,domain\nspeaker,unclosed,text,/x/unclosed/first.wav,1,clinical\n"
+    rows += b'speaker,unclosed,"text,/x/unclosed/second.wav,1,clinical\n' + b"speaker,unclosed,text,/x/unclosed/more.wav,1,clinical\n" * 3_000
+    write_corpus(corpus, "unclosed", tar_gz([(member("unclosed/first"), good), (member("unclosed/second"), good)]), rows)
+    before = {path: path.read_bytes() for path in files_below(corpus, "*")}
+
+    result = prepare(data_dir, "--dataset", corpus, env=environment(tmp_path))
+
+    assert result.returncode == 0, result.stderr
+    usable = {}
+    for path in files_below(data_dir, "*.arrow"):
+        for clip in Dataset.from_file(str(path)):
+            if not clip["problem"]:
+                usable[clip["clip"]] = clip
+                assert soundfile.info(io.BytesIO(clip["audio"])).frames == clip["num_samples"] == 8_000
+    reasons = skipped(data_dir)
+    for name, (_, reason) in hostile.items():
+        assert reason in reasons["/".join(name.strip("/").split("/")[-2:])], name
+    assert {name for name in usable if name.startswith("hostile/")} == {f"hostile/good-{index}.wav" for index in range(len(hostile))}
+    # What comes before the damage is kept, and both the archive and each clip behind the damage are named.
+    for accent in ("cut", "corrupt", "trailer"):
+        kept = [name for name in usable if name.startswith(f"{accent}/")]
+        assert "damaged archive" in reasons[f"audio/{accent}/train/train_{accent}_0.tar.gz"]
+        assert f"{len(kept)} clips" in reasons[f"audio/{accent}/train/train_{accent}_0.tar.gz"]
+        assert {name for name, reason in reasons.items() if name.startswith(f"{accent}/") and reason == "no audio"} == {
+            f"{accent}/{index}.wav" for index in range(10)
+        } - set(kept)
+        assert len(kept) == 10 if accent == "trailer" else 2 <= len(kept) <= 6
+    for accent in ("nothing", "not-gzip"):
+        assert "damaged archive" in reasons[f"audio/{accent}/train/train_{accent}_0.tar.gz"]
+    assert {name for name in usable if name.startswith("dirty/")} == {f"dirty/{name}.wav" for name in dirty}
+    assert usable["dirty/latin.wav"]["text"] == "caf\ufffd" and usable["dirty/plain.wav"]["domain"] == "clinical"
+    assert "unclosed/first.wav" in usable and reasons["unclosed/second.wav"] == "no transcript"
+    # Nothing is written but what was asked for.
+    assert {path: path.read_bytes() for path in files_below(corpus, "*")} == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"corpus", "audio", "audio-output", "hf_home"}
+    assert not list(tmp_path.parent.rglob("climbs.wav")) and not Path("/tmp/outside").exists()
+
+
+# ---- Streaming --------------------------------------------------------------------------------------------------------
+
+STREAM = """
+import itertools, json, sys
+import finetune_medasr as script
+from torch.utils.data import DataLoader
+
+script.SHUFFLE_CLIPS = 1  # in the order of the archives
+count, *flags = sys.argv[1:]
+args, training = script.parse_arguments(flags)
+script.write_text(script.skipped_path(training), "")
+corpus = script.open_corpus(args)
+accents = script.chosen_accents(corpus, args.accents)
+stream = script.stream_training_clips(corpus, accents, args, lambda row: "", training, 0)
+for clip, in itertools.islice(DataLoader(stream, 1, num_workers=2, collate_fn=list), int(count)):
+    print(json.dumps({"clip": clip["clip"], "text": clip["text"], "seconds": clip["num_samples"] / 16000, "bytes": len(clip["audio"])}))
+"""
+
+
+def test_each_streamed_clip_comes_once_a_pass_despite_dropped_connections(prepared, hub, tmp_path):
+    from datasets import Dataset
+
+    hub.fault("*/train_damara_0.tar.gz", "drop_after", 3_000_000, times=1)
+    hub.fault("*/train_swahili_0.tar.gz", "reset_after", 5_000_000, times=1)
+    expected = {}
+    for name in ("train_damara_0", "train_swahili_0"):
+        for clip in Dataset.from_file(str(prepared.data_dir / "train" / f"{name}.arrow")):
+            if not clip["problem"]:
+                expected[clip["clip"]] = (name, clip["text"], clip["num_samples"] / 16_000, len(clip["audio"]))
+    sizes = {name: sum(value[0] == name for value in expected.values()) for name in ("train_damara_0", "train_swahili_0")}
+    count = 2 * max(sizes.values()) + 4  # the workers take turns, so this is a whole pass of the larger archive and more of the other
+    flags = command(tmp_path / "audio", "--streaming", "--max_steps", 9, "--accents", "damara", "swahili")[2:]
+    program = [sys.executable, "-c", STREAM, str(count), *flags]
+    result = subprocess.run(program, env=hub.env(tmp_path, PYTHONPATH=str(SCRIPT.parent)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    clips = [json.loads(line) for line in result.stdout.splitlines()]
+    for name, size in sizes.items():
+        mine = [clip["clip"] for clip in clips if expected[clip["clip"]][0] == name]
+        assert len(mine) > size
+        assert set(mine[:size]) == {clip for clip, value in expected.items() if value[0] == name}, "a pass lacks a clip or has one twice"
+    assert all(expected[clip["clip"]][1:] == (clip["text"], clip["seconds"], clip["bytes"]) for clip in clips)
+    assert files_below(tmp_path, "*.arrow") + files_below(tmp_path, "*.tar.gz*") == []
+    with open(output_of(tmp_path / "audio") / "results" / "skipped_clips.csv", newline="", encoding="utf-8") as file:
+        broken = list(csv.reader(file))
+    assert len(broken) == 1 and "undecodable audio" in broken[0][2]
+
+
+@pytest.mark.slow
+def test_training_from_a_stream_keeps_no_training_audio(prepared, hub, tmp_path):
+    hub.fault("*/train_swahili_0.tar.gz", "drop_after", 4_000_000, times=2)
+    data_dir = tmp_path / "audio"
+    flags = ["--streaming", "--max_steps", 3, "--accents", "damara", "swahili", "--dataloader_num_workers", 2, "--skip_baseline",
+             "--max_eval_samples", 2, "--max_test_samples", 2, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1,
+             "--eval_steps", 3, "--save_steps", 3, "--use_cpu", "true", "--num_proc", 2, "--model", FIXTURES / "model"]  # fmt: skip
+    result = run(data_dir, *flags, env=hub.env(tmp_path))
+    assert result.returncode == 0, result.stderr
+    expected = of_accents(prepared.digests, "damara", "swahili")
+    assert digests(data_dir) == {name: value for name, value in expected.items() if not name.startswith("train") and "luo" not in name}
+    assert files_below(tmp_path, "*.tar.gz*") + files_below(tmp_path, "train_*") == []
+    rows = [clip for clip, reason in skipped(data_dir).items() if "undecodable" in reason]
+    lines = (output_of(data_dir) / "results" / "skipped_clips.csv").read_text().splitlines()
+    assert len(rows) == 1 and sum(rows[0] in line for line in lines) == 1, "a bad clip that comes in each pass is named once"
+    state = json.loads((output_of(data_dir) / "checkpoint-3" / "trainer_state.json").read_text())
+    assert all(np.isfinite(entry["loss"]) for entry in state["log_history"] if "loss" in entry)
+
+
+def test_streaming_needs_to_know_when_to_stop(tmp_path):
+    result = run(tmp_path / "audio", "--streaming", env=environment(tmp_path))
+    assert result.returncode == 2
+    assert "--max_steps" in error_line(result.stderr)
+    assert not (tmp_path / "audio").exists()
