@@ -165,6 +165,8 @@ TRAINING_DEFAULTS = dict(
     length_column_name="num_samples",
     # The collator reads columns that are not arguments of the model.
     remove_unused_columns=False,
+    # Its default follows the libraries' log level, which quiet_libraries lowers.
+    disable_tqdm=False,
 )
 
 DEMO_SETTINGS = {
@@ -309,6 +311,8 @@ def make_training_arguments(common, rest, script):
         hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
         raise UsageError(f"unknown flag or stray value {unknown[0]}; {hint}")
     del values.help_all
+    if values.load_best_model_at_end and values.eval_strategy == values.save_strategy == "steps" and values.save_steps % values.eval_steps:
+        raise UsageError(f"--save_steps {values.save_steps} is not a multiple of --eval_steps {values.eval_steps}, so the best model could not be kept")
     import torch
 
     has_gpu = torch.cuda.is_available() and not values.use_cpu
@@ -1872,6 +1876,21 @@ def training_classes():
     from transformers import Trainer
     from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import ProgressCallback
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    class EpochSampler(LengthGroupedSampler):
+        """Length-grouped order from the seed and the epoch alone, so that a resumed run goes on in the same order.
+
+        The Trainer restores the state of its random generator only after the first batch has been drawn.
+        """
+
+        def __init__(self, batch_size, lengths, seed):
+            super().__init__(batch_size, lengths=lengths)
+            self.seed = seed
+            self.set_epoch(0)
+
+        def set_epoch(self, epoch):
+            self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
     class CTCTrainer(Trainer):
         """The Trainer, with greedy ids as predictions, the clips' row numbers as their labels, and speed in the logs."""
@@ -1880,11 +1899,12 @@ def training_classes():
         mark = None
 
         def _get_train_sampler(self, train_dataset=None):
-            sampler = super()._get_train_sampler(train_dataset)
-            if hasattr(sampler, "lengths"):
-                # As a column of a dataset each length is read apart: 3 minutes for the training split, at every epoch.
-                sampler.lengths = sampler.lengths[:]
-            return sampler
+            dataset, strategy = train_dataset or self.train_dataset, self.args.train_sampling_strategy
+            if strategy != "group_by_length":
+                return super()._get_train_sampler(train_dataset)
+            # [:] makes a list: from the column each length is read apart, which takes minutes for the training split.
+            lengths = dataset[self.args.length_column_name][:]
+            return EpochSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths, seed=self.args.seed)
 
         def _get_eval_sampler(self, eval_dataset):
             return torch.utils.data.SequentialSampler(eval_dataset)  # dev is in order of length already
@@ -2108,6 +2128,7 @@ def dry_run(args, training, corpus, accents):
             rows = [row for row in rows if row["num_samples"] <= args.max_train_seconds * SAMPLE_RATE]
             train = min(len(rows), args.max_train_samples or len(rows))
         say(split_line(split, rows))
+        refuse_empty(split, rows)
         for accent, count in Counter(row["accent"] for row in rows).most_common():
             own = [row for row in rows if row["accent"] == accent]
             say(f"    {accent:<24}{count:>8,} clips{hours(own):>9.2f} h{len({row['speaker'] for row in own}):>7,} speakers")
@@ -2127,6 +2148,11 @@ def split_line(split, rows):
     return f"  {split:<5}{len(rows):>8,} clips{hours(rows):>9.2f} h{people:>7,} speakers{spoken:>5} accents"
 
 
+def refuse_empty(split, rows):
+    if not rows:
+        raise RunError(f"no {split} clip is left for these --accents, --domains and --countries: choose more of them")
+
+
 def select_splits(args, corpus, accents, splits, check, training):
     """{split: Selection}, with what was left out written to skipped_clips.csv and said; raises RunError for an empty split."""
     limits = {"train": args.max_train_samples, "dev": args.max_eval_samples, "test": args.max_test_samples}
@@ -2138,8 +2164,8 @@ def select_splits(args, corpus, accents, splits, check, training):
         else:
             selections[split] = select_clips(*load_split(corpus, split, accents), args, check, limits[split], training.seed)
         say(split_line(split, selections[split].rows))
-        if not selections[split].rows and not args.prepare_only:
-            raise RunError(f"no {split} clip is left for these --accents, --domains and --countries: choose more of them")
+        if not args.prepare_only:
+            refuse_empty(split, selections[split].rows)
     skipped = [row for selection in selections.values() for row in selection.skipped]
     if training.process_index == 0:
         write_text(skipped_path(training), ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))

@@ -379,7 +379,7 @@ def test_a_second_run_does_not_mix_with_the_checkpoints_of_the_first(demo, strai
 
 
 @pytest.mark.slow
-def test_two_processes_do_the_work_of_one_and_print_once(tmp_path):
+def test_two_processes_do_the_work_of_one_and_print_once(demo, tmp_path):
     flags = f"""--accents zulu damara --use_cpu true --ddp_backend gloo --gradient_checkpointing --max_steps 2 --eval_steps 2 --save_steps 2
         --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --max_train_samples 16 --max_eval_samples 5 --dataloader_num_workers 0
         --data_dir {tmp_path}/audio --output_dir {tmp_path}/out""".split()
@@ -394,6 +394,8 @@ def test_two_processes_do_the_work_of_one_and_print_once(tmp_path):
     expected = {clip for clip, row in corpus_rows("test").items() if row["accent"] in ("zulu", "damara")} & set(corpus_audio("test"))
     predictions = load_predictions(tmp_path / "out/results")
     assert sorted(row["audio_filepath"] for row in predictions) == sorted(expected)
+    alone = {row["audio_filepath"]: row["baseline_text"] for row in demo.predictions}
+    assert [row["baseline_text"] for row in predictions] == [alone[row["audio_filepath"]] for row in predictions]
     metrics = load_json(tmp_path / "out/results/metrics.json")
     assert metrics["baseline"]["clips"] == metrics["finetuned"]["clips"] == len(expected)
     evaluated = [entry for entry in load_json(tmp_path / "out/checkpoint-2/trainer_state.json")["log_history"] if "eval_wer" in entry]
