@@ -919,6 +919,7 @@ class Selection:
     rows: list[dict]
     skipped: list[dict]
 
+
 def wanted(row, args):
     """Whether a clip is of the --domains and --countries asked for."""
     countries = {code.upper() for code in args.countries or []}
@@ -1629,7 +1630,7 @@ def draw_pictures(folder, baseline, finetuned, history):
         groups = systems[-1][1]["groups"][kind]
         order = sorted((group for group in groups if groups[group]["words"]), key=lambda group: groups[group]["wer"])
         if kind == "accent" and len(order) > 30:
-            order = [group for group in order if not groups[group]["small"]]
+            order = [group for group in order if not groups[group]["small"]] or order[-30:]
         if kind == "duration":
             order = [group for group in ("over 20 s", "10-20 s", "5-10 s", "0-5 s") if group in groups]
         figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.32 * len(order)))
@@ -1693,8 +1694,8 @@ def write_results(folder, config, data, baseline, finetuned, title, notes=(), hi
     return metrics
 
 
-def model_card(args, command, metrics):
-    """The README.md of the final model, with the Hub's evaluation metadata."""
+def write_model_card(final, results, args, metrics):
+    """README.md of the final model, with the Hub's evaluation metadata, the report and its pictures."""
     import yaml
 
     hub_ids = [name for name in (args.model, args.dataset) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
@@ -1715,15 +1716,12 @@ def model_card(args, command, metrics):
     }
     train = metrics["data"]["train"]
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-    return f"""---
+    card = f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
 # {args.model} adapted to African-accented English
 
-Fine-tuned on {args.dataset}, {train["clips"]:,} clips and {train["hours"]:.1f} hours, by `{PROGRAM}`.
-{metrics["finetuned"]["clips"]:,} test clips of {metrics["finetuned"]["speakers"]:,} speakers, none of whom was trained on:
-
-{chr(10).join(summary_table(metrics["baseline"], metrics["finetuned"]))}
-WER: lower-case words without punctuation. The report by accent and domain is in `results/` beside this folder.
+Fine-tuned on {args.dataset}, {train["clips"]:,} clips and {train["hours"]:.1f} hours, by `{PROGRAM}`. The scores below are of its test split,
+whose speakers are not in training.
 
 ```python
 import librosa
@@ -1738,8 +1736,13 @@ print(processor.batch_decode(ids, skip_special_tokens=True)[0])
 The base model's terms (Health AI Developer Foundations) hold for this derivative too; AfriSpeech-200 is CC-BY-NC-SA-4.0, for
 non-commercial use. Not a medical device: a person checks every transcript that a decision rests on.
 
-Made with `{command}`; {versions}.
+Made with `{args.command}`; {versions}.
+
 """
+    report = (results / "report.md").read_text(encoding="utf-8")
+    write_text(final / "README.md", card + report.replace("# ", "## ", 1))
+    for picture in results.glob("*.png"):
+        shutil.copy(picture, final)
 
 
 SCORE_KEYS = ("speaker", "accent", "country", "domain", "gender", "age_group")
@@ -2269,7 +2272,7 @@ def fit_and_score(args, training, corpus, accents, splits, processor, model, che
     if training.process_index == 0:
         history = trainer.state.log_history
         metrics = write_results(output / "results", config, data, baseline, finetuned, f"{args.model} on {args.dataset}", [window_note(test, args)], history)
-        write_text(output / "final" / "README.md", model_card(args, args.command, metrics))
+        write_model_card(output / "final", output / "results", args, metrics)
         write_test_scores_to_tensorboard(output, metrics, trainer.state.global_step)
         say(f"\nmodel: {output / 'final'}\nresults: {output / 'results'}\ncurves: tensorboard --logdir {output / 'runs'}")
     return 0
