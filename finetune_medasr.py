@@ -2296,7 +2296,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args, training = parse_arguments(argv)
-        args.command = shlex.join(["python", PROGRAM, *argv])
+        # It is written into the model card, which people publish.
+        args.command = re.sub(r"(--\w+[_-]token[= ])\S+", r"\1***", shlex.join(["python", PROGRAM, *argv]))
         return run(args, training)
     except UsageError as error:
         status, message = 2, str(error)
