@@ -111,6 +111,7 @@ def report_losses(name, losses, seconds=None):
 def benchmark_gpu(options):
     import torch
 
+    options.batch_size = options.batch_size or (8 if torch.cuda.is_available() else 2)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         # float16 is emulated on a CPU and takes minutes an update at full depth; what overflows is in the first layers.
@@ -285,7 +286,7 @@ def main():
     commands = parser.add_subparsers(required=True)
     gpu = commands.add_parser("gpu", help="half precision at full size")
     gpu.add_argument("--steps", type=int, default=50)
-    gpu.add_argument("--batch_size", type=int, default=8)
+    gpu.add_argument("--batch_size", type=int, help="8 on a GPU, 2 without one")
     gpu.set_defaults(run=benchmark_gpu)
     prepare = commands.add_parser("prepare", help="time, memory and disk of the preparation")
     prepare.add_argument("--megabytes", type=float, default=300)
