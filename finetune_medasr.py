@@ -536,6 +536,11 @@ class Corpus:
     def prepared_path(self, archive):
         return self.data_dir / archive.split("/")[2] / (Path(archive).name.removesuffix(".tar.gz") + ".arrow")
 
+    def unprepared(self, splits, accents):
+        """[(accent folder, path)] of the archives of `splits` that are not converted yet."""
+        archives = [item for split in splits for item in self.archives(split, accents)]
+        return [(accent, path) for accent, path in archives if not self.prepared_path(path).exists()]
+
     def fetch(self, path):
         """The local path of a file of the repository, downloaded if need be; raises RunError."""
         if self.folder:
@@ -797,7 +802,7 @@ def clear_leftovers(corpus, prepared):
     """Delete what a killed preparation left: half-written files, and the archives of finished ones (`prepared`)."""
     for stale in corpus.data_dir.glob("*/*.tmp"):
         stale.unlink()
-    for archive in prepared:
+    for _, archive in prepared:
         corpus.release(archive)
 
 
@@ -818,9 +823,8 @@ def prepare_corpus(corpus, splits, accents, num_proc):
 
     with FileLock(corpus.data_dir / "prepare.lock"):
         corpus.fetch_transcripts(splits, accents)
-        archives = [item for split in splits for item in corpus.archives(split, accents)]
-        todo = [(accent, path) for accent, path in archives if not corpus.prepared_path(path).exists()]
-        clear_leftovers(corpus, [path for _, path in archives if corpus.prepared_path(path).exists()])
+        todo = corpus.unprepared(splits, accents)
+        clear_leftovers(corpus, {item for split in splits for item in corpus.archives(split, accents)}.difference(todo))
         if todo:
             check_disk(corpus, todo, splits, accents, num_proc)
             todo.sort(key=lambda item: -corpus.files[item[1]][0])  # the largest first, so that none is left alone at the end
@@ -1419,9 +1423,13 @@ class Scored:
     groups: dict[str, np.ndarray]
     scores: dict
 
-    @property
+    @functools.cached_property
     def speakers(self):
         return np.array([row["speaker"] or row["clip"] for row in self.rows])
+
+    @functools.cached_property
+    def short(self):
+        return np.array([row["num_samples"] < PAPER_SECONDS * SAMPLE_RATE for row in self.rows])
 
 
 def score_texts(rows, texts, train_accents):
@@ -1441,11 +1449,10 @@ def score_texts(rows, texts, train_accents):
 def scores_of(scored, chosen):
     """SCORES without groups of the clips where `chosen` (bool, shape (clips,)) holds."""
     words, speakers = scored.counts["wer"][chosen], scored.speakers[chosen]
-    short = np.array([row["num_samples"] < PAPER_SECONDS * SAMPLE_RATE for row in scored.rows]) & chosen
     people, total = len(np.unique(speakers)), int(words[:, 3].sum())
     return {
         **{name: rate(counts[chosen]) for name, counts in scored.counts.items()},
-        "wer_paper_short": rate(scored.counts["wer_paper"][short]),
+        "wer_paper_short": rate(scored.counts["wer_paper"][scored.short & chosen]),
         "clips": len(words),
         "speakers": people,
         "words": total,
@@ -2069,14 +2076,18 @@ def checkpoint_to_resume(training):
     return wanted
 
 
+def updates_done(checkpoint):
+    """The updates that the Trainer had made when it wrote `checkpoint`; 0 for None."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
+
+
 def train_model(trainer, checkpoint, updates):
     """Train, from `checkpoint` if given, and leave the best model loaded; raises RunError with what to change."""
     import torch
 
     if checkpoint:
-        done = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
-        say(f"  going on from {checkpoint}, update {done} of {updates}")
-        if done >= updates:
+        say(f"  going on from {checkpoint}, update {updates_done(checkpoint)} of {updates}")
+        if updates_done(checkpoint) >= updates:
             say("  nothing is left to train: raise --num_train_epochs or --max_steps to train further")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -2140,8 +2151,8 @@ def dry_run(args, training, corpus, accents):
         for accent, count in Counter(row["accent"] for row in rows).most_common():
             own = [row for row in rows if row["accent"] == accent]
             say(f"    {accent:<24}{count:>8,} clips{hours(own):>9.2f} h{len({row['speaker'] for row in own}):>7,} speakers")
-    splits = SPLITS[1:] if args.streaming else SPLITS
-    todo = [(accent, path) for split in splits for accent, path in corpus.archives(split, accents) if not corpus.prepared_path(path).exists()]
+    splits = splits_to_prepare(args)
+    todo = corpus.unprepared(splits, accents)
     fetched = 0 if corpus.folder else sum(corpus.files[path][0] for _, path in todo)
     peak, kept = disk_needed(corpus, todo, splits, accents, args.num_proc)
     say(f"  to fetch {fetched / 1e9:.2f} GB in {len(todo)} archives; to keep {kept / 1e9:.2f} GB in {args.data_dir}, at the peak {peak / 1e9:.2f} GB")
@@ -2151,9 +2162,19 @@ def dry_run(args, training, corpus, accents):
     return 0
 
 
+def splits_to_prepare(args):
+    """The splits whose audio has to lie on the disk; a stream keeps none of the training audio."""
+    return ("test",) if args.eval_only else SPLITS[1:] if args.streaming else SPLITS
+
+
+def totals(rows):
+    people, spoken = {row["speaker"] for row in rows}, {row["accent"] for row in rows}
+    return {"clips": len(rows), "hours": round(hours(rows), 4), "speakers": len(people), "accents": len(spoken)}
+
+
 def split_line(split, rows):
-    people, spoken = len({row["speaker"] for row in rows}), len({row["accent"] for row in rows})
-    return f"  {split:<5}{len(rows):>8,} clips{hours(rows):>9.2f} h{people:>7,} speakers{spoken:>5} accents"
+    found = totals(rows)
+    return f"  {split:<5}{found['clips']:>8,} clips{hours(rows):>9.2f} h{found['speakers']:>7,} speakers{found['accents']:>5} accents"
 
 
 def refuse_empty(split, rows):
@@ -2187,10 +2208,7 @@ def select_splits(args, corpus, accents, splits, check, training):
 def data_summary(selections, encoder):
     """The "data" of metrics.json."""
     summary = {split: {
-        "clips": len(selection.rows),
-        "hours": round(hours(selection.rows), 4),
-        "speakers": len({row["speaker"] for row in selection.rows}),
-        "accents": len({row["accent"] for row in selection.rows}),
+        **totals(selection.rows),
         "skipped": dict(Counter(reason_kind(row["reason"]) for row in selection.skipped)),
     } for split, selection in selections.items()}  # fmt: skip
     return {**summary, "characters_dropped_from_labels": dict(encoder.dropped)}
@@ -2224,24 +2242,23 @@ def run(args, training):
     accents = chosen_accents(corpus, args.accents)
     if args.dry_run:
         return dry_run(args, training, corpus, accents)
-    splits = ("test",) if args.eval_only else SPLITS
-    prepare_corpus(corpus, splits[1:] if args.streaming and not args.eval_only else splits, accents, args.num_proc)
+    prepare_corpus(corpus, splits_to_prepare(args), accents, args.num_proc)
     if args.prepare_only:
-        select_splits(args, corpus, accents, SPLITS[1:] if args.streaming else SPLITS, lambda row: "", training)
+        select_splits(args, corpus, accents, splits_to_prepare(args), lambda row: "", training)
         say(f"  ready in {args.data_dir}")
         return 0
     processor, model = load_processor_and_model(args)
-    return fit_and_score(args, training, corpus, accents, splits, processor, model, checkpoint)
+    return fit_and_score(args, training, corpus, accents, processor, model, checkpoint)
 
 
-def fit_and_score(args, training, corpus, accents, splits, processor, model, checkpoint):
+def fit_and_score(args, training, corpus, accents, processor, model, checkpoint):
     """From a loaded model and prepared audio to results and, unless --eval_only, a final model; returns the exit status."""
     if not args.eval_only and model.config.model_type != "lasr_ctc":
         raise UsageError(f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be fine-tuned; any CTC model "
                          "can be scored with --eval_only")
     encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
     check = ClipCheck(model, processor.feature_extractor, encoder, args.max_train_seconds)
-    selections = select_splits(args, corpus, accents, splits, check, training)
+    selections = select_splits(args, corpus, accents, ("test",) if args.eval_only else SPLITS, check, training)
     data, test = data_summary(selections, encoder), selections["test"]
     train_accents = None if args.eval_only else {row["accent"] for row in selections["train"].rows}
     output = Path(training.output_dir)
@@ -2259,9 +2276,8 @@ def fit_and_score(args, training, corpus, accents, splits, processor, model, che
     say("training")
     updates = fit_schedule(training, len(selections["train"].rows))
     if args.streaming:
-        done = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
         # Another seed after a resumption: the stream starts anew, and should not start with the same clips.
-        selections["train"].clips = stream_training_clips(corpus, accents, args, check, training, training.seed + done)
+        selections["train"].clips = stream_training_clips(corpus, accents, args, check, training, training.seed + updates_done(checkpoint))
     trainer = make_trainer(args, training, processor, model, encoder, selections["train"].clips, selections["dev"])
     train_model(trainer, checkpoint, updates)
     say("scoring the fine-tuned model on the test split")
