@@ -57,7 +57,9 @@ SPLITS = ("train", "dev", "test")
 DOMAINS = ("clinical", "general")
 SILENCE = float(np.log(1e-5))  # LasrFeatureExtractor floors its mel energies at 1e-5, so a frame of 0.0 would be loud
 IGNORED_LABEL = -100  # the label id that losses leave out, by convention in torch and transformers
-WINDOW_OVERLAP_SECONDS = 2.0  # on each side, as in the model card's pipeline call (chunk_length_s=20, stride_length_s=2)
+WINDOW_OVERLAP_SECONDS = (
+    2.0  # on each side, as in the model card's pipeline call (chunk_length_s=20, stride_length_s=2)
+)
 CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
 FLAC_BYTES_AN_HOUR = 59e6  # of 16 kHz mono speech
 SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
@@ -101,7 +103,9 @@ class ScriptArguments:
     model: str = flag(DEFAULT_MODEL, "Hub id or local folder of the model")
     model_revision: str | None = flag(None, "branch, tag or commit of the model")
     dataset: str = flag(DEFAULT_DATASET, "Hub id of the corpus, or a local folder in the Hub repository's layout")
-    dataset_revision: str | None = flag(None, f"commit of the corpus; for AfriSpeech-200 {DEFAULT_DATASET_REVISION[:7]} is pinned")
+    dataset_revision: str | None = flag(
+        None, f"commit of the corpus; for AfriSpeech-200 {DEFAULT_DATASET_REVISION[:7]} is pinned"
+    )
     data_dir: str = flag("./afrispeech-200-16khz", "where the prepared 16 kHz audio is kept")
     accents: list[str] | None = flag(None, "only these accents, e.g. yoruba 'akan (fante)'")
     domains: list[str] | None = flag(None, "only these domains: clinical, general")
@@ -110,18 +114,28 @@ class ScriptArguments:
     max_train_samples: int | None = flag(None, "train on a random choice of so many clips")
     max_eval_samples: int | None = flag(None, "evaluate on a random choice of so many dev clips")
     max_test_samples: int | None = flag(None, "score a random choice of so many test clips")
-    target_text: Literal["as_written", "words"] = flag("as_written", "train on the transcript as written, or on lower-case words alone")
-    spec_augment: bool = flag(True, "mask stretches of time and frequency in training (--no_spec_augment to switch off)")
-    early_stopping_patience: int = flag(3, "stop after so many evaluations without a better dev WER; 0 never stops early")
+    target_text: Literal["as_written", "words"] = flag(
+        "as_written", "train on the transcript as written, or on lower-case words alone"
+    )
+    spec_augment: bool = flag(
+        True, "mask stretches of time and frequency in training (--no_spec_augment to switch off)"
+    )
+    early_stopping_patience: int = flag(
+        3, "stop after so many evaluations without a better dev WER; 0 never stops early"
+    )
     skip_baseline: bool = flag(False, "do not score the untouched model first")
-    window_seconds: float = flag(20.0, f"score longer clips in windows of so many seconds, overlapping by {WINDOW_OVERLAP_SECONDS:g} s a side")
+    window_seconds: float = flag(
+        20.0, f"score longer clips in windows of so many seconds, overlapping by {WINDOW_OVERLAP_SECONDS:g} s a side"
+    )
     num_proc: int | None = flag(None, "processes that prepare audio; all cores if not given")
     keep_archives: bool = flag(False, "keep the downloaded archives after they are converted")
     streaming: bool = flag(False, "train on audio straight from the Hub, keeping none of it; needs --max_steps")
     prepare_only: bool = flag(False, "download and convert the audio, then stop")
     dry_run: bool = flag(False, "say what a run would do: clips, hours, disk, updates; no audio is fetched")
     eval_only: bool = flag(False, "score --model on the test split, then stop")
-    score_file: str | None = flag(None, "write the report for any system's texts: JSON lines or CSV with text and pred_text")
+    score_file: str | None = flag(
+        None, "write the report for any system's texts: JSON lines or CSV with text and pred_text"
+    )
     transcribe: list[str] | None = flag(None, "print the text of these audio files, then stop")
     demo: bool = flag(False, "run the whole job on the small model and corpus in tests/fixtures, offline")
 
@@ -132,7 +146,9 @@ class CommonTrainingArguments:
 
     _argument_group_name = "training (any other field of transformers' TrainingArguments works too: --help_all)"
 
-    output_dir: str = flag("./medasr-afrispeech-200", "where checkpoints, results, TensorBoard logs and the final model go")
+    output_dir: str = flag(
+        "./medasr-afrispeech-200", "where checkpoints, results, TensorBoard logs and the final model go"
+    )
     learning_rate: float = flag(3e-5, "peak learning rate of AdamW")
     per_device_train_batch_size: int = flag(8, "clips a step and device")
     per_device_eval_batch_size: int = flag(8, "clips or windows a device when scoring")
@@ -145,11 +161,17 @@ class CommonTrainingArguments:
     logging_steps: int = flag(25, "updates between two logged training losses")
     save_total_limit: int = flag(4, "checkpoints kept, the best among them")
     # Declared bool so that a bare --fp16 works; None means: where there is a CUDA GPU and no --bf16.
-    fp16: bool = flag(None, "float16 on a CUDA GPU, with the modules that overflow it in float32; on there unless --bf16")
+    fp16: bool = flag(
+        None, "float16 on a CUDA GPU, with the modules that overflow it in float32; on there unless --bf16"
+    )
     bf16: bool = flag(False, "bfloat16 mixed precision instead of float16")
     gradient_checkpointing: bool = flag(False, "recompute activations to save GPU memory")
-    dataloader_num_workers: int | None = flag(None, "processes that decode audio for training; up to 8, by cores, if not given")
-    resume_from_checkpoint: str | None = flag(None, "'true' for the newest checkpoint in --output_dir, or a checkpoint's folder")
+    dataloader_num_workers: int | None = flag(
+        None, "processes that decode audio for training; up to 8, by cores, if not given"
+    )
+    resume_from_checkpoint: str | None = flag(
+        None, "'true' for the newest checkpoint in --output_dir, or a checkpoint's folder"
+    )
     seed: int = flag(42, "seed of everything random")
 
 
@@ -196,7 +218,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _format_action_invocation(self, action):
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        value = "" if action.const is True or action.nargs == 0 else " " + self._format_args(action, action.dest.upper())
+        value = (
+            "" if action.const is True or action.nargs == 0 else " " + self._format_args(action, action.dest.upper())
+        )
         return action.option_strings[0] + value
 
     def _get_help_string(self, action):
@@ -211,8 +235,14 @@ def make_parser(*dataclass_types):
         def error(self, message):
             raise UsageError(message)
 
-    parser = Parser(dataclass_types, prog=PROGRAM, usage="%(prog)s [FILE.yaml] [flags]", allow_abbrev=False,
-                    formatter_class=HelpFormatter, description=__doc__.split("\n\n")[0])
+    parser = Parser(
+        dataclass_types,
+        prog=PROGRAM,
+        usage="%(prog)s [FILE.yaml] [flags]",
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+        description=__doc__.split("\n\n")[0],
+    )
     parser.add_argument("--help_all", action="store_true", help="show every flag, those of TrainingArguments included")
     return parser
 
@@ -259,7 +289,9 @@ def parse_arguments(argv):
 
         make_parser(ScriptArguments, TrainingArguments).print_help()
         raise SystemExit(0)
-    script = ScriptArguments(**{item.name: getattr(namespace, item.name) for item in dataclasses.fields(ScriptArguments)})
+    script = ScriptArguments(
+        **{item.name: getattr(namespace, item.name) for item in dataclasses.fields(ScriptArguments)}
+    )
     common = {item.name: getattr(namespace, item.name) for item in dataclasses.fields(CommonTrainingArguments)}
     check_arguments(script, common)
     return script, make_training_arguments(common, rest, script)
@@ -268,19 +300,36 @@ def parse_arguments(argv):
 def check_arguments(script, common):
     """Refuse what cannot work, in one line that names the flag, the value found and the valid ones."""
     settings = {**vars(script), **common}
-    for name in ("max_train_seconds", "window_seconds", "max_train_samples", "max_eval_samples", "max_test_samples", "num_proc", "learning_rate",
-                 "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-                 "eval_steps", "save_steps", "logging_steps"):  # fmt: skip
+    for name in (
+        "max_train_seconds",
+        "window_seconds",
+        "max_train_samples",
+        "max_eval_samples",
+        "max_test_samples",
+        "num_proc",
+        "learning_rate",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "eval_steps",
+        "save_steps",
+        "logging_steps",
+    ):
         if settings[name] is not None and not settings[name] > 0:
             raise UsageError(f"--{name} is {settings[name]:g}; it must be above 0")
     if script.window_seconds < 3 * WINDOW_OVERLAP_SECONDS:
-        raise UsageError(f"--window_seconds is {script.window_seconds:g}; it must be at least {3 * WINDOW_OVERLAP_SECONDS:g}")
+        raise UsageError(
+            f"--window_seconds is {script.window_seconds:g}; it must be at least {3 * WINDOW_OVERLAP_SECONDS:g}"
+        )
     if script.early_stopping_patience < 0:
         raise UsageError(f"--early_stopping_patience is {script.early_stopping_patience}; it must be 0 or more")
     for domain in script.domains or []:
         if domain not in DOMAINS:
             raise UsageError(f"--domains has '{domain}'; the domains are {' and '.join(DOMAINS)}")
-    modes = [name for name in ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe") if getattr(script, name)]
+    modes = [
+        name for name in ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe") if getattr(script, name)
+    ]
     if len(modes) > 1:
         raise UsageError(f"--{modes[0]} and --{modes[1]} cannot be used together; choose one")
     if script.streaming and common["max_steps"] <= 0:
@@ -289,7 +338,9 @@ def check_arguments(script, common):
         raise UsageError("--fp16 and --bf16 cannot be used together; choose one")
     for name, value in (("model", script.model), ("dataset", script.dataset)):
         if re.match(r"[./~]", value) and not Path(value).expanduser().is_dir():
-            raise UsageError(f"--{name} is {value}: there is no such folder; give a folder or a Hub id such as {DEFAULT_MODEL}")
+            raise UsageError(
+                f"--{name} is {value}: there is no such folder; give a folder or a Hub id such as {DEFAULT_MODEL}"
+            )
     for name, path in [("transcribe", path) for path in script.transcribe or []] + [("score_file", script.score_file)]:
         if path and not Path(path).is_file():
             raise UsageError(f"--{name} is {path}: there is no such file")
@@ -312,8 +363,14 @@ def make_training_arguments(common, rest, script):
         hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
         raise UsageError(f"unknown flag or stray value {unknown[0]}; {hint}")
     del values.help_all
-    if values.load_best_model_at_end and values.eval_strategy == values.save_strategy == "steps" and values.save_steps % values.eval_steps:
-        raise UsageError(f"--save_steps {values.save_steps} is not a multiple of --eval_steps {values.eval_steps}, so the best model could not be kept")
+    if (
+        values.load_best_model_at_end
+        and values.eval_strategy == values.save_strategy == "steps"
+        and values.save_steps % values.eval_steps
+    ):
+        raise UsageError(
+            f"--save_steps {values.save_steps} is not a multiple of --eval_steps {values.eval_steps}, so the best model could not be kept"
+        )
     import torch
 
     has_gpu = torch.cuda.is_available() and not values.use_cpu
@@ -353,7 +410,13 @@ def explained_hub_errors(repo, kind):
     try:
         yield
         return
-    except (httpx2.HTTPError, OSError, errors.EntryNotFoundError, errors.RevisionResolutionError, errors.HFValidationError) as error:
+    except (
+        httpx2.HTTPError,
+        OSError,
+        errors.EntryNotFoundError,
+        errors.RevisionResolutionError,
+        errors.HFValidationError,
+    ) as error:
         cause = error
     # A server that answers 5xx comes out as "not found locally", with the answer as its cause.
     if isinstance(cause, errors.LocalEntryNotFoundError) and isinstance(cause.__cause__, errors.HfHubHTTPError):
@@ -395,12 +458,16 @@ def load_processor_and_model(args):
 
     check_model_access(args)
     folder = Path(args.model).expanduser()
-    source = dict(pretrained_model_name_or_path=str(folder) if folder.is_dir() else args.model, revision=args.model_revision)
+    source = dict(
+        pretrained_model_name_or_path=str(folder) if folder.is_dir() else args.model, revision=args.model_revision
+    )
     try:
         processor = AutoProcessor.from_pretrained(**source)
         model = AutoModelForCTC.from_pretrained(**source, dtype="float32")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise RunError(f"model {args.model} cannot be loaded as a CTC model with its processor ({one_line(error)})") from error
+        raise RunError(
+            f"model {args.model} cannot be loaded as a CTC model with its processor ({one_line(error)})"
+        ) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "feature_extractor"):
         raise RunError(f"model {args.model} has no feature extractor and tokenizer together; --model needs both")
     return processor, model
@@ -433,7 +500,9 @@ class HubStream(io.RawIOBase):
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         headers = {**build_hf_headers(), "Range": f"bytes={self.position}-", "Accept-Encoding": "identity"}
-        request = get_session().stream("GET", self.url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        request = get_session().stream(
+            "GET", self.url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        )
         response = self.connection.enter_context(request)
         hf_raise_for_status(response)
         if self.position and response.status_code != 206:
@@ -484,7 +553,10 @@ def download(corpus, path, target):
             with open(partial, "ab") as file, HubStream(corpus, path, file.tell()) as stream:
                 shutil.copyfileobj(stream, file, 1 << 20)
             with open(partial, "rb") as file:
-                if partial.stat().st_size == size and checksum in (None, hashlib.file_digest(file, "sha256").hexdigest()):
+                if partial.stat().st_size == size and checksum in (
+                    None,
+                    hashlib.file_digest(file, "sha256").hexdigest(),
+                ):
                     os.replace(partial, target)
                     return
             partial.unlink()
@@ -569,7 +641,9 @@ class Corpus:
         rows = {}
         if path in self.files:
             with open(self.fetch(path), newline="", encoding="utf-8-sig", errors="replace") as file:
-                csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows the rest of the file, which is not a reason to stop
+                csv.field_size_limit(
+                    2**31 - 1
+                )  # an unclosed quote swallows the rest of the file, which is not a reason to stop
                 # csv, not pandas: the country code NA is Namibia, and no cell may turn into a NaN.
                 for row in csv.DictReader(file):
                     audio_path = row.get("audio_paths") or row.get("audio_path")
@@ -595,16 +669,24 @@ def open_corpus(args):
     source = {"dataset": str(folder or args.dataset), "revision": revision}
     stored = json.loads(source_file.read_text()) if source_file.exists() else None
     if stored and {key: stored.get(key) for key in source} != source:
-        raise UsageError(f"--data_dir {args.data_dir} holds audio of {stored['dataset']} at revision {stored['revision']}, not of "
-                         f"{source['dataset']} at {revision}; choose another --data_dir")
+        raise UsageError(
+            f"--data_dir {args.data_dir} holds audio of {stored['dataset']} at revision {stored['revision']}, not of "
+            f"{source['dataset']} at {revision}; choose another --data_dir"
+        )
     if folder:
-        corpus.files = {path.relative_to(folder).as_posix(): [path.stat().st_size, None] for path in folder.rglob("*") if path.is_file()}
+        corpus.files = {
+            path.relative_to(folder).as_posix(): [path.stat().st_size, None]
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
     elif stored and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         corpus.files = stored["files"]  # a commit never changes: no network is needed to go on
     else:
         corpus.files = list_hub_files(args.dataset, revision)
     if not corpus.archives("(?:train|dev|test)"):
-        raise RunError(f"{args.dataset} has no audio/<accent>/<split>/*.tar.gz: it is not in the layout of {DEFAULT_DATASET}")
+        raise RunError(
+            f"{args.dataset} has no audio/<accent>/<split>/*.tar.gz: it is not in the layout of {DEFAULT_DATASET}"
+        )
     write_text(source_file, json.dumps({**source, "files": {} if folder else corpus.files}, indent=1))
     return corpus
 
@@ -616,7 +698,9 @@ def list_hub_files(name, revision):
 
     with explained_hub_errors(name, "dataset"):
         tree = HfApi().list_repo_tree(name, recursive=True, revision=revision, repo_type="dataset")
-        return {item.path: [item.size, item.lfs.sha256 if item.lfs else None] for item in tree if isinstance(item, RepoFile)}
+        return {
+            item.path: [item.size, item.lfs.sha256 if item.lfs else None] for item in tree if isinstance(item, RepoFile)
+        }
 
 
 def write_text(path, text):
@@ -678,15 +762,28 @@ def clip_features():
     from datasets import Features, Value
 
     names = ["clip", "text", "speaker", "accent", "country", "domain", "gender", "age_group", "split", "problem"]
-    return Features({"audio": Value("binary"), "num_samples": Value("int32"), **{name: Value("string") for name in names}})
+    return Features(
+        {"audio": Value("binary"), "num_samples": Value("int32"), **{name: Value("string") for name in names}}
+    )
 
 
 def clip_row(key, split, accent, row):
     """The columns of a prepared file but for the audio, from a row of the transcripts (None if there is none)."""
-    columns = {"text": "transcript", "speaker": "user_ids", **{name: name for name in ("accent", "country", "domain", "gender", "age_group")}}
+    columns = {
+        "text": "transcript",
+        "speaker": "user_ids",
+        **{name: name for name in ("accent", "country", "domain", "gender", "age_group")},
+    }
     clip = {name: (row or {}).get(column) or "" for name, column in columns.items()}
     seconds = to_number((row or {}).get("duration"))
-    return {**clip, "accent": clip["accent"] or accent, "num_samples": int(seconds * SAMPLE_RATE), "clip": key, "split": split, "problem": ""}
+    return {
+        **clip,
+        "accent": clip["accent"] or accent,
+        "num_samples": int(seconds * SAMPLE_RATE),
+        "clip": key,
+        "split": split,
+        "problem": "",
+    }
 
 
 def make_clip(key, split, accent, row, audio=None, problem=""):
@@ -698,7 +795,12 @@ def make_clip(key, split, accent, row, audio=None, problem=""):
             problem = "" if len(samples) else "no audio samples"
         except ValueError as error:
             problem = f"undecodable audio ({error})"
-    return {**clip_row(key, split, accent, row), "audio": b"" if problem else encode_flac(samples), "num_samples": len(samples), "problem": problem}
+    return {
+        **clip_row(key, split, accent, row),
+        "audio": b"" if problem else encode_flac(samples),
+        "num_samples": len(samples),
+        "problem": problem,
+    }
 
 
 def archive_members(stream):
@@ -732,10 +834,14 @@ def archive_clips(corpus, accent, archive, stream):
     try:
         for name, audio, problem in archive_members(stream):
             key = clip_key(name)
-            yield make_clip(key, split, accent, rows.get(key), audio, problem or ("" if key in rows else "no transcript"))
+            yield make_clip(
+                key, split, accent, rows.get(key), audio, problem or ("" if key in rows else "no transcript")
+            )
             count += 1
     except DAMAGE as error:
-        yield make_clip(archive, split, accent, None, problem=f"damaged archive ({one_line(error)}): {count} clips of it are kept")
+        yield make_clip(
+            archive, split, accent, None, problem=f"damaged archive ({one_line(error)}): {count} clips of it are kept"
+        )
 
 
 def prepare_archive(corpus, accent, archive):
@@ -748,7 +854,10 @@ def prepare_archive(corpus, accent, archive):
     try:
         local = corpus.fetch(archive)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open(local, "rb") as stream, ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer:
+        with (
+            open(local, "rb") as stream,
+            ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer,
+        ):
             for clip in archive_clips(corpus, accent, archive, stream):
                 writer.write(clip)
                 clips, samples = clips + 1, samples + clip["num_samples"]
@@ -768,12 +877,16 @@ def exit_with_parent():
     import threading
     from multiprocessing.connection import wait
 
-    threading.Thread(target=lambda: (wait([multiprocessing.parent_process().sentinel]), os._exit(1)), daemon=True).start()
+    threading.Thread(
+        target=lambda: (wait([multiprocessing.parent_process().sentinel]), os._exit(1)), daemon=True
+    ).start()
 
 
 def disk_needed(corpus, todo, splits, accents, num_proc):
     """(bytes that preparing `todo` needs at its peak, bytes that stay), from the durations in the transcripts."""
-    share = sum(corpus.files[path][0] for _, path in todo) / max(1, sum(corpus.files[path][0] for split in splits for _, path in corpus.archives(split, accents)))
+    share = sum(corpus.files[path][0] for _, path in todo) / max(
+        1, sum(corpus.files[path][0] for split in splits for _, path in corpus.archives(split, accents))
+    )
     stays = share * sum(hours(transcript_rows(corpus, split, accents)) for split in splits) * FLAC_BYTES_AN_HOUR
     sizes = sorted((corpus.files[path][0] for _, path in todo), reverse=True)
     in_flight = 0 if corpus.folder else sum(sizes if corpus.keep_archives else sizes[:num_proc])
@@ -782,8 +895,11 @@ def disk_needed(corpus, todo, splits, accents, num_proc):
 
 def transcript_rows(corpus, split, accents):
     """The rows of a split as its transcripts announce them, without audio."""
-    return [clip_row(key, split, accent, row) for accent, _ in corpus.transcript_files(split, accents)
-            for key, row in corpus.transcripts(accent, split).items()]  # fmt: skip
+    return [
+        clip_row(key, split, accent, row)
+        for accent, _ in corpus.transcript_files(split, accents)
+        for key, row in corpus.transcripts(accent, split).items()
+    ]
 
 
 def hours(rows):
@@ -810,8 +926,10 @@ def check_disk(corpus, todo, splits, accents, num_proc):
     """Raise RunError if the archives in `todo` cannot be prepared in the space that is free."""
     need, free = disk_needed(corpus, todo, splits, accents, num_proc)[0], shutil.disk_usage(corpus.data_dir).free
     if need > free:
-        raise RunError(f"preparing {len(todo)} archives needs {need / 1e9:.1f} GB in {corpus.data_dir} and {free / 1e9:.1f} GB are free: "
-                       "choose another --data_dir, fewer --accents, or a lower --num_proc")
+        raise RunError(
+            f"preparing {len(todo)} archives needs {need / 1e9:.1f} GB in {corpus.data_dir} and {free / 1e9:.1f} GB are free: "
+            "choose another --data_dir, fewer --accents, or a lower --num_proc"
+        )
 
 
 def prepare_corpus(corpus, splits, accents, num_proc):
@@ -827,10 +945,14 @@ def prepare_corpus(corpus, splits, accents, num_proc):
         clear_leftovers(corpus, {item for split in splits for item in corpus.archives(split, accents)}.difference(todo))
         if todo:
             check_disk(corpus, todo, splits, accents, num_proc)
-            todo.sort(key=lambda item: -corpus.files[item[1]][0])  # the largest first, so that none is left alone at the end
+            todo.sort(
+                key=lambda item: -corpus.files[item[1]][0]
+            )  # the largest first, so that none is left alone at the end
             failures = prepare_archives(corpus, todo, num_proc)
             if failures:
-                raise RunError(f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready; the first: {failures[0]}")
+                raise RunError(
+                    f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready; the first: {failures[0]}"
+                )
 
 
 def prepare_archives(corpus, todo, num_proc):
@@ -844,8 +966,10 @@ def prepare_archives(corpus, todo, num_proc):
     clips, spoken_hours, failures = 0, 0.0, []
     # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
     context = multiprocessing.get_context("spawn")
-    with (ProcessPoolExecutor(min(num_proc, len(todo)), context, exit_with_parent) as pool,
-          tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar):  # fmt: skip
+    with (
+        ProcessPoolExecutor(min(num_proc, len(todo)), context, exit_with_parent) as pool,
+        tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar,
+    ):
         jobs = [pool.submit(prepare_archive, corpus, accent, path) for accent, path in todo]
         try:
             for job in as_completed(jobs):
@@ -857,8 +981,10 @@ def prepare_archives(corpus, todo, num_proc):
                 bar.set_postfix_str(f"{clips:,} clips, {spoken_hours:.2f} h")
                 bar.update()
         except BrokenProcessPool as error:
-            raise RunError("a process that prepares audio was killed, most likely for want of memory: run the same command again with "
-                           "a lower --num_proc") from error
+            raise RunError(
+                "a process that prepares audio was killed, most likely for want of memory: run the same command again with "
+                "a lower --num_proc"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -875,7 +1001,9 @@ def load_split(corpus, split, accents):
     found, missing = set(clips["clip"]), []
     for accent, _ in corpus.transcript_files(split, accents):
         rows = corpus.transcripts(accent, split)
-        missing += [make_clip(key, split, accent, row, problem="no audio") for key, row in rows.items() if key not in found]
+        missing += [
+            make_clip(key, split, accent, row, problem="no audio") for key, row in rows.items() if key not in found
+        ]
     return clips, missing
 
 
@@ -889,7 +1017,11 @@ def streamed_clips(archives, corpus, args, check, seed, skipped_file):
         for index in np.random.default_rng((seed, turn)).permutation(len(archives)):
             accent, path = archives[index]
             with explained_hub_errors(corpus.name, "dataset"):
-                stream = open(corpus.folder / path, "rb") if corpus.folder else io.BufferedReader(HubStream(corpus, path), 1 << 20)
+                stream = (
+                    open(corpus.folder / path, "rb")
+                    if corpus.folder
+                    else io.BufferedReader(HubStream(corpus, path), 1 << 20)
+                )
                 with stream:
                     for clip in archive_clips(corpus, accent, path, stream):
                         reason = clip["problem"] or check(clip)
@@ -908,11 +1040,17 @@ def stream_training_clips(corpus, accents, args, check, training, seed):
 
     archives = corpus.archives("train", accents)
     if len(archives) < training.world_size:
-        raise UsageError(f"--streaming has {len(archives)} training archives for {training.world_size} processes; use fewer, or leave it out")
+        raise UsageError(
+            f"--streaming has {len(archives)} training archives for {training.world_size} processes; use fewer, or leave it out"
+        )
     arguments = dict(corpus=corpus, args=args, check=check, seed=seed, skipped_file=skipped_path(training))
-    arguments["archives"] = archives[training.process_index :: training.world_size]  # datasets divides a list among the workers
+    arguments["archives"] = archives[
+        training.process_index :: training.world_size
+    ]  # datasets divides a list among the workers
     features = Features({**clip_features(), "row": Value("int64")})
-    return IterableDataset.from_generator(streamed_clips, features, arguments).shuffle(seed=seed, buffer_size=SHUFFLE_CLIPS)
+    return IterableDataset.from_generator(streamed_clips, features, arguments).shuffle(
+        seed=seed, buffer_size=SHUFFLE_CLIPS
+    )
 
 
 @dataclass
@@ -963,7 +1101,11 @@ SKIPPED_COLUMNS = ("split", "clip", "reason", "accent", "seconds", "text")
 
 
 def skipped_row(row, reason):
-    return {**{name: row[name] for name in ("split", "clip", "accent", "text")}, "reason": reason, "seconds": round(row["num_samples"] / SAMPLE_RATE, 2)}
+    return {
+        **{name: row[name] for name in ("split", "clip", "accent", "text")},
+        "reason": reason,
+        "seconds": round(row["num_samples"] / SAMPLE_RATE, 2),
+    }
 
 
 def csv_lines(rows):
@@ -998,10 +1140,14 @@ FOLDS = {
     "ɛ": "e", "Ɛ": "E", "ɔ": "o", "Ɔ": "O", "ŋ": "n", "Ŋ": "N", "ɓ": "b", "Ɓ": "B", "ɗ": "d", "Ɗ": "D", "ƙ": "k", "Ƙ": "K", "ƴ": "y",
     "ɣ": "g", "ł": "l", "đ": "d", "ı": "i",
 }  # fmt: skip
-VOICED = str.maketrans({symbol: word for symbol, word in FOLDS.items() if word.strip().isalpha() or " " in word or word == "'"})
+VOICED = str.maketrans(
+    {symbol: word for symbol, word in FOLDS.items() if word.strip().isalpha() or " " in word or word == "'"}
+)
 # "5 µg" is read as micrograms and written mcg in prescriptions; "ug" is on the lists of error-prone abbreviations.
 MICROGRAM = re.compile(r"[µμ]g\b")
-CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")  # MedASR writes dictated punctuation and layout as {period}, {new paragraph}
+CONTROL_TOKEN = re.compile(
+    r"\{[a-z ]+\}|</?s>|<epsilon>"
+)  # MedASR writes dictated punctuation and layout as {period}, {new paragraph}
 
 
 def separate_digits(text):
@@ -1036,7 +1182,9 @@ class LabelEncoder:
         if self.covered(character):
             return character
         if character in FOLDS:
-            return "".join(map(self.fold_character, FOLDS[character])) if len(FOLDS[character]) == 1 else FOLDS[character]
+            return (
+                "".join(map(self.fold_character, FOLDS[character])) if len(FOLDS[character]) == 1 else FOLDS[character]
+            )
         decomposed = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
         if decomposed and decomposed != [character]:
             return "".join(map(self.fold_character, decomposed))
@@ -1076,7 +1224,11 @@ def normalize_wer(text):
     """
     text = MICROGRAM.sub("mcg", CONTROL_TOKEN.sub(" ", html.unescape(text)))
     decomposed = unicodedata.normalize("NFKD", separate_digits(text.translate(VOICED)).lower())
-    plain = "".join(character for character in decomposed if not unicodedata.combining(character) and unicodedata.category(character) != "Cf")
+    plain = "".join(
+        character
+        for character in decomposed
+        if not unicodedata.combining(character) and unicodedata.category(character) != "Cf"
+    )
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain))
 
 
@@ -1089,7 +1241,15 @@ def normalize_paper(text):
     text = re.sub(r"\s{2,}", " ", text).strip()
     text = text.replace(">", "").replace("\t", " ").replace("\n", "")
     text = text.lower()
-    for spoken, written in ((" comma,", ","), (" koma,", " "), (" coma,", " "), (" full stop.", "."), (" full stop", "."), (",.", "."), (",,", ",")):
+    for spoken, written in (
+        (" comma,", ","),
+        (" koma,", " "),
+        (" coma,", " "),
+        (" full stop.", "."),
+        (" full stop", "."),
+        (",.", "."),
+        (",,", ","),
+    ):
         text = text.replace(spoken, written)
     text = re.sub(r" +", " ", text.strip())
     return re.sub(r"[^a-zA-Z0-9\s.,\-?:'/()\[\]+%]", "", text)
@@ -1206,10 +1366,20 @@ class CTCCollator:
         # the tokenizer apart: LasrProcessor drops the attention mask when it is given both.
         # Some wav2vec2 models were trained without a mask and say so in their extractor.
         masked = getattr(self.extractor, "return_attention_mask", True)
-        batch = dict(self.extractor(waveforms, sampling_rate=SAMPLE_RATE, padding="longest", return_attention_mask=masked, return_tensors="pt"))
+        batch = dict(
+            self.extractor(
+                waveforms,
+                sampling_rate=SAMPLE_RATE,
+                padding="longest",
+                return_attention_mask=masked,
+                return_tensors="pt",
+            )
+        )
         if self.encoder:
             labels = [torch.tensor(self.encoder(row["text"])) for row in rows]
-            batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL).long()
+            batch["labels"] = torch.nn.utils.rnn.pad_sequence(
+                labels, batch_first=True, padding_value=IGNORED_LABEL
+            ).long()
         if any(row.get("split") != "train" for row in rows):
             batch["row"] = torch.tensor([row["row"] for row in rows])
         elif self.augment:
@@ -1285,13 +1455,22 @@ def transcribe_clips(model, processor, clips, num_samples, args, training):
     spans.sort(key=lambda span: (span[1] - span[2], span))  # the longest first: what does not fit shows at once
     mine = spans[training.process_index :: training.world_size]
     collator = CTCCollator(extractor, shortest=shortest_clip(model, extractor))
-    loader = DataLoader(Windows(clips, mine), training.per_device_eval_batch_size, collate_fn=collator,
-                        num_workers=min(training.dataloader_num_workers, len(mine)))
+    loader = DataLoader(
+        Windows(clips, mine),
+        training.per_device_eval_batch_size,
+        collate_fn=collator,
+        num_workers=min(training.dataloader_num_workers, len(mine)),
+    )
     model = model.to(training.device).eval()
     lengths = [max(stop - start, collator.shortest) for _, start, stop in mine]
     logits = logit_lengths(model, input_length(extractor, torch.tensor(lengths))).tolist()
     pieces = []
-    with torch.inference_mode(), tqdm(total=len(mine), desc="scoring", unit="clip", disable=training.process_index > 0 or training.disable_tqdm) as bar:
+    with (
+        torch.inference_mode(),
+        tqdm(
+            total=len(mine), desc="scoring", unit="clip", disable=training.process_index > 0 or training.disable_tqdm
+        ) as bar,
+    ):
         for batch in loader:
             done = len(pieces)
             batch.pop("row")
@@ -1302,7 +1481,9 @@ def transcribe_clips(model, processor, clips, num_samples, args, training):
                 pieces.append((row, start, ids[first:last]))
             bar.update(len(pieces) - done)
     joined = {row: [] for row in range(len(num_samples))}
-    for row, _, ids in sorted(gather_object(pieces) if training.world_size > 1 else pieces, key=lambda piece: piece[:2]):
+    for row, _, ids in sorted(
+        gather_object(pieces) if training.world_size > 1 else pieces, key=lambda piece: piece[:2]
+    ):
         joined[row] += ids
     return [decode_ids(processor, [joined[row]], blank_id(model))[0] for row in range(len(num_samples))]
 
@@ -1319,7 +1500,9 @@ def batch_ids(model, batch, device):
         if size == 1:
             raise
     torch.cuda.empty_cache()
-    halves = [{name: value[part] for name, value in batch.items()} for part in (slice(0, size // 2), slice(size // 2, None))]
+    halves = [
+        {name: value[part] for name, value in batch.items()} for part in (slice(0, size // 2), slice(size // 2, None))
+    ]
     return [ids for half in halves for ids in batch_ids(model, half, device)]
 
 
@@ -1347,8 +1530,12 @@ def error_rates_metric():
 
     class ErrorRates(evaluate.Metric):
         def _info(self):
-            features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
-            return evaluate.MetricInfo(description="corpus-level WER and CER", citation="", inputs_description="", features=features)
+            features = datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            )
+            return evaluate.MetricInfo(
+                description="corpus-level WER and CER", citation="", inputs_description="", features=features
+            )
 
         def _compute(self, predictions, references):
             return {"wer": jiwer.wer(references, predictions), "cer": jiwer.cer(references, predictions)}
@@ -1370,7 +1557,9 @@ def error_counts(references, hypotheses, characters=False):
         counts[index, 3] = len(words)
         for chunk in alignment:
             if chunk.type in column:
-                counts[index, column[chunk.type]] += max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+                counts[index, column[chunk.type]] += max(
+                    chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx
+                )
     return counts
 
 
@@ -1435,14 +1624,20 @@ class Scored:
 def score_texts(rows, texts, train_accents):
     """The `Scored` of hypotheses `texts` against the transcripts of `rows`: corpus-level rates, intervals, groups."""
     references = [row["text"] for row in rows]
-    pairs = {name: ([normalize(text) for text in references], [normalize(text) for text in texts]) for name, normalize in NORMALIZERS.items()}
+    pairs = {
+        name: ([normalize(text) for text in references], [normalize(text) for text in texts])
+        for name, normalize in NORMALIZERS.items()
+    }
     pairs["wer_spoken"] = (pairs["wer"][0], [drop_spoken_punctuation(*pair) for pair in zip(*pairs["wer"])])
     counts = {name: error_counts(*pair) for name, pair in pairs.items()}
     counts["cer"] = error_counts(*pairs["wer"], characters=True)
     groups = {kind: np.array([group_names(row, kind, train_accents) for row in rows]) for kind in GROUP_KINDS}
     scored = Scored(rows, texts, counts, groups, {})
     scored.scores = scores_of(scored, np.ones(len(rows), bool))
-    scored.scores["groups"] = {kind: {str(name): scores_of(scored, names == name) for name in np.unique(names)} for kind, names in groups.items()}
+    scored.scores["groups"] = {
+        kind: {str(name): scores_of(scored, names == name) for name in np.unique(names)}
+        for kind, names in groups.items()
+    }
     return scored
 
 
@@ -1466,10 +1661,17 @@ def compare(baseline, finetuned):
     """The "delta" of metrics.json: fine-tuned minus baseline on the same clips, for all of them and each group."""
 
     def difference(chosen):
-        before, after, speakers = baseline.counts["wer"][chosen], finetuned.counts["wer"][chosen], baseline.speakers[chosen]
+        before, after, speakers = (
+            baseline.counts["wer"][chosen],
+            finetuned.counts["wer"][chosen],
+            baseline.speakers[chosen],
+        )
         change = bootstrap_rates(after, speakers) - bootstrap_rates(before, speakers)
         errors = after[:, :3].sum(axis=1) - before[:, :3].sum(axis=1)
-        rates = {name: (rate(finetuned.counts[name][chosen]), rate(baseline.counts[name][chosen])) for name in finetuned.counts}
+        rates = {
+            name: (rate(finetuned.counts[name][chosen]), rate(baseline.counts[name][chosen]))
+            for name in finetuned.counts
+        }
         return {
             **{name: now - then for name, (now, then) in rates.items() if now is not None},
             "wer_ci95": interval(change),
@@ -1479,7 +1681,10 @@ def compare(baseline, finetuned):
             "clips_worse": float((errors > 0).mean()),
         }
 
-    groups = {kind: {str(name): difference(names == name) for name in np.unique(names)} for kind, names in baseline.groups.items()}
+    groups = {
+        kind: {str(name): difference(names == name) for name in np.unique(names)}
+        for kind, names in baseline.groups.items()
+    }
     return {**difference(np.ones(len(baseline.rows), bool)), "groups": groups}
 
 
@@ -1495,25 +1700,42 @@ NUMBERS = re.compile(
 
 def clinical_words(rows):
     """Words at least 5 times in clinical references and, by frequency, at least 10 times as common there as in general ones."""
-    counts = {domain: Counter(word for row in rows if row["domain"] == domain for word in normalize_wer(row["text"]).split()) for domain in DOMAINS}
+    counts = {
+        domain: Counter(word for row in rows if row["domain"] == domain for word in normalize_wer(row["text"]).split())
+        for domain in DOMAINS
+    }
     clinical, general = counts["clinical"], counts["general"]
     scale = sum(clinical.values()) / max(1, sum(general.values()))
-    return {word for word, count in clinical.items() if count >= 5 and count >= 10 * general[word] * scale and len(word) > 2}
+    return {
+        word for word, count in clinical.items() if count >= 5 and count >= 10 * general[word] * scale and len(word) > 2
+    }
 
 
 def word_errors(scored):
     """(recall {kind of word: (found, all)}, {kind of error: Counter}) of a `Scored`, word by word."""
     import jiwer
 
-    output = jiwer.process_words([normalize_wer(row["text"]) for row in scored.rows], [normalize_wer(text) for text in scored.texts])
-    tests = {"numbers": NUMBERS.fullmatch, "negations": NEGATIONS.fullmatch, "clinical words": clinical_words(scored.rows).__contains__}
+    output = jiwer.process_words(
+        [normalize_wer(row["text"]) for row in scored.rows], [normalize_wer(text) for text in scored.texts]
+    )
+    tests = {
+        "numbers": NUMBERS.fullmatch,
+        "negations": NEGATIONS.fullmatch,
+        "clinical words": clinical_words(scored.rows).__contains__,
+    }
     found, everything = Counter(), Counter()
     errors = {kind: Counter() for kind in ERROR_NAMES}
     for alignment, reference, hypothesis in zip(output.alignments, output.references, output.hypotheses):
         for chunk in alignment:
-            before, after = reference[chunk.ref_start_idx : chunk.ref_end_idx], hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            before, after = (
+                reference[chunk.ref_start_idx : chunk.ref_end_idx],
+                hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx],
+            )
             if chunk.type != "equal":
-                errors[chunk.type].update(f"{one} -> {other}" if one and other else one or other for one, other in itertools.zip_longest(before, after))
+                errors[chunk.type].update(
+                    f"{one} -> {other}" if one and other else one or other
+                    for one, other in itertools.zip_longest(before, after)
+                )
             for kind, word in itertools.product(tests, before):
                 everything[kind] += bool(tests[kind](word))
                 found[kind] += chunk.type == "equal" and bool(tests[kind](word))
@@ -1546,9 +1768,22 @@ def group_table(kind, before, after, delta):
         then = before and before["groups"][kind][name]
         change = points(delta["groups"][kind][name]) if delta and now["words"] else "-"
         ci = f"[{percent(now['wer_ci95'][0])}, {percent(now['wer_ci95'][1])}]" if now["words"] else "-"
-        lines.append([name + ("\\*" if now["small"] else ""), f"{now['clips']:,}", f"{now['speakers']:,}", f"{now['words']:,}",
-                      percent(then and then["wer"]) if delta else "-", percent(now["wer"]), ci, change])  # fmt: skip
-    return markdown_table([kind.replace("_", " "), "clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"], lines)
+        lines.append(
+            [
+                name + ("\\*" if now["small"] else ""),
+                f"{now['clips']:,}",
+                f"{now['speakers']:,}",
+                f"{now['words']:,}",
+                percent(then and then["wer"]) if delta else "-",
+                percent(now["wer"]),
+                ci,
+                change,
+            ]
+        )
+    return markdown_table(
+        [kind.replace("_", " "), "clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"],
+        lines,
+    )
 
 
 def group_summary(kind, after):
@@ -1570,9 +1805,16 @@ def error_sections(baseline, finetuned):
         return f"{percent(pair[0] / pair[1])} of {pair[1]:,}" if pair and pair[1] else "-"
 
     lines = ["## What goes wrong", "", "Recall, the share of the reference's words that come out right:", ""]
-    lines += markdown_table(["words", "before", "now"], [[kind, recall(before.get(kind)), recall(pair)] for kind, pair in recalls.items()])
+    lines += markdown_table(
+        ["words", "before", "now"], [[kind, recall(before.get(kind)), recall(pair)] for kind, pair in recalls.items()]
+    )
     for kind, counter in errors.items():
-        lines += [f"Commonest {ERROR_NAMES[kind]}: " + (", ".join(f"{words} ({count})" for words, count in counter.most_common(15)) or "none") + ".", ""]
+        lines += [
+            f"Commonest {ERROR_NAMES[kind]}: "
+            + (", ".join(f"{words} ({count})" for words, count in counter.most_common(15)) or "none")
+            + ".",
+            "",
+        ]
     words = [len(normalize_wer(text).split()) for text in last.texts]
     empty = sum(count == 0 for count in words)
     runaway = sum(count > 2 * length + 5 for count, length in zip(words, last.counts["wer"][:, 3]))
@@ -1580,20 +1822,42 @@ def error_sections(baseline, finetuned):
     if finetuned and baseline:
         worse = finetuned.counts["wer"][:, :3].sum(axis=1) - baseline.counts["wer"][:, :3].sum(axis=1)
         chosen = [index for index in np.argsort(-worse, kind="stable")[:10] if worse[index] > 0]
-        cells = [[f"+{worse[index]}", last.rows[index]["accent"], *(tidy(text)[:200] for text in (last.rows[index]["text"], baseline.texts[index], last.texts[index]))]
-                 for index in chosen]  # fmt: skip
-        lines += ["Clips that got worse most:", "", *markdown_table(["errors", "accent", "reference", "before", "now"], cells)] if cells else []
+        cells = [
+            [
+                f"+{worse[index]}",
+                last.rows[index]["accent"],
+                *(tidy(text)[:200] for text in (last.rows[index]["text"], baseline.texts[index], last.texts[index])),
+            ]
+            for index in chosen
+        ]
+        lines += (
+            [
+                "Clips that got worse most:",
+                "",
+                *markdown_table(["errors", "accent", "reference", "before", "now"], cells),
+            ]
+            if cells
+            else []
+        )
     return lines
 
 
 def summary_table(baseline, finetuned):
     """Markdown lines: every rate before and after, all clips."""
-    names = {"wer": "WER", "wer_spoken": "WER, spoken punctuation set aside", "wer_paper": "WER, the AfriSpeech authors' normalisation",
-             "wer_paper_short": f"the same, clips under {PAPER_SECONDS} s, as in their tables", "wer_raw": "WER as written", "cer": "CER"}  # fmt: skip
+    names = {
+        "wer": "WER",
+        "wer_spoken": "WER, spoken punctuation set aside",
+        "wer_paper": "WER, the AfriSpeech authors' normalisation",
+        "wer_paper_short": f"the same, clips under {PAPER_SECONDS} s, as in their tables",
+        "wer_raw": "WER as written",
+        "cer": "CER",
+    }
     cells = []
     for name, label in names.items():
         then, now = (scores and scores[name] for scores in (baseline, finetuned))
-        cells.append([label, percent(then), percent(now), "-" if then is None or now is None else f"{100 * (now - then):+.1f}"])
+        cells.append(
+            [label, percent(then), percent(now), "-" if then is None or now is None else f"{100 * (now - then):+.1f}"]
+        )
     return markdown_table(["rate", "before", "fine-tuned", "change, points"], cells)
 
 
@@ -1601,19 +1865,39 @@ def report_lines(title, baseline, finetuned, delta, notes, pictures):
     """results/report.md as lines."""
     last = (finetuned or baseline).scores
     before, after = baseline and baseline.scores, finetuned and finetuned.scores
-    lines = [f"# {title}", "", f"{last['clips']:,} clips, {last['speakers']:,} speakers, {last['words']:,} words. All rates are corpus-level.", ""]
+    lines = [
+        f"# {title}",
+        "",
+        f"{last['clips']:,} clips, {last['speakers']:,} speakers, {last['words']:,} words. All rates are corpus-level.",
+        "",
+    ]
     lines += summary_table(before, after)
     if delta:
-        lines += [f"WER changes by {points(delta)} points (95 % interval over speakers, paired); probability of improvement "
-                  f"{percent(delta['probability_of_improvement'])}. {percent(delta['clips_better'])} of the clips are better, "
-                  f"{percent(delta['clips_equal'])} equal, {percent(delta['clips_worse'])} worse.", ""]  # fmt: skip
+        lines += [
+            f"WER changes by {points(delta)} points (95 % interval over speakers, paired); probability of improvement "
+            f"{percent(delta['probability_of_improvement'])}. {percent(delta['clips_better'])} of the clips are better, "
+            f"{percent(delta['clips_equal'])} equal, {percent(delta['clips_worse'])} worse.",
+            "",
+        ]
     else:
-        lines += [f"WER {percent(last['wer'])}, 95 % interval over speakers {percent(last['wer_ci95'][0])} to {percent(last['wer_ci95'][1])}.", ""]
+        lines += [
+            f"WER {percent(last['wer'])}, 95 % interval over speakers {percent(last['wer_ci95'][0])} to {percent(last['wer_ci95'][1])}.",
+            "",
+        ]
     lines += [note + "\n" for note in notes]
     lines += [f"![{label}]({name})\n" for name, label in pictures]
     for kind in GROUP_KINDS:
-        lines += [f"## By {kind.replace('_', ' ')}", "", *group_table(kind, before, after, delta), group_summary(kind, last), ""]
-    lines += [f"\\* under {MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words: not ranked and not in the macro average.", ""]
+        lines += [
+            f"## By {kind.replace('_', ' ')}",
+            "",
+            *group_table(kind, before, after, delta),
+            group_summary(kind, last),
+            "",
+        ]
+    lines += [
+        f"\\* under {MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words: not ranked and not in the macro average.",
+        "",
+    ]
     return lines + error_sections(baseline, finetuned)
 
 
@@ -1633,7 +1917,10 @@ def draw_pictures(folder, baseline, finetuned, history):
         pyplot.close(figure)
         pictures.append((name, label))
 
-    for kind, name, label in (("accent", "wer_by_accent.png", "WER by accent"), ("duration", "wer_by_duration.png", "WER by duration of the clip")):
+    for kind, name, label in (
+        ("accent", "wer_by_accent.png", "WER by accent"),
+        ("duration", "wer_by_duration.png", "WER by duration of the clip"),
+    ):
         groups = systems[-1][1]["groups"][kind]
         order = sorted((group for group in groups if groups[group]["words"]), key=lambda group: groups[group]["wer"])
         if kind == "accent" and len(order) > 30:
@@ -1654,10 +1941,17 @@ def draw_pictures(folder, baseline, finetuned, history):
     evaluations = [entry for entry in history if "eval_wer" in entry]
     if evaluations:
         figure, axes = pyplot.subplots(figsize=(8, 3.5))
-        axes.plot([entry["step"] for entry in evaluations], [100 * entry["eval_wer"] for entry in evaluations], "o-", label="dev WER, %")
+        axes.plot(
+            [entry["step"] for entry in evaluations],
+            [100 * entry["eval_wer"] for entry in evaluations],
+            "o-",
+            label="dev WER, %",
+        )
         axes.set(xlabel="update", ylabel="dev WER, %", ylim=(0, None), title="Training")
         losses = [entry for entry in history if "loss" in entry]
-        axes.twinx().plot([entry["step"] for entry in losses], [entry["loss"] for entry in losses], color="0.6", label="training loss")
+        axes.twinx().plot(
+            [entry["step"] for entry in losses], [entry["loss"] for entry in losses], color="0.6", label="training loss"
+        )
         figure.axes[1].set(ylabel="training loss (grey)", ylim=(0, None))
         axes.grid(alpha=0.3)
         save(figure, "training.png", "Dev WER and training loss")
@@ -1667,7 +1961,17 @@ def draw_pictures(folder, baseline, finetuned, history):
 def library_versions():
     from importlib.metadata import version
 
-    names = ("torch", "transformers", "datasets", "evaluate", "jiwer", "librosa", "soundfile", "accelerate", "tensorboard")
+    names = (
+        "torch",
+        "transformers",
+        "datasets",
+        "evaluate",
+        "jiwer",
+        "librosa",
+        "soundfile",
+        "accelerate",
+        "tensorboard",
+    )
     return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
 
 
@@ -1675,23 +1979,35 @@ def prediction_lines(baseline, finetuned):
     """One JSON object a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
     last = finetuned or baseline
     for index, row in enumerate(last.rows):
-        yield json.dumps({
-            "audio_filepath": row["clip"],
-            "duration": round(row["num_samples"] / SAMPLE_RATE, 3),
-            "text": row["text"],
-            "pred_text": last.texts[index],
-            "baseline_text": baseline.texts[index] if finetuned and baseline else None,
-            **{name: row[name] for name in ("speaker", "accent", "country", "domain", "gender", "age_group")},
-            "wer": rate(last.counts["wer"][index : index + 1]),
-        }, ensure_ascii=False) + "\n"  # fmt: skip
+        yield (
+            json.dumps(
+                {
+                    "audio_filepath": row["clip"],
+                    "duration": round(row["num_samples"] / SAMPLE_RATE, 3),
+                    "text": row["text"],
+                    "pred_text": last.texts[index],
+                    "baseline_text": baseline.texts[index] if finetuned and baseline else None,
+                    **{name: row[name] for name in ("speaker", "accent", "country", "domain", "gender", "age_group")},
+                    "wer": rate(last.counts["wer"][index : index + 1]),
+                },
+                ensure_ascii=False,
+            )
+            + "\n"
+        )
 
 
 def write_results(folder, config, data, baseline, finetuned, title, notes=(), history=()):
     """metrics.json, predictions_test.jsonl, report.md and its pictures into `folder`; returns the metrics."""
     folder = Path(folder)
     delta = compare(baseline, finetuned) if baseline and finetuned else None
-    metrics = {"config": config, "versions": library_versions(), "data": data, "baseline": baseline and baseline.scores,
-               "finetuned": finetuned and finetuned.scores, "delta": delta}  # fmt: skip
+    metrics = {
+        "config": config,
+        "versions": library_versions(),
+        "data": data,
+        "baseline": baseline and baseline.scores,
+        "finetuned": finetuned and finetuned.scores,
+        "delta": delta,
+    }
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
     write_text(folder / "predictions_test.jsonl", "".join(prediction_lines(baseline, finetuned)))
     pictures = draw_pictures(folder, baseline, finetuned, history)
@@ -1705,10 +2021,24 @@ def write_model_card(final, results, args, metrics):
     """README.md of the final model, with the Hub's evaluation metadata, the report and its pictures."""
     import yaml
 
-    hub_ids = [name for name in (args.model, args.dataset) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
-    rates = [{"type": "wer" if name.startswith("wer") else "cer", "name": name, "value": round(100 * metrics["finetuned"][name], 2)}
-             for name in ("wer", "wer_spoken", "wer_paper", "wer_raw", "cer")]  # fmt: skip
-    result = {"task": {"type": "automatic-speech-recognition"}, "dataset": {"name": "AfriSpeech-200", "type": args.dataset, "split": "test"}, "metrics": rates}
+    hub_ids = [
+        name
+        for name in (args.model, args.dataset)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    ]
+    rates = [
+        {
+            "type": "wer" if name.startswith("wer") else "cer",
+            "name": name,
+            "value": round(100 * metrics["finetuned"][name], 2),
+        }
+        for name in ("wer", "wer_spoken", "wer_paper", "wer_raw", "cer")
+    ]
+    result = {
+        "task": {"type": "automatic-speech-recognition"},
+        "dataset": {"name": "AfriSpeech-200", "type": args.dataset, "split": "test"},
+        "metrics": rates,
+    }
     header = {
         "language": "en",
         **({"base_model": args.model} if args.model in hub_ids else {}),
@@ -1772,13 +2102,25 @@ def read_score_file(path):
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict):
             raise UsageError(f"--score_file {path}: row {number} is not an object with keys such as text and pred_text")
-        lacking = [key for key in ("text", "pred_text") if not isinstance(entry.get(key), str) or (key == "text" and not tidy(entry[key]))]
+        lacking = [
+            key
+            for key in ("text", "pred_text")
+            if not isinstance(entry.get(key), str) or (key == "text" and not tidy(entry[key]))
+        ]
         if lacking:
-            notes.append(f"Row {number} ({entry.get('audio_filepath') or 'no audio_filepath'}) has no {' and no '.join(lacking)}: left out.")
+            notes.append(
+                f"Row {number} ({entry.get('audio_filepath') or 'no audio_filepath'}) has no {' and no '.join(lacking)}: left out."
+            )
             continue
         clip = entry.get("audio_filepath") or f"row {number}"
-        rows.append({"clip": clip, "text": entry["text"], "num_samples": int(to_number(entry.get("duration")) * SAMPLE_RATE),
-                     **{key: str(entry.get(key) or "") for key in SCORE_KEYS}})  # fmt: skip
+        rows.append(
+            {
+                "clip": clip,
+                "text": entry["text"],
+                "num_samples": int(to_number(entry.get("duration")) * SAMPLE_RATE),
+                **{key: str(entry.get(key) or "") for key in SCORE_KEYS},
+            }
+        )
         texts.append(entry["pred_text"])
         before.append(entry.get("baseline_text"))
     if not rows:
@@ -1805,11 +2147,17 @@ def activation_peaks(model, batches, device):
     def watch(name):
         def hook(module, inputs, output):
             tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
-            peaks[name] = max([peaks.get(name, 0.0), *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())])
+            peaks[name] = max(
+                [peaks.get(name, 0.0), *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())]
+            )
 
         return hook
 
-    watched = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False)) or name.endswith("subsampler")]
+    watched = [
+        (name, module)
+        for name, module in model.named_modules()
+        if list(module.parameters(recurse=False)) or name.endswith("subsampler")
+    ]
     handles = [module.register_forward_hook(watch(name)) for name, module in watched]
     model.to(device).eval()
     try:
@@ -1877,9 +2225,14 @@ class DevScores:
         metrics = error_rates_metric().compute(predictions=hypotheses, references=references)
         counts = error_counts(references, hypotheses)
         domains = np.array([row["domain"] for row in rows])
-        metrics |= {f"wer_by_domain/{domain}": rate(counts[domains == domain]) for domain in np.unique(domains) if domain}
+        metrics |= {
+            f"wer_by_domain/{domain}": rate(counts[domains == domain]) for domain in np.unique(domains) if domain
+        }
         shown = sorted(texts)[:: max(1, len(texts) // 5)][:5]
-        lines = [f"| {self.rows[number]['accent']} | {tidy(self.rows[number]['text'])} | {texts[number]} |" for number in shown]
+        lines = [
+            f"| {self.rows[number]['accent']} | {tidy(self.rows[number]['text'])} | {texts[number]} |"
+            for number in shown
+        ]
         self.samples = "\n".join(["| accent | reference | hypothesis |", "|---|---|---|", *lines])
         return metrics
 
@@ -1919,7 +2272,9 @@ def training_classes():
                 return super()._get_train_sampler(train_dataset)
             # [:] makes a list: from the column each length is read apart, which takes minutes for the training split.
             lengths = dataset[self.args.length_column_name][:]
-            return EpochSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths, seed=self.args.seed)
+            return EpochSampler(
+                self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths, seed=self.args.seed
+            )
 
         def _get_eval_sampler(self, eval_dataset):
             return torch.utils.data.SequentialSampler(eval_dataset)  # dev is in order of length already
@@ -1929,8 +2284,13 @@ def training_classes():
                 return super().get_train_dataloader()
             # The stream is this process's own share already; accelerate would divide it again.
             workers = min(self.args.dataloader_num_workers, self.train_dataset.num_shards)
-            return torch.utils.data.DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator,
-                                               num_workers=workers, pin_memory=self.args.dataloader_pin_memory)  # fmt: skip
+            return torch.utils.data.DataLoader(
+                self.train_dataset,
+                self.args.train_batch_size,
+                collate_fn=self.data_collator,
+                num_workers=workers,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             mask = inputs["attention_mask"]
@@ -1959,7 +2319,9 @@ def training_classes():
             elif self.mark is not None:
                 self.mark += logs.get("eval_runtime", 0.0)
             if not np.isfinite(logs.get("grad_norm", 0.0)) and not self.args.fp16:
-                raise RunError(f"the gradient is not finite at step {self.state.global_step}: lower --learning_rate, or raise --warmup_steps")
+                raise RunError(
+                    f"the gradient is not finite at step {self.state.global_step}: lower --learning_rate, or raise --warmup_steps"
+                )
             super().log(logs, start_time)
 
     class TensorBoard(TensorBoardCallback):
@@ -1981,9 +2343,13 @@ def training_classes():
             if not state.is_world_process_zero or self.training_bar is None:
                 return
             if "loss" in logs:
-                self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {logs['audio_seconds_per_second']:.0f} audio s/s")
+                self.training_bar.set_postfix_str(
+                    f"loss {logs['loss']:.3f}, {logs['audio_seconds_per_second']:.0f} audio s/s"
+                )
             elif "eval_wer" in logs:
-                self.training_bar.write(f"  step {state.global_step:>6}: dev WER {percent(logs['eval_wer'])}, CER {percent(logs['eval_cer'])}")
+                self.training_bar.write(
+                    f"  step {state.global_step:>6}: dev WER {percent(logs['eval_wer'])}, CER {percent(logs['eval_cer'])}"
+                )
 
     return CTCTrainer, TensorBoard, Progress
 
@@ -1992,7 +2358,9 @@ def planned_updates(training, clips):
     """(updates in all, updates an epoch) of a run on so many training clips."""
     batches = -(-clips // (training.per_device_train_batch_size * training.world_size))
     an_epoch = max(1, -(-batches // training.gradient_accumulation_steps))
-    return training.max_steps if training.max_steps > 0 else int(np.ceil(training.num_train_epochs * an_epoch)), an_epoch
+    return training.max_steps if training.max_steps > 0 else int(
+        np.ceil(training.num_train_epochs * an_epoch)
+    ), an_epoch
 
 
 def fit_schedule(training, clips):
@@ -2028,7 +2396,9 @@ def make_trainer(args, training, processor, model, encoder, train, dev):
         batches = [calibration(chosen[start : start + 4]) for start in range(0, 16, 4)]
         guarded = guard_half_precision(model, batches, training.device)
         largest = max(guarded, key=guarded.get)
-        say(f"  float16, with {len(guarded)} modules in float32 (the largest activation is {guarded[largest]:.3g}, in {largest})")
+        say(
+            f"  float16, with {len(guarded)} modules in float32 (the largest activation is {guarded[largest]:.3g}, in {largest})"
+        )
     scores = DevScores(dev.rows, processor, blank_id(model))
     callbacks = []
     if training.report_to and "tensorboard" in training.report_to:
@@ -2064,8 +2434,10 @@ def checkpoint_to_resume(training):
     wanted = training.resume_from_checkpoint
     if not wanted or str(wanted).lower() == "false":
         if newest:
-            raise UsageError(f"--output_dir {output} holds checkpoints of an earlier run, the newest {Path(newest).name}; add "
-                             "--resume_from_checkpoint true to go on from it, or choose another --output_dir")
+            raise UsageError(
+                f"--output_dir {output} holds checkpoints of an earlier run, the newest {Path(newest).name}; add "
+                "--resume_from_checkpoint true to go on from it, or choose another --output_dir"
+            )
         return None
     if str(wanted).lower() == "true":
         if not newest:
@@ -2093,8 +2465,10 @@ def train_model(trainer, checkpoint, updates):
         trainer.train(resume_from_checkpoint=checkpoint)
     except torch.cuda.OutOfMemoryError as error:
         batch, steps = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
-        raise RunError(f"the GPU's memory is full: try --per_device_train_batch_size {max(1, batch // 2)} "
-                       f"--gradient_accumulation_steps {steps * 2}, --gradient_checkpointing, or a lower --max_train_seconds") from error
+        raise RunError(
+            f"the GPU's memory is full: try --per_device_train_batch_size {max(1, batch // 2)} "
+            f"--gradient_accumulation_steps {steps * 2}, --gradient_checkpointing, or a lower --max_train_seconds"
+        ) from error
 
 
 # ---------------------------------------------------------------- phases
@@ -2132,7 +2506,15 @@ def score_file(args, training):
     folder = Path(training.output_dir) / "results"
     config = {"command": args.command, "score_file": args.score_file}
     data = {"test": {"clips": len(rows), "hours": round(hours(rows), 4), "left_out": len(notes)}}
-    write_results(folder, config, data, before or scored, scored if before else None, f"Scores of {Path(args.score_file).name}", notes)
+    write_results(
+        folder,
+        config,
+        data,
+        before or scored,
+        scored if before else None,
+        f"Scores of {Path(args.score_file).name}",
+        notes,
+    )
     say(f"\nresults: {folder}")
     return 0
 
@@ -2150,15 +2532,21 @@ def dry_run(args, training, corpus, accents):
         refuse_empty(split, rows)
         for accent, count in Counter(row["accent"] for row in rows).most_common():
             own = [row for row in rows if row["accent"] == accent]
-            say(f"    {accent:<24}{count:>8,} clips{hours(own):>9.2f} h{len({row['speaker'] for row in own}):>7,} speakers")
+            say(
+                f"    {accent:<24}{count:>8,} clips{hours(own):>9.2f} h{len({row['speaker'] for row in own}):>7,} speakers"
+            )
     splits = splits_to_prepare(args)
     todo = corpus.unprepared(splits, accents)
     fetched = 0 if corpus.folder else sum(corpus.files[path][0] for _, path in todo)
     peak, kept = disk_needed(corpus, todo, splits, accents, args.num_proc)
-    say(f"  to fetch {fetched / 1e9:.2f} GB in {len(todo)} archives; to keep {kept / 1e9:.2f} GB in {args.data_dir}, at the peak {peak / 1e9:.2f} GB")
+    say(
+        f"  to fetch {fetched / 1e9:.2f} GB in {len(todo)} archives; to keep {kept / 1e9:.2f} GB in {args.data_dir}, at the peak {peak / 1e9:.2f} GB"
+    )
     updates, an_epoch = planned_updates(training, train)
-    say(f"  {updates:,} updates, {an_epoch:,} an epoch, of {training.per_device_train_batch_size} clips x {training.gradient_accumulation_steps} "
-        f"accumulation steps x {training.world_size} devices")
+    say(
+        f"  {updates:,} updates, {an_epoch:,} an epoch, of {training.per_device_train_batch_size} clips x {training.gradient_accumulation_steps} "
+        f"accumulation steps x {training.world_size} devices"
+    )
     return 0
 
 
@@ -2191,14 +2579,18 @@ def select_splits(args, corpus, accents, splits, check, training):
             rows = [row for row in transcript_rows(corpus, split, accents) if wanted(row, args)]
             selections[split] = Selection(None, rows, [])
         else:
-            selections[split] = select_clips(*load_split(corpus, split, accents), args, check, limits[split], training.seed)
+            selections[split] = select_clips(
+                *load_split(corpus, split, accents), args, check, limits[split], training.seed
+            )
         say(split_line(split, selections[split].rows))
         if not args.prepare_only:
             refuse_empty(split, selections[split].rows)
     skipped = [row for selection in selections.values() for row in selection.skipped]
     if training.process_index == 0:
         write_text(skipped_path(training), ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
-    for (split, reason), count in sorted(Counter((row["split"], reason_kind(row["reason"])) for row in skipped).items()):
+    for (split, reason), count in sorted(
+        Counter((row["split"], reason_kind(row["reason"])) for row in skipped).items()
+    ):
         say(f"  left out of {split}: {count:,} x {reason}")
     if skipped:
         say(f"  each one is named in {skipped_path(training)}")
@@ -2207,16 +2599,21 @@ def select_splits(args, corpus, accents, splits, check, training):
 
 def data_summary(selections, encoder):
     """The "data" of metrics.json."""
-    summary = {split: {
-        **totals(selection.rows),
-        "skipped": dict(Counter(reason_kind(row["reason"]) for row in selection.skipped)),
-    } for split, selection in selections.items()}  # fmt: skip
+    summary = {
+        split: {
+            **totals(selection.rows),
+            "skipped": dict(Counter(reason_kind(row["reason"]) for row in selection.skipped)),
+        }
+        for split, selection in selections.items()
+    }
     return {**summary, "characters_dropped_from_labels": dict(encoder.dropped)}
 
 
 def score_split(model, processor, selection, args, training, train_accents):
     """The `Scored` of the model on a selection."""
-    texts = transcribe_clips(model, processor, selection.clips, [row["num_samples"] for row in selection.rows], args, training)
+    texts = transcribe_clips(
+        model, processor, selection.clips, [row["num_samples"] for row in selection.rows], args, training
+    )
     return score_texts(selection.rows, texts, train_accents)
 
 
@@ -2254,8 +2651,10 @@ def run(args, training):
 def fit_and_score(args, training, corpus, accents, processor, model, checkpoint):
     """From a loaded model and prepared audio to results and, unless --eval_only, a final model; returns the exit status."""
     if not args.eval_only and model.config.model_type != "lasr_ctc":
-        raise UsageError(f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be fine-tuned; any CTC model "
-                         "can be scored with --eval_only")
+        raise UsageError(
+            f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be fine-tuned; any CTC model "
+            "can be scored with --eval_only"
+        )
     encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
     check = ClipCheck(model, processor.feature_extractor, encoder, args.max_train_seconds)
     selections = select_splits(args, corpus, accents, ("test",) if args.eval_only else SPLITS, check, training)
@@ -2270,14 +2669,24 @@ def fit_and_score(args, training, corpus, accents, processor, model, checkpoint)
         say(f"  WER {percent(baseline.scores['wer'])}")
     if args.eval_only:
         if training.process_index == 0:
-            write_results(output / "results", config, data, baseline, None, f"{args.model} on {args.dataset}", [window_note(test, args)])
+            write_results(
+                output / "results",
+                config,
+                data,
+                baseline,
+                None,
+                f"{args.model} on {args.dataset}",
+                [window_note(test, args)],
+            )
             say(f"\nresults: {output / 'results'}")
         return 0
     say("training")
     updates = fit_schedule(training, len(selections["train"].rows))
     if args.streaming:
         # Another seed after a resumption: the stream starts anew, and should not start with the same clips.
-        selections["train"].clips = stream_training_clips(corpus, accents, args, check, training, training.seed + updates_done(checkpoint))
+        selections["train"].clips = stream_training_clips(
+            corpus, accents, args, check, training, training.seed + updates_done(checkpoint)
+        )
     trainer = make_trainer(args, training, processor, model, encoder, selections["train"].clips, selections["dev"])
     train_model(trainer, checkpoint, updates)
     say("scoring the fine-tuned model on the test split")
@@ -2287,10 +2696,21 @@ def fit_and_score(args, training, corpus, accents, processor, model, checkpoint)
     trainer.save_model(str(output / "final"))
     if training.process_index == 0:
         history = trainer.state.log_history
-        metrics = write_results(output / "results", config, data, baseline, finetuned, f"{args.model} on {args.dataset}", [window_note(test, args)], history)
+        metrics = write_results(
+            output / "results",
+            config,
+            data,
+            baseline,
+            finetuned,
+            f"{args.model} on {args.dataset}",
+            [window_note(test, args)],
+            history,
+        )
         write_model_card(output / "final", output / "results", args, metrics)
         write_test_scores_to_tensorboard(output, metrics, trainer.state.global_step)
-        say(f"\nmodel: {output / 'final'}\nresults: {output / 'results'}\ncurves: tensorboard --logdir {output / 'runs'}")
+        say(
+            f"\nmodel: {output / 'final'}\nresults: {output / 'results'}\ncurves: tensorboard --logdir {output / 'runs'}"
+        )
     return 0
 
 
@@ -2321,7 +2741,10 @@ def main(argv=None):
         # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
         status, message = 1, str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; the same command goes on with prepared audio, --resume_from_checkpoint true with training"
+        status, message = (
+            130,
+            "interrupted; the same command goes on with prepared audio, --resume_from_checkpoint true with training",
+        )
     except SystemExit as error:  # argparse's --help
         return error.code or 0
     except Exception as error:

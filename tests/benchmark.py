@@ -38,7 +38,9 @@ def full_size_model(folder, layers):
     model = LasrForCTC(LasrCTCConfig(encoder_config={"model_type": "lasr_encoder", "num_hidden_layers": layers})).eval()
     processor = AutoProcessor.from_pretrained(MODEL)
     waveform = 0.1 * torch.randn(4 * finetune_medasr.SAMPLE_RATE).numpy()
-    features = processor.feature_extractor([waveform], sampling_rate=finetune_medasr.SAMPLE_RATE, return_attention_mask=True, return_tensors="pt")
+    features = processor.feature_extractor(
+        [waveform], sampling_rate=finetune_medasr.SAMPLE_RATE, return_attention_mask=True, return_tensors="pt"
+    )
     subsampler = model.encoder.subsampler
     with torch.no_grad():
         peak = subsampler(features["input_features"]).abs().max()
@@ -49,15 +51,45 @@ def full_size_model(folder, layers):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     parameters = sum(weight.numel() for weight in model.parameters())
-    print(f"model: MedASR's configuration, {layers} layers, {parameters / 1e6:.2f} M parameters, subsampler output up to {reached:.3g}")
+    print(
+        f"model: MedASR's configuration, {layers} layers, {parameters / 1e6:.2f} M parameters, subsampler output up to {reached:.3g}"
+    )
 
 
 def train_on_gpu(model, precision, steps, batch_size, folder):
     """Run the program itself for `steps` updates; returns its log history."""
-    arguments = ["--model", model, "--dataset", CORPUS, "--data_dir", folder / "audio", "--output_dir", folder / precision,
-                 "--max_steps", steps, "--warmup_steps", 5, "--logging_steps", 1, "--eval_steps", steps, "--save_steps", steps,
-                 "--save_total_limit", 1, "--per_device_train_batch_size", batch_size, "--gradient_accumulation_steps", 1,
-                 "--learning_rate", "3e-4", "--skip_baseline", "--max_test_samples", 8, f"--{precision}"]  # fmt: skip
+    arguments = [
+        "--model",
+        model,
+        "--dataset",
+        CORPUS,
+        "--data_dir",
+        folder / "audio",
+        "--output_dir",
+        folder / precision,
+        "--max_steps",
+        steps,
+        "--warmup_steps",
+        5,
+        "--logging_steps",
+        1,
+        "--eval_steps",
+        steps,
+        "--save_steps",
+        steps,
+        "--save_total_limit",
+        1,
+        "--per_device_train_batch_size",
+        batch_size,
+        "--gradient_accumulation_steps",
+        1,
+        "--learning_rate",
+        "3e-4",
+        "--skip_baseline",
+        "--max_test_samples",
+        8,
+        f"--{precision}",
+    ]
     if finetune_medasr.main([str(argument) for argument in arguments]):
         sys.exit(f"{precision}: the run failed")
     state = sorted((folder / precision).glob("checkpoint-*/trainer_state.json"))[-1]
@@ -68,7 +100,9 @@ def train_on_cpu(folder, data, steps, batch_size, guarded):
     """The same under CPU autocast in float16, without the Trainer, which offers no fp16 on a CPU; returns the losses."""
     import torch
 
-    args, training = finetune_medasr.parse_arguments(["--model", str(folder), "--dataset", str(CORPUS), "--data_dir", str(data), "--num_proc", "2"])
+    args, training = finetune_medasr.parse_arguments(
+        ["--model", str(folder), "--dataset", str(CORPUS), "--data_dir", str(data), "--num_proc", "2"]
+    )
     processor, model = finetune_medasr.load_processor_and_model(args)
     corpus = finetune_medasr.open_corpus(args)
     finetune_medasr.prepare_corpus(corpus, ("dev",), None, args.num_proc)
@@ -79,7 +113,10 @@ def train_on_cpu(folder, data, steps, batch_size, guarded):
     batch = collator(rows)
     if guarded:
         peaks = finetune_medasr.guard_half_precision(model, [batch], "cpu")
-        print(f"  {len(peaks)} modules in float32: " + ", ".join(f"{name} {peak:.3g}" for name, peak in sorted(peaks.items(), key=lambda item: -item[1])[:6]))
+        print(
+            f"  {len(peaks)} modules in float32: "
+            + ", ".join(f"{name} {peak:.3g}" for name, peak in sorted(peaks.items(), key=lambda item: -item[1])[:6])
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     losses = []
     for _ in range(steps):
@@ -124,12 +161,21 @@ def benchmark_gpu(options):
                 history = train_on_gpu(folder / "model", precision, options.steps, options.batch_size, folder)
                 speeds = sorted(entry["audio_seconds_per_second"] for entry in history)
                 good &= report_losses(precision, [entry["loss"] for entry in history], speeds[len(speeds) // 2])
-                print(f"  {time.monotonic() - start:.0f} s with loading and scoring, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the most")
+                print(
+                    f"  {time.monotonic() - start:.0f} s with loading and scoring, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the most"
+                )
             return 0 if good else 1
         print("no CUDA GPU: float16 autocast on the CPU instead, without the Trainer")
         plain = train_on_cpu(folder / "model", folder / "audio", 1, options.batch_size, guarded=False)
         print(f"plain float16: loss {plain[0]} at the first update")
-        return 0 if report_losses("guarded float16", train_on_cpu(folder / "model", folder / "audio", options.steps, options.batch_size, True)) else 1
+        return (
+            0
+            if report_losses(
+                "guarded float16",
+                train_on_cpu(folder / "model", folder / "audio", options.steps, options.batch_size, True),
+            )
+            else 1
+        )
 
 
 # ---- prepare ----------------------------------------------------------------------------------------------------------
@@ -173,7 +219,9 @@ def make_corpus(folder, megabytes):
             member = tarfile.TarInfo(f"data/data/intron/session/{len(rows)}.wav")
             member.size = buffer.tell()
             tar.addfile(member, io.BytesIO(buffer.getvalue()))
-            rows.append(f"speaker,igbo,The patient has a fever.,/AfriSpeech-100/train/session/{len(rows)}.wav,{len(mono) / 44_100:.3f},clinical")
+            rows.append(
+                f"speaker,igbo,The patient has a fever.,/AfriSpeech-100/train/session/{len(rows)}.wav,{len(mono) / 44_100:.3f},clinical"
+            )
             seconds += len(mono) / 44_100
     transcripts.write_text("\n".join(rows) + "\n")
     return len(rows) - 1, seconds
@@ -188,18 +236,28 @@ def prepare_the_usual_way(options):
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(MODEL)
-    archive, transcripts = next(options.corpus.glob("audio/*/*/*.tar.gz")), next(options.corpus.glob("transcripts/*/*.csv"))
+    archive, transcripts = (
+        next(options.corpus.glob("audio/*/*/*.tar.gz")),
+        next(options.corpus.glob("transcripts/*/*.csv")),
+    )
     with tarfile.open(archive) as tar:
         tar.extractall(options.out / "wav", filter="data")
-    rows = [{"path": row["audio_paths"].replace("/AfriSpeech-100/train", str(options.out / "wav/data/data/intron")), "text": row["transcript"]}
-            for row in csv.DictReader(transcripts.open(newline=""))]  # fmt: skip
+    rows = [
+        {
+            "path": row["audio_paths"].replace("/AfriSpeech-100/train", str(options.out / "wav/data/data/intron")),
+            "text": row["transcript"],
+        }
+        for row in csv.DictReader(transcripts.open(newline=""))
+    ]
 
     def features(row):
         samples, _ = librosa.load(row["path"], sr=finetune_medasr.SAMPLE_RATE)
         inputs = processor.feature_extractor(samples, sampling_rate=finetune_medasr.SAMPLE_RATE)
         return {"input_features": inputs.input_features[0], "labels": processor.tokenizer(row["text"]).input_ids}
 
-    Dataset.from_list(rows).map(features, remove_columns=["path", "text"], cache_file_name=str(options.out / "features.arrow"))
+    Dataset.from_list(rows).map(
+        features, remove_columns=["path", "text"], cache_file_name=str(options.out / "features.arrow")
+    )
 
 
 def bytes_below(folder):
@@ -244,7 +302,13 @@ def measured(command, folder):
     if status:
         sys.exit(folder.with_suffix(".log").read_text())
     kept = bytes_below(folder)
-    return {"wall": time.monotonic() - start, "cpu": usage.ru_utime + usage.ru_stime, "kept": kept, **peaks, "disk": max(peaks["disk"], kept)}
+    return {
+        "wall": time.monotonic() - start,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "kept": kept,
+        **peaks,
+        "disk": max(peaks["disk"], kept),
+    }
 
 
 def benchmark_prepare(options):
@@ -253,18 +317,33 @@ def benchmark_prepare(options):
         clips, seconds = make_corpus(folder / "full", options.megabytes)
         make_corpus(folder / "one", 0)  # one clip: what starting the program costs
         archive = sum(path.stat().st_size for path in folder.glob("full/audio/*/*/*.tar.gz"))
-        print(f"one archive of {archive / 1e6:.0f} MB: {clips} clips, {seconds / 3600:.2f} h; a single process converts it")
+        print(
+            f"one archive of {archive / 1e6:.0f} MB: {clips} clips, {seconds / 3600:.2f} h; a single process converts it"
+        )
         figures = []
         for name in ("ours", "usual"):
             for corpus in ("one", "full"):
                 out = folder / f"{name}-{corpus}"
                 out.mkdir()
-                command = [sys.executable, HERE.parent / "finetune_medasr.py", "--prepare_only", "--num_proc", 1, "--dataset", folder / corpus,
-                           "--data_dir", out, "--output_dir", folder / "output"]  # fmt: skip
+                command = [
+                    sys.executable,
+                    HERE.parent / "finetune_medasr.py",
+                    "--prepare_only",
+                    "--num_proc",
+                    1,
+                    "--dataset",
+                    folder / corpus,
+                    "--data_dir",
+                    out,
+                    "--output_dir",
+                    folder / "output",
+                ]
                 if name == "usual":
                     command = [sys.executable, __file__, "usual", folder / corpus, out]
                 figures.append(measured(command, out))
-        ours, usual = ({**full, "clip": (full["cpu"] - one["cpu"]) / (clips - 1)} for one, full in (figures[:2], figures[2:]))
+        ours, usual = (
+            {**full, "clip": (full["cpu"] - one["cpu"]) / (clips - 1)} for one, full in (figures[:2], figures[2:])
+        )
         hours = seconds / 3600
         rows = [
             ("wall time with start-up, s", "wall", 1),
@@ -276,8 +355,12 @@ def benchmark_prepare(options):
         print(f"{'':<50}{'this script':>12}{'usual way':>12}{'ratio':>8}")
         for label, key, scale in rows:
             print(f"{label:<50}{ours[key] * scale:>12.1f}{usual[key] * scale:>12.1f}{usual[key] / ours[key]:>8.1f}")
-        print(f"{'clips an hour on one core':<50}{3600 / ours['clip']:>12,.0f}{3600 / usual['clip']:>12,.0f}{usual['clip'] / ours['clip']:>8.1f}")
-        print("The usual way caches log-mels; this script computes them when it makes a batch, in the workers that feed the GPU.")
+        print(
+            f"{'clips an hour on one core':<50}{3600 / ours['clip']:>12,.0f}{3600 / usual['clip']:>12,.0f}{usual['clip'] / ours['clip']:>8.1f}"
+        )
+        print(
+            "The usual way caches log-mels; this script computes them when it makes a batch, in the workers that feed the GPU."
+        )
     return 0
 
 

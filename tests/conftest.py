@@ -37,7 +37,11 @@ def run_script(*arguments, cwd, env=None, launcher=(sys.executable,), timeout=90
 
 def error_line(stderr):
     """The message of the program on a stderr that holds nothing else but progress bars and the Hub client announcing retries."""
-    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.search(r"\d+%\||^HTTP Error 503|^Retrying in", line)]
+    lines = [
+        line
+        for line in re.split(r"[\r\n]+", stderr)
+        if line.strip() and not re.search(r"\d+%\||^HTTP Error 503|^Retrying in", line)
+    ]
     assert len(lines) == 1, stderr
     assert lines[0].startswith("finetune_medasr.py: error: "), stderr
     return lines[0].removeprefix("finetune_medasr.py: error: ")
@@ -48,7 +52,9 @@ def load_json(path):
 
 
 def load_predictions(results):
-    return [json.loads(line) for line in (Path(results) / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (Path(results) / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def corpus_rows(split):
@@ -88,13 +94,26 @@ def hub_corpus(tmp_path_factory):
 def demo(tmp_path_factory):
     """The demo, run in an empty folder on a machine that reaches no network."""
     folder = tmp_path_factory.mktemp("demo")
-    offline = {"HF_ENDPOINT": NOWHERE, "HTTP_PROXY": NOWHERE, "HTTPS_PROXY": NOWHERE, "HF_HOME": str(folder.parent / "demo_hf_home")}
+    offline = {
+        "HF_ENDPOINT": NOWHERE,
+        "HTTP_PROXY": NOWHERE,
+        "HTTPS_PROXY": NOWHERE,
+        "HF_HOME": str(folder.parent / "demo_hf_home"),
+    }
     done = run_script(*shlex.split(DEMO_COMMAND)[2:], cwd=folder, env={**os.environ, **offline})
     assert done.returncode == 0, done.stderr[-3000:]
     output = folder / "medasr-demo"
-    return SimpleNamespace(folder=folder, output=output, results=output / "results", final=output / "final", audio=output / "audio",
-                           stdout=done.stdout, stderr=done.stderr, metrics=load_json(output / "results/metrics.json"),
-                           predictions=load_predictions(output / "results"))  # fmt: skip
+    return SimpleNamespace(
+        folder=folder,
+        output=output,
+        results=output / "results",
+        final=output / "final",
+        audio=output / "audio",
+        stdout=done.stdout,
+        stderr=done.stderr,
+        metrics=load_json(output / "results/metrics.json"),
+        predictions=load_predictions(output / "results"),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,13 @@ def random_model(**encoder_config):
     from transformers import AutoConfig, LasrForCTC
 
     config = AutoConfig.from_pretrained(MODEL)
-    settings = {"num_hidden_layers": 2, "dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
+    settings = {
+        "num_hidden_layers": 2,
+        "dropout": 0.0,
+        "activation_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "layerdrop": 0.0,
+    }
     for name, value in {**settings, **encoder_config}.items():
         setattr(config.encoder_config, name, value)
     torch.manual_seed(0)
@@ -49,7 +55,9 @@ def noise(seconds, seed=0):
     """Noise whose colour changes all the time: a model hears something else in each frame."""
     samples = np.random.default_rng(seed).normal(size=round(seconds * RATE)).astype(np.float32)
     time = np.arange(len(samples)) / RATE
-    return (0.1 * samples * np.sin(2 * np.pi * 3 * time) + 0.3 * np.sin(2 * np.pi * (400 + 300 * np.sin(5 * time)) * time)).astype(np.float32) / 2
+    return (
+        0.1 * samples * np.sin(2 * np.pi * 3 * time) + 0.3 * np.sin(2 * np.pi * (400 + 300 * np.sin(5 * time)) * time)
+    ).astype(np.float32) / 2
 
 
 def wav_bytes(samples, rate=RATE):
@@ -63,17 +71,37 @@ def make_selection(texts_and_samples, split):
     from datasets import Dataset
 
     clips = [
-        script.make_clip(f"session/{split}-{number}", split, "igbo",
-                         {"transcript": text, "user_ids": f"speaker-{number}", "domain": "clinical"}, wav_bytes(samples))
+        script.make_clip(
+            f"session/{split}-{number}",
+            split,
+            "igbo",
+            {"transcript": text, "user_ids": f"speaker-{number}", "domain": "clinical"},
+            wav_bytes(samples),
+        )
         for number, (text, samples) in enumerate(texts_and_samples)
-    ]  # fmt: skip
+    ]
     args = script.ScriptArguments()
-    return script.select_clips(Dataset.from_list(clips, features=script.clip_features()), [], args, lambda row: "", None, 0)
+    return script.select_clips(
+        Dataset.from_list(clips, features=script.clip_features()), [], args, lambda row: "", None, 0
+    )
 
 
 def parse(output_dir, *flags):
     """(args, training) of a command line on the small model, on the CPU, without evaluation, checkpoints and TensorBoard."""
-    quiet = "--use_cpu true --dataloader_num_workers 0 --dataloader_pin_memory false --report_to none --disable_tqdm true"
+    quiet = (
+        "--use_cpu true --dataloader_num_workers 0 --dataloader_pin_memory false --report_to none --disable_tqdm true"
+    )
     still = "--eval_strategy no --save_strategy no --load_best_model_at_end false"
-    return script.parse_arguments(["--model", str(MODEL), "--dataset", str(CORPUS), "--output_dir", str(output_dir),
-                                   *quiet.split(), *still.split(), *map(str, flags)])  # fmt: skip
+    return script.parse_arguments(
+        [
+            "--model",
+            str(MODEL),
+            "--dataset",
+            str(CORPUS),
+            "--output_dir",
+            str(output_dir),
+            *quiet.split(),
+            *still.split(),
+            *map(str, flags),
+        ]
+    )

@@ -1,11 +1,11 @@
 """A Hugging Face Hub on the loopback interface: enough of its protocol for the real client libraries, faults included.
 
-    python tests/loopback_hub.py [--token_required]    # serve the fixtures until interrupted, for use by hand
+python tests/loopback_hub.py [--token_required]    # serve the fixtures until interrupted, for use by hand
 
-    with LoopbackHub(token_required={"google/medasr"}) as hub:
-        hub.fault("*/train_igbo_0.tar.gz", "drop_after", 12_000_000, times=2)
-        subprocess.run(command, env=hub.env(tmp_path, HF_TOKEN="hf_any"))
-        assert hub.count("*/train_igbo_0.tar.gz", "GET") == 3
+with LoopbackHub(token_required={"google/medasr"}) as hub:
+    hub.fault("*/train_igbo_0.tar.gz", "drop_after", 12_000_000, times=2)
+    subprocess.run(command, env=hub.env(tmp_path, HF_TOKEN="hf_any"))
+    assert hub.count("*/train_igbo_0.tar.gz", "GET") == 3
 """
 
 import argparse
@@ -73,8 +73,12 @@ def _copy_file(source, target):
 
 def _copy_archive(source, target):
     """Write an archive again with its clips as WAV."""
-    with tarfile.open(source) as clips, target.open("wb") as raw, \
-            gzip.GzipFile("", "wb", 1, raw, mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
+    with (
+        tarfile.open(source) as clips,
+        target.open("wb") as raw,
+        gzip.GzipFile("", "wb", 1, raw, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as tar,
+    ):
         for clip in clips:
             wav = _hub_wav(clips.extractfile(clip).read())
             member = tarfile.TarInfo(re.sub(r"\.ogg$", ".wav", clip.name))
@@ -121,7 +125,9 @@ class Repository:
 
     def files(self):
         """{path in the repository: local path}."""
-        return {path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*")) if path.is_file()}
+        return {
+            path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*")) if path.is_file()
+        }
 
     def entry(self, path, local):
         """What the tree API says of one file; an LFS file has the oid of its pointer and the SHA-256 of its content."""
@@ -131,7 +137,9 @@ class Repository:
             content, entry = local.read_bytes(), {"type": "file", "path": path, "size": state.st_size}
             if local.suffix in LFS_SUFFIXES:
                 sha256 = hashlib.sha256(content).hexdigest()
-                content = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {state.st_size}\n".encode()
+                content = (
+                    f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {state.st_size}\n".encode()
+                )
                 entry["lfs"] = {"oid": sha256, "size": state.st_size, "pointerSize": len(content)}
             entry["oid"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
             self._entries[key] = entry
@@ -144,14 +152,25 @@ class Repository:
         if not files:
             raise HubError(404, "EntryNotFound", f"{folder} does not exist on main", self.commit)
         folders = {parent for path in files for parent in path.parents if root in parent.parents}
-        entries = [{"type": "directory", "path": path.as_posix(), "size": 0, "oid": hashlib.sha1(bytes(path)).hexdigest()}
-                   for path in sorted(folders)] + [self.entry(path.as_posix(), local) for path, local in files.items()]
+        entries = [
+            {"type": "directory", "path": path.as_posix(), "size": 0, "oid": hashlib.sha1(bytes(path)).hexdigest()}
+            for path in sorted(folders)
+        ] + [self.entry(path.as_posix(), local) for path, local in files.items()]
         return [entry for entry in entries if recursive or Path(entry["path"]).parent == root]
 
     def info(self, gated):
         """What model_info and dataset_info read."""
-        return {"id": self.name, "sha": self.commit, "private": False, "disabled": False, "gated": "auto" if gated else False,
-                "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in self.files()]}
+        return {
+            "id": self.name,
+            "sha": self.commit,
+            "private": False,
+            "disabled": False,
+            "gated": "auto" if gated else False,
+            "tags": [],
+            "downloads": 0,
+            "likes": 0,
+            "siblings": [{"rfilename": path} for path in self.files()],
+        }
 
 
 # ---- The server ------------------------------------------------------------------------------------------------------
@@ -160,6 +179,7 @@ class Repository:
 @dataclass
 class Request:
     """One line of the request log; `sent` counts the bytes of the body."""
+
     method: str
     path: str
     range: str | None
@@ -185,8 +205,11 @@ class LoopbackHub:
         if self._folders["datasets"] is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="hub-")
             self._folders["datasets"] = {DATASET: hub_copy(FIXTURES / "corpus", self._temporary.name)}
-        self.repositories = {(kind, name): Repository(kind, name, folder)
-                             for kind, folders in self._folders.items() for name, folder in folders.items()}
+        self.repositories = {
+            (kind, name): Repository(kind, name, folder)
+            for kind, folders in self._folders.items()
+            for name, folder in folders.items()
+        }
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads, self._server.block_on_close, self._server.hub = True, False, self
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -204,8 +227,14 @@ class LoopbackHub:
         """Environment variables of a subprocess that talks to this Hub alone, with its cache and token file under `tmp`."""
         ours = re.compile(r"HF_|HUGGING|TRANSFORMERS_OFFLINE|XDG_CACHE_HOME|\w+_PROXY", re.IGNORECASE)
         kept = {name: value for name, value in os.environ.items() if not ours.match(name)}
-        return {**kept, "HF_ENDPOINT": self.url, "HF_HOME": str(Path(tmp) / "hf_home"), "HF_HUB_DISABLE_TELEMETRY": "1",
-                "NO_PROXY": "127.0.0.1", **extra}
+        return {
+            **kept,
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(Path(tmp) / "hf_home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            **extra,
+        }
 
     def commit(self, name):
         """The commit hash of a repository."""
@@ -213,7 +242,9 @@ class LoopbackHub:
 
     def count(self, pattern, method=None):
         """How many requests had a path that matches the pattern."""
-        return sum(fnmatch.fnmatch(request.path, pattern) and method in (None, request.method) for request in self.requests)
+        return sum(
+            fnmatch.fnmatch(request.path, pattern) and method in (None, request.method) for request in self.requests
+        )
 
     def fault(self, pattern, kind, value=None, times=float("inf"), method=None):
         """Let the next `times` requests (default: all) whose URL path matches the pattern go wrong, only of `method` if given.
@@ -262,11 +293,18 @@ class LoopbackHub:
         """Raise the Hub's answer for a gated repository that the token does not open."""
         restricted = f"Access to {repo.kind[:-1]} {repo.name} is restricted"
         if repo.name in self.token_required and not token:
-            raise HubError(401, "GatedRepo", f"{restricted}. You must have access to it and be authenticated to access it. "
-                                             "Please log in.")
+            raise HubError(
+                401,
+                "GatedRepo",
+                f"{restricted}. You must have access to it and be authenticated to access it. Please log in.",
+            )
         if repo.name in self.token_required and token in self.denied_tokens:
-            raise HubError(403, "GatedRepo", f"{restricted} and you are not in the authorized list. Visit "
-                                             f"https://huggingface.co/{repo.name} to ask for access.")
+            raise HubError(
+                403,
+                "GatedRepo",
+                f"{restricted} and you are not in the authorized list. Visit "
+                f"https://huggingface.co/{repo.name} to ask for access.",
+            )
 
 
 REPO = r"(?P<name>[\w.-]+(?:/[\w.-]+)?)"
@@ -305,7 +343,9 @@ class Handler(BaseHTTPRequestHandler):
                 raise HubError(self.fault.value or 500, None, "Internal Error")
             for route, pattern in ROUTES.items():
                 if match := re.fullmatch(pattern, url.path):
-                    return getattr(self, route)(**{key: value and unquote(value) for key, value in match.groupdict().items()})
+                    return getattr(self, route)(
+                        **{key: value and unquote(value) for key, value in match.groupdict().items()}
+                    )
             raise HubError(404, None, "Not found")
         except HubError as error:
             self.send_json({"error": str(error)}, error.status, error.headers)
@@ -316,8 +356,15 @@ class Handler(BaseHTTPRequestHandler):
         """Who the token belongs to."""
         if not self.token or self.token in self.hub.invalid_tokens:
             raise HubError(401, None, "Invalid username or password.")
-        self.send_json({"type": "user", "name": "tester", "fullname": "Tester", "orgs": [],
-                        "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": "read"}}})
+        self.send_json(
+            {
+                "type": "user",
+                "name": "tester",
+                "fullname": "Tester",
+                "orgs": [],
+                "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": "read"}},
+            }
+        )
 
     def auth_check(self, kind, name):
         """Whether the token opens the repository's files."""
@@ -335,7 +382,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def paths_info(self, kind, name, revision):
         """get_paths_info, which HfFileSystem asks before it opens a file; paths that do not exist are left out."""
-        entries = {entry["path"]: entry for entry in self.hub.repository(kind, name, revision, self.token).tree(recursive=True)}
+        entries = {
+            entry["path"]: entry for entry in self.hub.repository(kind, name, revision, self.token).tree(recursive=True)
+        }
         self.send_json([entries[path] for path in self.form.get("paths", []) if path in entries])
 
     def resolve(self, kind, name, revision, path):
@@ -351,7 +400,11 @@ class Handler(BaseHTTPRequestHandler):
             size = min(size, size // 2 if self.fault.value is None else self.fault.value)
         headers = {"X-Repo-Commit": repo.commit, "ETag": f'"{entry["oid"]}"', "Accept-Ranges": "bytes"}
         if "lfs" in entry:
-            headers |= {"X-Linked-Size": size, "X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "ETag": f'"{entry["lfs"]["oid"]}"'}
+            headers |= {
+                "X-Linked-Size": size,
+                "X-Linked-Etag": f'"{entry["lfs"]["oid"]}"',
+                "ETag": f'"{entry["lfs"]["oid"]}"',
+            }
         start, end = self.byte_range(size)
         if self.headers.get("Range"):
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}" if start < end else f"bytes */{size}"

@@ -82,11 +82,24 @@ SLOTS = {
     "city": "Lagos Nairobi".split(),
     "land": "river road village".split(),
 }
-READ_AS = {"mg": "milligrams", "2": "two", "3": "three", "5": "five", "10": "ten", "20": "twenty", "38": "thirty eight",
-           "50": "fifty", "100": "one hundred", "200": "two hundred", "500": "five hundred"}
+READ_AS = {
+    "mg": "milligrams",
+    "2": "two",
+    "3": "three",
+    "5": "five",
+    "10": "ten",
+    "20": "twenty",
+    "38": "thirty eight",
+    "50": "fifty",
+    "100": "one hundred",
+    "200": "two hundred",
+    "500": "five hundred",
+}
 
 # How each word is spelled for a voice that reads letters one by one: the vowels are those of Swahili or Italian.
-RESPELLED = dict(pair.split(":") for pair in """
+RESPELLED = dict(
+    pair.split(":")
+    for pair in """
 a:e and:and has:haz had:had for:for days:deiz give:giv milligrams:miligramz micrograms:maikrogramz of:ov the:de saw:so
 in:in blood:blad pressure:preshar is:iz no:no start:start was:woz test:test patient:peshent patients:peshents
 child:chaild mother:madar man:man woman:wuman fever:fivar cough:kof malaria:maleria chest:chest pain:pein back:bak
@@ -98,7 +111,8 @@ market:market school:skul river:rivar at:at farmer:farmar teacher:tichar buys:ba
 rice:rais water:wotar my:mai brother:bradar sister:sistar lives:livz lagos:leigos nairobi:nairobi near:nir rain:rein
 came:keim road:rod new:nu house:haus full:ful stop:stop comma:koma temperature:tempracher degrees:digriz number:nambar
 per:per cent:sent
-""".split())
+""".split()
+)
 
 # ---- Speakers --------------------------------------------------------------------------------------------------------
 
@@ -106,6 +120,7 @@ per:per cent:sent
 @dataclass(frozen=True)
 class Accent:
     """A group of speakers: espeak voice, habits of pronunciation, and (speakers, clips) of each split."""
+
     name: str
     country: str
     voice: str
@@ -115,7 +130,9 @@ class Accent:
 
 
 ACCENTS = [
-    Accent("yoruba", "NG", "ia", (("z", "s"), ("v", "f")), {"train": (6, 74), "dev": (2, 10), "test": (3, 14)}, shards=2),
+    Accent(
+        "yoruba", "NG", "ia", (("z", "s"), ("v", "f")), {"train": (6, 74), "dev": (2, 10), "test": (3, 14)}, shards=2
+    ),
     Accent("igbo", "NG", "om", (("ei", "e"),), {"train": (4, 52), "dev": (1, 8), "test": (2, 12)}),
     Accent("swahili", "KE", "sw", (), {"train": (4, 52), "dev": (1, 8), "test": (2, 12)}),
     Accent("luo, swahili", "KE", "sw", (("sh", "s"), ("ch", "s"), ("z", "s")), {"train": (3, 30), "test": (2, 8)}),
@@ -132,6 +149,7 @@ AGES = ["<18yrs", "19-25", "26-40", "41-55", "56yrs", ""]
 @dataclass(frozen=True)
 class Speaker:
     """One voice; it belongs to one split and records in one or two sessions."""
+
     id: str
     accent: Accent
     voice: str
@@ -156,9 +174,20 @@ def make_speakers(accent, split, rng, variants):
         gender, variant = variants.pop()
         voice = "en-029" if accent.voice != "en-us" and rng.random() < MILD_SHARE else accent.voice
         sessions = tuple(str(uuid.UUID(digest("session", accent.name, split, number, part))) for part in range(2))
-        speakers.append(Speaker(digest("speaker", accent.name, split, number), accent, voice, gender, rng.choice(AGES),
-                                variant, pitch=rng.randint(25, 75), speed=rng.randint(130, 175),
-                                voices_marks=number % 3 == 1, sessions=sessions))
+        speakers.append(
+            Speaker(
+                digest("speaker", accent.name, split, number),
+                accent,
+                voice,
+                gender,
+                rng.choice(AGES),
+                variant,
+                pitch=rng.randint(25, 75),
+                speed=rng.randint(130, 175),
+                voices_marks=number % 3 == 1,
+                sessions=sessions,
+            )
+        )
     return speakers
 
 
@@ -194,8 +223,17 @@ def spoken_words(text, speaker, mark_names):
 
 def synthesise(words, speaker):
     """Mono samples at 16 kHz of the speaker saying the words."""
-    command = ["espeak-ng", "-v", f"{speaker.voice}+{speaker.variant}", "-p", str(speaker.pitch),
-               "-s", str(speaker.speed), "--stdout", words]
+    command = [
+        "espeak-ng",
+        "-v",
+        f"{speaker.voice}+{speaker.variant}",
+        "-p",
+        str(speaker.pitch),
+        "-s",
+        str(speaker.speed),
+        "--stdout",
+        words,
+    ]
     samples, rate = sf.read(io.BytesIO(subprocess.run(command, check=True, capture_output=True).stdout))
     return soxr.resample(samples, rate, RATE).astype(np.float32)
 
@@ -213,6 +251,7 @@ def encode(samples):
 @dataclass
 class Clip:
     """One row of a CSV and, unless `audio` is None, one member of an archive."""
+
     speaker: Speaker
     session: str
     file: str
@@ -254,8 +293,17 @@ def make_clips(accent, split, rng, variants):
         speaker = speakers[number % len(speakers)]
         domain = rng.choice(list(TEMPLATES))
         text = make_sentence(domain, rng)
-        clips.append(Clip(speaker, speaker.sessions[number // len(speakers) % 2], digest(accent.name, split, number),
-                          split, domain, text, text))
+        clips.append(
+            Clip(
+                speaker,
+                speaker.sessions[number // len(speakers) % 2],
+                digest(accent.name, split, number),
+                split,
+                domain,
+                text,
+                text,
+            )
+        )
     return clips
 
 
@@ -293,8 +341,9 @@ def dirty_audio(clips):
 
 # ---- The Hub's layout ------------------------------------------------------------------------------------------------
 
-COLUMNS = ("idx user_ids accent age_group country transcript nchars audio_ids audio_paths duration origin domain split "
-           "gender").split()
+COLUMNS = (
+    "idx user_ids accent age_group country transcript nchars audio_ids audio_paths duration origin domain split gender"
+).split()
 
 
 def slug(name):
@@ -310,16 +359,34 @@ def write_csv(path, clips, path_column="audio_paths"):
         writer.writerow([path_column if column == "audio_paths" else column for column in COLUMNS])
         for idx, clip in enumerate(clips):
             speaker, name = clip.speaker, f"{clip.session}/{clip.file}"
-            writer.writerow([idx, speaker.id, speaker.accent.name, speaker.age, speaker.accent.country, clip.transcript,
-                             len(clip.transcript), name, f"/AfriSpeech-100/{clip.split}/{name}.ogg",
-                             round(clip.duration, 3), "intron", clip.domain, clip.split, speaker.gender])
+            writer.writerow(
+                [
+                    idx,
+                    speaker.id,
+                    speaker.accent.name,
+                    speaker.age,
+                    speaker.accent.country,
+                    clip.transcript,
+                    len(clip.transcript),
+                    name,
+                    f"/AfriSpeech-100/{clip.split}/{name}.ogg",
+                    round(clip.duration, 3),
+                    "intron",
+                    clip.domain,
+                    clip.split,
+                    speaker.gender,
+                ]
+            )
 
 
 def write_archive(path, clips):
     """One tar.gz of clips."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as raw, gzip.GzipFile(path.name, "wb", mtime=0, fileobj=raw) as zipped, \
-            tarfile.open(fileobj=zipped, mode="w") as tar:
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile(path.name, "wb", mtime=0, fileobj=raw) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as tar,
+    ):
         for clip in clips:
             member = tarfile.TarInfo(f"data/data/intron/{clip.session}/{clip.file}.ogg")
             member.size = len(clip.audio)
@@ -328,8 +395,12 @@ def write_archive(path, clips):
 
 def statistics(clips, shards):
     """What accents.json says of one accent and split."""
-    return {"num_clips": len(clips), "duration": round(sum(clip.duration for clip in clips), 3),
-            "num_speakers": len({clip.speaker.id for clip in clips}), "shards": shards}
+    return {
+        "num_clips": len(clips),
+        "duration": round(sum(clip.duration for clip in clips), 3),
+        "num_speakers": len({clip.speaker.id for clip in clips}),
+        "shards": shards,
+    }
 
 
 def write_hub(out, clips):
@@ -343,16 +414,22 @@ def write_hub(out, clips):
             chosen = [clip for clip in of_split if clip.speaker.accent.name == accent]
             shards = chosen[0].speaker.accent.shards if split == "train" else 1
             named_otherwise = split == "train" and accent == "igbo"  # as some train files on the Hub
-            write_csv(out / "transcripts" / slug(accent) / f"{split}.csv", chosen,
-                      "audio_path" if named_otherwise else "audio_paths")
+            write_csv(
+                out / "transcripts" / slug(accent) / f"{split}.csv",
+                chosen,
+                "audio_path" if named_otherwise else "audio_paths",
+            )
             with_audio = list({(clip.session, clip.file): clip for clip in chosen if clip.audio}.values())
             size = -(-len(with_audio) // shards)
             for shard in range(shards):
-                write_archive(out / "audio" / slug(accent) / split / f"{split}_{slug(accent)}_{shard}.tar.gz",
-                              with_audio[shard * size:(shard + 1) * size])
+                write_archive(
+                    out / "audio" / slug(accent) / split / f"{split}_{slug(accent)}_{shard}.tar.gz",
+                    with_audio[shard * size : (shard + 1) * size],
+                )
             summary.setdefault(accent, {})[split] = statistics(chosen, shards)
-        summary["all"][split] = statistics(of_split, sum(stats[split]["shards"] for name, stats in summary.items()
-                                                         if name != "all" and split in stats))
+        summary["all"][split] = statistics(
+            of_split, sum(stats[split]["shards"] for name, stats in summary.items() if name != "all" and split in stats)
+        )
     (out / "accents.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
@@ -389,7 +466,9 @@ def make_us_corpus(out):
     rng = random.Random(SEED + 1)
     clips = make_all_clips(US_ENGLISH, rng)
     for clip in clips:
-        if rng.random() < 0.6:  # words out of order: from sentences alone the model learns to guess instead of to listen
+        if (
+            rng.random() < 0.6
+        ):  # words out of order: from sentences alone the model learns to guess instead of to listen
             words = f"{clip.transcript} {make_sentence('clinical', rng)} {make_sentence('general', rng)}".split()
             clip.transcript = clip.said = " ".join(rng.sample(words, 8)).replace(".", ",").rstrip(",") + "."
         period, comma = (" {period}", " {comma}") if clip.speaker.voices_marks else ("", "")
@@ -401,8 +480,9 @@ def make_us_corpus(out):
 # ---- The model -------------------------------------------------------------------------------------------------------
 
 SPECIALS = ["<epsilon>", "<s>", "</s>", "<unk>"]
-CHARACTERS = [chr(code) for start, end in ("az", "AZ", "09") for code in range(ord(start), ord(end) + 1)] + \
-    list("!\"%')*+,-./:;?[]_{}—")  # exactly what MedASR covers
+CHARACTERS = [chr(code) for start, end in ("az", "AZ", "09") for code in range(ord(start), ord(end) + 1)] + list(
+    "!\"%')*+,-./:;?[]_{}—"
+)  # exactly what MedASR covers
 TOKENS = ["▁{period}", "▁{comma}", "▁{colon}", "▁{new", "▁paragraph}"]  # dictated marks
 EXTRA_IDS = 100  # ids of the tokenizer that the head cannot emit; MedASR has as many
 PRETRAINING = """
@@ -416,9 +496,10 @@ def make_processor():
     from transformers import LasrFeatureExtractor, LasrProcessor, LasrTokenizer
 
     rng = random.Random(SEED)
-    counts = Counter(word for domain in list(TEMPLATES) * 2000
-                     for word in re.findall("[A-Za-z]{2,}", make_sentence(domain, rng)))
-    pieces = {"▁": -2.0} | {token: -4.0 for token in TOKENS} | {character: -10.0 for character in CHARACTERS}
+    counts = Counter(
+        word for domain in list(TEMPLATES) * 2000 for word in re.findall("[A-Za-z]{2,}", make_sentence(domain, rng))
+    )
+    pieces = {"▁": -2.0} | dict.fromkeys(TOKENS, -4.0) | dict.fromkeys(CHARACTERS, -10.0)
     pieces |= {f"▁{word}": round(math.log(count / counts.total()), 3) for word, count in counts.most_common()}
     vocab = [(piece, 0.0) for piece in SPECIALS] + list(pieces.items())
     tokenizer = LasrTokenizer(vocab=vocab, bos_token="<s>", pad_token="<epsilon>", extra_ids=EXTRA_IDS)
@@ -431,10 +512,16 @@ def make_initial_model(vocab_size):
     from transformers import LasrCTCConfig, LasrForCTC
 
     torch.manual_seed(SEED)
-    encoder = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256,
-               "conv_kernel_size": 9, "subsampling_conv_channels": 64,
-               "layerdrop": 0.0,  # one of four layers is too much to lose
-               "batch_norm_momentum": 0.1}  # with MedASR's 0.01 a run of a few hundred steps scores as if it learned nothing
+    encoder = {
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "conv_kernel_size": 9,
+        "subsampling_conv_channels": 64,
+        "layerdrop": 0.0,  # one of four layers is too much to lose
+        "batch_norm_momentum": 0.1,
+    }  # with MedASR's 0.01 a run of a few hundred steps scores as if it learned nothing
     return LasrForCTC(LasrCTCConfig(vocab_size=vocab_size, encoder_config=encoder))
 
 
@@ -447,8 +534,9 @@ def append_end_of_text(script):
 def make_model(out):
     """Pre-train the small model with the script itself, in a temporary folder."""
     sys.path.insert(0, str(HERE.parent))
-    import finetune_medasr
     from transformers import AutoModelForCTC, AutoProcessor
+
+    import finetune_medasr
 
     append_end_of_text(finetune_medasr)
     with tempfile.TemporaryDirectory() as name:
@@ -457,9 +545,19 @@ def make_model(out):
         processor = make_processor()
         processor.save_pretrained(work / "initial")
         make_initial_model(len(processor.tokenizer) - EXTRA_IDS).save_pretrained(work / "initial")
-        status = finetune_medasr.main([
-            "--model", f"{work}/initial", "--dataset", f"{work}/corpus", "--output_dir", f"{work}/run",
-            "--data_dir", f"{work}/audio", *PRETRAINING.split()])
+        status = finetune_medasr.main(
+            [
+                "--model",
+                f"{work}/initial",
+                "--dataset",
+                f"{work}/corpus",
+                "--output_dir",
+                f"{work}/run",
+                "--data_dir",
+                f"{work}/audio",
+                *PRETRAINING.split(),
+            ]
+        )
         if status:
             raise SystemExit(status)
         shutil.rmtree(out, ignore_errors=True)

@@ -13,7 +13,10 @@ def collator(**options):
 
 
 def rows_of(*texts_and_samples, split="dev"):
-    return [{"text": text, "samples": samples, "split": split, "row": number} for number, (text, samples) in enumerate(texts_and_samples)]
+    return [
+        {"text": text, "samples": samples, "split": split, "row": number}
+        for number, (text, samples) in enumerate(texts_and_samples)
+    ]
 
 
 def samples_for(logits):
@@ -23,14 +26,18 @@ def samples_for(logits):
 
 def make_trainer(output_dir, train, dev, *flags, model=None):
     args, training = parse(output_dir, *flags)
-    return script.make_trainer(args, training, small_processor(), model or random_model(), label_encoder(), train.clips, dev)
+    return script.make_trainer(
+        args, training, small_processor(), model or random_model(), label_encoder(), train.clips, dev
+    )
 
 
 @pytest.fixture(scope="module")
 def clips():
     """(train, dev) selections of a few clips of unequal lengths."""
     train = make_selection([("The patient has a fever.", noise(1.5, seed)) for seed in range(2)], "train")
-    dev = make_selection([("Give 200 mg.", noise(1.9, 5)), ("No cough.", noise(0.7, 6)), ("A book, 11 letters", noise(1.2, 7))], "dev")
+    dev = make_selection(
+        [("Give 200 mg.", noise(1.9, 5)), ("No cough.", noise(0.7, 6)), ("A book, 11 letters", noise(1.2, 7))], "dev"
+    )
     return train, dev
 
 
@@ -91,27 +98,32 @@ def test_counted_logits_are_those_of_the_model(samples):
 
 
 def clip_check(max_train_seconds):
-    return script.ClipCheck(random_model(num_hidden_layers=0), small_processor().feature_extractor, label_encoder(), max_train_seconds)
+    return script.ClipCheck(
+        random_model(num_hidden_layers=0), small_processor().feature_extractor, label_encoder(), max_train_seconds
+    )
 
 
-@pytest.mark.parametrize("split, text, samples, reason", [
-    ("train", "no", 2319, "too short: 0.14 s, the model needs 0.145 s"),
-    ("train", "yes yes", 2320, "more labels than frames"),
-    ("train", "", 2320, "empty text"),
-    ("train", " \n\t\u00a0", 16_000, "empty text"),
-    ("dev", "", 16_000, "empty text"),
-    ("test", " ", 16_000, "empty text"),
-    ("train", "日本", 16_000, "no text left that the tokenizer covers"),
-    ("train", "no", 4 * RATE + 1, "over --max_train_seconds: 4.0 s"),
-    ("train", "no", 4 * RATE, ""),
-    ("train", "yes " * 200, 3 * RATE, "more labels than frames"),
-    ("dev", "no", 2319, ""),
-    ("test", "no", 1, ""),
-    ("dev", "no", 400 * RATE, ""),
-    ("test", "no", 400 * RATE, ""),
-    ("test", "yes " * 200, 3 * RATE, ""),
-    ("test", "日本", 16_000, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "split, text, samples, reason",
+    [
+        ("train", "no", 2319, "too short: 0.14 s, the model needs 0.145 s"),
+        ("train", "yes yes", 2320, "more labels than frames"),
+        ("train", "", 2320, "empty text"),
+        ("train", " \n\t\u00a0", 16_000, "empty text"),
+        ("dev", "", 16_000, "empty text"),
+        ("test", " ", 16_000, "empty text"),
+        ("train", "日本", 16_000, "no text left that the tokenizer covers"),
+        ("train", "no", 4 * RATE + 1, "over --max_train_seconds: 4.0 s"),
+        ("train", "no", 4 * RATE, ""),
+        ("train", "yes " * 200, 3 * RATE, "more labels than frames"),
+        ("dev", "no", 2319, ""),
+        ("test", "no", 1, ""),
+        ("dev", "no", 400 * RATE, ""),
+        ("test", "no", 400 * RATE, ""),
+        ("test", "yes " * 200, 3 * RATE, ""),
+        ("test", "日本", 16_000, ""),
+    ],
+)
 def test_reasons_against_a_clip(split, text, samples, reason):
     found = clip_check(4.0)({"split": split, "text": text, "num_samples": samples})
     assert found == reason or reason == "more labels than frames" == found.split(":")[0]
@@ -198,13 +210,16 @@ def test_logits_on_padding_are_masked():
     assert script.decode_ids(small_processor(), ids, 0)[1] == small_processor().tokenizer.decode([9])
 
 
-@pytest.mark.parametrize("ids, text", [
-    ([0, 5, 5, 0, 5, 6, 6, 0, 0], [5, 5, 6]),
-    ([5, 5, 5], [5]),
-    ([0, 0, 0], []),
-    ([5, 0, 2, 0, 1, 6, -100, -100], [5, 6]),  # no </s>, no <s>, no padding of gathered batches
-    ([5, -100, 5], [5, 5]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ids, text",
+    [
+        ([0, 5, 5, 0, 5, 6, 6, 0, 0], [5, 5, 6]),
+        ([5, 5, 5], [5]),
+        ([0, 0, 0], []),
+        ([5, 0, 2, 0, 1, 6, -100, -100], [5, 6]),  # no </s>, no <s>, no padding of gathered batches
+        ([5, -100, 5], [5, 5]),
+    ],
+)
 def test_frame_ids_are_collapsed_to_text(ids, text):
     tokenizer = small_processor().tokenizer
     assert script.decode_ids(small_processor(), np.array([ids]), 0) == [tokenizer.decode(text, group_tokens=False)]
@@ -296,7 +311,10 @@ def test_texts_come_back_in_the_order_of_the_clips(tmp_path):
     clips, lengths = [{"audio": wav_bytes(samples)} for samples in sounds], [len(samples) for samples in sounds]
     args, training = parse(tmp_path, "--window_seconds", 6, "--per_device_eval_batch_size", 3)
     together = script.transcribe_clips(model, processor, clips, lengths, args, training)
-    alone = [script.transcribe_clips(model, processor, [clip], [length], args, training)[0] for clip, length in zip(clips, lengths)]
+    alone = [
+        script.transcribe_clips(model, processor, [clip], [length], args, training)[0]
+        for clip, length in zip(clips, lengths)
+    ]
     assert together == alone
     assert len(set(together)) == 5
 
@@ -317,10 +335,13 @@ def overflowing_model(part):
     return model
 
 
-@pytest.mark.parametrize("part, guarded_module", [
-    ("subsampler", "encoder.subsampler"),
-    ("feed_forward", "encoder.layers.1.feed_forward1.linear1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "part, guarded_module",
+    [
+        ("subsampler", "encoder.subsampler"),
+        ("feed_forward", "encoder.layers.1.feed_forward1.linear1"),
+    ],
+)
 def test_guarded_model_stays_finite_where_plain_float16_overflows(part, guarded_module):
     model = overflowing_model(part)
     batch = collator(encoder=label_encoder())(rows_of(("No.", noise(0.4)), ("A", noise(0.3)), split="train"))
@@ -364,8 +385,20 @@ def test_accumulated_batches_give_the_loss_and_gradient_of_one_batch(tmp_path):
     train = make_selection([("The patient has a fever.", noise(1.2))] * 4, "train")
     logged = {}
     for size, steps in ((4, 1), (1, 4)):
-        trainer = make_trainer(tmp_path / str(size), train, train, "--no_spec_augment", "--max_steps", 1, "--logging_steps", 1,
-                               "--per_device_train_batch_size", size, "--gradient_accumulation_steps", steps)  # fmt: skip
+        trainer = make_trainer(
+            tmp_path / str(size),
+            train,
+            train,
+            "--no_spec_augment",
+            "--max_steps",
+            1,
+            "--logging_steps",
+            1,
+            "--per_device_train_batch_size",
+            size,
+            "--gradient_accumulation_steps",
+            steps,
+        )
         trainer.train()
         logged[size] = next(logs for logs in trainer.state.log_history if "grad_norm" in logs)
     assert logged[4]["loss"] > 0.1 and logged[4]["grad_norm"] > 0.1
@@ -377,7 +410,9 @@ def test_checkpoints_and_saved_models_hold_the_whole_processor(tmp_path, clips):
     from transformers import AutoModelForCTC, AutoProcessor
 
     train, dev = clips
-    trainer = make_trainer(tmp_path, train, dev, "--max_steps", 1, "--save_strategy", "steps", "--save_steps", 1, "--logging_steps", 1)
+    trainer = make_trainer(
+        tmp_path, train, dev, "--max_steps", 1, "--save_strategy", "steps", "--save_steps", 1, "--logging_steps", 1
+    )
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     for folder in (tmp_path / "checkpoint-1", tmp_path / "final"):
@@ -402,7 +437,9 @@ def test_predictions_are_ids_of_frames_and_never_logits(tmp_path, clips):
 def test_evaluation_scores_the_texts_of_the_clips_themselves(tmp_path, clips, batch_size):
     train, dev = clips
     args, training = parse(tmp_path)
-    texts = script.transcribe_clips(random_model(), small_processor(), dev.clips, [row["num_samples"] for row in dev.rows], args, training)
+    texts = script.transcribe_clips(
+        random_model(), small_processor(), dev.clips, [row["num_samples"] for row in dev.rows], args, training
+    )
     metrics = make_trainer(tmp_path, train, dev, "--per_device_eval_batch_size", batch_size).evaluate()
     scores = script.score_texts(dev.rows, texts, None).scores
     assert metrics["eval_wer"] == pytest.approx(scores["wer"])
@@ -419,7 +456,9 @@ def frame_ids(text, frames):
 
 def test_doubled_letters_and_digits_survive_the_dev_scores():
     texts = ["200 mg", "too good", "11", "THE PATIENT’S 1100 books {period}"]
-    rows = [{"row": 40 + number, "text": text, "domain": "clinical", "accent": "igbo"} for number, text in enumerate(texts)]
+    rows = [
+        {"row": 40 + number, "text": text, "domain": "clinical", "accent": "igbo"} for number, text in enumerate(texts)
+    ]
     scores = script.DevScores(rows, small_processor(), 0)
     order = [2, 0, 3, 1]  # samplers give the clips in an order of their own
     from transformers import EvalPrediction
@@ -431,12 +470,16 @@ def test_doubled_letters_and_digits_survive_the_dev_scores():
 
 
 def test_dev_scores_count_the_errors_of_each_domain():
-    rows = [{"row": 0, "text": "Give 200 mg.", "domain": "clinical", "accent": "igbo"},
-            {"row": 1, "text": "a good book", "domain": "general", "accent": "igbo"}]  # fmt: skip
+    rows = [
+        {"row": 0, "text": "Give 200 mg.", "domain": "clinical", "accent": "igbo"},
+        {"row": 1, "text": "a good book", "domain": "general", "accent": "igbo"},
+    ]
     predictions = np.array([frame_ids("Give 20 mg", 60), frame_ids("a good good book", 60)])
     from transformers import EvalPrediction
 
-    metrics = script.DevScores(rows, small_processor(), 0)(EvalPrediction(predictions=predictions, label_ids=np.array([0, 1])))
+    metrics = script.DevScores(rows, small_processor(), 0)(
+        EvalPrediction(predictions=predictions, label_ids=np.array([0, 1]))
+    )
     assert metrics["wer"] == pytest.approx(2 / 6)
     assert metrics["wer_by_domain/clinical"] == pytest.approx(1 / 3)
     assert metrics["wer_by_domain/general"] == pytest.approx(1 / 3)
@@ -467,7 +510,7 @@ def test_training_batches_are_grouped_by_length_without_decoding_audio(tmp_path,
     from datasets import Dataset
 
     lengths = [int(length) for length in np.random.default_rng(0).integers(RATE, 20 * RATE, 160)]
-    empty = {name: "" for name in script.clip_features()}
+    empty = dict.fromkeys(script.clip_features(), "")
     rows = [{**empty, "audio": b"not audio", "num_samples": length, "split": "train"} for length in lengths]
     train = Dataset.from_list(rows, features=script.clip_features())
     args, training = parse(tmp_path, "--per_device_train_batch_size", 4)

@@ -17,8 +17,14 @@ FEW = "--max_steps 2 --gradient_accumulation_steps 1 --data_dir audio --output_d
 
 
 def open_hub(hub_corpus, **options):
-    return LoopbackHub({HUB_MODEL: MODEL}, {DATASET: hub_corpus}, token_required={HUB_MODEL}, denied_tokens={DENIED},
-                       invalid_tokens={INVALID}, **options)  # fmt: skip
+    return LoopbackHub(
+        {HUB_MODEL: MODEL},
+        {DATASET: hub_corpus},
+        token_required={HUB_MODEL},
+        denied_tokens={DENIED},
+        invalid_tokens={INVALID},
+        **options,
+    )
 
 
 def modified(folder, pattern):
@@ -47,7 +53,9 @@ def test_the_default_command_runs_from_nothing_to_a_final_model(first_run, hub_c
     assert AutoProcessor.from_pretrained(final).tokenizer and AutoModelForCTC.from_pretrained(final).config.vocab_size
     card = (final / "README.md").read_text()
     assert f"base_model: {HUB_MODEL}\n" in card and f"- {DATASET}\n" in card
-    assert {"metrics.json", "predictions_test.jsonl", "report.md", "skipped_clips.csv"} <= {path.name for path in results.iterdir()}
+    assert {"metrics.json", "predictions_test.jsonl", "report.md", "skipped_clips.csv"} <= {
+        path.name for path in results.iterdir()
+    }
     metrics = load_json(results / "metrics.json")
     assert (metrics["config"]["model"], metrics["config"]["dataset"]) == (HUB_MODEL, DATASET)
     ogg = {row["audio_filepath"].replace(".wav", ".ogg") for row in load_predictions(results)}
@@ -66,10 +74,16 @@ def test_the_hubs_audio_scores_as_the_small_copy_of_it(first_run, demo):
 
 @pytest.mark.slow
 def test_each_file_of_the_corpus_is_fetched_once_at_the_pinned_revision(first_run, hub_corpus):
-    fetched = [request for request in first_run.hub.requests if request.method == "GET" and f"/datasets/{DATASET}/resolve/" in request.path]
+    fetched = [
+        request
+        for request in first_run.hub.requests
+        if request.method == "GET" and f"/datasets/{DATASET}/resolve/" in request.path
+    ]
     assert all(f"/resolve/{first_run.hub.commit(DATASET)}/" in request.path for request in fetched)
     archives = [path.name for path in hub_corpus.rglob("*.tar.gz")]
-    assert sorted(request.path.split("/")[-1] for request in fetched if request.path.endswith(".tar.gz")) == sorted(archives)
+    assert sorted(request.path.split("/")[-1] for request in fetched if request.path.endswith(".tar.gz")) == sorted(
+        archives
+    )
     assert len({request.path for request in fetched}) == len(fetched)
     assert first_run.hub.count(f"/api/datasets/{DATASET}/tree/*") == 1
 
@@ -79,7 +93,9 @@ def test_archives_are_gone_afterwards_and_transcripts_are_kept(first_run, hub_co
     audio = first_run.folder / "audio"
     assert not [path for path in audio.rglob("*") if ".tar.gz" in path.name or path.suffix in (".partial", ".tmp")]
     kept = {path.relative_to(audio / "hub").as_posix(): path.read_bytes() for path in audio.rglob("*.csv")}
-    assert kept == {path.relative_to(hub_corpus).as_posix(): path.read_bytes() for path in hub_corpus.glob("transcripts/*/*.csv")}
+    assert kept == {
+        path.relative_to(hub_corpus).as_posix(): path.read_bytes() for path in hub_corpus.glob("transcripts/*/*.csv")
+    }
     assert len(list(audio.rglob("*.arrow"))) == len(list(hub_corpus.rglob("*.tar.gz")))
 
 
@@ -97,20 +113,59 @@ def test_a_second_run_needs_no_hub_and_prepares_nothing_again(first_run):
 # ---------------------------------------------------------------- what the Hub refuses
 
 NO_ACCESS = {  # case: (flags, environment, words of the advice)
-    "no token": ([], {}, ["google/medasr is gated and you are not logged in", "accept its terms at {url}/google/medasr", "hf auth login"]),
-    "no access": ([], {"HF_TOKEN": DENIED}, ["google/medasr is gated and your account has no access", "accept its terms at {url}/google/medasr"]),
+    "no token": (
+        [],
+        {},
+        [
+            "google/medasr is gated and you are not logged in",
+            "accept its terms at {url}/google/medasr",
+            "hf auth login",
+        ],
+    ),
+    "no access": (
+        [],
+        {"HF_TOKEN": DENIED},
+        ["google/medasr is gated and your account has no access", "accept its terms at {url}/google/medasr"],
+    ),
     "invalid token": ([], {"HF_TOKEN": INVALID}, ["google/medasr", "token is not valid", "hf auth login", "HF_TOKEN"]),
-    "unknown model": (["--model", "google/medasrr"], {"HF_TOKEN": GOOD}, ["google/medasrr", "not on the Hub, or is private", "--model"]),
-    "not an id": (["--model", "google/medasr/large"], {"HF_TOKEN": GOOD}, ["google/medasr/large", "owner/name", "--model"]),
-    "unknown revision": (["--model_revision", "v9"], {"HF_TOKEN": GOOD}, ["google/medasr", "no such revision", "--model_revision"]),
-    "offline": ([], {"HF_TOKEN": GOOD, "HF_HUB_OFFLINE": "1"}, ["google/medasr", "not on this machine", "cannot be reached", "--model"]),
+    "unknown model": (
+        ["--model", "google/medasrr"],
+        {"HF_TOKEN": GOOD},
+        ["google/medasrr", "not on the Hub, or is private", "--model"],
+    ),
+    "not an id": (
+        ["--model", "google/medasr/large"],
+        {"HF_TOKEN": GOOD},
+        ["google/medasr/large", "owner/name", "--model"],
+    ),
+    "unknown revision": (
+        ["--model_revision", "v9"],
+        {"HF_TOKEN": GOOD},
+        ["google/medasr", "no such revision", "--model_revision"],
+    ),
+    "offline": (
+        [],
+        {"HF_TOKEN": GOOD, "HF_HUB_OFFLINE": "1"},
+        ["google/medasr", "not on this machine", "cannot be reached", "--model"],
+    ),
 }
 REFUSED_LATER = {
-    "unknown dataset": (["--dataset", "intronhealth/afrispeech-2000"], {"HF_TOKEN": GOOD},
-                        ["dataset intronhealth/afrispeech-2000", "not on the Hub, or is private", "--dataset"]),
-    "unknown dataset revision": (["--dataset_revision", "v9"], {"HF_TOKEN": GOOD}, ["dataset intronhealth/afrispeech-200", "no such revision", "--dataset_revision"]),
-    "listing answers 503": ([], {"HF_TOKEN": GOOD}, ["dataset intronhealth/afrispeech-200", "could not be read", "503", "run the same command again"]),
-}  # fmt: skip
+    "unknown dataset": (
+        ["--dataset", "intronhealth/afrispeech-2000"],
+        {"HF_TOKEN": GOOD},
+        ["dataset intronhealth/afrispeech-2000", "not on the Hub, or is private", "--dataset"],
+    ),
+    "unknown dataset revision": (
+        ["--dataset_revision", "v9"],
+        {"HF_TOKEN": GOOD},
+        ["dataset intronhealth/afrispeech-200", "no such revision", "--dataset_revision"],
+    ),
+    "listing answers 503": (
+        [],
+        {"HF_TOKEN": GOOD},
+        ["dataset intronhealth/afrispeech-200", "could not be read", "503", "run the same command again"],
+    ),
+}
 LOAD_DATASET = f"import datasets; datasets.load_dataset({DATASET!r})"
 
 
@@ -126,10 +181,19 @@ def refused(hub_corpus, tmp_path_factory):
                 hub.fault("/api/datasets/*", "status", 503)
             env = hub.env(folder, **environment)
             if case == "load_dataset":
-                done = subprocess.run([sys.executable, "-c", LOAD_DATASET], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+                done = subprocess.run(
+                    [sys.executable, "-c", LOAD_DATASET],
+                    cwd=folder,
+                    env=env,
+                    capture_output=True,
+                    text=True,
+                    timeout=300,
+                )
             else:
                 done = run_script(*FEW, *flags, cwd=folder, env=env)
-            return SimpleNamespace(status=done.returncode, stdout=done.stdout, stderr=done.stderr, hub=hub, folder=folder)
+            return SimpleNamespace(
+                status=done.returncode, stdout=done.stdout, stderr=done.stderr, hub=hub, folder=folder
+            )
 
     cases = ["listing answers 503", "load_dataset", *NO_ACCESS, "unknown dataset", "unknown dataset revision"]
     with ThreadPoolExecutor(3) as pool:

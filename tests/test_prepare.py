@@ -22,7 +22,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
-
 from conftest import SCRIPT, error_line
 from loopback_hub import DATASET, FIXTURES, LoopbackHub
 
@@ -30,7 +29,15 @@ SMALL = ["--accents", "damara", "akan (fante)", "luo, swahili"]  # 6 archives of
 
 
 def command(data_dir, *flags):
-    return [sys.executable, str(SCRIPT), "--data_dir", str(data_dir), "--output_dir", str(output_of(data_dir)), *map(str, flags)]
+    return [
+        sys.executable,
+        str(SCRIPT),
+        "--data_dir",
+        str(data_dir),
+        "--output_dir",
+        str(output_of(data_dir)),
+        *map(str, flags),
+    ]
 
 
 def output_of(data_dir):
@@ -124,7 +131,9 @@ def prepared(hub_corpus, tmp_path_factory):
     with LoopbackHub(datasets={DATASET: hub_corpus}) as hub:
         result = prepare(folder / "audio", env=hub.env(folder))
         assert result.returncode == 0, result.stderr
-        yield SimpleNamespace(hub=hub, corpus=hub_corpus, data_dir=folder / "audio", result=result, digests=digests(folder / "audio"))
+        yield SimpleNamespace(
+            hub=hub, corpus=hub_corpus, data_dir=folder / "audio", result=result, digests=digests(folder / "audio")
+        )
 
 
 @pytest.fixture
@@ -151,21 +160,36 @@ def test_prepared_clips_are_the_corpus_in_16_khz_mono_flac(prepared):
         dataset = Dataset.from_file(str(prepared.data_dir / name.split("_")[0] / f"{name}.arrow"))
         assert dataset.cache_files, "not memory-mapped"
         with tarfile.open(FIXTURES / "corpus" / path.relative_to(prepared.corpus)) as tar:
-            sounds = {tuple(member.name.removesuffix(".ogg").removesuffix(".wav").split("/")[-2:]): tar.extractfile(member).read() for member in tar}
+            sounds = {
+                tuple(member.name.removesuffix(".ogg").removesuffix(".wav").split("/")[-2:]): tar.extractfile(
+                    member
+                ).read()
+                for member in tar
+            }
         assert len(dataset) == len(sounds)
         for clip in dataset:
             session, file = clip["clip"].split("/")
             row = rows[session, file]
             seen.add((session, file))
-            assert [clip[column] for column in ("text", "speaker", "accent", "country", "domain", "gender", "age_group", "split")] == [
-                row[column] for column in ("transcript", "user_ids", "accent", "country", "domain", "gender", "age_group", "split")
+            assert [
+                clip[column]
+                for column in ("text", "speaker", "accent", "country", "domain", "gender", "age_group", "split")
+            ] == [
+                row[column]
+                for column in ("transcript", "user_ids", "accent", "country", "domain", "gender", "age_group", "split")
             ]
             newlines += "\n" in clip["text"]
             if clip["problem"]:
                 assert clip["audio"] == b"" and clip["num_samples"] == 0
                 continue
             with soundfile.SoundFile(io.BytesIO(clip["audio"])) as flac:
-                assert (flac.format, flac.subtype, flac.samplerate, flac.channels, flac.frames) == ("FLAC", "PCM_16", 16_000, 1, clip["num_samples"])
+                assert (flac.format, flac.subtype, flac.samplerate, flac.channels, flac.frames) == (
+                    "FLAC",
+                    "PCM_16",
+                    16_000,
+                    1,
+                    clip["num_samples"],
+                )
                 samples = flac.read()
             original, _ = soundfile.read(io.BytesIO(sounds[session, file.removesuffix(".wav")]))
             # The Hub's copy has the clip in one channel and 0.9 of it in the other.
@@ -192,7 +216,19 @@ def test_what_cannot_be_used_is_named(prepared):
 
 def test_another_selection_of_a_prepared_corpus_needs_no_network(prepared):
     before = len(prepared.hub.requests)
-    flags = ["--accents", "Yoruba", "zulu", "--domains", "clinical", "--seed", 7, "--model", "somebody/else", "--max_train_seconds", 5]
+    flags = [
+        "--accents",
+        "Yoruba",
+        "zulu",
+        "--domains",
+        "clinical",
+        "--seed",
+        7,
+        "--model",
+        "somebody/else",
+        "--max_train_seconds",
+        5,
+    ]
     result = prepare(prepared.data_dir, *flags, env=prepared.hub.env(prepared.data_dir.parent))
     assert result.returncode == 0, result.stderr
     assert prepared.hub.requests[before:] == []
@@ -203,7 +239,13 @@ def test_kept_archives_and_files_of_the_users_cache(prepared, hub, hub_corpus, t
     env = hub.env(tmp_path)
     script = "import sys, huggingface_hub as h; print(h.hf_hub_download(*sys.argv[1:3], repo_type='dataset', revision=sys.argv[3]))"
     path = "audio/damara/train/train_damara_0.tar.gz"
-    cached = subprocess.run([sys.executable, "-c", script, DATASET, path, hub.commit(DATASET)], env=env, capture_output=True, text=True, check=True)
+    cached = subprocess.run(
+        [sys.executable, "-c", script, DATASET, path, hub.commit(DATASET)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     cached = Path(cached.stdout.strip())
     before = (digest(cached), cached.stat().st_mtime_ns)
     assert hub.count("*/train_damara_0.tar.gz", "GET") == 1
@@ -212,7 +254,11 @@ def test_kept_archives_and_files_of_the_users_cache(prepared, hub, hub_corpus, t
     assert hub.count("*/train_damara_0.tar.gz", "GET") == 1
     assert (digest(cached), cached.stat().st_mtime_ns) == before
     kept = {path.name: digest(path) for path in files_below(tmp_path / "audio", "*.tar.gz")}
-    assert kept == {path.name: digest(path) for name, path in archives(hub_corpus, "*damara*").items() if not name.startswith("train")}
+    assert kept == {
+        path.name: digest(path)
+        for name, path in archives(hub_corpus, "*damara*").items()
+        if not name.startswith("train")
+    }
     assert digests(tmp_path / "audio") == of_accents(prepared.digests, "damara")
     # A run that does not keep them deletes them; so it does with what a kill left between a conversion and its deletion.
     result = prepare(tmp_path / "audio", "--accents", "damara", env=env)
@@ -222,10 +268,16 @@ def test_kept_archives_and_files_of_the_users_cache(prepared, hub, hub_corpus, t
 
 
 def test_dry_run_fetches_no_archive_and_counts_their_bytes(hub, hub_corpus, tmp_path):
-    result = run(tmp_path / "audio", "--dry_run", "--accents", "igbo", "swahili", "yoruba", "zulu", env=hub.env(tmp_path))
+    result = run(
+        tmp_path / "audio", "--dry_run", "--accents", "igbo", "swahili", "yoruba", "zulu", env=hub.env(tmp_path)
+    )
     assert result.returncode == 0, result.stderr
     assert hub.count("*.tar.gz") == 0
-    wanted = [path for accent in ("igbo", "swahili", "yoruba", "zulu") for path in archives(hub_corpus, f"*_{accent}_*").values()]
+    wanted = [
+        path
+        for accent in ("igbo", "swahili", "yoruba", "zulu")
+        for path in archives(hub_corpus, f"*_{accent}_*").values()
+    ]
     total = sum(path.stat().st_size for path in wanted)
     assert f"to fetch {total / 1e9:.2f} GB in {len(wanted)} archives" in result.stdout
 
@@ -233,10 +285,14 @@ def test_dry_run_fetches_no_archive_and_counts_their_bytes(hub, hub_corpus, tmp_
 def test_transcripts_of_a_dry_run_are_not_used_for_another_corpus(hub_corpus, tmp_path):
     """Both corpora have the same paths; the second has other texts."""
     other = tmp_path / "other"
-    for path in files_below(hub_corpus, "*damara*.tar.gz") + files_below(hub_corpus / "transcripts" / "damara", "*.csv"):
+    for path in files_below(hub_corpus, "*damara*.tar.gz") + files_below(
+        hub_corpus / "transcripts" / "damara", "*.csv"
+    ):
         target = other / path.relative_to(hub_corpus)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(re.sub(rb"\b[Tt]he\b", b"that", path.read_bytes()) if path.suffix == ".csv" else path.read_bytes())
+        target.write_bytes(
+            re.sub(rb"\b[Tt]he\b", b"that", path.read_bytes()) if path.suffix == ".csv" else path.read_bytes()
+        )
     with LoopbackHub(datasets={DATASET: hub_corpus, "somebody/other": other}) as hub:
         env = hub.env(tmp_path)
         assert run(tmp_path / "audio", "--dry_run", "--accents", "damara", env=env).returncode == 0
@@ -274,7 +330,9 @@ def test_a_full_disk_is_foreseen(hub, tmp_path):
     )
     result = prepare(tmp_path / "audio", env=hub.env(tmp_path, PYTHONPATH=str(tmp_path)))
     assert result.returncode == 1
-    need, free = map(float, re.search(r"needs ([\d.]+) GB in .* and ([\d.]+) GB are free", error_line(result.stderr)).groups())
+    need, free = map(
+        float, re.search(r"needs ([\d.]+) GB in .* and ([\d.]+) GB are free", error_line(result.stderr)).groups()
+    )
     assert 0.04 <= need <= 0.1 and free == pytest.approx(0.02, abs=0.02)
     assert str(tmp_path / "audio") in error_line(result.stderr)
     assert hub.count("*.tar.gz") == 0
@@ -310,8 +368,13 @@ class Launcher:
     """Starts the program over and over, each time as a new process and group, without the seconds of imports."""
 
     def __init__(self, hub, folder):
-        self.process = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(SCRIPT)], env=hub.env(folder), text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, str(SCRIPT)],
+            env=hub.env(folder),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self.output = folder / "printed.txt"
 
     def __enter__(self):
@@ -379,7 +442,9 @@ def work_done(data_dir):
 
 def finish_what_was_begun(launcher, hub, data_dir, *flags):
     """One more run, which must succeed and fetch only the bytes that earlier ones did not reach."""
-    reached = {path.name.removesuffix(".partial"): path.stat().st_size for path in files_below(data_dir, "*.tar.gz.partial")}
+    reached = {
+        path.name.removesuffix(".partial"): path.stat().st_size for path in files_below(data_dir, "*.tar.gz.partial")
+    }
     whole = {path.name for path in files_below(data_dir, "*.tar.gz")}
     asked = len(hub.requests)
     launcher.start(data_dir, *flags)
@@ -437,7 +502,9 @@ def test_an_interrupted_preparation_says_so_and_goes_on(prepared, tmp_path):
         assert launcher.wait() == 130
         assert group_is_gone(pid)
         assert "Traceback" not in launcher.printed(), launcher.printed()
-        assert re.search(r"^finetune_medasr.py: error: interrupted; the same command goes on", launcher.printed(), re.MULTILINE)
+        assert re.search(
+            r"^finetune_medasr.py: error: interrupted; the same command goes on", launcher.printed(), re.MULTILINE
+        )
         hub.clear_faults()
         assert finish_what_was_begun(launcher, hub, data_dir, *SMALL, "--num_proc", "2")
     assert digests(data_dir) == small_ones(prepared.digests)
@@ -449,8 +516,14 @@ def test_a_worker_killed_for_want_of_memory_is_explained(prepared, tmp_path):
 
     def workers(pid):
         """The processes of a group that convert audio, as /proc has them."""
-        commands = {path.parent: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists()}
-        return [int(path.name) for path, text in commands.items() if b"spawn_main" in text and os.getpgid(int(path.name)) == pid]
+        commands = {
+            path.parent: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists()
+        }
+        return [
+            int(path.name)
+            for path, text in commands.items()
+            if b"spawn_main" in text and os.getpgid(int(path.name)) == pid
+        ]
 
     with LoopbackHub(datasets={DATASET: prepared.corpus}) as hub, Launcher(hub, tmp_path) as launcher:
         hub.fault("*.tar.gz", "slow", 1_000_000)
@@ -459,7 +532,9 @@ def test_a_worker_killed_for_want_of_memory_is_explained(prepared, tmp_path):
         os.kill(workers(pid)[0], signal.SIGKILL)  # as the kernel does
         assert launcher.wait() == 1
         assert group_is_gone(pid)
-        assert re.search(r"^finetune_medasr.py: error: .*--num_proc", launcher.printed(), re.MULTILINE), launcher.printed()
+        assert re.search(r"^finetune_medasr.py: error: .*--num_proc", launcher.printed(), re.MULTILINE), (
+            launcher.printed()
+        )
         hub.clear_faults()
         finish_what_was_begun(launcher, hub, data_dir, *flags)
     assert digests(data_dir) == of_accents(prepared.digests, "akan-fante")
@@ -491,7 +566,9 @@ def test_preparation_gets_through_a_bad_connection(prepared, hub, tmp_path):
         reached = 0
         for request in gets(hub, name):
             # A reset may cost what the client's system had received and not yet handed over.
-            assert (0 if name == "dev_damara_0" else reached - 70_000) < first_byte(request) <= reached or reached == 0, name
+            assert (0 if name == "dev_damara_0" else reached - 70_000) < first_byte(
+                request
+            ) <= reached or reached == 0, name
             reached = first_byte(request) + request.sent
 
 
@@ -504,7 +581,9 @@ def test_archives_that_cannot_be_had_do_not_stop_the_others(prepared, hub, tmp_p
     assert result.returncode == 1
     assert "3 of 6 archives could not be prepared" in error_line(result.stderr)
     assert any(f"{name}.tar.gz" in error_line(result.stderr) for name in bad)
-    good = {name: value for name, value in small_ones(prepared.digests).items() if name.removesuffix(".arrow") not in bad}
+    good = {
+        name: value for name, value in small_ones(prepared.digests).items() if name.removesuffix(".arrow") not in bad
+    }
     assert digests(data_dir) == good
     assert len(gets(hub, "test_damara_0")) == 2, "a corrupt archive is fetched once more"
     hub.clear_faults()
@@ -555,13 +634,20 @@ def tar_gz(members):
     return buffer.getvalue()
 
 
-def write_corpus(folder, accent, archive, rows, header="user_ids,accent,transcript,audio_paths,duration,domain,country"):
+def write_corpus(
+    folder, accent, archive, rows, header="user_ids,accent,transcript,audio_paths,duration,domain,country"
+):
     """One accent with one training archive (bytes) and a CSV (bytes, or names of clips to write rows for)."""
     path = folder / "audio" / accent / "train" / f"train_{accent}_0.tar.gz"
     path.parent.mkdir(parents=True)
     path.write_bytes(archive)
     if not isinstance(rows, bytes):
-        rows = "\n".join([header, *(f"someone,{accent},text of {name},/AfriSpeech-100/train/{name}.wav,0.5,clinical,NG" for name in rows)]).encode()
+        rows = "\n".join(
+            [
+                header,
+                *(f"someone,{accent},text of {name},/AfriSpeech-100/train/{name}.wav,0.5,clinical,NG" for name in rows),
+            ]
+        ).encode()
     path = folder / "transcripts" / accent / "train.csv"
     path.parent.mkdir(parents=True)
     path.write_bytes(rows + b"\n")
@@ -585,8 +671,15 @@ def test_damaged_and_hostile_files_are_refused_one_by_one(tmp_path):
     whole = {accent: tar_gz(noisy_clips(accent, 10)) for accent in ("cut", "corrupt", "trailer")}
     write_corpus(corpus, "cut", whole["cut"][: len(whole["cut"]) // 2], names[:10])
     middle = len(whole["corrupt"]) // 2
-    write_corpus(corpus, "corrupt", whole["corrupt"][:middle] + bytes(100) + whole["corrupt"][middle + 100 :], names[10:20])
-    write_corpus(corpus, "trailer", whole["trailer"][:-8] + struct.pack("<I", ~zlib.crc32(b"") & 0xFFFFFFFF) + whole["trailer"][-4:], names[20:])
+    write_corpus(
+        corpus, "corrupt", whole["corrupt"][:middle] + bytes(100) + whole["corrupt"][middle + 100 :], names[10:20]
+    )
+    write_corpus(
+        corpus,
+        "trailer",
+        whole["trailer"][:-8] + struct.pack("<I", ~zlib.crc32(b"") & 0xFFFFFFFF) + whole["trailer"][-4:],
+        names[20:],
+    )
     write_corpus(corpus, "nothing", b"", [])
     write_corpus(corpus, "not-gzip", b"<html>Service unavailable</html>", [])
     hostile = {
@@ -618,8 +711,13 @@ def test_damaged_and_hostile_files_are_refused_one_by_one(tmp_path):
     write_corpus(corpus, "dirty", tar_gz([(member(f"dirty/{name}"), good) for name in dirty]), rows)
     # A quote that is not closed, and more text after it than the csv module takes by default.
     rows = b"user_ids,accent,transcript,audio_paths,duration,domain\nspeaker,unclosed,text,/x/unclosed/first.wav,1,clinical\n"
-    rows += b'speaker,unclosed,"text,/x/unclosed/second.wav,1,clinical\n' + b"speaker,unclosed,text,/x/unclosed/more.wav,1,clinical\n" * 3_000
-    write_corpus(corpus, "unclosed", tar_gz([(member("unclosed/first"), good), (member("unclosed/second"), good)]), rows)
+    rows += (
+        b'speaker,unclosed,"text,/x/unclosed/second.wav,1,clinical\n'
+        + b"speaker,unclosed,text,/x/unclosed/more.wav,1,clinical\n" * 3_000
+    )
+    write_corpus(
+        corpus, "unclosed", tar_gz([(member("unclosed/first"), good), (member("unclosed/second"), good)]), rows
+    )
     before = {path: path.read_bytes() for path in files_below(corpus, "*")}
 
     result = prepare(data_dir, "--dataset", corpus, env=environment(tmp_path))
@@ -634,7 +732,9 @@ def test_damaged_and_hostile_files_are_refused_one_by_one(tmp_path):
     reasons = skipped(data_dir)
     for name, (_, reason) in hostile.items():
         assert reason in reasons["/".join(name.strip("/").split("/")[-2:])], name
-    assert {name for name in usable if name.startswith("hostile/")} == {f"hostile/good-{index}.wav" for index in range(len(hostile))}
+    assert {name for name in usable if name.startswith("hostile/")} == {
+        f"hostile/good-{index}.wav" for index in range(len(hostile))
+    }
     # What comes before the damage is kept, and both the archive and each clip behind the damage are named.
     for accent in ("cut", "corrupt", "trailer"):
         kept = [name for name in usable if name.startswith(f"{accent}/")]
@@ -684,17 +784,25 @@ def test_each_streamed_clip_comes_once_a_pass_despite_dropped_connections(prepar
         for clip in Dataset.from_file(str(prepared.data_dir / "train" / f"{name}.arrow")):
             if not clip["problem"]:
                 expected[clip["clip"]] = (name, clip["text"], clip["num_samples"] / 16_000, len(clip["audio"]))
-    sizes = {name: sum(value[0] == name for value in expected.values()) for name in ("train_damara_0", "train_swahili_0")}
-    count = 2 * max(sizes.values()) + 4  # the workers take turns, so this is a whole pass of the larger archive and more of the other
+    sizes = {
+        name: sum(value[0] == name for value in expected.values()) for name in ("train_damara_0", "train_swahili_0")
+    }
+    count = (
+        2 * max(sizes.values()) + 4
+    )  # the workers take turns, so this is a whole pass of the larger archive and more of the other
     flags = command(tmp_path / "audio", "--streaming", "--max_steps", 9, "--accents", "damara", "swahili")[2:]
     program = [sys.executable, "-c", STREAM, str(count), *flags]
-    result = subprocess.run(program, env=hub.env(tmp_path, PYTHONPATH=str(SCRIPT.parent)), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        program, env=hub.env(tmp_path, PYTHONPATH=str(SCRIPT.parent)), capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     clips = [json.loads(line) for line in result.stdout.splitlines()]
     for name, size in sizes.items():
         mine = [clip["clip"] for clip in clips if expected[clip["clip"]][0] == name]
         assert len(mine) > size
-        assert set(mine[:size]) == {clip for clip, value in expected.items() if value[0] == name}, "a pass lacks a clip or has one twice"
+        assert set(mine[:size]) == {clip for clip, value in expected.items() if value[0] == name}, (
+            "a pass lacks a clip or has one twice"
+        )
     assert all(expected[clip["clip"]][1:] == (clip["text"], clip["seconds"], clip["bytes"]) for clip in clips)
     assert files_below(tmp_path, "*.arrow") + files_below(tmp_path, "*.tar.gz*") == []
     with open(output_of(tmp_path / "audio") / "results" / "skipped_clips.csv", newline="", encoding="utf-8") as file:
@@ -706,17 +814,47 @@ def test_each_streamed_clip_comes_once_a_pass_despite_dropped_connections(prepar
 def test_training_from_a_stream_keeps_no_training_audio(prepared, hub, tmp_path):
     hub.fault("*/train_swahili_0.tar.gz", "drop_after", 4_000_000, times=2)
     data_dir = tmp_path / "audio"
-    flags = ["--streaming", "--max_steps", 3, "--accents", "damara", "swahili", "--dataloader_num_workers", 2, "--skip_baseline",
-             "--max_eval_samples", 2, "--max_test_samples", 2, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1,
-             "--eval_steps", 3, "--save_steps", 3, "--use_cpu", "true", "--num_proc", 2, "--model", FIXTURES / "model"]  # fmt: skip
+    flags = [
+        "--streaming",
+        "--max_steps",
+        3,
+        "--accents",
+        "damara",
+        "swahili",
+        "--dataloader_num_workers",
+        2,
+        "--skip_baseline",
+        "--max_eval_samples",
+        2,
+        "--max_test_samples",
+        2,
+        "--per_device_train_batch_size",
+        2,
+        "--gradient_accumulation_steps",
+        1,
+        "--eval_steps",
+        3,
+        "--save_steps",
+        3,
+        "--use_cpu",
+        "true",
+        "--num_proc",
+        2,
+        "--model",
+        FIXTURES / "model",
+    ]
     result = run(data_dir, *flags, env=hub.env(tmp_path))
     assert result.returncode == 0, result.stderr
     expected = of_accents(prepared.digests, "damara", "swahili")
-    assert digests(data_dir) == {name: value for name, value in expected.items() if not name.startswith("train") and "luo" not in name}
+    assert digests(data_dir) == {
+        name: value for name, value in expected.items() if not name.startswith("train") and "luo" not in name
+    }
     assert files_below(tmp_path, "*.tar.gz*") + files_below(tmp_path, "train_*") == []
     rows = [clip for clip, reason in skipped(data_dir).items() if "undecodable" in reason]
     lines = (output_of(data_dir) / "results" / "skipped_clips.csv").read_text().splitlines()
-    assert len(rows) == 1 and sum(rows[0] in line for line in lines) == 1, "a bad clip that comes in each pass is named once"
+    assert len(rows) == 1 and sum(rows[0] in line for line in lines) == 1, (
+        "a bad clip that comes in each pass is named once"
+    )
     state = json.loads((output_of(data_dir) / "checkpoint-3" / "trainer_state.json").read_text())
     assert all(np.isfinite(entry["loss"]) for entry in state["log_history"] if "loss" in entry)
 

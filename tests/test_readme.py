@@ -29,7 +29,12 @@ def commands():
     return [shlex.join(shlex.split(line, comments=True)).replace("'&&'", "&&") for line in lines]
 
 
-OURS = [part for command in commands() for part in command.split(" && ") if re.match(r"(python|torchrun\b.*) finetune_medasr\.py", part)]
+OURS = [
+    part
+    for command in commands()
+    for part in command.split(" && ")
+    if re.match(r"(python|torchrun\b.*) finetune_medasr\.py", part)
+]
 
 
 def table(first_column):
@@ -64,7 +69,18 @@ def test_a_command_is_accepted(tmp_path, monkeypatch, command):
 
 def test_the_recipes_show_every_mode_of_the_program():
     shown = {flag for command in OURS for flag in re.findall(r"--(\w+)", command)}
-    assert {"demo", "transcribe", "eval_only", "score_file", "dry_run", "prepare_only", "streaming", "resume_from_checkpoint", "accents", "domains"} <= shown
+    assert {
+        "demo",
+        "transcribe",
+        "eval_only",
+        "score_file",
+        "dry_run",
+        "prepare_only",
+        "streaming",
+        "resume_from_checkpoint",
+        "accents",
+        "domains",
+    } <= shown
     assert any(command.startswith("torchrun") for command in OURS) and any(".yaml" in command for command in OURS)
 
 
@@ -79,11 +95,17 @@ def test_the_option_table_and_the_program_name_the_same_flags():
     own = {item.name for item in dataclasses.fields(ScriptArguments)}
     listed = {name for row in table("(?:option|flag)s?") for name in re.findall(r"`--(\w+)", row[0])}
     assert own <= listed
-    assert listed <= own | {item.name for item in dataclasses.fields(TrainingArguments)} | {f"no_{name}" for name in own}
+    assert listed <= own | {item.name for item in dataclasses.fields(TrainingArguments)} | {
+        f"no_{name}" for name in own
+    }
 
 
 def test_the_option_table_gives_the_defaults_of_the_program():
-    defaults = {item.name: item.default for kind in (ScriptArguments, CommonTrainingArguments) for item in dataclasses.fields(kind)}
+    defaults = {
+        item.name: item.default
+        for kind in (ScriptArguments, CommonTrainingArguments)
+        for item in dataclasses.fields(kind)
+    }
     for flag, default, *_ in table("(?:option|flag)s?"):
         written, real = default.strip("`"), defaults[re.search(r"--(\w+)", flag)[1]]
         if real is None or isinstance(real, bool):
@@ -93,7 +115,11 @@ def test_the_option_table_gives_the_defaults_of_the_program():
 
 
 def test_every_flag_that_the_readme_mentions_exists():
-    known = {item.name for kind in (ScriptArguments, TrainingArguments) for item in dataclasses.fields(kind)} | {"help", "help_all", "no_spec_augment"}
+    known = {item.name for kind in (ScriptArguments, TrainingArguments) for item in dataclasses.fields(kind)} | {
+        "help",
+        "help_all",
+        "no_spec_augment",
+    }
     others = {"nproc_per_node", "logdir"}  # of torchrun and tensorboard
     assert set(re.findall(r"--([a-z_0-9]+)", README)) <= known | others
 
@@ -153,7 +179,9 @@ def test_the_transcribe_command_prints_what_was_said(after_a_run, known_clip, mo
 
 @pytest.mark.slow
 def test_tensorboard_finds_its_folder(after_a_run):
-    (folder,) = [re.search(r"--logdir (\S+)", command)[1] for command in commands() if command.startswith("tensorboard")]
+    (folder,) = [
+        re.search(r"--logdir (\S+)", command)[1] for command in commands() if command.startswith("tensorboard")
+    ]
     assert list((after_a_run / folder).glob("events.out.tfevents.*"))
 
 

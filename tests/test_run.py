@@ -11,10 +11,26 @@ import jiwer
 import pytest
 import soundfile
 from conftest import (
-    CORPUS, MODEL, SPLITS, corpus_audio, corpus_rows, error_line, load_json, load_predictions, run_script, write_wav,
-)  # fmt: skip
+    CORPUS,
+    MODEL,
+    SPLITS,
+    corpus_audio,
+    corpus_rows,
+    error_line,
+    load_json,
+    load_predictions,
+    run_script,
+    write_wav,
+)
 
-from finetune_medasr import CommonTrainingArguments, ScriptArguments, main, normalize_paper, normalize_wer, parse_arguments
+from finetune_medasr import (
+    CommonTrainingArguments,
+    ScriptArguments,
+    main,
+    normalize_paper,
+    normalize_wer,
+    parse_arguments,
+)
 
 FIXTURE_FLAGS = ("--model", MODEL, "--dataset", CORPUS)
 # Four updates an epoch. SpecAugment draws masks while it makes batches ahead, which a resumption does not repeat.
@@ -47,7 +63,9 @@ def names(folder):
 @pytest.fixture(scope="module")
 def log(demo):
     """The Trainer's log of the demo, up to its last checkpoint."""
-    return load_json(max(demo.output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])) / "trainer_state.json")["log_history"]
+    return load_json(
+        max(demo.output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])) / "trainer_state.json"
+    )["log_history"]
 
 
 def evaluated_steps(demo):
@@ -61,9 +79,17 @@ def test_the_demo_writes_the_files_that_it_promises(demo):
     checkpoints = names(demo.output) - {"audio", "runs", "final", "results"}
     assert {"audio", "runs", "final", "results"} <= names(demo.output)
     assert checkpoints <= {f"checkpoint-{step}" for step in evaluated_steps(demo)}
-    assert f"checkpoint-{evaluated_steps(demo)[-1]}" in checkpoints and len(checkpoints) <= demo.metrics["config"]["training"]["save_total_limit"]
+    assert (
+        f"checkpoint-{evaluated_steps(demo)[-1]}" in checkpoints
+        and len(checkpoints) <= demo.metrics["config"]["training"]["save_total_limit"]
+    )
     pictures = {name for name in names(demo.results) if name.endswith(".png")}
-    assert names(demo.results) - pictures == {"metrics.json", "predictions_test.jsonl", "report.md", "skipped_clips.csv"}
+    assert names(demo.results) - pictures == {
+        "metrics.json",
+        "predictions_test.jsonl",
+        "report.md",
+        "skipped_clips.csv",
+    }
     assert {path.parent.name for path in demo.audio.rglob("*.arrow")} == set(SPLITS)
     assert not [path for path in demo.output.rglob("*") if path.suffix in (".tmp", ".partial")]
 
@@ -86,12 +112,24 @@ def test_the_metrics_have_the_keys_that_programs_read(demo):
     assert {"config", "versions", "data", "baseline", "finetuned", "delta"} == set(metrics)
     rates = {"wer", "wer_paper", "wer_raw", "cer"}
     for system in (metrics["baseline"], metrics["finetuned"]):
-        assert rates | {"clips", "words", "wer_ci95", "substitutions", "deletions", "insertions", "groups"} <= set(system)
-        assert set(system["groups"]) == {"domain", "accent", "country", "gender", "age_group", "seen_accent", "duration"}
+        assert rates | {"clips", "words", "wer_ci95", "substitutions", "deletions", "insertions", "groups"} <= set(
+            system
+        )
+        assert set(system["groups"]) == {
+            "domain",
+            "accent",
+            "country",
+            "gender",
+            "age_group",
+            "seen_accent",
+            "duration",
+        }
         assert set(system["groups"]["domain"]) == {"clinical", "general"}
         assert all(0 < system[name] < 1.5 for name in rates)
         assert system["wer_ci95"][0] < system["wer"] < system["wer_ci95"][1]
-        assert system["substitutions"] + system["deletions"] + system["insertions"] == round(system["wer"] * system["words"])
+        assert system["substitutions"] + system["deletions"] + system["insertions"] == round(
+            system["wer"] * system["words"]
+        )
         for kind, groups in system["groups"].items():
             assert sum(group["clips"] for group in groups.values()) == system["clips"], kind
     assert metrics["delta"]["wer"] == pytest.approx(metrics["finetuned"]["wer"] - metrics["baseline"]["wer"])
@@ -112,8 +150,9 @@ def test_there_is_one_prediction_for_each_scored_test_clip(demo):
         assert row["text"] == of_csv["transcript"]
         assert row["duration"] == pytest.approx(float(of_csv["duration"]), abs=0.02)
         assert row["speaker"] == of_csv["user_ids"]
-        assert [row[key] for key in ("accent", "country", "domain", "gender", "age_group")] == \
-            [of_csv[key] for key in ("accent", "country", "domain", "gender", "age_group")]  # fmt: skip
+        assert [row[key] for key in ("accent", "country", "domain", "gender", "age_group")] == [
+            of_csv[key] for key in ("accent", "country", "domain", "gender", "age_group")
+        ]
 
 
 @pytest.mark.slow
@@ -121,7 +160,13 @@ def test_every_bad_clip_is_named_with_its_reason_and_no_other_clip_is_lost(demo)
     with open(demo.results / "skipped_clips.csv", newline="", encoding="utf-8") as file:
         skipped = list(csv.DictReader(file))
     assert all(re.fullmatch(r"[^\0-\x1f]+", row["reason"]) for row in skipped)
-    planted = {("test", "no audio"), ("train", "undecodable audio"), ("train", "too short"), ("train", "empty text"), ("train", "over --max_train_seconds")}
+    planted = {
+        ("test", "no audio"),
+        ("train", "undecodable audio"),
+        ("train", "too short"),
+        ("train", "empty text"),
+        ("train", "over --max_train_seconds"),
+    }
     assert sorted((row["split"], re.split(r" ?[:(]", row["reason"])[0]) for row in skipped) == sorted(planted)
     for split in SPLITS:
         rows, audio, data = corpus_rows(split), corpus_audio(split), demo.metrics["data"][split]
@@ -129,10 +174,15 @@ def test_every_bad_clip_is_named_with_its_reason_and_no_other_clip_is_lost(demo)
         assert data["clips"] + len(named) == len(set(rows) | set(audio))
         assert set(named) <= set(rows) | set(audio)
         assert {clip for clip, reason in named.items() if reason == "no audio"} == set(rows) - set(audio)
-        assert {clip for clip, reason in named.items() if reason == "empty text"} == {clip for clip in rows if not rows[clip]["transcript"].strip()}
-        assert {clip for clip, reason in named.items() if "max_train" in reason} == \
-            {clip for clip in rows if split == "train" and float(rows[clip]["duration"]) > 30}  # fmt: skip
-        assert data["hours"] == pytest.approx(sum(float(rows[clip]["duration"]) for clip in rows if clip not in named) / 3600, abs=0.001)
+        assert {clip for clip, reason in named.items() if reason == "empty text"} == {
+            clip for clip in rows if not rows[clip]["transcript"].strip()
+        }
+        assert {clip for clip, reason in named.items() if "max_train" in reason} == {
+            clip for clip in rows if split == "train" and float(rows[clip]["duration"]) > 30
+        }
+        assert data["hours"] == pytest.approx(
+            sum(float(rows[clip]["duration"]) for clip in rows if clip not in named) / 3600, abs=0.001
+        )
         for reason in named.values():
             assert f"left out of {split}: 1 x {re.split(r' ?[:(]', reason)[0]}" in demo.stdout
 
@@ -172,7 +222,11 @@ def test_the_rates_are_those_of_the_predictions(demo, field, system):
     assert scores["cer"] == pytest.approx(jiwer.cer(references, hypotheses))
     assert scores["words"] == sum(len(text.split()) for text in references)
     for domain, group in scores["groups"]["domain"].items():
-        chosen = [(reference, hypothesis) for reference, hypothesis, row in zip(references, hypotheses, rows) if row["domain"] == domain]
+        chosen = [
+            (reference, hypothesis)
+            for reference, hypothesis, row in zip(references, hypotheses, rows)
+            if row["domain"] == domain
+        ]
         assert group["wer"] == pytest.approx(jiwer.wer(*map(list, zip(*chosen))))
 
 
@@ -182,16 +236,34 @@ def test_tensorboard_has_the_curves_and_transcriptions(demo, log):
 
     events = EventAccumulator(str(demo.output / "runs"))
     events.Reload()
-    scalars = {"train/loss", "train/learning_rate", "train/grad_norm", "train/audio_seconds_per_second", "train/padding_percent",
-               "eval/loss", "eval/wer", "eval/cer", "eval/wer_by_domain/clinical", "eval/wer_by_domain/general"}  # fmt: skip
+    scalars = {
+        "train/loss",
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/audio_seconds_per_second",
+        "train/padding_percent",
+        "eval/loss",
+        "eval/wer",
+        "eval/cer",
+        "eval/wer_by_domain/clinical",
+        "eval/wer_by_domain/general",
+    }
     assert scalars <= set(events.Tags()["scalars"])
-    for tag, key in (("train/loss", "loss"), ("train/grad_norm", "grad_norm"), ("eval/wer", "eval_wer"), ("eval/cer", "eval_cer")):
+    for tag, key in (
+        ("train/loss", "loss"),
+        ("train/grad_norm", "grad_norm"),
+        ("eval/wer", "eval_wer"),
+        ("eval/cer", "eval_cer"),
+    ):
         logged = {entry["step"]: entry[key] for entry in log if key in entry}
         assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(logged, rel=1e-5), tag
     assert [event.step for event in events.Scalars("eval/wer")] == evaluated_steps(demo)
     losses = [event.value for event in events.Scalars("train/loss")]
     assert losses[-1] < losses[0]
-    assert max(event.value for event in events.Scalars("train/learning_rate")) <= demo.metrics["config"]["training"]["learning_rate"] * 1.0001
+    assert (
+        max(event.value for event in events.Scalars("train/learning_rate"))
+        <= demo.metrics["config"]["training"]["learning_rate"] * 1.0001
+    )
     assert all(0 <= event.value < 60 for event in events.Scalars("train/padding_percent"))
     assert all(event.value > 0 for event in events.Scalars("train/audio_seconds_per_second"))
     (text,) = [tag for tag in events.Tags()["tensors"] if "transcriptions" in tag]
@@ -215,7 +287,14 @@ def test_checkpoints_can_be_used_and_resumed(demo):
     from transformers import AutoProcessor
 
     for checkpoint in demo.output.glob("checkpoint-*"):
-        assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "tokenizer.json", "processor_config.json"} <= names(checkpoint)
+        assert {
+            "model.safetensors",
+            "optimizer.pt",
+            "scheduler.pt",
+            "trainer_state.json",
+            "tokenizer.json",
+            "processor_config.json",
+        } <= names(checkpoint)
         processor = AutoProcessor.from_pretrained(checkpoint)
         assert processor.tokenizer("fever").input_ids and processor.feature_extractor.sampling_rate == 16000
 
@@ -225,7 +304,10 @@ def test_the_final_model_is_the_best_on_dev(demo, log):
     from safetensors.torch import load_file
 
     best = min((entry for entry in log if "eval_wer" in entry), key=lambda entry: entry["eval_wer"])
-    saved, final = load_file(demo.output / f"checkpoint-{best['step']}/model.safetensors"), load_file(demo.final / "model.safetensors")
+    saved, final = (
+        load_file(demo.output / f"checkpoint-{best['step']}/model.safetensors"),
+        load_file(demo.final / "model.safetensors"),
+    )
     assert saved.keys() == final.keys() and all(saved[name].equal(final[name]) for name in saved)
 
 
@@ -241,7 +323,9 @@ def test_the_final_model_writes_the_same_clean_text_everywhere(demo, known_clip,
     audio, rate = soundfile.read(tmp_path / "visit.wav", dtype="float32")
     processor, model = AutoProcessor.from_pretrained(demo.final), AutoModelForCTC.from_pretrained(demo.final)
     assert type(model).__name__ == "LasrForCTC"
-    generated = processor.batch_decode(model.generate(**processor(audio, sampling_rate=rate)), skip_special_tokens=True)[0]
+    generated = processor.batch_decode(
+        model.generate(**processor(audio, sampling_rate=rate)), skip_special_tokens=True
+    )[0]
     recognise = pipeline("automatic-speech-recognition", model=str(demo.final))
     piped = recognise({"raw": audio, "sampling_rate": rate})["text"]
     status, transcribed, errors = run("--transcribe", tmp_path / "visit.wav", "--model", demo.final)
@@ -264,7 +348,17 @@ def test_transcribe_takes_several_files_and_names_the_broken_one(demo, known_cli
 
 @pytest.mark.slow
 def test_eval_only_gives_the_fine_tuned_figures_again(demo, tmp_path, run):
-    status, out, _ = run("--eval_only", "--model", demo.final, "--dataset", CORPUS, "--data_dir", demo.audio, "--output_dir", tmp_path / "scores")
+    status, out, _ = run(
+        "--eval_only",
+        "--model",
+        demo.final,
+        "--dataset",
+        CORPUS,
+        "--data_dir",
+        demo.audio,
+        "--output_dir",
+        tmp_path / "scores",
+    )
     assert status == 0
     metrics = load_json(tmp_path / "scores/results/metrics.json")
     assert metrics["finetuned"] is None and metrics["delta"] is None
@@ -281,26 +375,59 @@ def wav2vec2(tmp_path):
     """A folder with a tiny random Wav2Vec2 CTC model and its processor."""
     import json
 
-    from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Processor
+    from transformers import (
+        Wav2Vec2Config,
+        Wav2Vec2CTCTokenizer,
+        Wav2Vec2FeatureExtractor,
+        Wav2Vec2ForCTC,
+        Wav2Vec2Processor,
+    )
 
     folder = tmp_path / "wav2vec2"
     folder.mkdir()
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'"])}
+    vocabulary = {
+        token: number
+        for number, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'"])
+    }
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     tokenizer = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
     Wav2Vec2Processor(Wav2Vec2FeatureExtractor(return_attention_mask=True), tokenizer).save_pretrained(folder)
-    config = Wav2Vec2Config(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                            conv_dim=(16,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, pad_token_id=0)  # fmt: skip
+    config = Wav2Vec2Config(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(16,) * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        pad_token_id=0,
+    )
     Wav2Vec2ForCTC(config).save_pretrained(folder)
     return folder
 
 
 @pytest.mark.slow
 def test_eval_only_scores_a_model_of_another_family(demo, wav2vec2, tmp_path, run):
-    status, _, errors = run("--eval_only", "--model", wav2vec2, "--dataset", CORPUS, "--data_dir", demo.audio,
-                            "--output_dir", tmp_path / "scores", "--max_test_samples", 6)  # fmt: skip
+    status, _, errors = run(
+        "--eval_only",
+        "--model",
+        wav2vec2,
+        "--dataset",
+        CORPUS,
+        "--data_dir",
+        demo.audio,
+        "--output_dir",
+        tmp_path / "scores",
+        "--max_test_samples",
+        6,
+    )
     assert status == 0, errors
-    assert load_json(tmp_path / "scores/results/metrics.json")["baseline"]["clips"] == len(load_predictions(tmp_path / "scores/results")) == 6
+    assert (
+        load_json(tmp_path / "scores/results/metrics.json")["baseline"]["clips"]
+        == len(load_predictions(tmp_path / "scores/results"))
+        == 6
+    )
     assert (tmp_path / "scores/results/report.md").read_text().startswith("# ")
 
 
@@ -311,7 +438,10 @@ def test_eval_only_scores_a_model_of_another_family(demo, wav2vec2, tmp_path, ru
 def straight(demo, tmp_path_factory):
     """The output folder of eight updates in one go."""
     output = tmp_path_factory.mktemp("straight")
-    assert main([*map(str, FIXTURE_FLAGS), *QUICK_TRAINING, "--data_dir", str(demo.audio), "--output_dir", str(output)]) == 0
+    assert (
+        main([*map(str, FIXTURE_FLAGS), *QUICK_TRAINING, "--data_dir", str(demo.audio), "--output_dir", str(output)])
+        == 0
+    )
     return output
 
 
@@ -320,7 +450,17 @@ def resumed(demo, straight, tmp_path_factory):
     """(process, output folder) of a run that goes on from the checkpoint of the sixth of them, in the middle of the second epoch."""
     output = tmp_path_factory.mktemp("resumed")
     shutil.copytree(straight / "checkpoint-6", output / "checkpoint-6")
-    done = run_script(*FIXTURE_FLAGS, *QUICK_TRAINING, "--data_dir", demo.audio, "--output_dir", output, "--resume_from_checkpoint", "true", cwd=output)
+    done = run_script(
+        *FIXTURE_FLAGS,
+        *QUICK_TRAINING,
+        "--data_dir",
+        demo.audio,
+        "--output_dir",
+        output,
+        "--resume_from_checkpoint",
+        "true",
+        cwd=output,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done, output
 
@@ -329,7 +469,10 @@ def assert_same_training(one, other):
     """The same batches, losses and weights to the end of eight updates."""
     from safetensors.torch import load_file
 
-    logs = [[entry for entry in load_json(output / "checkpoint-8/trainer_state.json")["log_history"] if "loss" in entry] for output in (one, other)]
+    logs = [
+        [entry for entry in load_json(output / "checkpoint-8/trainer_state.json")["log_history"] if "loss" in entry]
+        for output in (one, other)
+    ]
     for key in ("step", "padding_percent", "loss", "grad_norm"):
         values = [[entry[key] for entry in log] for log in logs]
         assert len(values[0]) == 8 and values[1] == pytest.approx(values[0], rel=1e-4), key
@@ -362,7 +505,16 @@ def test_a_run_resumed_in_a_later_epoch_trains_as_if_it_had_never_stopped(straig
 @pytest.mark.slow
 def test_resuming_a_finished_run_says_that_nothing_is_left(demo, resumed, run):
     trained = (resumed[1] / "checkpoint-8/model.safetensors").stat()
-    status, out, _ = run(*FIXTURE_FLAGS, *QUICK_TRAINING, "--data_dir", demo.audio, "--output_dir", resumed[1], "--resume_from_checkpoint", "true")
+    status, out, _ = run(
+        *FIXTURE_FLAGS,
+        *QUICK_TRAINING,
+        "--data_dir",
+        demo.audio,
+        "--output_dir",
+        resumed[1],
+        "--resume_from_checkpoint",
+        "true",
+    )
     assert status == 0
     assert "nothing is left to train" in out
     assert (resumed[1] / "checkpoint-8/model.safetensors").stat().st_mtime_ns == trained.st_mtime_ns
@@ -374,7 +526,9 @@ def test_a_second_run_does_not_mix_with_the_checkpoints_of_the_first(demo, strai
     status, out, errors = run(*FIXTURE_FLAGS, *QUICK_TRAINING, "--data_dir", demo.audio, "--output_dir", straight)
     assert (status, out) == (2, "")
     message = error_line(errors)
-    assert all(part in message for part in ("--output_dir", str(straight), "checkpoint-8", "--resume_from_checkpoint true"))
+    assert all(
+        part in message for part in ("--output_dir", str(straight), "checkpoint-8", "--resume_from_checkpoint true")
+    )
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
 
 
@@ -384,21 +538,29 @@ def test_two_processes_do_the_work_of_one_and_print_once(demo, tmp_path):
         --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --max_train_samples 16 --max_eval_samples 5 --dataloader_num_workers 0
         --data_dir {tmp_path}/audio --output_dir {tmp_path}/out""".split()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run_script(*FIXTURE_FLAGS, *flags, cwd=tmp_path, launcher=launcher, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = run_script(
+        *FIXTURE_FLAGS, *flags, cwd=tmp_path, launcher=launcher, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     assert len(lines) == len(set(lines)), done.stdout
     assert f"corpus: {CORPUS}" in lines
     assert len(re.findall(r"preparing audio: 100%.* 6/6 ", done.stderr)) >= 1
     assert len({path.stat().st_ino for path in (tmp_path / "audio").rglob("*.arrow")}) == 6
-    expected = {clip for clip, row in corpus_rows("test").items() if row["accent"] in ("zulu", "damara")} & set(corpus_audio("test"))
+    expected = {clip for clip, row in corpus_rows("test").items() if row["accent"] in ("zulu", "damara")} & set(
+        corpus_audio("test")
+    )
     predictions = load_predictions(tmp_path / "out/results")
     assert sorted(row["audio_filepath"] for row in predictions) == sorted(expected)
     alone = {row["audio_filepath"]: row["baseline_text"] for row in demo.predictions}
     assert [row["baseline_text"] for row in predictions] == [alone[row["audio_filepath"]] for row in predictions]
     metrics = load_json(tmp_path / "out/results/metrics.json")
     assert metrics["baseline"]["clips"] == metrics["finetuned"]["clips"] == len(expected)
-    evaluated = [entry for entry in load_json(tmp_path / "out/checkpoint-2/trainer_state.json")["log_history"] if "eval_wer" in entry]
+    evaluated = [
+        entry
+        for entry in load_json(tmp_path / "out/checkpoint-2/trainer_state.json")["log_history"]
+        if "eval_wer" in entry
+    ]
     assert [entry["step"] for entry in evaluated] == [2]
 
 
@@ -406,33 +568,65 @@ def test_two_processes_do_the_work_of_one_and_print_once(demo, tmp_path):
 
 
 def chosen_rows(split, accents=None, domains=None, countries=None):
-    return [row for row in corpus_rows(split).values() if (accents is None or row["accent"] in accents)
-            and (domains is None or row["domain"] in domains) and (countries is None or row["country"] in countries)]  # fmt: skip
+    return [
+        row
+        for row in corpus_rows(split).values()
+        if (accents is None or row["accent"] in accents)
+        and (domains is None or row["domain"] in domains)
+        and (countries is None or row["country"] in countries)
+    ]
 
 
-@pytest.mark.parametrize("flags, choice", [
-    ([], {}),
-    (["--accents", "yoruba", "luo, swahili"], {"accents": ["yoruba", "luo, swahili"]}),
-    (["--accents", "Yoruba", "luo-swahili"], {"accents": ["yoruba", "luo, swahili"]}),
-    (["--domains", "clinical"], {"domains": ["clinical"]}),
-    (["--countries", "ke", "NA"], {"countries": ["KE", "NA"]}),
-    (["--accents", "igbo", "swahili", "--domains", "general", "--countries", "KE"],
-     {"accents": ["igbo", "swahili"], "domains": ["general"], "countries": ["KE"]}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, choice",
+    [
+        ([], {}),
+        (["--accents", "yoruba", "luo, swahili"], {"accents": ["yoruba", "luo, swahili"]}),
+        (["--accents", "Yoruba", "luo-swahili"], {"accents": ["yoruba", "luo, swahili"]}),
+        (["--domains", "clinical"], {"domains": ["clinical"]}),
+        (["--countries", "ke", "NA"], {"countries": ["KE", "NA"]}),
+        (
+            ["--accents", "igbo", "swahili", "--domains", "general", "--countries", "KE"],
+            {"accents": ["igbo", "swahili"], "domains": ["general"], "countries": ["KE"]},
+        ),
+    ],
+)
 def test_a_dry_run_counts_what_was_chosen_and_prepares_nothing(tmp_path, run, flags, choice):
-    status, out, errors = run("--dry_run", *FIXTURE_FLAGS, "--data_dir", tmp_path / "audio", "--output_dir", tmp_path / "out", *flags)
+    status, out, errors = run(
+        "--dry_run", *FIXTURE_FLAGS, "--data_dir", tmp_path / "audio", "--output_dir", tmp_path / "out", *flags
+    )
     assert (status, errors) == (0, "")
     for split in SPLITS:
         rows = [row for row in chosen_rows(split, **choice) if split != "train" or float(row["duration"]) <= 30]
-        (found,) = re.findall(rf"^ *{split} +([\d,]+) clips +([\d.]+) h +([\d,]+) speakers +([\d,]+) accents$", out, re.MULTILINE)
-        assert [int(found[0]), int(found[2]), int(found[3])] == [len(rows), len({row["user_ids"] for row in rows}), len({row["accent"] for row in rows})]
+        (found,) = re.findall(
+            rf"^ *{split} +([\d,]+) clips +([\d.]+) h +([\d,]+) speakers +([\d,]+) accents$", out, re.MULTILINE
+        )
+        assert [int(found[0]), int(found[2]), int(found[3])] == [
+            len(rows),
+            len({row["user_ids"] for row in rows}),
+            len({row["accent"] for row in rows}),
+        ]
         assert float(found[1]) == pytest.approx(sum(float(row["duration"]) for row in rows) / 3600, abs=0.006)
     assert not list(tmp_path.rglob("*.arrow")) and not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_plans_the_updates(tmp_path, run):
-    status, out, _ = run("--dry_run", *FIXTURE_FLAGS, "--data_dir", tmp_path / "audio", "--max_train_samples", 100, "--num_train_epochs", 3,
-                         "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--use_cpu", "true")  # fmt: skip
+    status, out, _ = run(
+        "--dry_run",
+        *FIXTURE_FLAGS,
+        "--data_dir",
+        tmp_path / "audio",
+        "--max_train_samples",
+        100,
+        "--num_train_epochs",
+        3,
+        "--per_device_train_batch_size",
+        4,
+        "--gradient_accumulation_steps",
+        2,
+        "--use_cpu",
+        "true",
+    )
     assert status == 0
     assert re.search(r"\b39 updates\b.*\b13 an epoch", out)
 
@@ -440,7 +634,19 @@ def test_a_dry_run_plans_the_updates(tmp_path, run):
 @pytest.mark.slow
 def test_only_the_chosen_clips_are_scored(demo, tmp_path, run):
     choice = {"domains": ["clinical"], "countries": ["KE", "NA"]}
-    status, _, errors = run("--eval_only", *FIXTURE_FLAGS, "--data_dir", demo.audio, "--output_dir", tmp_path, "--domains", "clinical", "--countries", "KE", "NA")
+    status, _, errors = run(
+        "--eval_only",
+        *FIXTURE_FLAGS,
+        "--data_dir",
+        demo.audio,
+        "--output_dir",
+        tmp_path,
+        "--domains",
+        "clinical",
+        "--countries",
+        "KE",
+        "NA",
+    )
     assert status == 0, errors
     chosen = {row["audio_paths"].split("/")[-1] for row in chosen_rows("test", **choice)}
     assert {row["audio_filepath"].split("/")[-1] for row in load_predictions(tmp_path / "results")} == chosen
@@ -467,10 +673,15 @@ def test_score_file_gives_the_demo_its_own_scores(demo, tmp_path, run):
         assert len(load_predictions(output / "results")) == len(rows)
         for system in ("baseline", "finetuned"):
             for name in ("wer", "wer_paper", "wer_raw", "cer", "clips", "speakers", "words", "wer_ci95"):
-                assert rate_of(output, system)[name] == pytest.approx(demo.metrics[system][name]), (source, system, name)
+                assert rate_of(output, system)[name] == pytest.approx(demo.metrics[system][name]), (
+                    source,
+                    system,
+                    name,
+                )
             domains = demo.metrics[system]["groups"]["domain"]
-            assert {name: group["wer"] for name, group in rate_of(output, system)["groups"]["domain"].items()} == \
-                pytest.approx({name: group["wer"] for name, group in domains.items()})  # fmt: skip
+            assert {
+                name: group["wer"] for name, group in rate_of(output, system)["groups"]["domain"].items()
+            } == pytest.approx({name: group["wer"] for name, group in domains.items()})
         assert "![" in (output / "results/report.md").read_text()
 
 
@@ -500,10 +711,20 @@ def test_a_token_on_the_command_line_is_not_written_down(tmp_path, run, flag):
     assert "--hub" in load_json(tmp_path / "out/results/metrics.json")["config"]["command"]
 
 
-@pytest.mark.parametrize("name, content", [
-    ("x.jsonl", "not JSON\n"), ("x.jsonl", "[1, 2]\n"), ("x.jsonl", '"text"\n'), ("x.jsonl", ""), ("x.jsonl", b"\xff\xfe\0\1"),
-    ("x.csv", "reference,hypothesis\na,b\n"), ("x.csv", ""), ("x.jsonl", '{"text": "a"}\n'), ("x.jsonl", '{"text": 1, "pred_text": 2}\n'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("x.jsonl", "not JSON\n"),
+        ("x.jsonl", "[1, 2]\n"),
+        ("x.jsonl", '"text"\n'),
+        ("x.jsonl", ""),
+        ("x.jsonl", b"\xff\xfe\0\1"),
+        ("x.csv", "reference,hypothesis\na,b\n"),
+        ("x.csv", ""),
+        ("x.jsonl", '{"text": "a"}\n'),
+        ("x.jsonl", '{"text": 1, "pred_text": 2}\n'),
+    ],
+)
 def test_a_malformed_score_file_is_a_usage_error(tmp_path, run, name, content):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -516,34 +737,37 @@ def test_a_malformed_score_file_is_a_usage_error(tmp_path, run, name, content):
 # ---------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize("flags, parts", [
-    ("--domains clinicl", ["--domains", "'clinicl'", "clinical", "general"]),
-    ("--max_train_samples -3", ["--max_train_samples", "-3"]),
-    ("--max_eval_samples 0", ["--max_eval_samples", "0"]),
-    ("--max_train_samples many", ["--max_train_samples", "'many'"]),
-    ("--learning_rate 0", ["--learning_rate", "0"]),
-    ("--learning_rate nan", ["--learning_rate", "nan"]),
-    ("--per_device_train_batch_size 0", ["--per_device_train_batch_size", "0"]),
-    ("--window_seconds 1", ["--window_seconds", "1", "6"]),
-    ("--early_stopping_patience -1", ["--early_stopping_patience", "-1"]),
-    ("--target_text spoken", ["--target_text", "'spoken'", "as_written", "words"]),
-    ("--fp16 --bf16", ["--fp16", "--bf16"]),
-    ("--streaming", ["--streaming", "--max_steps"]),
-    ("--dry_run --prepare_only", ["--dry_run", "--prepare_only"]),
-    ("--eval_only --transcribe {corpus}/accents.json", ["--eval_only", "--transcribe"]),
-    ("--learnin_rate 3", ["--learnin_rate", "--learning_rate"]),
-    ("--acents yoruba", ["--acents", "--accents"]),
-    ("--learning_rate", ["--learning_rate"]),
-    ("--dataset ./nowhere", ["--dataset", "./nowhere"]),
-    ("--model ~/nowhere-at-all", ["--model", "~/nowhere-at-all"]),
-    ("--transcribe nowhere.wav", ["--transcribe", "nowhere.wav"]),
-    ("--score_file nowhere.csv", ["--score_file", "nowhere.csv"]),
-    ("--save_steps 300 --eval_steps 200", ["--save_steps", "300", "--eval_steps", "200"]),
-    ("nowhere.yaml", ["nowhere.yaml"]),
-    ("{tmp}/broken.yaml", ["broken.yaml"]),
-    ("{tmp}/list.yaml", ["list.yaml", "list"]),
-    ("{tmp}/typo.yaml", ["learnin_rate", "--learning_rate"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ("--domains clinicl", ["--domains", "'clinicl'", "clinical", "general"]),
+        ("--max_train_samples -3", ["--max_train_samples", "-3"]),
+        ("--max_eval_samples 0", ["--max_eval_samples", "0"]),
+        ("--max_train_samples many", ["--max_train_samples", "'many'"]),
+        ("--learning_rate 0", ["--learning_rate", "0"]),
+        ("--learning_rate nan", ["--learning_rate", "nan"]),
+        ("--per_device_train_batch_size 0", ["--per_device_train_batch_size", "0"]),
+        ("--window_seconds 1", ["--window_seconds", "1", "6"]),
+        ("--early_stopping_patience -1", ["--early_stopping_patience", "-1"]),
+        ("--target_text spoken", ["--target_text", "'spoken'", "as_written", "words"]),
+        ("--fp16 --bf16", ["--fp16", "--bf16"]),
+        ("--streaming", ["--streaming", "--max_steps"]),
+        ("--dry_run --prepare_only", ["--dry_run", "--prepare_only"]),
+        ("--eval_only --transcribe {corpus}/accents.json", ["--eval_only", "--transcribe"]),
+        ("--learnin_rate 3", ["--learnin_rate", "--learning_rate"]),
+        ("--acents yoruba", ["--acents", "--accents"]),
+        ("--learning_rate", ["--learning_rate"]),
+        ("--dataset ./nowhere", ["--dataset", "./nowhere"]),
+        ("--model ~/nowhere-at-all", ["--model", "~/nowhere-at-all"]),
+        ("--transcribe nowhere.wav", ["--transcribe", "nowhere.wav"]),
+        ("--score_file nowhere.csv", ["--score_file", "nowhere.csv"]),
+        ("--save_steps 300 --eval_steps 200", ["--save_steps", "300", "--eval_steps", "200"]),
+        ("nowhere.yaml", ["nowhere.yaml"]),
+        ("{tmp}/broken.yaml", ["broken.yaml"]),
+        ("{tmp}/list.yaml", ["list.yaml", "list"]),
+        ("{tmp}/typo.yaml", ["learnin_rate", "--learning_rate"]),
+    ],
+)
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, run, flags, parts):
     (tmp_path / "broken.yaml").write_text("accents: [yoruba,\nseed: }")
     (tmp_path / "list.yaml").write_text("- seed\n- 7\n")
@@ -588,7 +812,12 @@ def test_the_defaults_are_those_of_the_design():
     assert (args.data_dir, training.output_dir) == ("./afrispeech-200-16khz", "./medasr-afrispeech-200")
     assert (training.learning_rate, training.num_train_epochs, training.warmup_steps) == (3e-5, 10, 500)
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (8, 4)
-    assert (training.eval_steps, training.save_steps, args.early_stopping_patience, training.metric_for_best_model) == (500, 500, 3, "wer")
+    assert (training.eval_steps, training.save_steps, args.early_stopping_patience, training.metric_for_best_model) == (
+        500,
+        500,
+        3,
+        "wer",
+    )
     assert (training.fp16, training.bf16, training.seed) == (False, False, 42)
 
 
@@ -610,7 +839,9 @@ def test_help_all_names_every_training_argument(capsys):
     from transformers import TrainingArguments
 
     assert main(["--help_all"]) == 0
-    names = {item.name for kind in (ScriptArguments, TrainingArguments) for item in dataclasses.fields(kind) if item.init}
+    names = {
+        item.name for kind in (ScriptArguments, TrainingArguments) for item in dataclasses.fields(kind) if item.init
+    }
     assert names <= flags_in(capsys.readouterr().out)
 
 

@@ -8,7 +8,15 @@ from finetune_medasr import bootstrap_rates, compare, error_counts, interval, sc
 
 def row(text, speaker, accent="igbo", seconds=3.0, **columns):
     kinds = {"country": "NG", "domain": "clinical", "gender": "Female", "age_group": "19-25"}
-    return {"clip": f"{speaker}/{text[:9]}", "text": text, "speaker": speaker, "accent": accent, "num_samples": round(seconds * 16_000), **kinds, **columns}
+    return {
+        "clip": f"{speaker}/{text[:9]}",
+        "text": text,
+        "speaker": speaker,
+        "accent": accent,
+        "num_samples": round(seconds * 16_000),
+        **kinds,
+        **columns,
+    }
 
 
 # Each with what a recogniser wrote, and the substitutions, deletions, insertions and words of normalised text.
@@ -39,15 +47,18 @@ def test_rates_are_of_the_corpus_and_not_means_of_clips():
     assert scores["wer_paper"] == pytest.approx((2 + 3 + 4 + 1 + 2) / (3 + 4 + 1 + 1 + 2))
 
 
-@pytest.mark.parametrize("kind, rates", [
-    ("domain", {"clinical": 2 / 7, "general": 3 / 5}),
-    ("accent", {"igbo": 3 / 7, "zulu": 2 / 3, "hausa": 0}),
-    ("country", {"NG": 4 / 8, "NA": 1 / 2, "unknown": 0}),
-    ("gender", {"Female": 4 / 11, "unknown": 1}),
-    ("age_group", {"19-25": 5 / 10, "unknown": 0}),
-    ("seen_accent", {"seen": 3 / 9, "unseen": 2 / 3}),
-    ("duration", {"0-5 s": 3 / 7, "5-10 s": 1 / 4, "over 20 s": 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, rates",
+    [
+        ("domain", {"clinical": 2 / 7, "general": 3 / 5}),
+        ("accent", {"igbo": 3 / 7, "zulu": 2 / 3, "hausa": 0}),
+        ("country", {"NG": 4 / 8, "NA": 1 / 2, "unknown": 0}),
+        ("gender", {"Female": 4 / 11, "unknown": 1}),
+        ("age_group", {"19-25": 5 / 10, "unknown": 0}),
+        ("seen_accent", {"seen": 3 / 9, "unseen": 2 / 3}),
+        ("duration", {"0-5 s": 3 / 7, "5-10 s": 1 / 4, "over 20 s": 1}),
+    ],
+)
 def test_every_group_has_its_own_rates(kind, rates):
     groups = score_texts(ROWS, TEXTS, {"igbo", "hausa"}).scores["groups"][kind]
     assert {name: group["wer"] for name, group in groups.items()} == pytest.approx(rates)
@@ -76,28 +87,34 @@ def test_a_reference_without_words_counts_what_is_written_for_it():
     assert scores["groups"]["domain"]["clinical"]["wer"] is None
 
 
-@pytest.mark.parametrize("reference, text, spoken", [
-    ("No fever, no cough.", "no fever comma no cough full stop", 0),
-    ("No fever, no cough.", "no fever coma no cough period", 1 / 4),
-    ("The period was late.", "the period was late", 0),
-    ("The period was late.", "the period was late period", 1 / 4),  # it has the word itself: nothing is forgiven
-    ("No fever", "no comma", 1 / 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reference, text, spoken",
+    [
+        ("No fever, no cough.", "no fever comma no cough full stop", 0),
+        ("No fever, no cough.", "no fever coma no cough period", 1 / 4),
+        ("The period was late.", "the period was late", 0),
+        ("The period was late.", "the period was late period", 1 / 4),  # it has the word itself: nothing is forgiven
+        ("No fever", "no comma", 1 / 2),
+    ],
+)
 def test_spoken_punctuation_is_forgiven_in_wer_spoken_alone(reference, text, spoken):
     scores = score_texts([row(reference, "ada")], [text], None).scores
     assert scores["wer_spoken"] == pytest.approx(spoken)
     assert scores["wer"] >= scores["wer_spoken"]
 
 
-@pytest.mark.parametrize("reference, text, errors", [
-    ("a b c d", "a x c d", (1, 0, 0, 4)),
-    ("a b c d", "", (0, 4, 0, 4)),
-    ("", "a b", (0, 0, 2, 0)),
-    ("", "", (0, 0, 0, 0)),
-    ("a b c d", "b c d e f", (0, 1, 2, 4)),
-    ("a b", "x y z", (2, 0, 1, 2)),
-    ("200 mg", "20 mg", (1, 0, 0, 2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reference, text, errors",
+    [
+        ("a b c d", "a x c d", (1, 0, 0, 4)),
+        ("a b c d", "", (0, 4, 0, 4)),
+        ("", "a b", (0, 0, 2, 0)),
+        ("", "", (0, 0, 0, 0)),
+        ("a b c d", "b c d e f", (0, 1, 2, 4)),
+        ("a b", "x y z", (2, 0, 1, 2)),
+        ("200 mg", "20 mg", (1, 0, 0, 2)),
+    ],
+)
 def test_word_errors_of_one_pair(reference, text, errors):
     assert error_counts([reference], [text]).tolist() == [list(errors)]
 
@@ -122,7 +139,9 @@ def clips_of_speakers():
 
 def test_bootstrap_draws_whole_speakers():
     counts, speakers = clips_of_speakers()
-    people = [[(int(line[:3].sum()), int(line[3])) for line in counts[speakers == name]] for name in np.unique(speakers)]
+    people = [
+        [(int(line[:3].sum()), int(line[3])) for line in counts[speakers == name]] for name in np.unique(speakers)
+    ]
     generator = random.Random(5)
     rates = []
     for _ in range(6000):

@@ -62,10 +62,25 @@ FOLDED = [
     ("日本", ""),
     ("", ""),
     (" \n ", ""),
-]  # fmt: skip
+]
 # What could pass for a special token, and symbols whose wording is a matter of taste.
-MORE_TEXTS = ["</s>", "<s>", "<unk>", "<epsilon>", "a<extra_id_7>b", "$5 and €5", "№ 5 ™ ® ‰", "5×10⁹", "´`′″", "• item · item", "œdema Æ ß ø",
-              "🤰🏾", "\x00\x07", "ÅÄÖ", "\u0301"]  # fmt: skip
+MORE_TEXTS = [
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<epsilon>",
+    "a<extra_id_7>b",
+    "$5 and €5",
+    "№ 5 ™ ® ‰",
+    "5×10⁹",
+    "´`′″",
+    "• item · item",
+    "œdema Æ ß ø",
+    "🤰🏾",
+    "\x00\x07",
+    "ÅÄÖ",
+    "\u0301",
+]
 
 
 @pytest.mark.parametrize("text, folded", FOLDED)
@@ -77,7 +92,9 @@ def test_transcripts_are_folded_to_what_the_tokenizer_covers(text, folded):
 def test_labels_are_ids_the_head_can_emit_and_spell_the_folded_text(text):
     encoder, tokenizer = label_encoder(), small_processor().tokenizer
     labels = encoder(text)
-    assert not {tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} & set(labels)
+    assert not {tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} & set(
+        labels
+    )
     assert all(0 <= label < encoder.vocab_size for label in labels)
     # Nothing may be lost between the folded text and its labels. Grouping would collapse doubled letters.
     assert tokenizer.decode(labels, group_tokens=False) == encoder.fold(text)
@@ -93,7 +110,9 @@ def test_what_a_tokenizer_covers_decides_what_is_folded():
     from transformers import LasrTokenizer
 
     pieces = ["<epsilon>", "<s>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz(é"]
-    tokenizer = LasrTokenizer(vocab=[(piece, -2.0) for piece in pieces], bos_token="<s>", pad_token="<epsilon>", extra_ids=0)
+    tokenizer = LasrTokenizer(
+        vocab=[(piece, -2.0) for piece in pieces], bos_token="<s>", pad_token="<epsilon>", extra_ids=0
+    )
     encoder = LabelEncoder(tokenizer, len(pieces), "as_written")
     labels = encoder("cafe\u0301 (naïve) 38 ± a…")
     assert tokenizer.unk_token_id not in labels
@@ -104,89 +123,98 @@ def test_what_a_tokenizer_covers_decides_what_is_folded():
     assert tokenizer.decode(encoder("café"), group_tokens=False) == "cafe"
 
 
-@pytest.mark.parametrize("text, folded", [
-    ("The patient’s BP is high.", "the patient's bp is high"),
-    ("Give 20 µg; then {comma} (rest)!", "give 20 mcg then rest"),
-    ("[FINDINGS]\u00a0Café", "findings cafe"),
-    ("...", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, folded",
+    [
+        ("The patient’s BP is high.", "the patient's bp is high"),
+        ("Give 20 µg; then {comma} (rest)!", "give 20 mcg then rest"),
+        ("[FINDINGS]\u00a0Café", "findings cafe"),
+        ("...", ""),
+    ],
+)
 def test_target_text_words_trains_on_lower_case_words_alone(text, folded):
     encoder = label_encoder("words")
     assert encoder.fold(text) == folded
     assert small_processor().tokenizer.decode(encoder(text), group_tokens=False) == folded
 
 
-@pytest.mark.parametrize("text, normal", [
-    ("", ""),
-    (" . ", ""),
-    ("The PATIENT has a fever.", "the patient has a fever"),
-    ("{period}", ""),
-    ("fever {comma} cough {period} {new paragraph} [FINDINGS] {colon} clear", "fever cough findings clear"),
-    ("fever</s>", "fever"),
-    ("<s>fever<epsilon> </s>", "fever"),
-    ("no fever full stop.", "no fever full stop"),  # a spoken mark that was transcribed is a word
-    ("fever koma, cough", "fever koma cough"),
-    ("200\u00a0mg", "200 mg"),
-    ("one\ntwo\tthree  four", "one two three four"),
-    ("don’t", "don't"),
-    ("don't", "don't"),
-    ("donʼt don`t", "don't don't"),
-    ("‘the dogs’ bone’, 'twas", "the dogs bone twas"),
-    ("“quoted”", "quoted"),
-    ("the patient&apos;s", "the patient's"),
-    ("R&amp;D", "r and d"),
-    ("20 µg at 38°", "20 mcg at 38 degrees"),
-    ("1½ tablets", "1 1 2 tablets"),
-    ("10⁹/L", "10 9 l"),
-    ("mightincrease", "mightincrease"),
-    ("200 mg, 11", "200 mg 11"),
-    ("2.5", "2 5"),
-    ("120/80", "120 80"),
-    ("x-ray 2–3", "x ray 2 3"),
-    ("(paired) [x] a_b", "paired x a b"),
-    ("50% >5 & <3", "50 greater than 5 and less than 3"),
-    ("Ọlọ́run café cafe\u0301", "olorun cafe cafe"),
-    ("ﬁnding m²", "finding m2"),
-    ("soft\u00adhyphen zero\u200bwidth", "softhyphen zerowidth"),
-    ("ɔkyɛ", "okye"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, normal",
+    [
+        ("", ""),
+        (" . ", ""),
+        ("The PATIENT has a fever.", "the patient has a fever"),
+        ("{period}", ""),
+        ("fever {comma} cough {period} {new paragraph} [FINDINGS] {colon} clear", "fever cough findings clear"),
+        ("fever</s>", "fever"),
+        ("<s>fever<epsilon> </s>", "fever"),
+        ("no fever full stop.", "no fever full stop"),  # a spoken mark that was transcribed is a word
+        ("fever koma, cough", "fever koma cough"),
+        ("200\u00a0mg", "200 mg"),
+        ("one\ntwo\tthree  four", "one two three four"),
+        ("don’t", "don't"),
+        ("don't", "don't"),
+        ("donʼt don`t", "don't don't"),
+        ("‘the dogs’ bone’, 'twas", "the dogs bone twas"),
+        ("“quoted”", "quoted"),
+        ("the patient&apos;s", "the patient's"),
+        ("R&amp;D", "r and d"),
+        ("20 µg at 38°", "20 mcg at 38 degrees"),
+        ("1½ tablets", "1 1 2 tablets"),
+        ("10⁹/L", "10 9 l"),
+        ("mightincrease", "mightincrease"),
+        ("200 mg, 11", "200 mg 11"),
+        ("2.5", "2 5"),
+        ("120/80", "120 80"),
+        ("x-ray 2–3", "x ray 2 3"),
+        ("(paired) [x] a_b", "paired x a b"),
+        ("50% >5 & <3", "50 greater than 5 and less than 3"),
+        ("Ọlọ́run café cafe\u0301", "olorun cafe cafe"),
+        ("ﬁnding m²", "finding m2"),
+        ("soft\u00adhyphen zero\u200bwidth", "softhyphen zerowidth"),
+        ("ɔkyɛ", "okye"),
+    ],
+)
 def test_normalize_wer_leaves_lower_case_words(text, normal):
     assert normalize_wer(text) == normal
 
 
-@pytest.mark.parametrize("text, normal", [
-    ("", ""),
-    ("The PATIENT has a fever.", "the patient has a fever."),
-    ("full stop.", "full stop."),  # only after a space
-    ("No fever full stop.", "no fever."),
-    ("No fever full stop", "no fever."),
-    ("no fever full stop. Next", "no fever. next"),
-    ("no fever full stop, next", "no fever., next"),
-    ("fever comma, cough", "fever, cough"),
-    ("fever comma cough", "fever comma cough"),
-    ("fever koma, cough", "fever cough"),
-    ("fever coma, cough", "fever cough"),
-    ("fever koma cough", "fever koma cough"),
-    ("fever comma,. Next", "fever. next"),
-    ("fever,, cough", "fever, cough"),
-    ("fever Comma, cough FULL STOP", "fever, cough."),
-    ("one\ntwo", "onetwo"),
-    ("one \ntwo", "one two"),
-    ("one\n\ntwo\n", "one two"),
-    ("one\ttwo", "one two"),
-    ("one \t two   three ", "one two three"),
-    ("\nfull stop", "full stop"),
-    ("a > b >5", "a b 5"),
-    ("a>b", "ab"),
-    ("200\u00a0mg", "200\u00a0mg"),
-    ("don’t", "dont"),
-    ("don't", "don't"),
-    ("the patient&apos;s", "the patientaposs"),
-    ("mightincrease", "mightincrease"),
-    ("2.5 mg, 120/80", "2.5 mg, 120/80"),
-    ("50% (2-3) [x] a+b: c? 'd'", "50% (2-3) [x] a+b: c? 'd'"),
-    ("{period} \"a\"; b! c_d = #1 & @", "period a b cd  1  "),  # characters go last: what they leave behind stays
-    ("20 µg 38° 2–3 café", "20 g 38 23 caf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, normal",
+    [
+        ("", ""),
+        ("The PATIENT has a fever.", "the patient has a fever."),
+        ("full stop.", "full stop."),  # only after a space
+        ("No fever full stop.", "no fever."),
+        ("No fever full stop", "no fever."),
+        ("no fever full stop. Next", "no fever. next"),
+        ("no fever full stop, next", "no fever., next"),
+        ("fever comma, cough", "fever, cough"),
+        ("fever comma cough", "fever comma cough"),
+        ("fever koma, cough", "fever cough"),
+        ("fever coma, cough", "fever cough"),
+        ("fever koma cough", "fever koma cough"),
+        ("fever comma,. Next", "fever. next"),
+        ("fever,, cough", "fever, cough"),
+        ("fever Comma, cough FULL STOP", "fever, cough."),
+        ("one\ntwo", "onetwo"),
+        ("one \ntwo", "one two"),
+        ("one\n\ntwo\n", "one two"),
+        ("one\ttwo", "one two"),
+        ("one \t two   three ", "one two three"),
+        ("\nfull stop", "full stop"),
+        ("a > b >5", "a b 5"),
+        ("a>b", "ab"),
+        ("200\u00a0mg", "200\u00a0mg"),
+        ("don’t", "dont"),
+        ("don't", "don't"),
+        ("the patient&apos;s", "the patientaposs"),
+        ("mightincrease", "mightincrease"),
+        ("2.5 mg, 120/80", "2.5 mg, 120/80"),
+        ("50% (2-3) [x] a+b: c? 'd'", "50% (2-3) [x] a+b: c? 'd'"),
+        ('{period} "a"; b! c_d = #1 & @', "period a b cd  1  "),  # characters go last: what they leave behind stays
+        ("20 µg 38° 2–3 café", "20 g 38 23 caf"),
+    ],
+)
 def test_normalize_paper_follows_the_authors_steps_in_their_order(text, normal):
     assert normalize_paper(text) == normal
