@@ -25,6 +25,7 @@ import functools
 import gzip
 import hashlib
 import html
+import html.entities
 import io
 import itertools
 import json
@@ -1129,35 +1130,47 @@ def reason_kind(reason):
 
 # ---------------------------------------------------------------- text
 
-# What a character becomes that the tokenizer lacks and that Unicode does not decompose; symbols become the words that
-# a reader voices. A character neither here nor decomposable is dropped, and counted.
+# What a character becomes that the tokenizer lacks and that Unicode does not decompose; symbols become the words that a
+# reader voices. Labels and scored texts share this one mapping: the model can only write what its labels had. A character
+# neither here nor decomposable is dropped from labels, and counted.
 FOLDS = {
-    "‘": "'", "’": "'", "‚": "'", "‛": "'", "`": "'", "´": "'", "ʼ": "'", "′": "'", "“": '"', "”": '"', "„": '"', "″": '"',
-    "«": '"', "»": '"', "&": " and ", "@": " at ", "=": " equals ", "<": " less than ", ">": " greater than ",
-    "≤": " less than or equal to ", "≥": " greater than or equal to ", "°": " degrees ", "±": "+/-", "×": "x", "÷": "/", "µ": "u",
-    "μ": "u", "⁄": "/", "\\": "/", "|": "/", "~": "-", "−": "-", "•": "-", "·": ".", "…": "...", "—": "-",
-    "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ß": "ss",
-    "ɛ": "e", "Ɛ": "E", "ɔ": "o", "Ɔ": "O", "ŋ": "n", "Ŋ": "N", "ɓ": "b", "Ɓ": "B", "ɗ": "d", "Ɗ": "D", "ƙ": "k", "Ƙ": "K", "ƴ": "y",
-    "ɣ": "g", "ł": "l", "đ": "d", "ı": "i",
+    "‘": "'", "’": "'", "‚": "'", "‛": "'", "`": "'", "´": "'", "ʼ": "'", "′": "'", "“": '"', "”": '"', "„": '"',
+    "″": '"', "«": '"', "»": '"', "&": " and ", "@": " at ", "=": " equals ", "<": " less than ", ">": " greater than ",
+    "≤": " less than or equal to ", "≥": " greater than or equal to ", "°": " degrees ", "±": "+/-", "×": "x", "÷": "/",
+    "⁄": "/", "\\": "/", "|": "/", "~": "-", "−": "-", "·": ".", "…": "...", "—": "-",
+    "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ß": "ss", "ɛ": "e", "Ɛ": "E", "ɔ": "o", "Ɔ": "O",
+    "ŋ": "n", "Ŋ": "N", "ɓ": "b", "Ɓ": "B", "ɗ": "d", "Ɗ": "D", "ƙ": "k", "Ƙ": "K", "ƴ": "y", "ɣ": "g", "ł": "l",
+    "đ": "d", "ı": "i",
+    # Greek letters are read by their names, but for the micro of units.
+    **{letter: unicodedata.name(letter).split()[-1].lower() for letter in map(chr, [*range(0x391, 0x3A2), *range(0x3A3, 0x3AA),
+                                                                                    *range(0x3B1, 0x3CA)])},
+    "µ": "u", "μ": "u",
 }  # fmt: skip
-VOICED = str.maketrans(
-    {symbol: word for symbol, word in FOLDS.items() if word.strip().isalpha() or " " in word or word == "'"}
-)
+FOLD_TABLE = str.maketrans(FOLDS)
+ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|(\w+));")  # only with its semicolon: "patients&notes" holds none
+LAYOUT = re.compile(
+    r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]"
+)  # arrows and bullets; "<-5" and "=> 5" are comparisons
 # "5 µg" is read as micrograms and written mcg in prescriptions; "ug" is on the lists of error-prone abbreviations.
 MICROGRAM = re.compile(r"[µμ]g\b")
-CONTROL_TOKEN = re.compile(
-    r"\{[a-z ]+\}|</?s>|<epsilon>"
-)  # MedASR writes dictated punctuation and layout as {period}, {new paragraph}
+# MedASR writes dictated punctuation and layout as {period}, {new paragraph}.
+CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")
 
 
-def separate_digits(text):
-    """A space before a fraction or power that follows a digit: 1½ is not 11/2, and 10⁹ is not 109."""
+def resolve(text):
+    """The text with HTML entities (&apos;) resolved, arrows and bullets gone, and fractions and powers apart from the
+    digit before them: 1½ is not 11/2, and 10⁹ is not 109.
+    """
+    text = ENTITY.sub(
+        lambda match: html.entities.html5.get(f"{match[1]};", match[0]) if match[1] else html.unescape(match[0]), text
+    )
+    text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", text))
     return re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text)
 
 
 def tidy(text):
-    """Resolve HTML entities (&apos;) and any run of whitespace (NBSP, newline, tab) to one space, strip."""
-    return " ".join(html.unescape(text).split())
+    """The resolved text with any run of whitespace (NBSP, newline, tab) as one space, stripped."""
+    return " ".join(resolve(text).split())
 
 
 class LabelEncoder:
@@ -1188,20 +1201,16 @@ class LabelEncoder:
         decomposed = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
         if decomposed and decomposed != [character]:
             return "".join(map(self.fold_character, decomposed))
-        name = unicodedata.name(character, "")
-        if name.startswith("GREEK") and "LETTER" in name:
-            return name.split("LETTER ")[1].split()[0].lower()
         return "-" if unicodedata.category(character) == "Pd" else ""
 
     def fold(self, text):
         """The transcript in the characters that the tokenizer covers; what had to be dropped is counted in `dropped`."""
         text = normalize_wer(text) if self.target_text == "words" else tidy(text)
-        text = MICROGRAM.sub("mcg", text)
         if not self.covered("("):
             # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
             while re.search(r"\([^()]*\)", text):
                 text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
-        text = unicodedata.normalize("NFC", separate_digits(text))
+        text = unicodedata.normalize("NFC", text)
         for character in set(text) - {" "}:
             if ord(character) not in self.table:
                 self.table[ord(character)] = self.fold_character(character)
@@ -1219,11 +1228,11 @@ class LabelEncoder:
 def normalize_wer(text):
     """The text that `wer` compares: lower-case words without punctuation, apostrophes inside words kept.
 
-    Entities, `{period}`-style tokens, NBSP, curly quotes, accents on letters and symbols that are read as words (& ° µg)
-    are resolved first: MedASR has no token for them and can only write the word.
+    Entities, `{period}`-style tokens, NBSP, curly quotes, accents on letters and what `FOLDS` spells out (& ° µg α) are
+    resolved first: MedASR has no token for them and can only write the word.
     """
-    text = MICROGRAM.sub("mcg", CONTROL_TOKEN.sub(" ", html.unescape(text)))
-    decomposed = unicodedata.normalize("NFKD", separate_digits(text.translate(VOICED)).lower())
+    text = CONTROL_TOKEN.sub(" ", resolve(text)).translate(FOLD_TABLE).lower()
+    decomposed = unicodedata.normalize("NFKD", text).translate(FOLD_TABLE)
     plain = "".join(
         character
         for character in decomposed
@@ -1251,7 +1260,7 @@ def normalize_paper(text):
         (",,", ","),
     ):
         text = text.replace(spoken, written)
-    text = re.sub(r" +", " ", text.strip())
+    text = " ".join(text.split())
     return re.sub(r"[^a-zA-Z0-9\s.,\-?:'/()\[\]+%]", "", text)
 
 
