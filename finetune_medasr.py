@@ -88,6 +88,12 @@ def one_line(error):
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+@functools.cache
+def mixed(*kinds):
+    """A class of `kinds`, mixins first, under its last one's name: how classes here extend bases that take seconds to import."""
+    return type(kinds[-1].__name__, kinds, {"kinds": kinds})
+
+
 # ---------------------------------------------------------------- configuration
 
 
@@ -474,14 +480,15 @@ def load_processor_and_model(args):
     return processor, model
 
 
-RETRIES = 6  # tries without a byte of progress, 1, 2, 4, ... seconds apart
+RETRIES = 6  # drops of a connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
 
 
 class HubStream(io.RawIOBase):
     """A file of a dataset on the Hub as a stream of bytes from `position` on, through dropped connections.
 
-    After 5xx, resets, time-outs and stalls it goes on from the byte reached, which hf_hub_download does by 10 MiB chunks and
-    not across processes. Raises the Hub client's exceptions when nothing more arrives.
+    After resets, time-outs and stalls it goes on from the byte reached, which hf_hub_download does by 10 MiB chunks and
+    not across processes; answers of 5xx and 429 (with its Retry-After) are the Hub client's to wait for. Raises the
+    client's exceptions when nothing more arrives.
     """
 
     def __init__(self, corpus, path, position=0):
@@ -497,13 +504,13 @@ class HubStream(io.RawIOBase):
         return True
 
     def _connect(self):
-        from huggingface_hub import constants, get_session
+        from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+        from huggingface_hub.utils._http import http_stream_backoff
 
         headers = {**build_hf_headers(), "Range": f"bytes={self.position}-", "Accept-Encoding": "identity"}
-        request = get_session().stream(
-            "GET", self.url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-        )
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        request = http_stream_backoff("GET", self.url, headers=headers, follow_redirects=True, timeout=timeout)
         response = self.connection.enter_context(request)
         hf_raise_for_status(response)
         if self.position and response.status_code != 206:
@@ -512,24 +519,21 @@ class HubStream(io.RawIOBase):
 
     def readinto(self, buffer):
         import httpx2
-        from huggingface_hub.errors import HfHubHTTPError
 
         for attempt in range(RETRIES):
             if self.position >= self.size:
                 return 0
+            self.chunks = self.chunks or self._connect()
             try:
-                self.chunks = self.chunks or self._connect()
-                chunk = self.rest or next(self.chunks, b"")
-                if chunk:
-                    taken = chunk[: len(buffer)]
-                    self.rest = chunk[len(buffer) :]
-                    buffer[: len(taken)] = taken
-                    self.position += len(taken)
-                    return len(taken)
-            except (httpx2.TransportError, HfHubHTTPError) as error:
-                status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
-                if status < 500 and status not in (408, 429) or attempt == RETRIES - 1:
+                self.rest = self.rest or next(self.chunks, b"")
+            except httpx2.TransportError:
+                if attempt == RETRIES - 1:
                     raise
+            if self.rest:
+                count = min(len(buffer), len(self.rest))
+                buffer[:count], self.rest = self.rest[:count], self.rest[count:]
+                self.position += count
+                return count
             self.connection.close()
             self.chunks = None
             time.sleep(min(2**attempt, 30))
@@ -1008,50 +1012,79 @@ def load_split(corpus, split, accents):
     return clips, missing
 
 
-def streamed_clips(archives, corpus, args, check, seed, skipped_file):
-    """Yield the training clips of `archives` [(accent, path)] for ever, straight from the Hub or folder, kept nowhere.
+def balanced_shares(archives, sizes, count):
+    """`archives` dealt out to `count` shares of nearly the same bytes: each, the largest first, to the smallest share."""
+    shares = [[] for _ in range(count)]
+    for archive in sorted(archives, key=lambda archive: -sizes[archive[1]][0]):
+        min(shares, key=lambda share: sum(sizes[path][0] for _, path in share)).append(archive)
+    return shares
 
-    Runs in the DataLoader's workers, each with its own part of `archives`. What cannot be used is added to `skipped_file`.
+
+def streamed_archive(corpus, accent, path):
+    """Yield the rows of a prepared file for each clip of an archive, straight from the Hub or folder, kept nowhere."""
+    with explained_hub_errors(corpus.name, "dataset"):
+        local = corpus.folder and corpus.folder / path
+        with open(local, "rb") if local else io.BufferedReader(HubStream(corpus, path), 1 << 20) as stream:
+            yield from archive_clips(corpus, accent, path, stream)
+
+
+def streamed_clips(shares, corpus, args, check, seed, turn, skipped_file):
+    """Yield the training clips of the archives in `shares`, one pass, in an order of the `turn`.
+
+    Runs in the DataLoader's workers, each with shares of its own. What cannot be used is added to `skipped_file`.
     """
-    for turn in itertools.count():
-        yielded = 0
-        for index in np.random.default_rng((seed, turn)).permutation(len(archives)):
-            accent, path = archives[index]
-            with explained_hub_errors(corpus.name, "dataset"):
-                stream = (
-                    open(corpus.folder / path, "rb")
-                    if corpus.folder
-                    else io.BufferedReader(HubStream(corpus, path), 1 << 20)
-                )
-                with stream:
-                    for clip in archive_clips(corpus, accent, path, stream):
-                        reason = clip["problem"] or check(clip)
-                        if reason:
-                            append_skipped(skipped_file, clip, reason)
-                        elif wanted(clip, args):
-                            yielded += 1
-                            yield {**clip, "row": 0}
-        if not yielded:
-            raise RunError(f"no clip of {len(archives)} archives can be used for training: see {skipped_file}")
+    archives = sorted(itertools.chain.from_iterable(shares))
+    for index in np.random.default_rng((seed, turn)).permutation(len(archives)):
+        for clip in streamed_archive(corpus, *archives[index]):
+            reason = clip["problem"] or check(clip)
+            if reason:
+                append_skipped(skipped_file, clip, reason)
+            elif wanted(clip, args):
+                yield clip
 
 
-def stream_training_clips(corpus, accents, args, check, training, seed):
-    """An endless IterableDataset over this process's share of the training archives, shuffled through a buffer."""
-    from datasets import Features, IterableDataset, Value
+class TrainingStream:
+    """The training clips of this process as endless batches: pass after pass over its share of the archives. Mixed with
+    torch's IterableDataset; `loader_options` are those of the DataLoader that makes the batches.
 
-    archives = corpus.archives("train", accents)
-    if len(archives) < training.world_size:
-        raise UsageError(
-            f"--streaming has {len(archives)} training archives for {training.world_size} processes; use fewer, or leave it out"
-        )
-    arguments = dict(corpus=corpus, args=args, check=check, seed=seed, skipped_file=skipped_path(training))
-    arguments["archives"] = archives[
-        training.process_index :: training.world_size
-    ]  # datasets divides a list among the workers
-    features = Features({**clip_features(), "row": Value("int64")})
-    return IterableDataset.from_generator(streamed_clips, features, arguments).shuffle(
-        seed=seed, buffer_size=SHUFFLE_CLIPS
-    )
+    Shares are balanced by bytes among the processes and among their workers; a worker that is through waits for the others,
+    so nothing comes again before all of the process's share was seen.
+    """
+
+    def __init__(self, corpus, accents, args, check, training, seed):
+        archives = corpus.archives("train", accents)
+        if len(archives) < training.world_size:
+            raise UsageError(
+                f"--streaming has {len(archives)} training archives for {training.world_size} processes; use fewer, or leave it out"
+            )
+        mine = balanced_shares(archives, corpus.files, training.world_size)[training.process_index]
+        self.workers = min(training.dataloader_num_workers, len(mine))
+        self.arguments = {
+            "corpus": corpus,
+            "args": args,
+            "check": check,
+            "seed": seed,
+            "skipped_file": skipped_path(training),
+        }
+        # datasets deals the items of a list out to the workers.
+        self.arguments["shares"] = balanced_shares(mine, corpus.files, max(1, self.workers))
+
+    def one_pass(self, turn):
+        """An IterableDataset over this process's share, shuffled through a buffer."""
+        from datasets import IterableDataset
+
+        stream = IterableDataset.from_generator(streamed_clips, clip_features(), {**self.arguments, "turn": turn})
+        return stream.shuffle(seed=self.arguments["seed"] + turn, buffer_size=SHUFFLE_CLIPS)
+
+    def __iter__(self):
+        from torch.utils.data import DataLoader
+
+        for turn in itertools.count():
+            batch = None
+            for batch in DataLoader(self.one_pass(turn), num_workers=self.workers, **self.loader_options):
+                yield batch
+            if batch is None:
+                raise RunError(f"no training clip of the stream can be used: see {self.arguments['skipped_file']}")
 
 
 @dataclass
@@ -1089,9 +1122,7 @@ def select_clips(clips, missing, args, check, max_samples, seed):
     if max_samples and max_samples < len(kept):
         kept = np.random.default_rng(seed).permutation(kept)[:max_samples].tolist()
     kept.sort(key=lambda index: (-rows[index]["num_samples"], rows[index]["clip"]))
-    # The number that joins a batch to its transcripts: samplers and processes may reorder clips.
-    chosen = clips.add_column("row", list(range(len(clips)))).select(kept, keep_in_memory=True)
-    return Selection(chosen, [{**rows[index], "row": index} for index in kept], skipped)
+    return Selection(clips.select(kept, keep_in_memory=True), [rows[index] for index in kept], skipped)
 
 
 def skipped_path(training):
@@ -1116,11 +1147,14 @@ def csv_lines(rows):
 
 
 def append_skipped(path, clip, reason):
-    """Add a line to skipped_clips.csv from any process (one write to a file opened for appending stays whole), once a clip."""
+    """Add a line to skipped_clips.csv, once a clip, from any process: one write to a file opened for appending is whole."""
     line = csv_lines([skipped_row(clip, reason)])
-    if line not in Path(path).read_text(encoding="utf-8"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line)
+    try:
+        if line not in path.read_text(encoding="utf-8"):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line)
+    except OSError as error:
+        raise RunError(f"cannot write {path} ({one_line(error)})") from error
 
 
 def reason_kind(reason):
@@ -1358,7 +1392,7 @@ class CTCCollator:
     """Rows of a prepared split -> a padded batch, in the worker processes of the DataLoader.
 
     input_features (clips, frames, bins) float32 and attention_mask (clips, frames) for LASR, or what the model's own
-    feature extractor gives; labels (clips, longest) padded with -100; for dev and test clips `row`, their row's number.
+    feature extractor gives; with an `encoder` labels (clips, longest) padded with -100; with `augment` masked features.
     """
 
     extractor: object
@@ -1389,21 +1423,9 @@ class CTCCollator:
             batch["labels"] = torch.nn.utils.rnn.pad_sequence(
                 labels, batch_first=True, padding_value=IGNORED_LABEL
             ).long()
-        if any(row.get("split") != "train" for row in rows):
-            batch["row"] = torch.tensor([row["row"] for row in rows])
-        elif self.augment:
+        if self.augment:
             spec_augment(batch["input_features"], batch["attention_mask"].sum(-1))
         return batch
-
-
-def greedy_ids(model, logits, attention_mask):
-    """The best token of each frame, shape (clips, frames), blank on padding: `forward` leaves garbage in its logits there."""
-    import torch
-
-    ids = logits.argmax(-1)
-    lengths = logit_lengths(model, attention_mask.sum(-1))
-    ids[torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]] = blank_id(model)
-    return ids
 
 
 def blank_id(model):
@@ -1421,18 +1443,31 @@ def decode_ids(processor, ids, blank):
 
 
 @dataclass
+class Span:
+    """A clip, or a window of a long one: samples `start` to `stop`, of whose logits `first` to `last` count."""
+
+    row: int
+    start: int
+    stop: int
+    first: int
+    last: int
+    whole: bool
+
+
+@dataclass
 class Windows:
-    """The clips of a dataset as (row, first sample, last sample) windows, decoded when asked for."""
+    """The spans of a dataset's clips, decoded when asked for."""
 
     clips: object
-    spans: list
+    spans: list[Span]
 
     def __len__(self):
         return len(self.spans)
 
     def __getitem__(self, index):
-        row, start, stop = self.spans[index]
-        return {"samples": decode_audio(self.clips[row]["audio"])[start:stop], "row": row}
+        span = self.spans[index]
+        clip = self.clips[span.row]
+        return {"samples": decode_audio(clip["audio"])[span.start : span.stop], "text": clip.get("text", "")}
 
 
 def window_spans(num_samples, window, overlap):
@@ -1445,74 +1480,98 @@ def window_spans(num_samples, window, overlap):
     return spans
 
 
-def transcribe_clips(model, processor, clips, num_samples, args, training):
-    """The greedy text of each clip, a list of str; in float32, on every process's device.
+def plan_spans(model, extractor, num_samples, window_seconds):
+    """The `Span`s of clips of `num_samples`, the longest first, so that what does not fit in memory shows at once.
 
-    `clips` holds encoded 16 kHz audio, `num_samples` its lengths. Clips longer than `args.window_seconds` are run in
-    overlapping windows, whose logits are kept from the middle of the overlap.
+    Clips longer than `window_seconds` are cut into overlapping windows, whose logits are kept from the middle of the overlap.
+    """
+    import torch
+
+    samples_per_logit = model.config.inputs_to_logits_ratio * getattr(extractor, "hop_length", 1)
+    overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / samples_per_logit) * samples_per_logit
+    window = round(window_seconds * SAMPLE_RATE / samples_per_logit) * samples_per_logit
+    shortest = shortest_clip(model, extractor)
+    spans = []
+    for row, length in enumerate(num_samples):
+        for start, stop in window_spans(length, window, overlap):
+            first = overlap // samples_per_logit if start else 0
+            spans.append(Span(row, start, stop, first, (window - overlap) // samples_per_logit, length <= window))
+    # What comes after a clip's own logits is padding, where `forward` leaves garbage.
+    ends = [span for span in spans if span.stop == num_samples[span.row]]
+    lengths = torch.tensor([max(span.stop - span.start, shortest) for span in ends])
+    for span, last in zip(ends, logit_lengths(model, input_length(extractor, lengths)).tolist()):
+        span.last = last
+    return sorted(spans, key=lambda span: (span.whole, span.start - span.stop, span.row, span.start))
+
+
+def transcribe_clips(model, processor, clips, num_samples, args, training, encoder=None):
+    """(the greedy text of each clip, their mean CTC loss), worked out by all processes together.
+
+    `clips` holds encoded 16 kHz audio, `num_samples` its lengths. With an `encoder` of their labels there is a loss, of
+    the clips that need no windows; otherwise it is 0.
     """
     import torch
     from accelerate.utils import gather_object
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    extractor = processor.feature_extractor
-    samples_per_logit = model.config.inputs_to_logits_ratio * getattr(extractor, "hop_length", 1)
-    overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / samples_per_logit) * samples_per_logit
-    window = round(args.window_seconds * SAMPLE_RATE / samples_per_logit) * samples_per_logit
-    spans = [(row, *span) for row, length in enumerate(num_samples) for span in window_spans(length, window, overlap)]
-    spans.sort(key=lambda span: (span[1] - span[2], span))  # the longest first: what does not fit shows at once
-    mine = spans[training.process_index :: training.world_size]
-    collator = CTCCollator(extractor, shortest=shortest_clip(model, extractor))
+    spans = plan_spans(model, processor.feature_extractor, num_samples, args.window_seconds)
+    size = training.per_device_eval_batch_size
+    batches = [
+        [index for index in range(start, min(start + size, len(spans))) if spans[index].whole == whole]
+        for whole in (False, True)
+        for start in range(0, len(spans), size)
+    ]
+    mine = [batch for batch in batches if batch][training.process_index :: training.world_size]
+    collator = CTCCollator(
+        processor.feature_extractor, encoder, shortest=shortest_clip(model, processor.feature_extractor)
+    )
+    workers = min(training.dataloader_num_workers, len(mine))
+    # A generator of its own: a DataLoader draws a seed, and scoring must not move what training draws next.
     loader = DataLoader(
-        Windows(clips, mine),
-        training.per_device_eval_batch_size,
-        collate_fn=collator,
-        num_workers=min(training.dataloader_num_workers, len(mine)),
+        Windows(clips, spans), batch_sampler=mine, collate_fn=collator, num_workers=workers, generator=torch.Generator()
     )
     model = model.to(training.device).eval()
-    lengths = [max(stop - start, collator.shortest) for _, start, stop in mine]
-    logits = logit_lengths(model, input_length(extractor, torch.tensor(lengths))).tolist()
-    pieces = []
-    with (
-        torch.inference_mode(),
-        tqdm(
-            total=len(mine), desc="scoring", unit="clip", disable=training.process_index > 0 or training.disable_tqdm
-        ) as bar,
-    ):
-        for batch in loader:
-            done = len(pieces)
-            batch.pop("row")
-            for ids, (row, start, stop) in zip(batch_ids(model, batch, training.device), mine[done:]):
-                first = overlap // samples_per_logit if start else 0
-                # What comes after a clip's own logits is padding, where `forward` leaves garbage.
-                last = (window - overlap) // samples_per_logit if stop < num_samples[row] else logits[len(pieces)]
-                pieces.append((row, start, ids[first:last]))
-            bar.update(len(pieces) - done)
+    silent = training.process_index > 0 or training.disable_tqdm
+    pieces, loss, counted = [], 0.0, 0
+    with torch.inference_mode(), tqdm(total=sum(map(len, mine)), desc="scoring", unit="clip", disable=silent) as bar:
+        for indices, batch in zip(mine, loader):
+            whole = spans[indices[0]].whole
+            if not whole:
+                batch.pop("labels", None)
+            ids, batch_loss = run_batch(model, batch, training.device)
+            loss, counted = loss + batch_loss, counted + len(indices) * whole
+            for index, row_ids in zip(indices, ids):
+                span = spans[index]
+                pieces.append((span.row, span.start, row_ids[span.first : span.last]))
+            bar.update(len(indices))
+    shares = gather_object([(pieces, loss, counted)]) if training.world_size > 1 else [(pieces, loss, counted)]
     joined = {row: [] for row in range(len(num_samples))}
-    for row, _, ids in sorted(
-        gather_object(pieces) if training.world_size > 1 else pieces, key=lambda piece: piece[:2]
-    ):
+    for row, _, ids in sorted(piece for share in shares for piece in share[0]):
         joined[row] += ids
-    return [decode_ids(processor, [joined[row]], blank_id(model))[0] for row in range(len(num_samples))]
+    texts = [decode_ids(processor, [joined[row]], blank_id(model))[0] for row in range(len(num_samples))]
+    return texts, sum(share[1] for share in shares) / max(1, sum(share[2] for share in shares))
 
 
-def batch_ids(model, batch, device):
-    """Greedy ids of a batch, a list of lists; a batch that does not fit on the GPU is halved and tried again."""
+def run_batch(model, batch, device):
+    """(greedy ids, a list a clip; the sum of the clips' losses) of a batch, halved where it does not fit on the GPU."""
     import torch
 
+    size = len(next(iter(batch.values())))
     try:
-        inputs = {name: value.to(device) for name, value in batch.items()}
-        return model(**inputs).logits.argmax(-1).tolist()
-    except torch.cuda.OutOfMemoryError:
-        size = len(next(iter(batch.values())))
+        output = model(**{name: value.to(device) for name, value in batch.items()})
+        return output.logits.argmax(-1).tolist(), float(output.loss) * size if "labels" in batch else 0.0
+    except torch.OutOfMemoryError as error:
         if size == 1:
-            raise
+            raise RunError(
+                "the GPU's memory is full with a single clip to write down: try a lower --window_seconds, or --use_cpu true"
+            ) from error
     torch.cuda.empty_cache()
-    halves = [
-        {name: value[part] for name, value in batch.items()} for part in (slice(0, size // 2), slice(size // 2, None))
-    ]
-    return [ids for half in halves for ids in batch_ids(model, half, device)]
+    ids, loss = [], 0.0
+    for part in (slice(0, size // 2), slice(size // 2, None)):
+        more_ids, more_loss = run_batch(model, {name: value[part] for name, value in batch.items()}, device)
+        ids, loss = ids + more_ids, loss + more_loss
+    return ids, loss
 
 
 # ---------------------------------------------------------------- scores
@@ -2140,15 +2199,68 @@ def read_score_file(path):
     return rows, texts, before if with_baseline else None, notes
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- half precision
 
 # float16 ends at 65,504. A module whose inputs or outputs come within a factor of 8 of that is run in float32, so that
 # activations may still grow while training.
 HALF_PRECISION_LIMIT = 65_504 / 8
+# The gradient scaler halves its scale at each skipped update, so a run starts with a few; so many in a row are overflow.
+MAX_SKIPPED_UPDATES = 10
+
+
+def new_mixed(kinds):
+    """An empty instance of `mixed`, for copies and pickles."""
+    return mixed(*kinds).__new__(mixed(*kinds))
+
+
+class Guarded:
+    """Mixed in before the class of a module that is there already.
+
+    A class, not a replaced `forward` or a hook with state: it survives replication, deep copies, pickling, gradient
+    checkpointing and torch.compile, and nothing of it is in the state dict or the config.
+    """
+
+    def __reduce_ex__(self, protocol):
+        return new_mixed, (type(self).kinds,), self.__dict__
+
+    @classmethod
+    def guard(cls, module):
+        module.__class__ = mixed(cls, *getattr(type(module), "kinds", (type(module),)))
+
+
+class Float32(Guarded):
+    """A module that computes in float32 where autocast would use half precision."""
+
+    def forward(self, *inputs, **options):
+        import torch
+
+        def widen(value):
+            return value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+
+        with torch.autocast([*inputs, *options.values()][0].device.type, enabled=False):
+            return super().forward(*map(widen, inputs), **{name: widen(value) for name, value in options.items()})
+
+
+class FiniteStatistics(Guarded):
+    """A BatchNorm that keeps what overflows out of its running statistics.
+
+    The gradient scaler skips the update of a batch that overflows, but the forward pass has moved the statistics by then:
+    from one infinity on, every evaluation would give blank text while the training loss looks normal.
+    """
+
+    def forward(self, *inputs, **options):
+        import torch
+
+        statistics = [self.running_mean, self.running_var] if self.training else []
+        before = [values.clone() for values in statistics]
+        output = super().forward(*inputs, **options)
+        for now, then in zip(statistics, before):
+            now.copy_(torch.where(now.isfinite(), now, then))
+        return output
 
 
 def activation_peaks(model, batches, device):
-    """The largest absolute input or output of each module with weights and the subsampler over `batches`, in float32: {name: peak}."""
+    """{name: largest absolute input or output} of the modules with weights, and the subsampler, over `batches` in float32."""
     import torch
 
     peaks = {}
@@ -2156,42 +2268,25 @@ def activation_peaks(model, batches, device):
     def watch(name):
         def hook(module, inputs, output):
             tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
-            peaks[name] = max(
-                [peaks.get(name, 0.0), *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())]
-            )
+            found = [float(tensor.abs().max()) for tensor in tensors if tensor.numel()]
+            peaks[name] = max([peaks.get(name, 0.0), *found])
 
         return hook
 
-    watched = [
-        (name, module)
+    handles = [
+        module.register_forward_hook(watch(name))
         for name, module in model.named_modules()
         if list(module.parameters(recurse=False)) or name.endswith("subsampler")
     ]
-    handles = [module.register_forward_hook(watch(name)) for name, module in watched]
     model.to(device).eval()
     try:
         with torch.no_grad():
             for batch in batches:
-                model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
+                model(**{name: value.to(device) for name, value in batch.items()})
     finally:
         for handle in handles:
             handle.remove()
     return peaks
-
-
-def run_in_float32(module, device_type):
-    """Make `module` compute in float32 where autocast would use half precision."""
-    import torch
-
-    forward = module.forward
-
-    @functools.wraps(forward)
-    def float32_forward(*inputs, **options):
-        inputs = [item.float() if torch.is_tensor(item) and item.is_floating_point() else item for item in inputs]
-        with torch.autocast(device_type, enabled=False):
-            return forward(*inputs, **options)
-
-    module.forward = float32_forward
 
 
 def guard_half_precision(model, batches, device):
@@ -2205,162 +2300,192 @@ def guard_half_precision(model, batches, device):
     peaks = activation_peaks(model, batches, device)
     guarded = {name: peak for name, peak in peaks.items() if peak > HALF_PRECISION_LIMIT or name.endswith("subsampler")}
     for name in guarded:
-        run_in_float32(model.get_submodule(name), torch.device(device).type)
+        Float32.guard(model.get_submodule(name))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            FiniteStatistics.guard(module)
     with torch.no_grad(), torch.autocast(torch.device(device).type, torch.float16):
         for batch in batches:
-            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-            if not torch.isfinite(model(**inputs).logits).all():
+            if not torch.isfinite(model(**{name: value.to(device) for name, value in batch.items()}).logits).all():
                 raise RunError("the model overflows float16 even with its large activations in float32: use --bf16")
     return guarded
 
 
-class DevScores:
-    """The Trainer's `compute_metrics`: WER and CER of the dev clips against their transcripts as written.
+# ---------------------------------------------------------------- training
 
-    `samples` holds a few transcriptions of the last evaluation as a Markdown table.
+
+@dataclass
+class DevSet:
+    """The dev clips and how the model does on them; `samples` holds a few texts of the last evaluation, as Markdown."""
+
+    selection: Selection
+    processor: object
+    encoder: LabelEncoder
+    args: ScriptArguments
+    samples: str = ""
+
+    def score(self, model, training):
+        """Loss, WER and CER of `model`, all and by domain, with the clips written down as the test clips are."""
+        rows = self.selection.rows
+        lengths = [row["num_samples"] for row in rows]
+        texts, loss = transcribe_clips(
+            model, self.processor, self.selection.clips, lengths, self.args, training, self.encoder
+        )
+        references = [normalize_wer(row["text"]) for row in rows]
+        hypotheses = [normalize_wer(text) for text in texts]
+        rates = error_rates_metric().compute(predictions=hypotheses, references=references)
+        counts, domains = error_counts(references, hypotheses), np.array([row["domain"] for row in rows])
+        by_domain = {f"wer_by_domain/{name}": rate(counts[domains == name]) for name in np.unique(domains) if name}
+        shown = range(0, len(rows), max(1, len(rows) // 5))[:5]
+        cells = [[rows[index]["accent"], tidy(rows[index]["text"]), texts[index]] for index in shown]
+        self.samples = "\n".join(markdown_table(["accent", "reference", "hypothesis"], cells))
+        return {"loss": loss, **rates, **by_domain}
+
+
+class EpochOrder:
+    """Mixed with LengthGroupedSampler: an order from the seed and the epoch alone, so that a resumed run goes on in it.
+
+    The Trainer restores the state of its random generator only after the first batch has been drawn, and accelerate's
+    wrappers for several processes hide a sampler from set_epoch: `epoch()` is asked instead.
     """
 
-    def __init__(self, rows, processor, blank):
-        self.rows = {row["row"]: row for row in rows}
-        self.processor = processor
-        self.blank = blank
-        self.samples = ""
+    def __init__(self, batch_size, lengths, seed, epoch):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, epoch
 
-    def __call__(self, prediction):
-        texts = dict(zip(prediction.label_ids.tolist(), decode_ids(self.processor, prediction.predictions, self.blank)))
-        rows = [self.rows[number] for number in texts]
-        references = [normalize_wer(row["text"]) for row in rows]
-        hypotheses = [normalize_wer(text) for text in texts.values()]
-        metrics = error_rates_metric().compute(predictions=hypotheses, references=references)
-        counts = error_counts(references, hypotheses)
-        domains = np.array([row["domain"] for row in rows])
-        metrics |= {
-            f"wer_by_domain/{domain}": rate(counts[domains == domain]) for domain in np.unique(domains) if domain
+    def __iter__(self):
+        import torch
+
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return super().__iter__()
+
+
+class CTCTraining:
+    """Mixed with the Trainer: its order of clips, the stream, dev texts, and speed and overflow in the logs.
+
+    `dev` is a DevSet. `frames` are those with and without padding since the last log, which was at `mark`.
+    """
+
+    dev, frames, mark = None, None, None
+    skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16 since the last log, and just now
+
+    def _get_train_sampler(self, train_dataset=None):
+        from transformers.trainer_pt_utils import LengthGroupedSampler
+
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        # [:] makes a list: from the column each length is read apart, which takes minutes for the training split.
+        lengths = (train_dataset or self.train_dataset)[self.args.length_column_name][:]
+        clips = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        epoch = lambda: int(self.state.epoch or 0)  # noqa: E731
+        return mixed(EpochOrder, LengthGroupedSampler)(clips, lengths, self.args.seed, epoch)
+
+    def get_train_dataloader(self):
+        from torch.utils.data import DataLoader
+
+        if not isinstance(self.train_dataset, TrainingStream):
+            return super().get_train_dataloader()
+        # The stream makes the batches of this process's own share; accelerate would divide it again.
+        self.train_dataset.loader_options = {
+            "batch_size": self.args.train_batch_size,
+            "collate_fn": self.data_collator,
+            "pin_memory": self.args.dataloader_pin_memory,
         }
-        shown = sorted(texts)[:: max(1, len(texts) // 5)][:5]
-        lines = [
-            f"| {self.rows[number]['accent']} | {tidy(self.rows[number]['text'])} | {texts[number]} |"
-            for number in shown
-        ]
-        self.samples = "\n".join(["| accent | reference | hypothesis |", "|---|---|---|", *lines])
+        return DataLoader(self.train_dataset, batch_size=None)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        import torch
+
+        mask = inputs["attention_mask"]
+        counts = torch.stack([mask.sum(), torch.tensor(mask.numel(), device=mask.device)]).to(self.args.device)
+        self.frames = counts if self.frames is None else self.frames + counts
+        self.mark = self.mark or time.monotonic()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if np.isfinite(float(norm)):
+            self.skipped_in_a_row = 0
+            return norm
+        step = self.state.global_step + 1
+        if not self.args.fp16:
+            raise RunError(
+                f"the gradient is not finite at update {step}: lower --learning_rate, or raise --warmup_steps"
+            )
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MAX_SKIPPED_UPDATES:
+            raise RunError(
+                f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates in a row, up to update {step}: use --bf16, or lower "
+                "--learning_rate; the last checkpoint is good"
+            )
+        return norm
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The dev scores, in the way of the test scores: Trainer.evaluate would gather logits, and cut no clip into windows."""
+        from transformers.trainer_utils import speed_metrics
+
+        start, steps_mark = time.time(), time.monotonic()
+        scores = self.dev.score(self.model, self.args)
+        if not np.isfinite(scores["loss"]):
+            advice = "use --bf16, or lower --learning_rate" if self.args.fp16 else "lower --learning_rate"
+            raise RunError(
+                f"the dev loss is not finite at update {self.state.global_step}: {advice}; earlier checkpoints are good"
+            )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(self.dev.selection.rows))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.mark = self.mark and self.mark + time.monotonic() - steps_mark
         return metrics
 
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self.frames is not None:
+            real, padded = self.accelerator.reduce(self.frames.float(), "sum").tolist()
+            seconds = real * self.processing_class.feature_extractor.hop_length / SAMPLE_RATE
+            logs["audio_seconds_per_second"] = round(seconds / max(time.monotonic() - self.mark, 1e-3), 1)
+            logs["padding_percent"] = round(100 * (1 - real / padded), 2)
+            self.frames, self.mark = None, time.monotonic()
+        if "loss" in logs and self.args.fp16:
+            earlier = [entry["skipped_updates"] for entry in self.state.log_history if "skipped_updates" in entry]
+            logs["skipped_updates"], self.skipped = self.skipped + sum(earlier[-1:]), 0
+        super().log(logs, start_time)
 
-@functools.cache
-def training_classes():
-    """(CTCTrainer, TensorBoard, Progress): made on first use, because their bases take seconds to import."""
-    import torch
-    from transformers import Trainer
-    from transformers.integrations import TensorBoardCallback
-    from transformers.trainer_callback import ProgressCallback
-    from transformers.trainer_pt_utils import LengthGroupedSampler
 
-    class EpochSampler(LengthGroupedSampler):
-        """Length-grouped order from the seed and the epoch alone, so that a resumed run goes on in the same order.
+class TensorBoardTexts:
+    """Mixed with TensorBoardCallback: under `<output_dir>/runs`, with a few dev transcriptions at each evaluation."""
 
-        The Trainer restores the state of its random generator only after the first batch has been drawn.
-        """
+    def __init__(self, folder, dev):
+        super().__init__()
+        self.logging_dir, self.dev = str(folder), dev
 
-        def __init__(self, batch_size, lengths, seed):
-            super().__init__(batch_size, lengths=lengths)
-            self.seed = seed
-            self.set_epoch(0)
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.tb_writer is not None:
+            self.tb_writer.add_text("eval/transcriptions", self.dev.samples, state.global_step)
 
-        def set_epoch(self, epoch):
-            self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
-    class CTCTrainer(Trainer):
-        """The Trainer, with greedy ids as predictions, the clips' row numbers as their labels, and speed in the logs."""
+class ProgressLines:
+    """Mixed with ProgressCallback: one readable line a log instead of a dict."""
 
-        frames = None
-        mark = None
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        if "loss" in logs:
+            skipped = f", {logs['skipped_updates']} updates skipped" if logs.get("skipped_updates") else ""
+            speed = logs["audio_seconds_per_second"]
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:.0f} audio s/s{skipped}")
+        elif "eval_wer" in logs:
+            scores = f"dev WER {percent(logs['eval_wer'])}, CER {percent(logs['eval_cer'])}"
+            self.training_bar.write(f"  step {state.global_step:>6}: {scores}")
 
-        def _get_train_sampler(self, train_dataset=None):
-            dataset, strategy = train_dataset or self.train_dataset, self.args.train_sampling_strategy
-            if strategy != "group_by_length":
-                return super()._get_train_sampler(train_dataset)
-            # [:] makes a list: from the column each length is read apart, which takes minutes for the training split.
-            lengths = dataset[self.args.length_column_name][:]
-            return EpochSampler(
-                self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths, seed=self.args.seed
-            )
 
-        def _get_eval_sampler(self, eval_dataset):
-            return torch.utils.data.SequentialSampler(eval_dataset)  # dev is in order of length already
+class Patience:
+    """Mixed with EarlyStoppingCallback: counts on after a resumption, from what the log says of earlier evaluations."""
 
-        def get_train_dataloader(self):
-            if not isinstance(self.train_dataset, torch.utils.data.IterableDataset):
-                return super().get_train_dataloader()
-            # The stream is this process's own share already; accelerate would divide it again.
-            workers = min(self.args.dataloader_num_workers, self.train_dataset.num_shards)
-            return torch.utils.data.DataLoader(
-                self.train_dataset,
-                self.args.train_batch_size,
-                collate_fn=self.data_collator,
-                num_workers=workers,
-                pin_memory=self.args.dataloader_pin_memory,
-            )
-
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            mask = inputs["attention_mask"]
-            counts = torch.stack([mask.sum(), torch.tensor(mask.numel(), device=mask.device)]).to(self.args.device)
-            self.frames = counts if self.frames is None else self.frames + counts
-            self.mark = self.mark or time.monotonic()
-            return super().training_step(model, inputs, num_items_in_batch)
-
-        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-            inputs = self._prepare_inputs(inputs)
-            rows = inputs.pop("row")
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            # Ids, not logits: gathered logits of the dev split alone would take 16 GB.
-            ids = greedy_ids(self.accelerator.unwrap_model(self.model), outputs.logits, inputs["attention_mask"])
-            return loss.detach().mean(), ids, rows
-
-        def log(self, logs, start_time=None):
-            if "loss" in logs and self.frames is not None:
-                real, padded = self.accelerator.reduce(self.frames.float(), "sum").tolist()
-                extractor = self.processing_class.feature_extractor
-                seconds = real * extractor.hop_length / SAMPLE_RATE
-                logs["audio_seconds_per_second"] = round(seconds / max(time.monotonic() - self.mark, 1e-3), 1)
-                logs["padding_percent"] = round(100 * (1 - real / padded), 2)
-                self.frames, self.mark = None, time.monotonic()
-            elif self.mark is not None:
-                self.mark += logs.get("eval_runtime", 0.0)
-            if not np.isfinite(logs.get("grad_norm", 0.0)) and not self.args.fp16:
-                raise RunError(
-                    f"the gradient is not finite at step {self.state.global_step}: lower --learning_rate, or raise --warmup_steps"
-                )
-            super().log(logs, start_time)
-
-    class TensorBoard(TensorBoardCallback):
-        """TensorBoard under `<output_dir>/runs`, with a few dev transcriptions as text at each evaluation."""
-
-        def __init__(self, folder, scores):
-            super().__init__()
-            self.logging_dir = str(folder)
-            self.scores = scores
-
-        def on_evaluate(self, args, state, control, **kwargs):
-            if self.tb_writer is not None:
-                self.tb_writer.add_text("eval/transcriptions", self.scores.samples, state.global_step)
-
-    class Progress(ProgressCallback):
-        """The Trainer's progress bar, with one readable line a log instead of a dict."""
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if not state.is_world_process_zero or self.training_bar is None:
-                return
-            if "loss" in logs:
-                self.training_bar.set_postfix_str(
-                    f"loss {logs['loss']:.3f}, {logs['audio_seconds_per_second']:.0f} audio s/s"
-                )
-            elif "eval_wer" in logs:
-                self.training_bar.write(
-                    f"  step {state.global_step:>6}: dev WER {percent(logs['eval_wer'])}, CER {percent(logs['eval_cer'])}"
-                )
-
-    return CTCTrainer, TensorBoard, Progress
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        evaluated = [entry["step"] for entry in state.log_history if "eval_wer" in entry]
+        self.early_stopping_patience_counter = sum(step > (state.best_global_step or 0) for step in evaluated)
 
 
 def planned_updates(training, clips):
@@ -2385,51 +2510,54 @@ def fit_schedule(training, clips):
     return updates
 
 
-def make_trainer(args, training, processor, model, encoder, train, dev):
-    """The CTCTrainer for `train` and `dev` (datasets); raises RunError if float16 cannot be made safe."""
-    from transformers import EarlyStoppingCallback
+def guard_trained_model(model, dev, collator, training):
+    """Make the model safe in float16, measured on dev clips (a stream has none to choose from), and say what was done."""
+    clips = dev.selection.clips
+    chosen = [clips[int(index)] for index in np.linspace(0, len(clips) - 1, 16)]
+    batches = [collator(chosen[start : start + 4]) for start in range(0, 16, 4)]
+    guarded = guard_half_precision(model, batches, training.device)
+    name, peak = max(guarded.items(), key=lambda item: item[1])
+    say(f"  float16, with {len(guarded)} modules in float32 (the largest activation is {peak:.3g}, in {name})")
+
+
+def make_trainer(args, training, model, train, dev):
+    """The Trainer for the training clips `train` and a `DevSet`; raises RunError if float16 cannot be made safe."""
+    from transformers import EarlyStoppingCallback, Trainer
+    from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    CTCTrainer, TensorBoard, Progress = training_classes()
-    extractor = processor.feature_extractor
-    collator = CTCCollator(extractor, encoder, augment=args.spec_augment, shortest=shortest_clip(model, extractor))
+    extractor = dev.processor.feature_extractor
+    shortest = shortest_clip(model, extractor)
     if args.streaming:
         training.train_sampling_strategy, training.ignore_data_skip = "random", True
     if training.gradient_checkpointing:
         # Under DDP checkpointing forbids unused parameters, which a dropped layer would leave.
         model.encoder.layerdrop = 0.0
     if training.fp16:
-        calibration = CTCCollator(extractor, shortest=collator.shortest)
-        # Dev clips, because a stream has no clips to choose from; as "train" they come without their row numbers.
-        chosen = [{**dev.clips[int(index)], "split": "train"} for index in np.linspace(0, len(dev.clips) - 1, 16)]
-        batches = [calibration(chosen[start : start + 4]) for start in range(0, 16, 4)]
-        guarded = guard_half_precision(model, batches, training.device)
-        largest = max(guarded, key=guarded.get)
-        say(
-            f"  float16, with {len(guarded)} modules in float32 (the largest activation is {guarded[largest]:.3g}, in {largest})"
-        )
-    scores = DevScores(dev.rows, processor, blank_id(model))
+        guard_trained_model(model, dev, CTCCollator(extractor, shortest=shortest), training)
     callbacks = []
     if training.report_to and "tensorboard" in training.report_to:
         training.report_to = [name for name in training.report_to if name != "tensorboard"]
-        callbacks.append(TensorBoard(Path(training.output_dir) / "runs", scores))
+        callbacks.append(mixed(TensorBoardTexts, TensorBoardCallback)(Path(training.output_dir) / "runs", dev))
     if args.early_stopping_patience and training.load_best_model_at_end:
-        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    trainer = CTCTrainer(
+        callbacks.append(mixed(Patience, EarlyStoppingCallback)(args.early_stopping_patience))
+    trainer = mixed(
+        CTCTraining, Trainer
+    )(
         model=model,
         args=training,
-        data_collator=collator,
+        data_collator=CTCCollator(extractor, dev.encoder, args.spec_augment, shortest),
         train_dataset=train,
-        eval_dataset=dev.clips,
-        processing_class=processor,  # the whole processor: with the feature extractor alone checkpoints lack the tokenizer
-        compute_metrics=scores,
+        eval_dataset=dev.selection.clips,
+        processing_class=dev.processor,  # the whole processor: with the feature extractor alone checkpoints lack the tokenizer
         callbacks=callbacks,
     )
+    trainer.dev = dev
     # LasrForCTC.forward takes **kwargs, from which the Trainer concludes that it averages over accumulated batches by itself.
     # It does not: without this line, 4 accumulation steps give 4 times the loss and the gradient (transformers issue 47688).
     trainer.model_accepts_loss_kwargs = False
     if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(Progress)
+        trainer.add_callback(mixed(ProgressLines, ProgressCallback))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -2497,7 +2625,7 @@ def transcribe_files(args, training):
             print(f"{PROGRAM}: error: {path} cannot be read as audio: {error}", file=sys.stderr)
             status = 1
     training.disable_tqdm = True
-    texts = transcribe_clips(model, processor, clips, [clip["num_samples"] for clip in clips], args, training)
+    texts, _ = transcribe_clips(model, processor, clips, [clip["num_samples"] for clip in clips], args, training)
     for name, text in zip(names, texts):
         print(text if len(args.transcribe) == 1 else f"{name}\t{text}")
     return status
@@ -2595,7 +2723,7 @@ def select_splits(args, corpus, accents, splits, check, training):
         if not args.prepare_only:
             refuse_empty(split, selections[split].rows)
     skipped = [row for selection in selections.values() for row in selection.skipped]
-    if training.process_index == 0:
+    if training.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
         write_text(skipped_path(training), ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
     for (split, reason), count in sorted(
         Counter((row["split"], reason_kind(row["reason"])) for row in skipped).items()
@@ -2620,9 +2748,8 @@ def data_summary(selections, encoder):
 
 def score_split(model, processor, selection, args, training, train_accents):
     """The `Scored` of the model on a selection."""
-    texts = transcribe_clips(
-        model, processor, selection.clips, [row["num_samples"] for row in selection.rows], args, training
-    )
+    lengths = [row["num_samples"] for row in selection.rows]
+    texts, _ = transcribe_clips(model, processor, selection.clips, lengths, args, training)
     return score_texts(selection.rows, texts, train_accents)
 
 
@@ -2693,10 +2820,13 @@ def fit_and_score(args, training, corpus, accents, processor, model, checkpoint)
     updates = fit_schedule(training, len(selections["train"].rows))
     if args.streaming:
         # Another seed after a resumption: the stream starts anew, and should not start with the same clips.
-        selections["train"].clips = stream_training_clips(
-            corpus, accents, args, check, training, training.seed + updates_done(checkpoint)
-        )
-    trainer = make_trainer(args, training, processor, model, encoder, selections["train"].clips, selections["dev"])
+        from torch.utils.data import IterableDataset
+
+        seed = training.seed + updates_done(checkpoint)
+        stream = mixed(TrainingStream, IterableDataset)(corpus, accents, args, check, training, seed)
+        selections["train"].clips = stream
+    dev = DevSet(selections["dev"], processor, encoder, args)
+    trainer = make_trainer(args, training, model, selections["train"].clips, dev)
     train_model(trainer, checkpoint, updates)
     say("scoring the fine-tuned model on the test split")
     # Without the wrapper that autocasts: before and after are scored alike, in float32.
