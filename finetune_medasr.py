@@ -88,6 +88,19 @@ def one_line(error):
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+def plural(count, noun):
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def without_folders(value):
+    """`value` (JSON, or a word of the command line) with absolute paths cut to their names: people publish what holds it."""
+    if isinstance(value, dict):
+        return {name: without_folders(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    return re.sub(r"^(--[\w-]+=)?(?:[/~].*/|/)(?=.)", r"\1", value) if isinstance(value, str) else value
+
+
 @functools.cache
 def mixed(*kinds):
     """A class of `kinds`, mixins first, under its last one's name: how classes here extend bases that take seconds to import."""
@@ -385,9 +398,21 @@ def make_training_arguments(common, rest, script):
         raise UsageError("--fp16 needs a CUDA GPU, and there is none; leave it out")
     values.fp16 = has_gpu and not values.bf16 if values.fp16 is None else values.fp16
     try:
-        return TrainingArguments(**vars(values))
+        training = TrainingArguments(**vars(values))
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
+    script.push_to_hub, training.push_to_hub = training.push_to_hub, False  # at the end, and what is complete
+    use_one_gpu(training)
+    return training
+
+
+def use_one_gpu(training):
+    """Keep the Trainer from wrapping the model in nn.DataParallel, slower than one process a GPU and blind to `n_gpu` here."""
+    if training.n_gpu > 1:
+        say(
+            f"{training.n_gpu} GPUs are here and one is used; for all start torchrun --nproc_per_node {training.n_gpu} {PROGRAM}"
+        )
+        training._n_gpu = 1
 
 
 def quiet_libraries():
@@ -478,6 +503,34 @@ def load_processor_and_model(args):
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "feature_extractor"):
         raise RunError(f"model {args.model} has no feature extractor and tokenizer together; --model needs both")
     return processor, model
+
+
+def hub_api(training):
+    from huggingface_hub import HfApi
+
+    return HfApi(token=training.hub_token)
+
+
+@contextlib.contextmanager
+def explained_upload(training, advice="run 'hf auth login' with a token that may write"):
+    """The name that --push_to_hub means; turns the Hub client's exceptions into one line. Once, not once a process."""
+    import httpx2
+
+    name = training.hub_model_id or Path(training.output_dir).resolve().name
+    try:
+        yield name
+    except (httpx2.HTTPError, OSError, ValueError) as error:
+        raise RunError(f"--push_to_hub: {name} cannot be written on the Hub ({one_line(error)}): {advice}") from error
+
+
+def push_to_hub(training, final):
+    """Upload the complete folder of the final model, in one commit."""
+    with explained_upload(training, f"the model is complete in {final}, 'hf upload' sends it") as name:
+        repo = hub_api(training).create_repo(name, private=training.hub_private_repo, exist_ok=True)
+        hub_api(training).upload_folder(
+            repo_id=repo.repo_id, folder_path=final, commit_message="Upload the final model"
+        )
+        say(f"uploaded to {repo}")
 
 
 RETRIES = 6  # drops of a connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
@@ -845,7 +898,11 @@ def archive_clips(corpus, accent, archive, stream):
             count += 1
     except DAMAGE as error:
         yield make_clip(
-            archive, split, accent, None, problem=f"damaged archive ({one_line(error)}): {count} clips of it are kept"
+            archive,
+            split,
+            accent,
+            None,
+            problem=f"damaged archive ({one_line(error)}): {plural(count, 'clip')} of it kept",
         )
 
 
@@ -908,7 +965,7 @@ def transcript_rows(corpus, split, accents):
 
 
 def hours(rows):
-    return sum(row["num_samples"] for row in rows) / SAMPLE_RATE / 3600
+    return sum(row["num_samples"] or 0 for row in rows) / SAMPLE_RATE / 3600
 
 
 def to_number(text):
@@ -1665,6 +1722,8 @@ def group_names(row, kind, train_accents):
     if kind == "seen_accent":
         return "unknown" if train_accents is None else "seen" if row["accent"] in train_accents else "unseen"
     if kind == "duration":
+        if row["num_samples"] is None:
+            return "unknown"
         low, high = next(edges for edges in DURATION_BINS if row["num_samples"] / SAMPLE_RATE < edges[1])
         return f"{low}-{high} s" if high < float("inf") else f"over {low} s"
     return row[kind] or "unknown"
@@ -1686,7 +1745,10 @@ class Scored:
 
     @functools.cached_property
     def short(self):
-        return np.array([row["num_samples"] < PAPER_SECONDS * SAMPLE_RATE for row in self.rows])
+        """Whether each clip is under PAPER_SECONDS; one of unknown duration is not."""
+        return np.array(
+            [row["num_samples"] is not None and row["num_samples"] < PAPER_SECONDS * SAMPLE_RATE for row in self.rows]
+        )
 
 
 def score_texts(rows, texts, train_accents):
@@ -1936,7 +1998,8 @@ def report_lines(title, baseline, finetuned, delta, notes, pictures):
     lines = [
         f"# {title}",
         "",
-        f"{last['clips']:,} clips, {last['speakers']:,} speakers, {last['words']:,} words. All rates are corpus-level.",
+        f"{plural(last['clips'], 'clip')}, {plural(last['speakers'], 'speaker')}, {plural(last['words'], 'word')}. "
+        "All rates are corpus-level.",
         "",
     ]
     lines += summary_table(before, after)
@@ -1994,7 +2057,7 @@ def draw_pictures(folder, baseline, finetuned, history):
         if kind == "accent" and len(order) > 30:
             order = [group for group in order if not groups[group]["small"]] or order[-30:]
         if kind == "duration":
-            order = [group for group in ("over 20 s", "10-20 s", "5-10 s", "0-5 s") if group in groups]
+            order = [group for group in ("unknown", "over 20 s", "10-20 s", "5-10 s", "0-5 s") if group in groups]
         figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.32 * len(order)))
         for offset, (system, scores) in zip((0.16, -0.16), systems):
             rates = [100 * scores["groups"][kind][group]["wer"] for group in order]
@@ -2051,7 +2114,7 @@ def prediction_lines(baseline, finetuned):
             json.dumps(
                 {
                     "audio_filepath": row["clip"],
-                    "duration": round(row["num_samples"] / SAMPLE_RATE, 3),
+                    "duration": row["num_samples"] and round(row["num_samples"] / SAMPLE_RATE, 3),
                     "text": row["text"],
                     "pred_text": last.texts[index],
                     "baseline_text": baseline.texts[index] if finetuned and baseline else None,
@@ -2089,28 +2152,20 @@ def write_model_card(final, results, args, metrics):
     """README.md of the final model, with the Hub's evaluation metadata, the report and its pictures."""
     import yaml
 
-    hub_ids = [
-        name
-        for name in (args.model, args.dataset)
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-    ]
+    local = {
+        name for name in (args.model, args.dataset) if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists()
+    }
+    model, dataset = without_folders(args.model), without_folders(args.dataset)
     rates = [
-        {
-            "type": "wer" if name.startswith("wer") else "cer",
-            "name": name,
-            "value": round(100 * metrics["finetuned"][name], 2),
-        }
+        {"type": name.partition("_")[0], "name": name, "value": round(100 * metrics["finetuned"][name], 2)}
         for name in ("wer", "wer_spoken", "wer_paper", "wer_raw", "cer")
     ]
-    result = {
-        "task": {"type": "automatic-speech-recognition"},
-        "dataset": {"name": "AfriSpeech-200", "type": args.dataset, "split": "test"},
-        "metrics": rates,
-    }
+    source = {"name": "AfriSpeech-200" if dataset == DEFAULT_DATASET else dataset, "type": dataset, "split": "test"}
+    result = {"task": {"type": "automatic-speech-recognition"}, "dataset": source, "metrics": rates}
     header = {
         "language": "en",
-        **({"base_model": args.model} if args.model in hub_ids else {}),
-        **({"datasets": [args.dataset]} if args.dataset in hub_ids else {}),
+        **({} if args.model in local else {"base_model": model}),
+        **({} if args.dataset in local else {"datasets": [dataset]}),
         "pipeline_tag": "automatic-speech-recognition",
         "library_name": "transformers",
         "tags": ["medical", "african-accents", "ctc"],
@@ -2123,10 +2178,10 @@ def write_model_card(final, results, args, metrics):
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     card = f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
-# {args.model} adapted to African-accented English
+# {model} adapted to African-accented English
 
-Fine-tuned on {args.dataset}, {train["clips"]:,} clips and {train["hours"]:.1f} hours, by `{PROGRAM}`. The scores below are of its test split,
-whose speakers are not in training.
+Fine-tuned on {dataset}, {plural(train["clips"], "clip")} and {train["hours"]:.1f} hours, by `{PROGRAM}`. The scores below are
+of its test split, whose speakers are not in training.
 
 ```python
 import librosa
@@ -2154,7 +2209,7 @@ SCORE_KEYS = ("speaker", "accent", "country", "domain", "gender", "age_group")
 
 
 def read_score_file(path):
-    """(rows, pred_texts, baseline_texts or None, notes) of a JSONL or CSV file in the keys of predictions_test.jsonl.
+    """(rows, pred_texts, baseline_texts or None, notes, rows left out) of a JSONL or CSV file in the keys of predictions_test.jsonl.
 
     A row without a reference or a text is left out and named in the notes. Raises UsageError for a file of another kind.
     """
@@ -2180,12 +2235,13 @@ def read_score_file(path):
                 f"Row {number} ({entry.get('audio_filepath') or 'no audio_filepath'}) has no {' and no '.join(lacking)}: left out."
             )
             continue
+        seconds = to_number(entry.get("duration"))
         clip = entry.get("audio_filepath") or f"row {number}"
         rows.append(
             {
                 "clip": clip,
                 "text": entry["text"],
-                "num_samples": int(to_number(entry.get("duration")) * SAMPLE_RATE),
+                "num_samples": int(seconds * SAMPLE_RATE) if seconds > 0 else None,
                 **{key: str(entry.get(key) or "") for key in SCORE_KEYS},
             }
         )
@@ -2193,10 +2249,15 @@ def read_score_file(path):
         before.append(entry.get("baseline_text"))
     if not rows:
         raise UsageError(f"--score_file {path} has no row with both text and pred_text among {len(entries)}")
+    unknown = sum(row["num_samples"] is None for row in rows)
+    if unknown:
+        notes.append(
+            f"{plural(unknown, 'row')} without a duration: in the group 'unknown', and not among clips under {PAPER_SECONDS} s."
+        )
     with_baseline = all(isinstance(text, str) for text in before)
     if not with_baseline and any(isinstance(text, str) and text for text in before):
         notes.append("Some rows have no baseline_text: no comparison is made.")
-    return rows, texts, before if with_baseline else None, notes
+    return rows, texts, before if with_baseline else None, notes, len(entries) - len(rows)
 
 
 # ---------------------------------------------------------------- half precision
@@ -2633,7 +2694,7 @@ def transcribe_files(args, training):
 
 def score_file(args, training):
     """The whole report for the texts in --score_file, made by any system; returns the exit status."""
-    rows, texts, baseline_texts, notes = read_score_file(args.score_file)
+    rows, texts, baseline_texts, notes, left_out = read_score_file(args.score_file)
     for note in notes:
         print(f"{PROGRAM}: warning: {note}", file=sys.stderr)
     scored = score_texts(rows, texts, None)
@@ -2641,8 +2702,8 @@ def score_file(args, training):
     if not any(row["speaker"] for row in rows):
         notes.append("No row names its speaker: each clip counts as one, which makes the intervals too narrow.")
     folder = Path(training.output_dir) / "results"
-    config = {"command": args.command, "score_file": args.score_file}
-    data = {"test": {"clips": len(rows), "hours": round(hours(rows), 4), "left_out": len(notes)}}
+    config = without_folders({"command": args.command, "score_file": args.score_file})
+    data = {"test": {"clips": len(rows), "hours": round(hours(rows), 4), "left_out": left_out}}
     write_results(
         folder,
         config,
@@ -2670,7 +2731,7 @@ def dry_run(args, training, corpus, accents):
         for accent, count in Counter(row["accent"] for row in rows).most_common():
             own = [row for row in rows if row["accent"] == accent]
             say(
-                f"    {accent:<24}{count:>8,} clips{hours(own):>9.2f} h{len({row['speaker'] for row in own}):>7,} speakers"
+                f"    {accent:<24}{plural(count, 'clip'):>14}{hours(own):>9.2f} h{plural(totals(own)['speakers'], 'speaker'):>16}"
             )
     splits = splits_to_prepare(args)
     todo = corpus.unprepared(splits, accents)
@@ -2699,7 +2760,8 @@ def totals(rows):
 
 def split_line(split, rows):
     found = totals(rows)
-    return f"  {split:<5}{found['clips']:>8,} clips{hours(rows):>9.2f} h{found['speakers']:>7,} speakers{found['accents']:>5} accents"
+    people, accents = plural(found["speakers"], "speaker"), plural(found["accents"], "accent")
+    return f"  {split:<5}{plural(found['clips'], 'clip'):>14}{hours(rows):>9.2f} h{people:>16}{accents:>12}"
 
 
 def refuse_empty(split, rows):
@@ -2755,7 +2817,7 @@ def score_split(model, processor, selection, args, training, train_accents):
 
 def window_note(selection, args):
     longer = sum(row["num_samples"] > args.window_seconds * SAMPLE_RATE for row in selection.rows)
-    return f"{longer:,} clips longer than {args.window_seconds:g} s were scored in overlapping windows; none was left out for its length."
+    return f"{plural(longer, 'clip')} over {args.window_seconds:g} s scored in overlapping windows; none left out for its length."
 
 
 def run(args, training):
@@ -2771,6 +2833,9 @@ def run(args, training):
     say(f"corpus: {args.dataset}")
     if not (args.prepare_only or args.dry_run):
         check_model_access(args)
+        if args.push_to_hub and not args.eval_only and training.process_index == 0:
+            with explained_upload(training) as name:
+                hub_api(training).create_repo(name, private=training.hub_private_repo, exist_ok=True)
     corpus = open_corpus(args)
     accents = chosen_accents(corpus, args.accents)
     if args.dry_run:
@@ -2797,7 +2862,8 @@ def fit_and_score(args, training, corpus, accents, processor, model, checkpoint)
     data, test = data_summary(selections, encoder), selections["test"]
     train_accents = None if args.eval_only else {row["accent"] for row in selections["train"].rows}
     output = Path(training.output_dir)
-    config = {"command": args.command, **vars(args), "training": json.loads(training.to_json_string())}
+    config = without_folders({**vars(args), "training": json.loads(training.to_json_string())})
+    title = f"{without_folders(args.model)} on {without_folders(args.dataset)}"
     baseline = None
     if args.eval_only or not args.skip_baseline:
         say(f"scoring {args.model} as it is on the test split")
@@ -2805,15 +2871,7 @@ def fit_and_score(args, training, corpus, accents, processor, model, checkpoint)
         say(f"  WER {percent(baseline.scores['wer'])}")
     if args.eval_only:
         if training.process_index == 0:
-            write_results(
-                output / "results",
-                config,
-                data,
-                baseline,
-                None,
-                f"{args.model} on {args.dataset}",
-                [window_note(test, args)],
-            )
+            write_results(output / "results", config, data, baseline, None, title, [window_note(test, args)])
             say(f"\nresults: {output / 'results'}")
         return 0
     say("training")
@@ -2835,18 +2893,12 @@ def fit_and_score(args, training, corpus, accents, processor, model, checkpoint)
     trainer.save_model(str(output / "final"))
     if training.process_index == 0:
         history = trainer.state.log_history
-        metrics = write_results(
-            output / "results",
-            config,
-            data,
-            baseline,
-            finetuned,
-            f"{args.model} on {args.dataset}",
-            [window_note(test, args)],
-            history,
-        )
+        notes = [window_note(test, args)]
+        metrics = write_results(output / "results", config, data, baseline, finetuned, title, notes, history)
         write_model_card(output / "final", output / "results", args, metrics)
         write_test_scores_to_tensorboard(output, metrics, trainer.state.global_step)
+        if args.push_to_hub:
+            push_to_hub(training, output / "final")
         say(
             f"\nmodel: {output / 'final'}\nresults: {output / 'results'}\ncurves: tensorboard --logdir {output / 'runs'}"
         )
@@ -2872,7 +2924,9 @@ def main(argv=None):
     try:
         args, training = parse_arguments(argv)
         # It is written into the model card, which people publish.
-        args.command = re.sub(r"(--\w+[_-]token[= ])\S+", r"\1***", shlex.join(["python", PROGRAM, *argv]))
+        args.command = re.sub(
+            r"(--\w+[_-]token[= ])\S+", r"\1***", shlex.join(["python", PROGRAM, *map(without_folders, argv)])
+        )
         return run(args, training)
     except UsageError as error:
         status, message = 2, str(error)
