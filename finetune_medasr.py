@@ -1485,15 +1485,9 @@ class CTCCollator:
         return batch
 
 
-def blank_id(model):
-    """CTC models in transformers use the padding token as the blank."""
-    return model.config.pad_token_id
-
-
-def decode_ids(processor, ids, blank):
-    """Greedy CTC text of frame ids (clips, frames): repeats collapsed, blanks and special tokens dropped."""
-    ids = np.where(np.asarray(ids) == IGNORED_LABEL, blank, ids)
-    return [" ".join(text.split()) for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+def decode_ids(processor, ids):
+    """Greedy CTC text of a clip's frame ids: repeats collapsed, blanks (the padding token) and special tokens dropped."""
+    return " ".join(processor.tokenizer.decode(ids, skip_special_tokens=True).split())
 
 
 # ---------------------------------------------------------------- transcribing
@@ -1606,7 +1600,7 @@ def transcribe_clips(model, processor, clips, num_samples, args, training, encod
     joined = {row: [] for row in range(len(num_samples))}
     for row, _, ids in sorted(piece for share in shares for piece in share[0]):
         joined[row] += ids
-    texts = [decode_ids(processor, [joined[row]], blank_id(model))[0] for row in range(len(num_samples))]
+    texts = [decode_ids(processor, joined[row]) for row in range(len(num_samples))]
     return texts, sum(share[1] for share in shares) / max(1, sum(share[2] for share in shares))
 
 
@@ -2312,11 +2306,15 @@ class FiniteStatistics(Guarded):
     def forward(self, *inputs, **options):
         import torch
 
-        statistics = [self.running_mean, self.running_var] if self.training else []
-        before = [values.clone() for values in statistics]
+        # The batch moves copies, because autograd holds on to what a forward pass has moved.
+        kept = {name: getattr(self, name) for name in ("running_mean", "running_var")} if self.training else {}
+        for name, values in kept.items():
+            setattr(self, name, values.clone())
         output = super().forward(*inputs, **options)
-        for now, then in zip(statistics, before):
-            now.copy_(torch.where(now.isfinite(), now, then))
+        for name, values in kept.items():
+            moved = getattr(self, name)
+            values.copy_(torch.where(moved.isfinite(), moved, values))
+            setattr(self, name, values)
         return output
 
 
@@ -2386,21 +2384,23 @@ class DevSet:
     samples: str = ""
 
     def score(self, model, training):
-        """Loss, WER and CER of `model`, all and by domain, with the clips written down as the test clips are."""
+        """Loss and rates of `model`, with the clips written down as the test clips are."""
+        lengths = [row["num_samples"] for row in self.selection.rows]
+        clips = self.selection.clips
+        texts, loss = transcribe_clips(model, self.processor, clips, lengths, self.args, training, self.encoder)
+        return {"loss": loss, **self.rates(texts)}
+
+    def rates(self, texts):
+        """WER and CER, all and WER by domain, of a text for each clip."""
         rows = self.selection.rows
-        lengths = [row["num_samples"] for row in rows]
-        texts, loss = transcribe_clips(
-            model, self.processor, self.selection.clips, lengths, self.args, training, self.encoder
-        )
         references = [normalize_wer(row["text"]) for row in rows]
         hypotheses = [normalize_wer(text) for text in texts]
-        rates = error_rates_metric().compute(predictions=hypotheses, references=references)
         counts, domains = error_counts(references, hypotheses), np.array([row["domain"] for row in rows])
         by_domain = {f"wer_by_domain/{name}": rate(counts[domains == name]) for name in np.unique(domains) if name}
         shown = range(0, len(rows), max(1, len(rows) // 5))[:5]
         cells = [[rows[index]["accent"], tidy(rows[index]["text"]), texts[index]] for index in shown]
         self.samples = "\n".join(markdown_table(["accent", "reference", "hypothesis"], cells))
-        return {"loss": loss, **rates, **by_domain}
+        return {**error_rates_metric().compute(predictions=hypotheses, references=references), **by_domain}
 
 
 class EpochOrder:

@@ -11,7 +11,6 @@ that adapting it to the corpus is the real task in small. Needs espeak-ng; the c
 
 import argparse
 import csv
-import gzip
 import hashlib
 import io
 import json
@@ -19,14 +18,15 @@ import math
 import random
 import re
 import shutil
+import string
 import subprocess
 import sys
 import tarfile
 import tempfile
 import uuid
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import soundfile as sf
@@ -82,19 +82,8 @@ SLOTS = {
     "city": "Lagos Nairobi".split(),
     "land": "river road village".split(),
 }
-READ_AS = {
-    "mg": "milligrams",
-    "2": "two",
-    "3": "three",
-    "5": "five",
-    "10": "ten",
-    "20": "twenty",
-    "38": "thirty eight",
-    "50": "fifty",
-    "100": "one hundred",
-    "200": "two hundred",
-    "500": "five hundred",
-}
+READ_AS = {"mg": "milligrams", "2": "two", "3": "three", "5": "five", "10": "ten", "20": "twenty", "38": "thirty eight"}
+READ_AS |= {"50": "fifty", "100": "one hundred", "200": "two hundred", "500": "five hundred"}
 
 # How each word is spelled for a voice that reads letters one by one: the vowels are those of Swahili or Italian.
 RESPELLED = dict(
@@ -102,7 +91,7 @@ RESPELLED = dict(
     for pair in """
 a:e and:and has:haz had:had for:for days:deiz give:giv milligrams:miligramz micrograms:maikrogramz of:ov the:de saw:so
 in:in blood:blad pressure:preshar is:iz no:no start:start was:woz test:test patient:peshent patients:peshents
-child:chaild mother:madar man:man woman:wuman fever:fivar cough:kof malaria:maleria chest:chest pain:pein back:bak
+child:chaild mother:madar woman:wuman fever:fivar cough:kof malaria:maleria chest:chest pain:pein back:bak
 headache:hedeik two:tu three:tri five:faiv ten:ten twenty:twenti thirty:terti eight:eit fifty:fifti one:wan
 hundred:handred paracetamol:parasetamol aspirin:asprin quinine:kwainain twice:twais daily:deili every:evri
 morning:morning night:nait doctor:doktar nurse:ners clinic:klinik hospital:hospital village:vilej high:hai low:lo
@@ -114,25 +103,12 @@ per:per cent:sent
 """.split()
 )
 
-# ---- Speakers --------------------------------------------------------------------------------------------------------
+# ---- Clips: who says what --------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Accent:
-    """A group of speakers: espeak voice, habits of pronunciation, and (speakers, clips) of each split."""
-
-    name: str
-    country: str
-    voice: str
-    habits: tuple  # (spelling, replacement) pairs on the respelled words
-    sizes: dict
-    shards: int = 1
-
-
+# espeak's voice, (spelling, replacement) pairs of habits on the respelled words, and {split: (speakers, clips)}
+Accent = namedtuple("Accent", "name country voice habits sizes")
 ACCENTS = [
-    Accent(
-        "yoruba", "NG", "ia", (("z", "s"), ("v", "f")), {"train": (6, 74), "dev": (2, 10), "test": (3, 14)}, shards=2
-    ),
+    Accent("yoruba", "NG", "ia", (("z", "s"), ("v", "f")), {"train": (6, 74), "dev": (2, 10), "test": (3, 14)}),
     Accent("igbo", "NG", "om", (("ei", "e"),), {"train": (4, 52), "dev": (1, 8), "test": (2, 12)}),
     Accent("swahili", "KE", "sw", (), {"train": (4, 52), "dev": (1, 8), "test": (2, 12)}),
     Accent("luo, swahili", "KE", "sw", (("sh", "s"), ("ch", "s"), ("z", "s")), {"train": (3, 30), "test": (2, 8)}),
@@ -141,25 +117,9 @@ ACCENTS = [
     Accent("akan (fante)", "GH", "ms", (), {"test": (2, 10)}),  # not in train
 ]
 US_ENGLISH = [Accent("american", "US", "en-us", (), {"train": (26, 2400), "dev": (2, 24), "test": (4, 60)})]
-VARIANTS = {"Male": "m1 m2 m3 m4 m5 m6 m7 m8".split(), "Female": "f1 f2 f3 f4 f5".split()}
+VARIANTS = [("Male", f"m{number}") for number in range(1, 9)] + [("Female", f"f{number}") for number in range(1, 6)]
 MILD_SHARE = 0.3  # of the speakers: their accent is slight, that of espeak's Caribbean English
 AGES = ["<18yrs", "19-25", "26-40", "41-55", "56yrs", ""]
-
-
-@dataclass(frozen=True)
-class Speaker:
-    """One voice; it belongs to one split and records in one or two sessions."""
-
-    id: str
-    accent: Accent
-    voice: str
-    gender: str
-    age: str
-    variant: str
-    pitch: int
-    speed: int
-    voices_marks: bool  # says "comma" and "full stop" (or "period") aloud
-    sessions: tuple
 
 
 def digest(*parts):
@@ -168,73 +128,68 @@ def digest(*parts):
 
 
 def make_speakers(accent, split, rng, variants):
-    """The speakers of one accent in one split; takes their voices from the end of `variants`."""
-    speakers = []
+    """Each speaker of an accent in a split: columns of the CSV, and a way of speaking from the end of `variants`."""
     for number in range(accent.sizes[split][0]):
         gender, variant = variants.pop()
         voice = "en-029" if accent.voice != "en-us" and rng.random() < MILD_SHARE else accent.voice
-        sessions = tuple(str(uuid.UUID(digest("session", accent.name, split, number, part))) for part in range(2))
-        speakers.append(
-            Speaker(
-                digest("speaker", accent.name, split, number),
-                accent,
-                voice,
-                gender,
-                rng.choice(AGES),
-                variant,
-                pitch=rng.randint(25, 75),
-                speed=rng.randint(130, 175),
-                voices_marks=number % 3 == 1,
-                sessions=sessions,
-            )
+        columns = dict(accent=accent.name, country=accent.country, gender=gender, age_group=rng.choice(AGES))
+        yield columns | dict(
+            user_ids=digest("speaker", accent.name, split, number),
+            espeak=f"-v {voice}+{variant} -p {rng.randint(25, 75)} -s {rng.randint(130, 175)}".split(),
+            habits=None if voice.startswith("en") else accent.habits,
+            says_marks=number % 3 == 1,  # "comma" and "full stop" (or "period") aloud
         )
-    return speakers
+
+
+def make_sentence(domain, rng):
+    """A random sentence of a domain; no word fills two of its slots."""
+    sentence, used = rng.choice(TEMPLATES[domain]), set()
+    while slot := re.search(r"{(\w+)}", sentence):
+        word = rng.choice([word for word in SLOTS[slot[1]] if word not in used])
+        used.add(word)
+        sentence = sentence.replace(slot[0], word, 1)
+    return sentence
+
+
+def make_clips(accents, rng):
+    """All clips, still without audio: texts, speakers and two sessions of each speaker dealt out in turn."""
+    clips = []
+    for accent in accents:
+        # No two speakers share a voice variant while there are enough.
+        variants = sum((rng.sample(VARIANTS, len(VARIANTS)) for _ in range(3)), [])
+        for split, (_, count) in accent.sizes.items():
+            speakers = list(make_speakers(accent, split, rng, variants))
+            for number in range(count):
+                turn, speaker = divmod(number, len(speakers))
+                domain = rng.choice(list(TEMPLATES))
+                clip = SimpleNamespace(split=split, domain=domain, **speakers[speaker])
+                clip.session = str(uuid.UUID(digest("session", accent.name, split, speaker, turn % 2)))
+                clip.file = digest(accent.name, split, number)
+                clip.transcript = clip.said = make_sentence(domain, rng)
+                clips.append(clip)
+    return clips
 
 
 # ---- Speech ----------------------------------------------------------------------------------------------------------
 
 
-def make_sentence(domain, rng):
-    """A random sentence of a domain; no word fills two of its slots."""
-    used = set()
-
-    def fill(match):
-        word = rng.choice([word for word in SLOTS[match[1]] if word not in used])
-        used.add(word)
-        return word
-
-    return re.sub(r"{(\w+)}", fill, rng.choice(TEMPLATES[domain]))
-
-
-def spoken_words(text, speaker, mark_names):
-    """The words that the speaker says for a text, spelled for the speaker's voice."""
-    words = []
-    for word in re.findall(r"\d+|[A-Za-z]+|[.,]", text.lower()):
-        if word in ".,":
-            words += mark_names[word].split() if speaker.voices_marks else []
-        else:
-            words += READ_AS.get(word, word).split()
-    if not speaker.voice.startswith("en"):  # espeak's English voices know how English is read
-        words = [RESPELLED[word] for word in words]
-        for spelling, replacement in speaker.accent.habits:
-            words = [word.replace(spelling, replacement) for word in words]
-    return " ".join(words)
+def spoken_words(clip, full_stop):
+    """The words that the speaker says, spelled for the speaker's voice."""
+    read_as = READ_AS | ({".": full_stop, ",": "comma"} if clip.says_marks else {".": "", ",": ""})
+    words = re.findall(r"\d+|[a-z]+|[.,]", clip.said.lower())
+    words = " ".join(read_as.get(word, word) for word in words).split()
+    if clip.habits is None:  # espeak's English voices know how English is read
+        return " ".join(words)
+    respelled = " ".join(RESPELLED[word] for word in words)
+    for spelling, replacement in clip.habits:
+        respelled = respelled.replace(spelling, replacement)
+    return respelled
 
 
-def synthesise(words, speaker):
-    """Mono samples at 16 kHz of the speaker saying the words."""
-    command = [
-        "espeak-ng",
-        "-v",
-        f"{speaker.voice}+{speaker.variant}",
-        "-p",
-        str(speaker.pitch),
-        "-s",
-        str(speaker.speed),
-        "--stdout",
-        words,
-    ]
-    samples, rate = sf.read(io.BytesIO(subprocess.run(command, check=True, capture_output=True).stdout))
+def synthesise(words, clip):
+    """Mono samples at 16 kHz of the clip's speaker saying the words."""
+    spoken = subprocess.run(["espeak-ng", *clip.espeak, "--stdout", words], check=True, capture_output=True).stdout
+    samples, rate = sf.read(io.BytesIO(spoken))
     return soxr.resample(samples, rate, RATE).astype(np.float32)
 
 
@@ -245,23 +200,14 @@ def encode(samples):
     return buffer.getvalue()
 
 
-# ---- Clips and their dirt --------------------------------------------------------------------------------------------
+def record(clips, full_stop):
+    """Let every clip be spoken."""
+    for clip in clips:
+        samples = synthesise(spoken_words(clip, full_stop), clip)
+        clip.audio, clip.duration = encode(samples), len(samples) / RATE
 
 
-@dataclass
-class Clip:
-    """One row of a CSV and, unless `audio` is None, one member of an archive."""
-
-    speaker: Speaker
-    session: str
-    file: str
-    split: str
-    domain: str
-    transcript: str
-    said: str
-    audio: bytes | None = None
-    duration: float = 0.0
-
+# ---- Dirt ------------------------------------------------------------------------------------------------------------
 
 # Written text (as in the real transcripts) and what is said for it; each takes the place of one ordinary clip.
 DIRTY_TEXTS = {
@@ -286,27 +232,6 @@ DIRTY_TEXTS = {
 }
 
 
-def make_clips(accent, split, rng, variants):
-    """The clips of one accent and split, without audio: texts, speakers and sessions dealt out in turn."""
-    speakers, clips = make_speakers(accent, split, rng, variants), []
-    for number in range(accent.sizes[split][1]):
-        speaker = speakers[number % len(speakers)]
-        domain = rng.choice(list(TEMPLATES))
-        text = make_sentence(domain, rng)
-        clips.append(
-            Clip(
-                speaker,
-                speaker.sessions[number // len(speakers) % 2],
-                digest(accent.name, split, number),
-                split,
-                domain,
-                text,
-                text,
-            )
-        )
-    return clips
-
-
 def dirty_texts(clips, rng):
     """Give a few clips the kinds of text, and one name, that make the real corpus hard."""
     for split, texts in DIRTY_TEXTS.items():
@@ -328,9 +253,9 @@ def dirty_texts(clips, rng):
 
 def dirty_audio(clips):
     """Faults of single clips: unreadable, too short, too long, without a transcript, without audio, listed twice."""
-    train = [clip for clip in clips if clip.split == "train" and clip.speaker.accent.name == "swahili"]
+    train = [clip for clip in clips if clip.split == "train" and clip.accent == "swahili"]
     train[5].audio = b"OggS" + bytes(range(256)) * 4
-    train[11].audio, train[11].duration = encode(synthesise("e", train[11].speaker)[2400:3200]), 0.05
+    train[11].audio, train[11].duration = encode(synthesise("e", train[11])[2400:3200]), 0.05
     train[17].transcript = "\n"
     samples, _ = sf.read(io.BytesIO(train[23].audio))
     train[23].audio, train[23].duration = encode(np.pad(samples, (0, 31 * RATE - len(samples)))), 31.0
@@ -346,47 +271,23 @@ COLUMNS = (
 ).split()
 
 
-def slug(name):
-    """The folder of an accent."""
-    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def write_csv(path, clips, path_column="audio_paths"):
     """One transcript file; `idx` starts anew in each, so it is not unique in the corpus."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([path_column if column == "audio_paths" else column for column in COLUMNS])
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writerow(dict(zip(COLUMNS, COLUMNS)) | {"audio_paths": path_column})
         for idx, clip in enumerate(clips):
-            speaker, name = clip.speaker, f"{clip.session}/{clip.file}"
-            writer.writerow(
-                [
-                    idx,
-                    speaker.id,
-                    speaker.accent.name,
-                    speaker.age,
-                    speaker.accent.country,
-                    clip.transcript,
-                    len(clip.transcript),
-                    name,
-                    f"/AfriSpeech-100/{clip.split}/{name}.ogg",
-                    round(clip.duration, 3),
-                    "intron",
-                    clip.domain,
-                    clip.split,
-                    speaker.gender,
-                ]
-            )
+            name = f"{clip.session}/{clip.file}"
+            row = dict(idx=idx, nchars=len(clip.transcript), audio_ids=name, origin="intron")
+            row |= dict(audio_paths=f"/AfriSpeech-100/{clip.split}/{name}.ogg", duration=round(clip.duration, 3))
+            writer.writerow(vars(clip) | row)
 
 
 def write_archive(path, clips):
     """One tar.gz of clips."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        path.open("wb") as raw,
-        gzip.GzipFile(path.name, "wb", mtime=0, fileobj=raw) as zipped,
-        tarfile.open(fileobj=zipped, mode="w") as tar,
-    ):
+    with tarfile.open(path, "w:gz") as tar:
         for clip in clips:
             member = tarfile.TarInfo(f"data/data/intron/{clip.session}/{clip.file}.ogg")
             member.size = len(clip.audio)
@@ -395,12 +296,9 @@ def write_archive(path, clips):
 
 def statistics(clips, shards):
     """What accents.json says of one accent and split."""
-    return {
-        "num_clips": len(clips),
-        "duration": round(sum(clip.duration for clip in clips), 3),
-        "num_speakers": len({clip.speaker.id for clip in clips}),
-        "shards": shards,
-    }
+    duration = round(sum(clip.duration for clip in clips), 3)
+    speakers = {clip.user_ids for clip in clips}
+    return {"num_clips": len(clips), "duration": duration, "num_speakers": len(speakers), "shards": shards}
 
 
 def write_hub(out, clips):
@@ -408,55 +306,32 @@ def write_hub(out, clips):
     shutil.rmtree(out, ignore_errors=True)
     summary = {"all": {}}
     for split in dict.fromkeys(clip.split for clip in clips):
-        of_split = [clip for clip in clips if clip.split == split]
+        of_split, all_shards = [clip for clip in clips if clip.split == split], 0
         write_csv(out / "transcripts" / f"{split}.csv", of_split)
-        for accent in dict.fromkeys(clip.speaker.accent.name for clip in of_split):
-            chosen = [clip for clip in of_split if clip.speaker.accent.name == accent]
-            shards = chosen[0].speaker.accent.shards if split == "train" else 1
-            named_otherwise = split == "train" and accent == "igbo"  # as some train files on the Hub
-            write_csv(
-                out / "transcripts" / slug(accent) / f"{split}.csv",
-                chosen,
-                "audio_path" if named_otherwise else "audio_paths",
-            )
+        for accent in dict.fromkeys(clip.accent for clip in of_split):
+            chosen = [clip for clip in of_split if clip.accent == accent]
+            slug = re.sub(r"\W+", "-", accent).strip("-")
+            # Like some of the Hub's train files, one has two archives and one names a column otherwise.
+            shards = 2 if (split, accent) == ("train", "yoruba") else 1
+            path_column = "audio_path" if (split, accent) == ("train", "igbo") else "audio_paths"
+            write_csv(out / "transcripts" / slug / f"{split}.csv", chosen, path_column)
             with_audio = list({(clip.session, clip.file): clip for clip in chosen if clip.audio}.values())
             size = -(-len(with_audio) // shards)
             for shard in range(shards):
-                write_archive(
-                    out / "audio" / slug(accent) / split / f"{split}_{slug(accent)}_{shard}.tar.gz",
-                    with_audio[shard * size : (shard + 1) * size],
-                )
+                archive = out / "audio" / slug / split / f"{split}_{slug}_{shard}.tar.gz"
+                write_archive(archive, with_audio[shard * size : (shard + 1) * size])
             summary.setdefault(accent, {})[split] = statistics(chosen, shards)
-        summary["all"][split] = statistics(
-            of_split, sum(stats[split]["shards"] for name, stats in summary.items() if name != "all" and split in stats)
-        )
+            all_shards += shards
+        summary["all"][split] = statistics(of_split, all_shards)
     (out / "accents.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def make_all_clips(accents, rng):
-    """The clips of all accents; no two speakers of an accent share a voice variant while there are enough."""
-    clips = []
-    for accent in accents:
-        variants = [(gender, variant) for gender, names in VARIANTS.items() for variant in names]
-        variants = sum((rng.sample(variants, len(variants)) for _ in range(3)), [])
-        for split in accent.sizes:
-            clips += make_clips(accent, split, rng, variants)
-    return clips
-
-
-def record(clips, mark_names):
-    """Let every clip be spoken."""
-    for clip in clips:
-        samples = synthesise(spoken_words(clip.said, clip.speaker, mark_names), clip.speaker)
-        clip.audio, clip.duration = encode(samples), len(samples) / RATE
 
 
 def make_corpus(out):
     """The accented corpus."""
     rng = random.Random(SEED)
-    clips = make_all_clips(ACCENTS, rng)
+    clips = make_clips(ACCENTS, rng)
     dirty_texts(clips, rng)
-    record(clips, {".": "full stop", ",": "comma"})
+    record(clips, "full stop")
     dirty_audio(clips)
     write_hub(out, clips)
 
@@ -464,30 +339,28 @@ def make_corpus(out):
 def make_us_corpus(out):
     """What the model is pre-trained on: US voices, and MedASR's way of writing: marks only where they are dictated."""
     rng = random.Random(SEED + 1)
-    clips = make_all_clips(US_ENGLISH, rng)
+    clips = make_clips(US_ENGLISH, rng)
     for clip in clips:
-        if (
-            rng.random() < 0.6
-        ):  # words out of order: from sentences alone the model learns to guess instead of to listen
+        # Words out of order: from sentences alone the model learns to guess instead of to listen.
+        if rng.random() < 0.6:
             words = f"{clip.transcript} {make_sentence('clinical', rng)} {make_sentence('general', rng)}".split()
             clip.transcript = clip.said = " ".join(rng.sample(words, 8)).replace(".", ",").rstrip(",") + "."
-        period, comma = (" {period}", " {comma}") if clip.speaker.voices_marks else ("", "")
+        period, comma = (" {period}", " {comma}") if clip.says_marks else ("", "")
         clip.transcript = clip.transcript.replace(".", period).replace(",", comma)
-    record(clips, {".": "period", ",": "comma"})
+    record(clips, "period")
     write_hub(out, clips)
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 
 SPECIALS = ["<epsilon>", "<s>", "</s>", "<unk>"]
-CHARACTERS = [chr(code) for start, end in ("az", "AZ", "09") for code in range(ord(start), ord(end) + 1)] + list(
-    "!\"%')*+,-./:;?[]_{}—"
-)  # exactly what MedASR covers
+CHARACTERS = string.ascii_letters + string.digits + "!\"%')*+,-./:;?[]_{}—"  # exactly what MedASR covers
 TOKENS = ["▁{period}", "▁{comma}", "▁{colon}", "▁{new", "▁paragraph}"]  # dictated marks
 EXTRA_IDS = 100  # ids of the tokenizer that the head cannot emit; MedASR has as many
 PRETRAINING = """
     --learning_rate 2e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --max_steps 2200
-    --warmup_steps 150 --eval_steps 550 --save_steps 550 --early_stopping_patience 0 --skip_baseline true --spec_augment false
+    --warmup_steps 150 --eval_steps 550 --save_steps 550 --early_stopping_patience 0 --skip_baseline true
+    --spec_augment false
 """
 
 
@@ -512,23 +385,12 @@ def make_initial_model(vocab_size):
     from transformers import LasrCTCConfig, LasrForCTC
 
     torch.manual_seed(SEED)
-    encoder = {
-        "hidden_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 256,
-        "conv_kernel_size": 9,
-        "subsampling_conv_channels": 64,
-        "layerdrop": 0.0,  # one of four layers is too much to lose
-        "batch_norm_momentum": 0.1,
-    }  # with MedASR's 0.01 a run of a few hundred steps scores as if it learned nothing
+    encoder = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256)
+    encoder |= dict(conv_kernel_size=9, subsampling_conv_channels=64)
+    # One of four layers is too much to lose, and with MedASR's momentum of 0.01 a run of a few hundred steps scores as
+    # if it learned nothing.
+    encoder |= dict(layerdrop=0.0, batch_norm_momentum=0.1)
     return LasrForCTC(LasrCTCConfig(vocab_size=vocab_size, encoder_config=encoder))
-
-
-def append_end_of_text(script):
-    """Let the script train on labels that end in `</s>`, as MedASR's did; its own fine-tuning leaves it out."""
-    encode_without = script.LabelEncoder.__call__
-    script.LabelEncoder.__call__ = lambda self, text: encode_without(self, text) + [self.tokenizer.eos_token_id]
 
 
 def make_model(out):
@@ -536,46 +398,31 @@ def make_model(out):
     sys.path.insert(0, str(HERE.parent))
     from transformers import AutoModelForCTC, AutoProcessor
 
-    import finetune_medasr
+    import finetune_medasr as script
 
-    append_end_of_text(finetune_medasr)
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
+    # MedASR was trained on labels that end in `</s>`; the script's own fine-tuning leaves it out.
+    encode_without = script.LabelEncoder.__call__
+    script.LabelEncoder.__call__ = lambda self, text: encode_without(self, text) + [self.tokenizer.eos_token_id]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
         make_us_corpus(work / "corpus")
         processor = make_processor()
         processor.save_pretrained(work / "initial")
         make_initial_model(len(processor.tokenizer) - EXTRA_IDS).save_pretrained(work / "initial")
-        status = finetune_medasr.main(
-            [
-                "--model",
-                f"{work}/initial",
-                "--dataset",
-                f"{work}/corpus",
-                "--output_dir",
-                f"{work}/run",
-                "--data_dir",
-                f"{work}/audio",
-                *PRETRAINING.split(),
-            ]
-        )
-        if status:
+        paths = {"model": "initial", "dataset": "corpus", "output_dir": "run", "data_dir": "audio"}
+        flags = [word for flag, name in paths.items() for word in (f"--{flag}", str(work / name))]
+        if status := script.main(flags + PRETRAINING.split()):
             raise SystemExit(status)
         shutil.rmtree(out, ignore_errors=True)
         AutoProcessor.from_pretrained(work / "run/final").save_pretrained(out)
         AutoModelForCTC.from_pretrained(work / "run/final").save_pretrained(out)
 
 
-def main():
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--corpus", action="store_true", help="make only the corpus")
-    parser.add_argument("--model", action="store_true", help="make only the model")
     parser.add_argument("--out", type=Path, default=HERE / "fixtures", help="folder that gets corpus/ and model/")
     args = parser.parse_args()
-    if args.corpus or not args.model:
-        make_corpus(args.out / "corpus")
-    if args.model or not args.corpus:
+    make_corpus(args.out / "corpus")
+    if not args.corpus:
         make_model(args.out / "model")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,11 +12,8 @@ def collator(**options):
     return script.CTCCollator(small_processor().feature_extractor, **options)
 
 
-def rows_of(*texts_and_samples, split="dev"):
-    return [
-        {"text": text, "samples": samples, "split": split, "row": number}
-        for number, (text, samples) in enumerate(texts_and_samples)
-    ]
+def rows_of(*texts_and_samples):
+    return [{"text": text, "samples": samples} for text, samples in texts_and_samples]
 
 
 def samples_for(logits):
@@ -26,9 +23,12 @@ def samples_for(logits):
 
 def make_trainer(output_dir, train, dev, *flags, model=None):
     args, training = parse(output_dir, *flags)
-    return script.make_trainer(
-        args, training, small_processor(), model or random_model(), label_encoder(), train.clips, dev
-    )
+    dev_set = script.DevSet(dev, small_processor(), label_encoder(), args)
+    return script.make_trainer(args, training, model or random_model(), train.clips, dev_set)
+
+
+def transcribe(model, clips, lengths, args, training):
+    return script.transcribe_clips(model, small_processor(), clips, lengths, args, training)[0]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_shortest_clip_is_what_the_convolutions_need():
 @pytest.mark.parametrize("samples", [2320, 2960, 16_000, 35_123, 160_000])
 def test_counted_logits_are_those_of_the_model(samples):
     model, extractor = random_model(num_hidden_layers=0), small_processor().feature_extractor
-    batch = collator()(rows_of(("", noise(10)[:samples]), split="train"))
+    batch = collator()(rows_of(("", noise(10)[:samples])))
     counted = script.logit_lengths(model, torch.tensor([script.input_length(extractor, samples)]))
     assert counted.tolist() == [model(**batch).logits.shape[1]]
 
@@ -151,7 +151,7 @@ def test_a_clip_is_left_out_exactly_where_its_ctc_loss_is_infinite(text):
 
 
 def test_a_batch_with_its_attention_mask_runs_through_the_model():
-    batch = collator(encoder=label_encoder())(rows_of(("A fever.", noise(1.5)), ("No.", noise(0.8)), split="train"))
+    batch = collator(encoder=label_encoder())(rows_of(("A fever.", noise(1.5)), ("No.", noise(0.8))))
     assert batch["attention_mask"].sum(-1).tolist() == [148, 78]  # 1 + (samples - 400) // 160
     output = random_model()(**batch)
     assert torch.isfinite(output.loss) and output.loss > 0
@@ -160,7 +160,7 @@ def test_a_batch_with_its_attention_mask_runs_through_the_model():
 
 def test_labels_are_padded_with_the_ignored_label():
     encoder = label_encoder()
-    batch = collator(encoder=encoder)(rows_of(("200 mg too good", noise(1)), ("No.", noise(1)), split="train"))
+    batch = collator(encoder=encoder)(rows_of(("200 mg too good", noise(1)), ("No.", noise(1))))
     long, short = encoder("200 mg too good"), encoder("No.")
     assert batch["labels"].tolist() == [long, short + [-100] * (len(long) - len(short))]
 
@@ -168,8 +168,8 @@ def test_labels_are_padded_with_the_ignored_label():
 def test_the_loss_of_a_batch_is_the_mean_over_its_clips_alone():
     model, encoder = random_model(), label_encoder()
     clips = [("The patient has a fever.", noise(2.5, 1)), ("No.", noise(0.9, 2))]
-    together = model(**collator(encoder=encoder)(rows_of(*clips, split="train"))).loss
-    alone = [model(**collator(encoder=encoder)(rows_of(clip, split="train"))).loss for clip in clips]
+    together = model(**collator(encoder=encoder)(rows_of(*clips))).loss
+    alone = [model(**collator(encoder=encoder)(rows_of(clip))).loss for clip in clips]
     assert together.item() == pytest.approx(sum(alone).item() / 2, rel=1e-4)
 
 
@@ -187,27 +187,16 @@ def test_clips_below_the_shortest_are_padded_with_silence():
 
 
 def test_padding_never_changes_the_text_of_a_clip(tmp_path):
-    model, processor = random_model(), small_processor()
+    model = random_model()
     sounds = [noise(0.9, 1), noise(4.0, 2), noise(0.6, 3), noise(2.2, 4)]
     clips = [{"audio": wav_bytes(samples)} for samples in sounds]
     lengths = [len(samples) for samples in sounds]
     texts = {}
     for size in (1, 4):
         args, training = parse(tmp_path, "--per_device_eval_batch_size", size)
-        texts[size] = script.transcribe_clips(model, processor, clips, lengths, args, training)
+        texts[size] = transcribe(model, clips, lengths, args, training)
     assert texts[1] == texts[4]
     assert all(len(text) > 5 for text in texts[1]) and len(set(texts[1])) == 4
-
-
-def test_logits_on_padding_are_masked():
-    model = random_model(num_hidden_layers=0)
-    batch = collator()(rows_of(("", noise(2.0)), ("", noise(1.0, 2)), split="train"))
-    logits = torch.zeros(2, 47, model.config.vocab_size)
-    logits[..., 9] = 1.0
-    ids = script.greedy_ids(model, logits, batch["attention_mask"])
-    assert (ids[0] == 9).all()
-    assert ids[1].tolist() == [9] * 22 + [0] * 25  # 1 s gives 22 logits
-    assert script.decode_ids(small_processor(), ids, 0)[1] == small_processor().tokenizer.decode([9])
 
 
 @pytest.mark.parametrize(
@@ -216,13 +205,12 @@ def test_logits_on_padding_are_masked():
         ([0, 5, 5, 0, 5, 6, 6, 0, 0], [5, 5, 6]),
         ([5, 5, 5], [5]),
         ([0, 0, 0], []),
-        ([5, 0, 2, 0, 1, 6, -100, -100], [5, 6]),  # no </s>, no <s>, no padding of gathered batches
-        ([5, -100, 5], [5, 5]),
+        ([5, 0, 2, 0, 1, 6], [5, 6]),  # no </s>, no <s>
     ],
 )
 def test_frame_ids_are_collapsed_to_text(ids, text):
     tokenizer = small_processor().tokenizer
-    assert script.decode_ids(small_processor(), np.array([ids]), 0) == [tokenizer.decode(text, group_tokens=False)]
+    assert script.decode_ids(small_processor(), ids) == tokenizer.decode(text, group_tokens=False)
 
 
 # ---------------------------------------------------------------- SpecAugment
@@ -254,17 +242,6 @@ def test_spec_augment_masks_something_of_both_kinds_as_a_rule():
     assert 0.05 < masked.float().mean() < 0.5
 
 
-def test_only_training_batches_are_augmented():
-    sound = ("A fever.", noise(2.0))
-    for split, altered in (("train", True), ("dev", False), ("test", False)):
-        torch.manual_seed(1)
-        plain = collator(encoder=label_encoder())(rows_of(sound, split=split))
-        augmented = collator(encoder=label_encoder(), augment=True)(rows_of(sound, split=split))
-        assert ("row" in plain) == (not altered)
-        assert torch.equal(plain["input_features"], augmented["input_features"]) != altered
-        assert torch.equal(plain["labels"], augmented["labels"])
-
-
 @pytest.mark.parametrize("flags, altered", [([], True), (["--no_spec_augment"], False)])
 def test_the_trainer_augments_its_training_batches_unless_told_not_to(tmp_path, clips, flags, altered):
     train, dev = clips
@@ -273,8 +250,12 @@ def test_the_trainer_augments_its_training_batches_unless_told_not_to(tmp_path, 
     torch.manual_seed(2)
     trained_on = trainer.data_collator([train.clips[0], train.clips[1]])["input_features"]
     assert torch.equal(plain, trained_on) != altered
-    scored = trainer.data_collator([dev.clips[0]])["input_features"]
-    assert torch.equal(scored, collator()([dev.clips[0]])["input_features"])
+
+
+def test_dev_clips_are_never_augmented(tmp_path, clips):
+    train, dev = clips
+    augmented, plain = (make_trainer(tmp_path, train, dev, *flags) for flags in ([], ["--no_spec_augment"]))
+    assert augmented.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"] > 0
 
 
 # ---------------------------------------------------------------- windows
@@ -296,25 +277,22 @@ def test_windows_tile_a_clip(samples, overlap):
 @pytest.mark.parametrize("seconds", [6.0, 6.01, 9.5, 17.3])
 def test_a_clip_in_windows_reads_like_the_clip_in_one_piece(tmp_path, seconds):
     # Without encoder layers a logit hears 0.2 s around it, so windows and the whole must agree on each one.
-    model, processor, sound = random_model(num_hidden_layers=0), small_processor(), noise(seconds, 3)
+    model, sound = random_model(num_hidden_layers=0), noise(seconds, 3)
     texts = []
     for window in (6, 60):
         args, training = parse(tmp_path, "--window_seconds", window, "--per_device_eval_batch_size", 2)
-        texts += script.transcribe_clips(model, processor, [{"audio": wav_bytes(sound)}], [len(sound)], args, training)
+        texts += transcribe(model, [{"audio": wav_bytes(sound)}], [len(sound)], args, training)
     assert texts[0] == texts[1]
     assert len(texts[0]) > 10 * seconds
 
 
 def test_texts_come_back_in_the_order_of_the_clips(tmp_path):
-    model, processor = random_model(num_hidden_layers=0), small_processor()
+    model = random_model(num_hidden_layers=0)
     sounds = [noise(0.5, 1), noise(8.0, 2), noise(0.01, 3), noise(7.0, 4), noise(1.0, 5)]
     clips, lengths = [{"audio": wav_bytes(samples)} for samples in sounds], [len(samples) for samples in sounds]
     args, training = parse(tmp_path, "--window_seconds", 6, "--per_device_eval_batch_size", 3)
-    together = script.transcribe_clips(model, processor, clips, lengths, args, training)
-    alone = [
-        script.transcribe_clips(model, processor, [clip], [length], args, training)[0]
-        for clip, length in zip(clips, lengths)
-    ]
+    together = transcribe(model, clips, lengths, args, training)
+    alone = [transcribe(model, [clip], [length], args, training)[0] for clip, length in zip(clips, lengths)]
     assert together == alone
     assert len(set(together)) == 5
 
@@ -344,14 +322,15 @@ def overflowing_model(part):
 )
 def test_guarded_model_stays_finite_where_plain_float16_overflows(part, guarded_module):
     model = overflowing_model(part)
-    batch = collator(encoder=label_encoder())(rows_of(("No.", noise(0.4)), ("A", noise(0.3)), split="train"))
+    batch = collator(encoder=label_encoder())(rows_of(("No.", noise(0.4)), ("A", noise(0.3))))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
         expected = model(**batch).logits
-        assert script.activation_peaks(model, [batch], "cpu")[guarded_module] > 65_504
+        assert script.activation_peaks(model, [inputs], "cpu")[guarded_module] > 65_504
         with torch.autocast("cpu", torch.float16):
             assert not torch.isfinite(model(**batch).logits).all()
 
-    guarded = script.guard_half_precision(model, [batch], "cpu")
+    guarded = script.guard_half_precision(model, [inputs], "cpu")
     assert guarded[guarded_module] > 65_504
     # Only what needs it is in float32: float16 has to stay worth its while.
     assert "encoder.layers.0.self_attn.q_proj" not in guarded and "ctc_head" not in " ".join(guarded)
@@ -374,7 +353,7 @@ def test_a_model_that_is_not_finite_even_when_guarded_is_refused():
     with torch.no_grad():
         model.ctc_head.weight *= float("nan")
     with pytest.raises(script.RunError, match="--bf16"):
-        script.guard_half_precision(model, [collator()(rows_of(("", noise(1)), split="train"))], "cpu")
+        script.guard_half_precision(model, [collator()(rows_of(("", noise(1))))], "cpu")
 
 
 # ---------------------------------------------------------------- the Trainer
@@ -423,23 +402,11 @@ def test_checkpoints_and_saved_models_hold_the_whole_processor(tmp_path, clips):
     assert all(torch.equal(saved[name], value) for name, value in trainer.model.state_dict().items())
 
 
-def test_predictions_are_ids_of_frames_and_never_logits(tmp_path, clips):
-    train, dev = clips
-    trainer = make_trainer(tmp_path, train, dev)
-    batch = trainer.data_collator([dev.clips[index] for index in range(3)])
-    loss, ids, rows = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
-    assert not ids.is_floating_point() and ids.shape == (3, 44)
-    assert rows.tolist() == [row["row"] for row in dev.rows]
-    assert loss.ndim == 0 and torch.isfinite(loss)
-
-
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_evaluation_scores_the_texts_of_the_clips_themselves(tmp_path, clips, batch_size):
     train, dev = clips
     args, training = parse(tmp_path)
-    texts = script.transcribe_clips(
-        random_model(), small_processor(), dev.clips, [row["num_samples"] for row in dev.rows], args, training
-    )
+    texts = transcribe(random_model(), dev.clips, [row["num_samples"] for row in dev.rows], args, training)
     metrics = make_trainer(tmp_path, train, dev, "--per_device_eval_batch_size", batch_size).evaluate()
     scores = script.score_texts(dev.rows, texts, None).scores
     assert metrics["eval_wer"] == pytest.approx(scores["wer"])
@@ -448,42 +415,31 @@ def test_evaluation_scores_the_texts_of_the_clips_themselves(tmp_path, clips, ba
     assert np.isfinite(metrics["eval_loss"])
 
 
-def frame_ids(text, frames):
-    """What a perfect model would give for a text: each label twice, then a blank."""
-    ids = [token for label in label_encoder()(text) for token in (label, label, 0)]
-    return ids + [-100] * (frames - len(ids))
+def dev_set(*texts_and_domains):
+    rows = [{"text": text, "domain": domain, "accent": "igbo"} for text, domain in texts_and_domains]
+    return script.DevSet(script.Selection(None, rows, []), small_processor(), label_encoder(), None)
+
+
+def heard(text):
+    """What a perfect model's frames read as: each label twice, then a blank."""
+    return script.decode_ids(small_processor(), [id for label in label_encoder()(text) for id in (label, label, 0)])
 
 
 def test_doubled_letters_and_digits_survive_the_dev_scores():
     texts = ["200 mg", "too good", "11", "THE PATIENT’S 1100 books {period}"]
-    rows = [
-        {"row": 40 + number, "text": text, "domain": "clinical", "accent": "igbo"} for number, text in enumerate(texts)
-    ]
-    scores = script.DevScores(rows, small_processor(), 0)
-    order = [2, 0, 3, 1]  # samplers give the clips in an order of their own
-    from transformers import EvalPrediction
-
-    predictions = np.array([frame_ids(texts[number], 150) for number in order])
-    metrics = scores(EvalPrediction(predictions=predictions, label_ids=np.array([40 + number for number in order])))
-    assert metrics["wer"] == 0 and metrics["cer"] == 0
-    assert "| 200 mg | 200 mg |" in scores.samples and "| too good | too good |" in scores.samples
+    dev = dev_set(*((text, "clinical") for text in texts))
+    rates = dev.rates([heard(text) for text in texts])
+    assert rates["wer"] == 0 and rates["cer"] == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in dev.samples.splitlines()]
+    assert ["igbo", "200 mg", "200 mg"] in rows and ["igbo", "too good", "too good"] in rows
 
 
 def test_dev_scores_count_the_errors_of_each_domain():
-    rows = [
-        {"row": 0, "text": "Give 200 mg.", "domain": "clinical", "accent": "igbo"},
-        {"row": 1, "text": "a good book", "domain": "general", "accent": "igbo"},
-    ]
-    predictions = np.array([frame_ids("Give 20 mg", 60), frame_ids("a good good book", 60)])
-    from transformers import EvalPrediction
-
-    metrics = script.DevScores(rows, small_processor(), 0)(
-        EvalPrediction(predictions=predictions, label_ids=np.array([0, 1]))
-    )
-    assert metrics["wer"] == pytest.approx(2 / 6)
-    assert metrics["wer_by_domain/clinical"] == pytest.approx(1 / 3)
-    assert metrics["wer_by_domain/general"] == pytest.approx(1 / 3)
-    assert metrics["cer"] == pytest.approx((1 + 5) / (11 + 11))
+    rates = dev_set(("Give 200 mg.", "clinical"), ("a good book", "general")).rates(["Give 20 mg", "a good good book"])
+    assert rates["wer"] == pytest.approx(2 / 6)
+    assert rates["wer_by_domain/clinical"] == pytest.approx(1 / 3)
+    assert rates["wer_by_domain/general"] == pytest.approx(1 / 3)
+    assert rates["cer"] == pytest.approx((1 + 5) / (11 + 11))
 
 
 def test_the_metric_needs_no_network(monkeypatch):
@@ -514,7 +470,8 @@ def test_training_batches_are_grouped_by_length_without_decoding_audio(tmp_path,
     rows = [{**empty, "audio": b"not audio", "num_samples": length, "split": "train"} for length in lengths]
     train = Dataset.from_list(rows, features=script.clip_features())
     args, training = parse(tmp_path, "--per_device_train_batch_size", 4)
-    trainer = script.make_trainer(args, training, small_processor(), random_model(), label_encoder(), train, clips[1])
+    dev_set = script.DevSet(clips[1], small_processor(), label_encoder(), args)
+    trainer = script.make_trainer(args, training, random_model(), train, dev_set)
     order = list(trainer._get_train_sampler(train))
     assert sorted(order) == list(range(160))
     batches = [[lengths[index] for index in order[start : start + 4]] for start in range(0, 160, 4)]

@@ -205,7 +205,7 @@ def test_normalize_wer_leaves_lower_case_words(text, normal):
         ("\nfull stop", "full stop"),
         ("a > b >5", "a b 5"),
         ("a>b", "ab"),
-        ("200\u00a0mg", "200\u00a0mg"),
+        ("200\u00a0mg", "200 mg"),
         ("don’t", "dont"),
         ("don't", "don't"),
         ("the patient&apos;s", "the patientaposs"),
