@@ -2464,7 +2464,10 @@ class CTCTraining:
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped."""
+        """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped.
+
+        accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
         if np.isfinite(float(norm)):
             self.skipped_in_a_row = 0
@@ -2661,7 +2664,7 @@ def train_model(trainer, checkpoint, updates):
             say("  nothing is left to train: raise --num_train_epochs or --max_steps to train further")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except torch.cuda.OutOfMemoryError as error:
+    except torch.OutOfMemoryError as error:
         batch, steps = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
         raise RunError(
             f"the GPU's memory is full: try --per_device_train_batch_size {max(1, batch // 2)} "

@@ -29,9 +29,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: end-to-end runs that take from ten seconds to some minutes")
 
 
-def run_script(*arguments, cwd, env=None, launcher=(sys.executable,), timeout=900):
+def run_script(*arguments, cwd, env=None, launcher=(sys.executable,), timeout=900, script=SCRIPT):
     """The finished process of `python finetune_medasr.py ARGUMENTS`, its output as text."""
-    command = [*launcher, SCRIPT, *arguments]
+    command = [*launcher, script, *arguments]
     return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
