@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fine-tune Google's MedASR on AfriSpeech-200, African-accented clinical and general English.
 
-    python finetune_medasr.py --demo                                    # the whole job in small: offline, on a CPU, in minutes
+    python finetune_medasr.py --demo                                    # the whole job in small, offline, in minutes
     python finetune_medasr.py                                           # MedASR on all of AfriSpeech-200
     python finetune_medasr.py --accents yoruba igbo --domains clinical  # a part of it
     python finetune_medasr.py run.yaml --learning_rate 1e-5             # a YAML file, flags on top of it
@@ -93,7 +93,9 @@ def plural(count, noun):
 
 
 def without_folders(value):
-    """`value` (JSON, or a word of the command line) with absolute paths cut to their names: people publish what holds it."""
+    """`value` (JSON, or a word of the command line) with absolute paths cut to their names: people publish what holds
+    it.
+    """
     if isinstance(value, dict):
         return {name: without_folders(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -103,7 +105,9 @@ def without_folders(value):
 
 @functools.cache
 def mixed(*kinds):
-    """A class of `kinds`, mixins first, under its last one's name: how classes here extend bases that take seconds to import."""
+    """A class of `kinds`, mixins first, under its last one's name: how classes here extend bases that take seconds to
+    import.
+    """
     return type(kinds[-1].__name__, kinds, {"kinds": kinds})
 
 
@@ -389,7 +393,8 @@ def make_training_arguments(common, rest, script):
         and values.save_steps % values.eval_steps
     ):
         raise UsageError(
-            f"--save_steps {values.save_steps} is not a multiple of --eval_steps {values.eval_steps}, so the best model could not be kept"
+            f"--save_steps {values.save_steps} is not a multiple of --eval_steps {values.eval_steps}, so the best "
+            f"model could not be kept"
         )
     import torch
 
@@ -407,10 +412,13 @@ def make_training_arguments(common, rest, script):
 
 
 def use_one_gpu(training):
-    """Keep the Trainer from wrapping the model in nn.DataParallel, slower than one process a GPU and blind to `n_gpu` here."""
+    """Keep the Trainer from wrapping the model in nn.DataParallel, slower than one process a GPU and blind to `n_gpu`
+    here.
+    """
     if training.n_gpu > 1:
         say(
-            f"{training.n_gpu} GPUs are here and one is used; for all start torchrun --nproc_per_node {training.n_gpu} {PROGRAM}"
+            f"{training.n_gpu} GPUs are here and one is used; for all start torchrun --nproc_per_node "
+            f"{training.n_gpu} {PROGRAM}"
         )
         training._n_gpu = 1
 
@@ -438,6 +446,7 @@ def explained_hub_errors(repo, kind):
     import httpx2
     from huggingface_hub import constants, errors, get_token
 
+    login = "run 'hf auth login'"
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     try:
         yield
@@ -455,9 +464,12 @@ def explained_hub_errors(repo, kind):
         cause = cause.__cause__
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, errors.GatedRepoError) and get_token() is None:
-        advice = f"is gated and you are not logged in: accept its terms at {page}, then run 'hf auth login' (or set HF_TOKEN)"
+        advice = f"is gated and you are not logged in: accept its terms at {page}, then {login} (or set HF_TOKEN)"
     elif isinstance(cause, errors.GatedRepoError):
-        advice = f"is gated and your account has no access to it: accept its terms at {page} with the account that 'hf auth whoami' names"
+        advice = (
+            f"is gated and your account has no access to it: accept its terms at {page} with the account that "
+            "'hf auth whoami' names"
+        )
     elif isinstance(cause, errors.RepositoryNotFoundError):
         advice = f"is not on the Hub, or is private: check --{kind}, or run 'hf auth login'"
     elif isinstance(cause, errors.HFValidationError):
@@ -467,7 +479,8 @@ def explained_hub_errors(repo, kind):
     elif status == 401:
         advice = "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
     elif isinstance(cause, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.ConnectError)):
-        advice = f"is not on this machine and {constants.ENDPOINT} cannot be reached: go online, or give --{kind} a local folder"
+        advice = f"is not on this machine and {constants.ENDPOINT} cannot be reached: "
+        advice += f"go online, or give --{kind} a local folder"
     elif isinstance(cause, errors.EntryNotFoundError):
         advice = f"lacks a file that it should have ({one_line(cause)}): check --{kind}_revision"
     else:
@@ -598,14 +611,16 @@ class HubStream(io.RawIOBase):
 
 
 def download(corpus, path, target):
-    """Fetch a file of the corpus to `target`, which is complete and has the Hub's checksum, or absent; goes on where it stopped."""
+    """Fetch a file of the corpus to `target`, which is complete and has the Hub's checksum, or absent; goes on where it
+    stopped.
+    """
     from filelock import FileLock
 
     size, checksum = corpus.files[path]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     with FileLock(f"{partial}.lock"):
-        for attempt in range(2):
+        for _ in range(2):
             if target.exists():
                 return
             with open(partial, "ab") as file, HubStream(corpus, path, file.tell()) as stream:
@@ -649,7 +664,9 @@ class Corpus:
     files: dict[str, list] = field(default_factory=dict)
 
     def find(self, pattern, split, accents=None):
-        """[(accent folder, path)] of a split's files that match "audio/{accent}/{split}/..." patterns, only of `accents` if given."""
+        """[(accent folder, path)] of a split's files that match "audio/{accent}/{split}/..." patterns, only of
+        `accents` if given.
+        """
         pattern = re.compile(pattern.format(accent="([^/]+)", split=split))
         matches = [match for match in map(pattern.fullmatch, sorted(self.files)) if match]
         return [(match[1], match[0]) for match in matches if accents is None or match[1] in accents]
@@ -795,7 +812,8 @@ def decode_audio(data):
                 raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
             samples, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
     except (soundfile.SoundFileError, OSError) as error:
-        # libsndfile's own words: the exception's text holds a memory address, and a prepared file must not differ by it.
+        # libsndfile's own words: the exception's text holds a memory address, and a prepared file must not differ by
+        # it.
         raise ValueError(getattr(error, "error_string", None) or one_line(error)) from error
     if not np.isfinite(samples).all():
         raise ValueError("it holds samples that are not numbers")
@@ -862,7 +880,8 @@ def make_clip(key, split, accent, row, audio=None, problem=""):
 
 
 def archive_members(stream):
-    """Yield (name, bytes, problem) for each member of a tar.gz that is read as a stream; raises DAMAGE if it is corrupt.
+    """Yield (name, bytes, problem) for each member of a tar.gz that is read as a stream; raises DAMAGE if it is
+    corrupt.
 
     gzip under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end.
     """
@@ -886,7 +905,9 @@ DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile)
 
 
 def archive_clips(corpus, accent, archive, stream):
-    """Yield the rows of a prepared file for each clip of an archive read from `stream`; damage ends it with a row that says so."""
+    """Yield the rows of a prepared file for each clip of an archive read from `stream`; damage ends it with a row that
+    says so.
+    """
     split, count = archive.split("/")[2], 0
     rows = corpus.transcripts(accent, split)
     try:
@@ -989,7 +1010,8 @@ def check_disk(corpus, todo, splits, accents, num_proc):
     need, free = disk_needed(corpus, todo, splits, accents, num_proc)[0], shutil.disk_usage(corpus.data_dir).free
     if need > free:
         raise RunError(
-            f"preparing {len(todo)} archives needs {need / 1e9:.1f} GB in {corpus.data_dir} and {free / 1e9:.1f} GB are free: "
+            f"preparing {len(todo)} archives needs {need / 1e9:.1f} GB in {corpus.data_dir} and {free / 1e9:.1f} GB "
+            f"are free: "
             "choose another --data_dir, fewer --accents, or a lower --num_proc"
         )
 
@@ -1013,12 +1035,15 @@ def prepare_corpus(corpus, splits, accents, num_proc):
             failures = prepare_archives(corpus, todo, num_proc)
             if failures:
                 raise RunError(
-                    f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready; the first: {failures[0]}"
+                    f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready; the first: "
+                    f"{failures[0]}"
                 )
 
 
 def prepare_archives(corpus, todo, num_proc):
-    """Convert archives [(accent, path)] in parallel, with a progress bar; returns the errors of those that could not be."""
+    """Convert archives [(accent, path)] in parallel, with a progress bar; returns the errors of those that could not
+    be.
+    """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
@@ -1044,7 +1069,8 @@ def prepare_archives(corpus, todo, num_proc):
                 bar.update()
         except BrokenProcessPool as error:
             raise RunError(
-                "a process that prepares audio was killed, most likely for want of memory: run the same command again with "
+                "a process that prepares audio was killed, most likely for want of memory: run the same command again "
+                "with "
                 "a lower --num_proc"
             ) from error
         except BaseException:
@@ -1070,7 +1096,7 @@ def load_split(corpus, split, accents):
 
 
 def balanced_shares(archives, sizes, count):
-    """`archives` dealt out to `count` shares of nearly the same bytes: each, the largest first, to the smallest share."""
+    """`archives` dealt out to `count` shares of nearly equal bytes: the largest first, each to the smallest share."""
     shares = [[] for _ in range(count)]
     for archive in sorted(archives, key=lambda archive: -sizes[archive[1]][0]):
         min(shares, key=lambda share: sum(sizes[path][0] for _, path in share)).append(archive)
@@ -1104,15 +1130,16 @@ class TrainingStream:
     """The training clips of this process as endless batches: pass after pass over its share of the archives. Mixed with
     torch's IterableDataset; `loader_options` are those of the DataLoader that makes the batches.
 
-    Shares are balanced by bytes among the processes and among their workers; a worker that is through waits for the others,
-    so nothing comes again before all of the process's share was seen.
+    Shares are balanced by bytes among the processes and among their workers; a worker that is through waits for the
+    others, so nothing comes again before all of the process's share was seen.
     """
 
     def __init__(self, corpus, accents, args, check, training, seed):
         archives = corpus.archives("train", accents)
         if len(archives) < training.world_size:
             raise UsageError(
-                f"--streaming has {len(archives)} training archives for {training.world_size} processes; use fewer, or leave it out"
+                f"--streaming has {len(archives)} training archives for {training.world_size} processes; use fewer, "
+                f"or leave it out"
             )
         mine = balanced_shares(archives, corpus.files, training.world_size)[training.process_index]
         self.workers = min(training.dataloader_num_workers, len(mine))
@@ -1146,7 +1173,9 @@ class TrainingStream:
 
 @dataclass
 class Selection:
-    """The clips of a split that a run uses, and those that it had to leave out (`skipped`: columns of skipped_clips.csv)."""
+    """The clips of a split that a run uses, and those that it had to leave out (`skipped`: columns of
+    skipped_clips.csv).
+    """
 
     clips: object
     rows: list[dict]
@@ -1204,7 +1233,9 @@ def csv_lines(rows):
 
 
 def append_skipped(path, clip, reason):
-    """Add a line to skipped_clips.csv, once a clip, from any process: one write to a file opened for appending is whole."""
+    """Add a line to skipped_clips.csv, once a clip, from any process: one write to a file opened for appending is
+    whole.
+    """
     line = csv_lines([skipped_row(clip, reason)])
     try:
         if line not in path.read_text(encoding="utf-8"):
@@ -1221,8 +1252,10 @@ def reason_kind(reason):
 
 # ---------------------------------------------------------------- text
 
+GREEK = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩαβγδεζηθικλμνξοπρςστυφχψω"
 # What a character becomes that the tokenizer lacks and that Unicode does not decompose; symbols become the words that a
-# reader voices. Labels and scored texts share this one mapping: the model can only write what its labels had. A character
+# reader voices. Labels and scored texts share this one mapping: the model can only write what its labels had. A
+# character
 # neither here nor decomposable is dropped from labels, and counted.
 FOLDS = {
     "‘": "'", "’": "'", "‚": "'", "‛": "'", "`": "'", "´": "'", "ʼ": "'", "′": "'", "“": '"', "”": '"', "„": '"',
@@ -1233,8 +1266,7 @@ FOLDS = {
     "ŋ": "n", "Ŋ": "N", "ɓ": "b", "Ɓ": "B", "ɗ": "d", "Ɗ": "D", "ƙ": "k", "Ƙ": "K", "ƴ": "y", "ɣ": "g", "ł": "l",
     "đ": "d", "ı": "i",
     # Greek letters are read by their names, but for the micro of units.
-    **{letter: unicodedata.name(letter).split()[-1].lower() for letter in map(chr, [*range(0x391, 0x3A2), *range(0x3A3, 0x3AA),
-                                                                                    *range(0x3B1, 0x3CA)])},
+    **{letter: unicodedata.name(letter).split()[-1].lower() for letter in GREEK},
     "µ": "u", "μ": "u",
 }  # fmt: skip
 FOLD_TABLE = str.maketrans(FOLDS)
@@ -1295,7 +1327,7 @@ class LabelEncoder:
         return "-" if unicodedata.category(character) == "Pd" else ""
 
     def fold(self, text):
-        """The transcript in the characters that the tokenizer covers; what had to be dropped is counted in `dropped`."""
+        """The transcript in the characters that the tokenizer covers; what is dropped is counted in `dropped`."""
         text = normalize_wer(text) if self.target_text == "words" else tidy(text)
         if not self.covered("("):
             # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
@@ -1335,7 +1367,8 @@ def normalize_wer(text):
 def normalize_paper(text):
     """The text that `wer_paper` compares: the AfriSpeech authors' own steps, in their order.
 
-    Source: the evaluation code of github.com/intron-innovation/AfriSpeech-200 (Olatunji et al. 2023, arXiv 2310.00274). A lone
+    Source: the evaluation code of github.com/intron-innovation/AfriSpeech-200 (Olatunji et al. 2023, arXiv 2310.00274).
+    A lone
     newline glues two words, and punctuation counts: the published figures depend on both.
     """
     text = re.sub(r"\s{2,}", " ", text).strip()
@@ -1373,7 +1406,7 @@ def logit_lengths(model, input_lengths):
 
 
 def input_length(extractor, samples):
-    """Frames of a clip of `samples`, without centring: 1 + (samples - window) // hop; samples for models on waveforms."""
+    """Frames of `samples`, without centring: 1 + (samples - window) // hop; samples for models on waveforms."""
     return 1 + (samples - extractor.win_length) // extractor.hop_length if hasattr(extractor, "hop_length") else samples
 
 
@@ -1390,7 +1423,8 @@ def shortest_clip(model, extractor):
 class ClipCheck:
     """Says why a clip cannot be used, "" if it can: check(row).
 
-    Dev and test clips are never left out for their length: short ones are padded, long ones scored in windows. It holds no
+    Dev and test clips are never left out for their length: short ones are padded, long ones scored in windows. It holds
+    no
     model, because streaming hands it to worker processes.
     """
 
@@ -1486,7 +1520,7 @@ class CTCCollator:
 
 
 def decode_ids(processor, ids):
-    """Greedy CTC text of a clip's frame ids: repeats collapsed, blanks (the padding token) and special tokens dropped."""
+    """Greedy CTC text of a clip's frame ids: repeats collapsed, blanks (padding) and special tokens dropped."""
     return " ".join(processor.tokenizer.decode(ids, skip_special_tokens=True).split())
 
 
@@ -1522,7 +1556,7 @@ class Windows:
 
 
 def window_spans(num_samples, window, overlap):
-    """[(first, last sample)] of windows of `window` samples whose inner parts, without `overlap` a side, tile the clip."""
+    """[(first, last sample)] of windows of `window` samples; without `overlap` a side they tile the clip."""
     step = window - 2 * overlap
     spans = [(0, min(window, num_samples))]
     while spans[-1][1] < num_samples:
@@ -1534,7 +1568,8 @@ def window_spans(num_samples, window, overlap):
 def plan_spans(model, extractor, num_samples, window_seconds):
     """The `Span`s of clips of `num_samples`, the longest first, so that what does not fit in memory shows at once.
 
-    Clips longer than `window_seconds` are cut into overlapping windows, whose logits are kept from the middle of the overlap.
+    Clips longer than `window_seconds` are cut into overlapping windows, whose logits are kept from the middle of the
+    overlap.
     """
     import torch
 
@@ -1615,7 +1650,8 @@ def run_batch(model, batch, device):
     except torch.OutOfMemoryError as error:
         if size == 1:
             raise RunError(
-                "the GPU's memory is full with a single clip to write down: try a lower --window_seconds, or --use_cpu true"
+                "the GPU's memory is full with a single clip to write down: try a lower --window_seconds, or "
+                "--use_cpu true"
             ) from error
     torch.cuda.empty_cache()
     ids, loss = [], 0.0
@@ -1630,7 +1666,8 @@ def run_batch(model, batch, device):
 # What readers say for punctuation and layout. Many AfriSpeech speakers voice it although the prompt has only the sign.
 SPOKEN_PUNCTUATION = re.compile(
     r"\b(?:full stop|period|comma|semi ?colon|colon|question mark|exclamation mark|hyphen|dash|slash|apostrophe|"
-    r"(?:open|close)(?:d)? (?:bracket|brackets|parenthesis|quote|quotes)|next line|new line|next paragraph|new paragraph)\b"
+    r"(?:open|close)(?:d)? (?:bracket|brackets|parenthesis|quote|quotes)|"
+    r"next line|new line|next paragraph|new paragraph)\b"
 )
 
 
@@ -1663,7 +1700,9 @@ def error_rates_metric():
 
 
 def error_counts(references, hypotheses, characters=False):
-    """Errors of each pair, an int array (pairs, 4): substitutions, deletions, insertions, words (or characters) of the reference."""
+    """Errors of each pair, an int array (pairs, 4): substitutions, deletions, insertions, words (or characters) of the
+    reference.
+    """
     import jiwer
 
     if not references:
@@ -1690,7 +1729,8 @@ def rate(counts):
 def bootstrap_rates(counts, speakers, draws=BOOTSTRAP_DRAWS, seed=0):
     """WERs of `draws` resamplings of the speakers, shape (draws,).
 
-    Whole speakers are drawn because their clips are not independent (Bisani & Ney 2004, doi 10.1109/ICASSP.2004.1326009;
+    Whole speakers are drawn because their clips are not independent (Bisani & Ney 2004, doi
+    10.1109/ICASSP.2004.1326009;
     blocks: arXiv 1912.09508). The same seed and speakers draw the same speakers, which pairs two systems.
     """
     names, block = np.unique(speakers, return_inverse=True)
@@ -1725,7 +1765,7 @@ def group_names(row, kind, train_accents):
 
 @dataclass
 class Scored:
-    """A system's texts on a set of clips: `counts` {rate name: error_counts}, and `scores`, the SCORES of metrics.json."""
+    """A system's texts on a set of clips: `counts` {rate name: error_counts}, and the SCORES of metrics.json."""
 
     rows: list[dict]
     texts: list[str]
@@ -1817,13 +1857,15 @@ def compare(baseline, finetuned):
 NEGATIONS = re.compile(r"no|not|nor|none|never|without|negative|denie[sd]|deny|absent|cannot|\w+n't")
 ERROR_NAMES = {"substitute": "confusions", "insert": "insertions", "delete": "deletions"}  # jiwer's names and ours
 NUMBERS = re.compile(
-    r"\w*\d\w*|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|sixty|"
-    r"seventy|eighty|ninety|hundred|thousand|million|half|once|twice"
+    r"\w*\d\w*|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|"
+    r"sixty|seventy|eighty|ninety|hundred|thousand|million|half|once|twice"
 )
 
 
 def clinical_words(rows):
-    """Words at least 5 times in clinical references and, by frequency, at least 10 times as common there as in general ones."""
+    """Words at least 5 times in clinical references and, by frequency, at least 10 times as common there as in general
+    ones.
+    """
     counts = {
         domain: Counter(word for row in rows if row["domain"] == domain for word in normalize_wer(row["text"]).split())
         for domain in DOMAINS
@@ -1916,7 +1958,9 @@ def group_summary(kind, after):
     if len(large) < 2:
         return f"Fewer than two groups have {MIN_GROUP_SPEAKERS} speakers and {MIN_GROUP_WORDS} words: none is ranked."
     worst = max(large, key=large.get)
-    return f"Macro average over {len(large)} groups that are large enough: {percent(np.mean(list(large.values())))}; the worst is {worst}, {percent(large[worst])}."
+    mean = percent(np.mean(list(large.values())))
+    average = f"Macro average over {len(large)} groups that are large enough: {mean}"
+    return f"{average}; the worst is {worst}, {percent(large[worst])}."
 
 
 def error_sections(baseline, finetuned):
@@ -2000,13 +2044,15 @@ def report_lines(title, baseline, finetuned, delta, notes, pictures):
     if delta:
         lines += [
             f"WER changes by {points(delta)} points (95 % interval over speakers, paired); probability of improvement "
-            f"{percent(delta['probability_of_improvement'])}. {percent(delta['clips_better'])} of the clips are better, "
+            f"{percent(delta['probability_of_improvement'])}. {percent(delta['clips_better'])} of the clips are "
+            f"better, "
             f"{percent(delta['clips_equal'])} equal, {percent(delta['clips_worse'])} worse.",
             "",
         ]
     else:
         lines += [
-            f"WER {percent(last['wer'])}, 95 % interval over speakers {percent(last['wer_ci95'][0])} to {percent(last['wer_ci95'][1])}.",
+            f"WER {percent(last['wer'])}, 95 % interval over speakers {percent(last['wer_ci95'][0])} to "
+            f"{percent(last['wer_ci95'][1])}.",
             "",
         ]
     lines += [note + "\n" for note in notes]
@@ -2174,7 +2220,8 @@ def write_model_card(final, results, args, metrics):
 {yaml.safe_dump(header, sort_keys=False)}---
 # {model} adapted to African-accented English
 
-Fine-tuned on {dataset}, {plural(train["clips"], "clip")} and {train["hours"]:.1f} hours, by `{PROGRAM}`. The scores below are
+Fine-tuned on {dataset}, {plural(train["clips"], "clip")} and {train["hours"]:.1f} hours, by `{PROGRAM}`. The scores
+below are
 of its test split, whose speakers are not in training.
 
 ```python
@@ -2187,8 +2234,9 @@ ids = model.generate(**processor(audio, sampling_rate=16000))
 print(processor.batch_decode(ids, skip_special_tokens=True)[0])
 ```
 
-The base model's terms (Health AI Developer Foundations) hold for this derivative too; AfriSpeech-200 is CC-BY-NC-SA-4.0, for
-non-commercial use. Not a medical device: a person checks every transcript that a decision rests on.
+The base model's terms (Health AI Developer Foundations) hold for this derivative too; AfriSpeech-200 is
+CC-BY-NC-SA-4.0, for non-commercial use. Not a medical device: a person checks every transcript that a decision rests
+on.
 
 Made with `{args.command}`; {versions}.
 
@@ -2203,9 +2251,11 @@ SCORE_KEYS = ("speaker", "accent", "country", "domain", "gender", "age_group")
 
 
 def read_score_file(path):
-    """(rows, pred_texts, baseline_texts or None, notes, rows left out) of a JSONL or CSV file in the keys of predictions_test.jsonl.
+    """(rows, pred_texts, baseline_texts or None, notes, rows left out) of a JSONL or CSV file in the keys of
+    predictions_test.jsonl.
 
-    A row without a reference or a text is left out and named in the notes. Raises UsageError for a file of another kind.
+    A row without a reference or a text is left out and named in the notes. Raises UsageError for a file of another
+    kind.
     """
     try:
         content = Path(path).read_text(encoding="utf-8-sig")
@@ -2226,7 +2276,8 @@ def read_score_file(path):
         ]
         if lacking:
             notes.append(
-                f"Row {number} ({entry.get('audio_filepath') or 'no audio_filepath'}) has no {' and no '.join(lacking)}: left out."
+                f"Row {number} ({entry.get('audio_filepath') or 'no audio_filepath'}) has no "
+                f"{' and no '.join(lacking)}: left out."
             )
             continue
         seconds = to_number(entry.get("duration"))
@@ -2246,7 +2297,8 @@ def read_score_file(path):
     unknown = sum(row["num_samples"] is None for row in rows)
     if unknown:
         notes.append(
-            f"{plural(unknown, 'row')} without a duration: in the group 'unknown', and not among clips under {PAPER_SECONDS} s."
+            f"{plural(unknown, 'row')} without a duration: in the group 'unknown', and not among clips under "
+            f"{PAPER_SECONDS} s."
         )
     with_baseline = all(isinstance(text, str) for text in before)
     if not with_baseline and any(isinstance(text, str) and text for text in before):
@@ -2259,7 +2311,8 @@ def read_score_file(path):
 # float16 ends at 65,504. A module whose inputs or outputs come within a factor of 8 of that is run in float32, so that
 # activations may still grow while training.
 HALF_PRECISION_LIMIT = 65_504 / 8
-# The gradient scaler halves its scale at each skipped update, so a run starts with a few; so many in a row are overflow.
+# The gradient scaler halves its scale at each skipped update, so a run starts with a few; so many in a row are
+# overflow.
 MAX_SKIPPED_UPDATES = 10
 
 
@@ -2299,8 +2352,8 @@ class Float32(Guarded):
 class FiniteStatistics(Guarded):
     """A BatchNorm that keeps what overflows out of its running statistics.
 
-    The gradient scaler skips the update of a batch that overflows, but the forward pass has moved the statistics by then:
-    from one infinity on, every evaluation would give blank text while the training loss looks normal.
+    The gradient scaler skips the update of a batch that overflows, but the forward pass has moved the statistics by
+    then: from one infinity on, every evaluation would give blank text while the training loss looks normal.
     """
 
     def forward(self, *inputs, **options):
@@ -2319,7 +2372,9 @@ class FiniteStatistics(Guarded):
 
 
 def activation_peaks(model, batches, device):
-    """{name: largest absolute input or output} of the modules with weights, and the subsampler, over `batches` in float32."""
+    """{name: largest absolute input or output} of the modules with weights, and the subsampler, over `batches` in
+    float32.
+    """
     import torch
 
     peaks = {}
@@ -2349,9 +2404,11 @@ def activation_peaks(model, batches, device):
 
 
 def guard_half_precision(model, batches, device):
-    """Make `model` safe under float16 autocast, by measuring it on `batches`; returns {module: peak} of those in float32.
+    """Make `model` safe under float16 autocast, by measuring it on `batches`; returns {module: peak} of those in
+    float32.
 
-    MedASR's subsampler reaches about 1.1e5 and other activations more: plain float16 gives inf, then NaN. Raises RunError if
+    MedASR's subsampler reaches about 1.1e5 and other activations more: plain float16 gives inf, then NaN. Raises
+    RunError if
     the outputs are not finite all the same.
     """
     import torch
@@ -2480,13 +2537,16 @@ class CTCTraining:
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED_UPDATES:
             raise RunError(
-                f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates in a row, up to update {step}: use --bf16, or lower "
+                f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates in a row, up to update {step}: use --bf16, or "
+                f"lower "
                 "--learning_rate; the last checkpoint is good"
             )
         return norm
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The dev scores, in the way of the test scores: Trainer.evaluate would gather logits, and cut no clip into windows."""
+        """The dev scores, in the way of the test scores: Trainer.evaluate would gather logits, and cut no clip into
+        windows.
+        """
         from transformers.trainer_utils import speed_metrics
 
         start, steps_mark = time.time(), time.monotonic()
@@ -2562,7 +2622,9 @@ def planned_updates(training, clips):
 
 
 def fit_schedule(training, clips):
-    """Shorten the default warm-up and evaluation interval where a run is too short for them; returns the updates planned."""
+    """Shorten the default warm-up and evaluation interval where a run is too short for them; returns the updates
+    planned.
+    """
     updates, _ = planned_updates(training, clips)
     defaults = {item.name: item.default for item in dataclasses.fields(CommonTrainingArguments)}
     if updates < training.eval_steps == defaults["eval_steps"] and training.save_steps == defaults["save_steps"]:
@@ -2575,7 +2637,7 @@ def fit_schedule(training, clips):
 
 
 def guard_trained_model(model, dev, collator, training):
-    """Make the model safe in float16, measured on dev clips (a stream has none to choose from), and say what was done."""
+    """Make the model safe in float16, measured on dev clips (a stream has none), and say what was done."""
     clips = dev.selection.clips
     chosen = [clips[int(index)] for index in np.linspace(0, len(clips) - 1, 16)]
     batches = [collator(chosen[start : start + 4]) for start in range(0, 16, 4)]
@@ -2605,20 +2667,20 @@ def make_trainer(args, training, model, train, dev):
         callbacks.append(mixed(TensorBoardTexts, TensorBoardCallback)(Path(training.output_dir) / "runs", dev))
     if args.early_stopping_patience and training.load_best_model_at_end:
         callbacks.append(mixed(Patience, EarlyStoppingCallback)(args.early_stopping_patience))
-    trainer = mixed(
-        CTCTraining, Trainer
-    )(
+    trainer = mixed(CTCTraining, Trainer)(
         model=model,
         args=training,
         data_collator=CTCCollator(extractor, dev.encoder, args.spec_augment, shortest),
         train_dataset=train,
         eval_dataset=dev.selection.clips,
-        processing_class=dev.processor,  # the whole processor: with the feature extractor alone checkpoints lack the tokenizer
+        processing_class=dev.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
         callbacks=callbacks,
     )
     trainer.dev = dev
-    # LasrForCTC.forward takes **kwargs, from which the Trainer concludes that it averages over accumulated batches by itself.
-    # It does not: without this line, 4 accumulation steps give 4 times the loss and the gradient (transformers issue 47688).
+    # LasrForCTC.forward takes **kwargs, from which the Trainer concludes that it averages over accumulated batches by
+    # itself.
+    # It does not: without this line, 4 accumulation steps give 4 times the loss and the gradient (transformers issue
+    # 47688).
     trainer.model_accepts_loss_kwargs = False
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(mixed(ProgressLines, ProgressCallback))
@@ -2627,7 +2689,9 @@ def make_trainer(args, training, model, train, dev):
 
 
 def checkpoint_to_resume(training):
-    """The checkpoint folder that `--resume_from_checkpoint` means, or None; refuses to mix with an earlier run's checkpoints."""
+    """The checkpoint folder that `--resume_from_checkpoint` means, or None; refuses to mix with an earlier run's
+    checkpoints.
+    """
     from transformers.trainer_utils import get_last_checkpoint
 
     output = Path(training.output_dir)
@@ -2676,7 +2740,9 @@ def train_model(trainer, checkpoint, updates):
 
 
 def transcribe_files(args, training):
-    """Print the text of each file of --transcribe; a file that cannot be read is named on stderr. Returns the exit status."""
+    """Print the text of each file of --transcribe; a file that cannot be read is named on stderr. Returns the exit
+    status.
+    """
     processor, model = load_processor_and_model(args)
     names, clips, status = [], [], 0
     for path in args.transcribe:
@@ -2734,18 +2800,21 @@ def dry_run(args, training, corpus, accents):
         for accent, count in Counter(row["accent"] for row in rows).most_common():
             own = [row for row in rows if row["accent"] == accent]
             say(
-                f"    {accent:<24}{plural(count, 'clip'):>14}{hours(own):>9.2f} h{plural(totals(own)['speakers'], 'speaker'):>16}"
+                f"    {accent:<24}{plural(count, 'clip'):>14}{hours(own):>9.2f} "
+                f"h{plural(totals(own)['speakers'], 'speaker'):>16}"
             )
     splits = splits_to_prepare(args)
     todo = corpus.unprepared(splits, accents)
     fetched = 0 if corpus.folder else sum(corpus.files[path][0] for _, path in todo)
     peak, kept = disk_needed(corpus, todo, splits, accents, args.num_proc)
     say(
-        f"  to fetch {fetched / 1e9:.2f} GB in {len(todo)} archives; to keep {kept / 1e9:.2f} GB in {args.data_dir}, at the peak {peak / 1e9:.2f} GB"
+        f"  to fetch {fetched / 1e9:.2f} GB in {len(todo)} archives; to keep {kept / 1e9:.2f} GB in {args.data_dir}, "
+        f"at the peak {peak / 1e9:.2f} GB"
     )
     updates, an_epoch = planned_updates(training, train)
     say(
-        f"  {updates:,} updates, {an_epoch:,} an epoch, of {training.per_device_train_batch_size} clips x {training.gradient_accumulation_steps} "
+        f"  {updates:,} updates, {an_epoch:,} an epoch, of {training.per_device_train_batch_size} clips x "
+        f"{training.gradient_accumulation_steps} "
         f"accumulation steps x {training.world_size} devices"
     )
     return 0
@@ -2773,7 +2842,9 @@ def refuse_empty(split, rows):
 
 
 def select_splits(args, corpus, accents, splits, check, training):
-    """{split: Selection}, with what was left out written to skipped_clips.csv and said; raises RunError for an empty split."""
+    """{split: Selection}, with what was left out written to skipped_clips.csv and said; raises RunError for an empty
+    split.
+    """
     limits = {"train": args.max_train_samples, "dev": args.max_eval_samples, "test": args.max_test_samples}
     selections = {}
     for split in splits:
@@ -2820,7 +2891,8 @@ def score_split(model, processor, selection, args, training, train_accents):
 
 def window_note(selection, args):
     longer = sum(row["num_samples"] > args.window_seconds * SAMPLE_RATE for row in selection.rows)
-    return f"{plural(longer, 'clip')} over {args.window_seconds:g} s scored in overlapping windows; none left out for its length."
+    scored = f"{plural(longer, 'clip')} over {args.window_seconds:g} s scored in overlapping windows"
+    return f"{scored}; none left out for its length."
 
 
 def run(args, training):
@@ -2853,10 +2925,13 @@ def run(args, training):
 
 
 def fit_and_score(args, training, corpus, accents, processor, model, checkpoint):
-    """From a loaded model and prepared audio to results and, unless --eval_only, a final model; returns the exit status."""
+    """From a loaded model and prepared audio to results and, unless --eval_only, a final model; returns the exit
+    status.
+    """
     if not args.eval_only and model.config.model_type != "lasr_ctc":
         raise UsageError(
-            f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be fine-tuned; any CTC model "
+            f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be "
+            f"fine-tuned; any CTC model "
             "can be scored with --eval_only"
         )
     encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
@@ -2903,7 +2978,8 @@ def fit_and_score(args, training, corpus, accents, processor, model, checkpoint)
         if args.push_to_hub:
             push_to_hub(training, output / "final")
         say(
-            f"\nmodel: {output / 'final'}\nresults: {output / 'results'}\ncurves: tensorboard --logdir {output / 'runs'}"
+            f"\nmodel: {output / 'final'}\nresults: {output / 'results'}\ncurves: tensorboard --logdir "
+            f"{output / 'runs'}"
         )
     return 0
 
@@ -2922,7 +2998,7 @@ def write_test_scores_to_tensorboard(output, metrics, step):
 
 
 def main(argv=None):
-    """Run the command line `argv` (sys.argv's if None); returns 0, 2 for a usage error, 1 for an error while running."""
+    """Run the command line `argv` (sys.argv's if None); returns 0, 2 for a usage error, 1 for one while running."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args, training = parse_arguments(argv)

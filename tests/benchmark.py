@@ -52,7 +52,8 @@ def full_size_model(folder, layers):
     processor.save_pretrained(folder)
     parameters = sum(weight.numel() for weight in model.parameters())
     print(
-        f"model: MedASR's configuration, {layers} layers, {parameters / 1e6:.2f} M parameters, subsampler output up to {reached:.3g}"
+        f"model: MedASR's configuration, {layers} layers, {parameters / 1e6:.2f} M parameters, subsampler output up "
+        f"to {reached:.3g}"
     )
 
 
@@ -97,7 +98,7 @@ def train_on_gpu(model, precision, steps, batch_size, folder):
 
 
 def train_on_cpu(folder, data, steps, batch_size, guarded):
-    """The same under CPU autocast in float16, without the Trainer, which offers no fp16 on a CPU; returns the losses."""
+    """The same under CPU autocast in float16, without the Trainer, which has no fp16 there; returns the losses."""
     import torch
 
     args, training = finetune_medasr.parse_arguments(
@@ -162,7 +163,8 @@ def benchmark_gpu(options):
                 speeds = sorted(entry["audio_seconds_per_second"] for entry in history)
                 good &= report_losses(precision, [entry["loss"] for entry in history], speeds[len(speeds) // 2])
                 print(
-                    f"  {time.monotonic() - start:.0f} s with loading and scoring, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the most"
+                    f"  {time.monotonic() - start:.0f} s with loading and scoring, "
+                    f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the most"
                 )
             return 0 if good else 1
         print("no CUDA GPU: float16 autocast on the CPU instead, without the Trainer")
@@ -178,7 +180,7 @@ def benchmark_gpu(options):
         )
 
 
-# ---- prepare ----------------------------------------------------------------------------------------------------------
+# ---- prepare ---------------------------------------------------------------------------------------------------------
 
 
 def fixture_speech():
@@ -196,7 +198,9 @@ def fixture_speech():
 
 
 def make_corpus(folder, megabytes):
-    """A corpus of one archive in AfriSpeech-200's form, 44.1 kHz stereo WAV clips of 10 to 20 s; returns (clips, seconds)."""
+    """A corpus of one archive in AfriSpeech-200's form, 44.1 kHz stereo WAV clips of 10 to 20 s; returns (clips,
+    seconds).
+    """
     import numpy as np
     import soundfile
     import soxr
@@ -220,7 +224,8 @@ def make_corpus(folder, megabytes):
             member.size = buffer.tell()
             tar.addfile(member, io.BytesIO(buffer.getvalue()))
             rows.append(
-                f"speaker,igbo,The patient has a fever.,/AfriSpeech-100/train/session/{len(rows)}.wav,{len(mono) / 44_100:.3f},clinical"
+                f"speaker,igbo,The patient has a "
+                f"fever.,/AfriSpeech-100/train/session/{len(rows)}.wav,{len(mono) / 44_100:.3f},clinical"
             )
             seconds += len(mono) / 44_100
     transcripts.write_text("\n".join(rows) + "\n")
@@ -283,7 +288,9 @@ def memory_of_group(group):
 
 
 def measured(command, folder):
-    """{"wall", "cpu" in seconds, "memory", "disk" in bytes at the peak, "kept" in bytes} of a command that writes to `folder`."""
+    """{"wall", "cpu" in seconds, "memory", "disk" in bytes at the peak, "kept" in bytes} of a command that writes to
+    `folder`.
+    """
     peaks, stop = {"memory": 0, "disk": 0}, threading.Event()
     start = time.monotonic()
     with open(folder.with_suffix(".log"), "w") as log:
@@ -318,7 +325,8 @@ def benchmark_prepare(options):
         make_corpus(folder / "one", 0)  # one clip: what starting the program costs
         archive = sum(path.stat().st_size for path in folder.glob("full/audio/*/*/*.tar.gz"))
         print(
-            f"one archive of {archive / 1e6:.0f} MB: {clips} clips, {seconds / 3600:.2f} h; a single process converts it"
+            f"one archive of {archive / 1e6:.0f} MB: {clips} clips, {seconds / 3600:.2f} h; a single process converts "
+            f"it"
         )
         figures = []
         for name in ("ours", "usual"):
@@ -356,10 +364,12 @@ def benchmark_prepare(options):
         for label, key, scale in rows:
             print(f"{label:<50}{ours[key] * scale:>12.1f}{usual[key] * scale:>12.1f}{usual[key] / ours[key]:>8.1f}")
         print(
-            f"{'clips an hour on one core':<50}{3600 / ours['clip']:>12,.0f}{3600 / usual['clip']:>12,.0f}{usual['clip'] / ours['clip']:>8.1f}"
+            f"{'clips an hour on one core':<50}{3600 / ours['clip']:>12,.0f}{3600 / usual['clip']:>12,.0f}"
+            f"{usual['clip'] / ours['clip']:>8.1f}"
         )
         print(
-            "The usual way caches log-mels; this script computes them when it makes a batch, in the workers that feed the GPU."
+            "The usual way caches log-mels; this script computes them when it makes a batch, in the workers that feed "
+            "the GPU."
         )
     return 0
 

@@ -1,4 +1,4 @@
-"""What several test files run once: the demo, the Hub's copy of the small corpus, and the program as a user starts it."""
+"""What several test files run once: the demo, the Hub's copy of the small corpus, the program as a user starts it."""
 
 import csv
 import io
@@ -36,7 +36,9 @@ def run_script(*arguments, cwd, env=None, launcher=(sys.executable,), timeout=90
 
 
 def error_line(stderr):
-    """The message of the program on a stderr that holds nothing else but progress bars and the Hub client announcing retries."""
+    """The message of the program on a stderr that holds nothing else but progress bars and the Hub client announcing
+    retries.
+    """
     lines = [
         line
         for line in re.split(r"[\r\n]+", stderr)

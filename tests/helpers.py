@@ -1,4 +1,6 @@
-"""What several test files need: the small processor, small random models of its class, sounds, and the script's own arguments."""
+"""What several test files need: the small processor, small random models of its class, sounds, and the script's own
+arguments.
+"""
 
 import functools
 import io
@@ -23,7 +25,9 @@ def small_processor():
 
 
 def random_model(**encoder_config):
-    """A LASR of the small model's shape with the same random weights each time, in eval mode; no dropout unless asked for."""
+    """A LASR of the small model's shape with the same random weights each time, in eval mode; no dropout unless asked
+    for.
+    """
     import torch
     from transformers import AutoConfig, LasrForCTC
 
@@ -87,7 +91,9 @@ def make_selection(texts_and_samples, split):
 
 
 def parse(output_dir, *flags):
-    """(args, training) of a command line on the small model, on the CPU, without evaluation, checkpoints and TensorBoard."""
+    """(args, training) of a command line on the small model, on the CPU, without evaluation, checkpoints and
+    TensorBoard.
+    """
     quiet = (
         "--use_cpu true --dataloader_num_workers 0 --dataloader_pin_memory false --report_to none --disable_tqdm true"
     )

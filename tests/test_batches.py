@@ -17,7 +17,9 @@ def rows_of(*texts_and_samples):
 
 
 def samples_for(logits):
-    """The shortest clip that gives so many logits: two convolutions of kernel 5 and stride 2 over frames of 400 samples every 160."""
+    """The shortest clip that gives so many logits: two convolutions of kernel 5 and stride 2 over frames of 400 samples
+    every 160.
+    """
     return 400 + 160 * (4 * logits + 8)
 
 
@@ -301,7 +303,7 @@ def test_texts_come_back_in_the_order_of_the_clips(tmp_path):
 
 
 def overflowing_model(part):
-    """A LASR one of whose parts passes float16's 65,504, as MedASR's subsampler does; what it computes stays ordinary."""
+    """A LASR one of whose parts passes float16's 65,504, as MedASR's subsampler does; its outputs are ordinary."""
     model = random_model()
     with torch.no_grad():
         if part == "subsampler":

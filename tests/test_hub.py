@@ -36,7 +36,9 @@ def modified(folder, pattern):
 
 @pytest.fixture(scope="module")
 def first_run(hub_corpus, tmp_path_factory):
-    """The default command line with fewer updates, in an empty folder, by someone who is logged in; the Hub goes away after it."""
+    """The default command line with fewer updates, in an empty folder, by someone who is logged in; the Hub goes away
+    after it.
+    """
     folder = tmp_path_factory.mktemp("first_run")
     with open_hub(hub_corpus) as hub:
         env = hub.env(folder, HF_TOKEN=GOOD)
@@ -102,7 +104,8 @@ def test_archives_are_gone_afterwards_and_transcripts_are_kept(first_run, hub_co
 @pytest.mark.slow
 def test_a_second_run_needs_no_hub_and_prepares_nothing_again(first_run):
     prepared = modified(first_run.folder / "audio", "*.arrow")
-    flags = "--max_steps 1 --skip_baseline --max_train_samples 8 --max_eval_samples 2 --max_test_samples 3 --data_dir audio --output_dir again".split()
+    flags = """--max_steps 1 --skip_baseline --max_train_samples 8 --max_eval_samples 2 --max_test_samples 3
+        --data_dir audio --output_dir again""".split()
     done = run_script(*flags, cwd=first_run.folder, env={**first_run.env, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "preparing audio" not in done.stderr

@@ -4,6 +4,7 @@ Without a GPU the mechanism runs on the CPU: its autocast and GradScaler, DataPa
 """
 
 import copy
+import itertools
 import os
 import pickle
 import re
@@ -134,7 +135,8 @@ def test_nothing_of_the_guard_is_in_the_saved_model(tmp_path, clips):
     plain.save_pretrained(tmp_path / "plain")
     trainer = make_trainer(tmp_path / "out", clips, half=True)
     trainer.save_model(tmp_path / "final")
-    assert load_json(tmp_path / "final/config.json") == {**load_json(tmp_path / "plain/config.json"), "use_cache": False}
+    expected = {**load_json(tmp_path / "plain/config.json"), "use_cache": False}
+    assert load_json(tmp_path / "final/config.json") == expected
     saved = AutoModelForCTC.from_pretrained(tmp_path / "final")
     assert not [module for module in saved.modules() if isinstance(module, script.Guarded)]
     assert saved.state_dict().keys() == plain.state_dict().keys()
@@ -268,9 +270,10 @@ sys.exit(script.main(sys.argv[1:]))
 def test_two_processes_draw_each_clip_once_an_epoch_across_an_interruption(demo, tmp_path):
     """Four updates an epoch; stopped after six, in the second epoch, and resumed for the rest of three."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    flags = f"""--model {MODEL} --dataset {CORPUS} --data_dir {demo.audio} --use_cpu true --ddp_backend gloo --skip_baseline
-        --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --eval_steps 6 --save_steps 6 --logging_steps 1
-        --max_train_samples 16 --max_eval_samples 2 --max_test_samples 2 --dataloader_num_workers 0 --warmup_steps 2""".split()
+    flags = f"""--model {MODEL} --dataset {CORPUS} --data_dir {demo.audio} --use_cpu true --ddp_backend gloo
+        --skip_baseline --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --eval_steps 6 --save_steps 6
+        --logging_steps 1 --max_train_samples 16 --max_eval_samples 2 --max_test_samples 2
+        --dataloader_num_workers 0 --warmup_steps 2""".split()
     (tmp_path / "recorded.py").write_text(RECORDED)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(script.__file__).parent)}
     drawn = {}
@@ -281,11 +284,10 @@ def test_two_processes_draw_each_clip_once_an_epoch_across_an_interruption(demo,
             arguments = [*flags, "--max_steps", max_steps, "--output_dir", "out", *more]
             done = run_script(*arguments, cwd=folder, launcher=launcher, env=env, script=tmp_path / "recorded.py")
             assert done.returncode == 0, done.stderr[-3000:]
-        parts = [[folder / f"drawn-{rank}-{resumed}.txt" for resumed in (False, True)[: len(runs)]] for rank in range(2)]
-        # accelerate collates one batch ahead, which an interruption throws away.
-        drawn[name] = [
-            sum((path.read_text().splitlines()[: 12 // len(runs)] for path in paths), []) for paths in parts
-        ]
+        drawn[name] = [[], []]
+        for rank, resumed in itertools.product(range(2), (False, True)[: len(runs)]):
+            lines = (folder / f"drawn-{rank}-{resumed}.txt").read_text().splitlines()
+            drawn[name][rank] += lines[: 12 // len(runs)]  # one batch is collated ahead, and lost in an interruption
     assert drawn["straight"] == drawn["stopped"]
     assert [len(lines) for lines in drawn["stopped"]] == [12, 12]
     epochs = []
@@ -300,7 +302,8 @@ def test_two_processes_draw_each_clip_once_an_epoch_across_an_interruption(demo,
 def test_patience_goes_on_after_a_resumption(tmp_path, clips):
     """The dev WER never changes, so each evaluation after the first is one without a better score."""
     common = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1,
-              "--load_best_model_at_end", "true", "--learning_rate", "1e-12", "--early_stopping_patience", 3]  # fmt: skip
+              "--load_best_model_at_end", "true", "--learning_rate", "1e-12"]  # fmt: skip
+    common += ["--early_stopping_patience", 3]
     straight = make_trainer(tmp_path / "straight", clips, *common, "--max_steps", 9)
     straight.train()
     assert straight.state.global_step == 4
@@ -341,7 +344,8 @@ def test_two_nodes_that_share_no_folder_train_from_a_stream(tmp_path):
                   "--master_addr", "127.0.0.1", "--master_port", port]  # fmt: skip
         command = list(map(str, [sys.executable, *launch, script.__file__, *flags]))
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        nodes.append(subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        nodes.append(subprocess.Popen(command, cwd=folder, env=env, **output))
     outputs = [node.communicate(timeout=400)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert (tmp_path / "node-0/out/final/model.safetensors").exists() and not (tmp_path / "node-1/out/final").exists()

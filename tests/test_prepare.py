@@ -142,7 +142,7 @@ def hub(hub_corpus):
         yield hub
 
 
-# ---- A preparation that nothing disturbs ------------------------------------------------------------------------------
+# ---- A preparation that nothing disturbs -----------------------------------------------------------------------------
 
 
 def test_each_archive_becomes_one_file_and_is_deleted(prepared):
@@ -237,7 +237,8 @@ def test_another_selection_of_a_prepared_corpus_needs_no_network(prepared):
 
 def test_kept_archives_and_files_of_the_users_cache(prepared, hub, hub_corpus, tmp_path):
     env = hub.env(tmp_path)
-    script = "import sys, huggingface_hub as h; print(h.hf_hub_download(*sys.argv[1:3], repo_type='dataset', revision=sys.argv[3]))"
+    script = "import sys, huggingface_hub as h\n"
+    script += "print(h.hf_hub_download(*sys.argv[1:3], repo_type='dataset', revision=sys.argv[3]))"
     path = "audio/damara/train/train_damara_0.tar.gz"
     cached = subprocess.run(
         [sys.executable, "-c", script, DATASET, path, hub.commit(DATASET)],
@@ -260,7 +261,8 @@ def test_kept_archives_and_files_of_the_users_cache(prepared, hub, hub_corpus, t
         if not name.startswith("train")
     }
     assert digests(tmp_path / "audio") == of_accents(prepared.digests, "damara")
-    # A run that does not keep them deletes them; so it does with what a kill left between a conversion and its deletion.
+    # A run that does not keep them deletes them; so it does with what a kill left between a conversion and its
+    # deletion.
     result = prepare(tmp_path / "audio", "--accents", "damara", env=env)
     assert result.returncode == 0, result.stderr
     assert files_below(tmp_path / "audio", "*.tar.gz") == []
@@ -326,7 +328,8 @@ def test_two_preparations_at_once_share_the_work(prepared, hub, tmp_path):
 
 def test_a_full_disk_is_foreseen(hub, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import shutil\nusage = shutil.disk_usage\nshutil.disk_usage = lambda path: usage(path)._replace(free=20_000_000)\n"
+        "import shutil\nusage = shutil.disk_usage\nshutil.disk_usage = lambda path: "
+        "usage(path)._replace(free=20_000_000)\n"
     )
     result = prepare(tmp_path / "audio", env=hub.env(tmp_path, PYTHONPATH=str(tmp_path)))
     assert result.returncode == 1
@@ -338,14 +341,14 @@ def test_a_full_disk_is_foreseen(hub, tmp_path):
     assert hub.count("*.tar.gz") == 0
 
 
-# ---- Kills ------------------------------------------------------------------------------------------------------------
+# ---- Kills -----------------------------------------------------------------------------------------------------------
 
 LAUNCHER = """
 import json, os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 import finetune_medasr
-finetune_medasr.parse_arguments([])  # imports what every run imports; workers are fresh processes and import it themselves
+finetune_medasr.parse_arguments([])  # imports what every run imports, as workers do themselves
 for line in sys.stdin:
     argv, output = json.loads(line)
     pid = os.fork()
@@ -470,7 +473,7 @@ def kill_and_finish(prepared, tmp_path, whole_group, rounds=5, kills=3):
             for _ in range(kills):
                 before = work_done(data_dir)
                 pid = launcher.start(data_dir, *flags)
-                wait_until(lambda: work_done(data_dir) != before or has_ended(pid))
+                wait_until(lambda it=(data_dir, before, pid): work_done(it[0]) != it[1] or has_ended(it[2]))
                 time.sleep(generator.uniform(0, 1.5))
                 try:
                     (os.killpg if whole_group else os.kill)(pid, signal.SIGKILL)
@@ -540,7 +543,7 @@ def test_a_worker_killed_for_want_of_memory_is_explained(prepared, tmp_path):
     assert digests(data_dir) == of_accents(prepared.digests, "akan-fante")
 
 
-# ---- A Hub that misbehaves --------------------------------------------------------------------------------------------
+# ---- A Hub that misbehaves -------------------------------------------------------------------------------------------
 
 
 def test_preparation_gets_through_a_bad_connection(prepared, hub, tmp_path):
@@ -594,7 +597,7 @@ def test_archives_that_cannot_be_had_do_not_stop_the_others(prepared, hub, tmp_p
     assert {request.path.split("/")[-1] for request in hub.requests[asked:]} == {f"{name}.tar.gz" for name in bad}
 
 
-# ---- Files that nobody should trust -----------------------------------------------------------------------------------
+# ---- Files that nobody should trust ----------------------------------------------------------------------------------
 
 
 def wav(seconds=0.5, rate=16_000, subtype="PCM_16", samples=None):
@@ -710,7 +713,8 @@ def test_damaged_and_hostile_files_are_refused_one_by_one(tmp_path):
     rows += b"speaker,dirty,text,/x/dirty/short.wav\nspeaker,dirty,text,/x/dirty/plain.wav,1,clinical"
     write_corpus(corpus, "dirty", tar_gz([(member(f"dirty/{name}"), good) for name in dirty]), rows)
     # A quote that is not closed, and more text after it than the csv module takes by default.
-    rows = b"user_ids,accent,transcript,audio_paths,duration,domain\nspeaker,unclosed,text,/x/unclosed/first.wav,1,clinical\n"
+    rows = b"user_ids,accent,transcript,audio_paths,duration,domain\n"
+    rows += b"speaker,unclosed,text,/x/unclosed/first.wav,1,clinical\n"
     rows += (
         b'speaker,unclosed,"text,/x/unclosed/second.wav,1,clinical\n'
         + b"speaker,unclosed,text,/x/unclosed/more.wav,1,clinical\n" * 3_000
@@ -755,7 +759,7 @@ def test_damaged_and_hostile_files_are_refused_one_by_one(tmp_path):
     assert not list(tmp_path.parent.rglob("climbs.wav")) and not Path("/tmp/outside").exists()
 
 
-# ---- Streaming --------------------------------------------------------------------------------------------------------
+# ---- Streaming -------------------------------------------------------------------------------------------------------
 
 STREAM = """
 import itertools, json, sys
@@ -770,7 +774,8 @@ corpus = script.open_corpus(args)
 accents = script.chosen_accents(corpus, args.accents)
 stream = script.stream_training_clips(corpus, accents, args, lambda row: "", training, 0)
 for clip, in itertools.islice(DataLoader(stream, 1, num_workers=2, collate_fn=list), int(count)):
-    print(json.dumps({"clip": clip["clip"], "text": clip["text"], "seconds": clip["num_samples"] / 16000, "bytes": len(clip["audio"])}))
+    print(json.dumps({"clip": clip["clip"], "text": clip["text"], "bytes": len(clip["audio"]),
+                      "seconds": clip["num_samples"] / 16000}))
 """
 
 

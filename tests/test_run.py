@@ -35,9 +35,9 @@ from finetune_medasr import (
 FIXTURE_FLAGS = ("--model", MODEL, "--dataset", CORPUS)
 # Four updates an epoch. SpecAugment draws masks while it makes batches ahead, which a resumption does not repeat.
 QUICK_TRAINING = """
-    --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --max_steps 8 --eval_steps 2 --save_steps 2 --save_total_limit 9
-    --logging_steps 1 --warmup_steps 2 --early_stopping_patience 0 --no_spec_augment --max_train_samples 16 --max_eval_samples 2
-    --max_test_samples 2 --skip_baseline --dataloader_num_workers 0
+    --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --max_steps 8 --eval_steps 2 --save_steps 2
+    --save_total_limit 9 --logging_steps 1 --warmup_steps 2 --early_stopping_patience 0 --no_spec_augment
+    --max_train_samples 16 --max_eval_samples 2 --max_test_samples 2 --skip_baseline --dataloader_num_workers 0
 """.split()
 
 
@@ -447,7 +447,9 @@ def straight(demo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(demo, straight, tmp_path_factory):
-    """(process, output folder) of a run that goes on from the checkpoint of the sixth of them, in the middle of the second epoch."""
+    """(process, output folder) of a run that goes on from the checkpoint of the sixth of them, in the middle of the
+    second epoch.
+    """
     output = tmp_path_factory.mktemp("resumed")
     shutil.copytree(straight / "checkpoint-6", output / "checkpoint-6")
     done = run_script(
@@ -534,8 +536,9 @@ def test_a_second_run_does_not_mix_with_the_checkpoints_of_the_first(demo, strai
 
 @pytest.mark.slow
 def test_two_processes_do_the_work_of_one_and_print_once(demo, tmp_path):
-    flags = f"""--accents zulu damara --use_cpu true --ddp_backend gloo --gradient_checkpointing --max_steps 2 --eval_steps 2 --save_steps 2
-        --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --max_train_samples 16 --max_eval_samples 5 --dataloader_num_workers 0
+    flags = f"""--accents zulu damara --use_cpu true --ddp_backend gloo --gradient_checkpointing --max_steps 2
+        --eval_steps 2 --save_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1
+        --max_train_samples 16 --max_eval_samples 5 --dataloader_num_workers 0
         --data_dir {tmp_path}/audio --output_dir {tmp_path}/out""".split()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = run_script(
@@ -796,8 +799,10 @@ def test_answers_that_need_no_library_do_not_wait_for_one(tmp_path, flags, statu
 
 def test_a_yaml_file_sets_flags_and_flags_on_top_of_it_win(tmp_path):
     (tmp_path / "run.yaml").write_text(
-        "learning_rate: 1e-5\nseed: 7\naccents: [yoruba, 'akan (fante)']\nspec_augment: false\nskip_baseline: true\nmax_steps: null\n"
-        f"output_dir: {tmp_path}/out\nweight_decay: 0.25\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs:\n  min_lr_rate: 0.1\n"
+        "learning_rate: 1e-5\nseed: 7\naccents: [yoruba, 'akan (fante)']\nspec_augment: false\nskip_baseline: "
+        "true\nmax_steps: null\n"
+        f"output_dir: {tmp_path}/out\nweight_decay: 0.25\nlr_scheduler_type: "
+        f"cosine_with_min_lr\nlr_scheduler_kwargs:\n  min_lr_rate: 0.1\n"
     )
     args, training = parse_arguments([str(tmp_path / "run.yaml"), "--learning_rate", "2e-4", "--weight_decay", "0.5"])
     assert (training.learning_rate, training.weight_decay) == (2e-4, 0.5)

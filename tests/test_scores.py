@@ -39,11 +39,14 @@ def test_rates_are_of_the_corpus_and_not_means_of_clips():
     assert (scores["substitutions"], scores["deletions"], scores["insertions"]) == (1, 3, 1)
     assert (scores["words"], scores["clips"], scores["speakers"]) == (12, 5, 3)
     assert scores["wer"] == pytest.approx(5 / 12)  # the mean of the clips' rates would be 0.467
-    # "give 200 mg": -1; "don't stop the drip": -9; "no fever": +5; "yes": -3; "a b": 0; of 11 + 19 + 8 + 3 + 3 characters
+    # "give 200 mg": -1; "don't stop the drip": -9; "no fever": +5; "yes": -3; "a b": 0; of 11 + 19 + 8 + 3 + 3
+    # characters
     assert scores["cer"] == pytest.approx(18 / 44)
-    # As written, split at spaces: "Give"/"mg." 3 wrong; "Don’t" 1 and 2 lost; "No\u00a0fever" one word against 4; 1 lost; both wrong
+    # As written, split at spaces: "Give"/"mg." 3 wrong; "Don’t" 1 and 2 lost; "No\u00a0fever" one word against 4; 1
+    # lost; both wrong
     assert scores["wer_raw"] == pytest.approx((3 + 3 + 4 + 1 + 2) / (3 + 4 + 1 + 1 + 2))
-    # The authors': "200" and "mg." wrong; "dont" 1 and 2 lost; "no\u00a0fever" against "no high fever period"; 1 lost; "a," and "b." wrong
+    # The authors': "200" and "mg." wrong; "dont" 1 and 2 lost; "no\u00a0fever" against "no high fever period"; 1 lost;
+    # "a," and "b." wrong
     assert scores["wer_paper"] == pytest.approx((2 + 3 + 4 + 1 + 2) / (3 + 4 + 1 + 1 + 2))
 
 
@@ -156,7 +159,8 @@ def test_bootstrap_draws_whole_speakers():
 
 
 def test_interval_in_the_scores_is_that_of_the_speakers():
-    # Of two speakers, one all wrong and one all right, a quarter of the draws takes only the one, a quarter only the other.
+    # Of two speakers, one all wrong and one all right, a quarter of the draws takes only the one, a quarter only the
+    # other.
     rows = [row(text, speaker) for speaker in ("ada", "bem") for text in ("a b", "c d", "e f", "g h")]
     scores = score_texts(rows, ["x y"] * 4 + ["a b", "c d", "e f", "g h"], None).scores
     assert (scores["wer"], scores["wer_ci95"]) == (0.5, [0, 1])
@@ -179,7 +183,8 @@ def test_two_systems_are_drawn_with_the_same_speakers():
 
 
 def test_comparison_is_paired():
-    # Every speaker has the same one word of four made good, whatever else is wrong: the change is certain, the levels are not.
+    # Every speaker has the same one word of four made good, whatever else is wrong: the change is certain, the levels
+    # are not.
     rows = [row("a b c d", f"speaker-{number}") for number in range(10)]
     before = ["a b c x" if number < 5 else "x x x x" for number in range(10)]
     after = ["a b c d" if number < 5 else "a x x x" for number in range(10)]
