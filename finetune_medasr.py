@@ -1324,7 +1324,8 @@ class LabelEncoder:
         decomposed = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
         if decomposed and decomposed != [character]:
             return "".join(map(self.fold_character, decomposed))
-        return "-" if unicodedata.category(character) == "Pd" else ""
+        category = unicodedata.category(character)
+        return "-" if category == "Pd" else " " if category[0] in "PS" else ""  # a lost sign still parts words
 
     def fold(self, text):
         """The transcript in the characters that the tokenizer covers; what is dropped is counted in `dropped`."""
@@ -1338,7 +1339,7 @@ class LabelEncoder:
             if ord(character) not in self.table:
                 self.table[ord(character)] = self.fold_character(character)
             # Zero-width, control and combining characters are no text of their own: nothing is lost with them.
-            if not self.table[ord(character)] and unicodedata.category(character) not in ("Cf", "Cc", "Mn"):
+            if not self.table[ord(character)].strip() and unicodedata.category(character) not in ("Cf", "Cc", "Mn"):
                 self.dropped[character] += text.count(character)
         return " ".join(text.translate(self.table).split())
 
@@ -2736,6 +2737,15 @@ def train_model(trainer, checkpoint, updates):
         ) from error
 
 
+def share_weights(model, training):
+    """Give every process the first one's weights: nodes without its folder could not load the best checkpoint."""
+    import torch
+
+    if training.world_size > 1:
+        for tensor in model.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
+
+
 # ---------------------------------------------------------------- phases
 
 
@@ -2967,6 +2977,7 @@ def fit_and_score(args, training, corpus, accents, processor, model, checkpoint)
     say("scoring the fine-tuned model on the test split")
     # Without the wrapper that autocasts: before and after are scored alike, in float32.
     tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    share_weights(tuned, training)
     finetuned = score_split(tuned, processor, test, args, training, train_accents)
     trainer.save_model(str(output / "final"))
     if training.process_index == 0:

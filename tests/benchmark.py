@@ -57,127 +57,89 @@ def full_size_model(folder, layers):
     )
 
 
-def train_on_gpu(model, precision, steps, batch_size, folder):
-    """Run the program itself for `steps` updates; returns its log history."""
-    arguments = [
-        "--model",
-        model,
-        "--dataset",
-        CORPUS,
-        "--data_dir",
-        folder / "audio",
-        "--output_dir",
-        folder / precision,
-        "--max_steps",
-        steps,
-        "--warmup_steps",
-        5,
-        "--logging_steps",
-        1,
-        "--eval_steps",
-        steps,
-        "--save_steps",
-        steps,
-        "--save_total_limit",
-        1,
-        "--per_device_train_batch_size",
-        batch_size,
-        "--gradient_accumulation_steps",
-        1,
-        "--learning_rate",
-        "3e-4",
-        "--skip_baseline",
-        "--max_test_samples",
-        8,
-        f"--{precision}",
-    ]
-    if finetune_medasr.main([str(argument) for argument in arguments]):
-        sys.exit(f"{precision}: the run failed")
-    state = sorted((folder / precision).glob("checkpoint-*/trainer_state.json"))[-1]
-    return [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+def training_flags(folder, name, steps, batch_size):
+    return f"""--model {folder}/model --dataset {CORPUS} --data_dir {folder}/audio --output_dir {folder}/{name}
+        --max_steps {steps} --warmup_steps 5 --logging_steps 1 --eval_steps {steps} --save_steps {steps}
+        --save_total_limit 1 --per_device_train_batch_size {batch_size} --gradient_accumulation_steps 1
+        --learning_rate 3e-4 --skip_baseline --max_test_samples 8""".split()
 
 
-def train_on_cpu(folder, data, steps, batch_size, guarded):
-    """The same under CPU autocast in float16, without the Trainer, which has no fp16 there; returns the losses."""
+def train_on_gpus(folder, precision, gpus, options):
+    """Run the program itself; returns its log."""
+    name = f"{precision}-{gpus}"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
+    flags = [*training_flags(folder, name, options.steps, options.batch_size), f"--{precision}"]
+    subprocess.run([sys.executable, *launcher, finetune_medasr.__file__, *flags], check=True)
+    state = max((folder / name).glob("checkpoint-*/trainer_state.json"))
+    return json.loads(state.read_text())["log_history"]
+
+
+def train_on_cpu(folder, options):
+    """The program's own trainer in float16 on the CPU, with the autocast and gradient scaler that accelerate leaves out
+    there; returns (the first loss of plain float16, the log).
+    """
     import torch
 
-    args, training = finetune_medasr.parse_arguments(
-        ["--model", str(folder), "--dataset", str(CORPUS), "--data_dir", str(data), "--num_proc", "2"]
-    )
+    flags = [*training_flags(folder, "cpu", options.steps, options.batch_size), "--max_eval_samples", "4"]
+    args, training = finetune_medasr.parse_arguments([*flags, "--report_to", "none", "--dataloader_num_workers", "0"])
     processor, model = finetune_medasr.load_processor_and_model(args)
     corpus = finetune_medasr.open_corpus(args)
     finetune_medasr.prepare_corpus(corpus, ("dev",), None, args.num_proc)
-    clips, _ = finetune_medasr.load_split(corpus, "dev", None)
+    clips = finetune_medasr.load_split(corpus, "dev", None)
+    dev = finetune_medasr.select_clips(*clips, args, lambda row: "", 4, training.seed)
+    train = finetune_medasr.select_clips(*clips, args, lambda row: "", options.batch_size, training.seed)
     encoder = finetune_medasr.LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")
-    collator = finetune_medasr.CTCCollator(processor.feature_extractor, encoder)
-    rows = [{**clips[index], "split": "train"} for index in range(batch_size)]
-    batch = collator(rows)
-    if guarded:
-        peaks = finetune_medasr.guard_half_precision(model, [batch], "cpu")
-        print(
-            f"  {len(peaks)} modules in float32: "
-            + ", ".join(f"{name} {peak:.3g}" for name, peak in sorted(peaks.items(), key=lambda item: -item[1])[:6])
-        )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    losses = []
-    for _ in range(steps):
-        model.train()
-        with torch.autocast("cpu", torch.float16):
-            loss = model(**batch).loss
-        losses.append(loss.item())
-        if not torch.isfinite(loss):
-            break
-        optimizer.zero_grad()
-        (loss * 64).backward()  # a fixed loss scale, which keeps small gradients out of float16's underflow
-        for weight in model.parameters():
-            if weight.grad is not None:
-                weight.grad /= 64
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return losses
+    batch = finetune_medasr.CTCCollator(processor.feature_extractor, encoder)(list(train.clips))
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        plain = float(model.train()(**batch).loss)
+    model = finetune_medasr.load_processor_and_model(args)[1]  # the forward pass above has moved its BatchNorms
+    training.fp16, training.mixed_precision = True, "fp16"
+    dev = finetune_medasr.DevSet(dev, processor, encoder, args)
+    trainer = finetune_medasr.make_trainer(args, training, model, train.clips, dev)
+    trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=64)
+    trainer.train()
+    return plain, trainer.state.log_history
 
 
-def report_losses(name, losses, seconds=None):
+def report_losses(name, log):
+    entries = [entry for entry in log if "loss" in entry]
+    losses = [entry["loss"] for entry in entries]
     finite = all(abs(loss) < float("inf") for loss in losses)
     first, last = sum(losses[:5]) / len(losses[:5]), sum(losses[-5:]) / len(losses[-5:])
     verdict = "finite and falling" if finite and last < first else "FAILED"
-    speed = f", {seconds:.0f} audio s/s (median)" if seconds else ""
-    print(f"{name}: {len(losses)} updates, loss {first:.2f} -> {last:.2f}, {verdict}{speed}", flush=True)
+    speed = sorted(entry["audio_seconds_per_second"] for entry in entries)[len(entries) // 2]
+    skipped = f", {entries[-1]['skipped_updates']} updates skipped" if "skipped_updates" in entries[-1] else ""
+    print(
+        f"{name}: {len(losses)} updates, loss {first:.2f} -> {last:.2f}, {verdict}{skipped}, "
+        f"{speed:.0f} audio s/s (median)",
+        flush=True,
+    )
     return verdict != "FAILED"
 
 
 def benchmark_gpu(options):
     import torch
 
-    options.batch_size = options.batch_size or (8 if torch.cuda.is_available() else 2)
+    has_gpu, good = torch.cuda.is_available(), True
+    options.batch_size = options.batch_size or (8 if has_gpu else 2)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         # float16 is emulated on a CPU and takes minutes an update at full depth; what overflows is in the first layers.
-        full_size_model(folder / "model", layers=17 if torch.cuda.is_available() else 2)
-        if torch.cuda.is_available():
-            print(torch.cuda.get_device_name(), torch.__version__)
-            good = True
-            for precision in ("fp16", "bf16"):
-                start = time.monotonic()
-                history = train_on_gpu(folder / "model", precision, options.steps, options.batch_size, folder)
-                speeds = sorted(entry["audio_seconds_per_second"] for entry in history)
-                good &= report_losses(precision, [entry["loss"] for entry in history], speeds[len(speeds) // 2])
-                print(
-                    f"  {time.monotonic() - start:.0f} s with loading and scoring, "
-                    f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the most"
-                )
-            return 0 if good else 1
-        print("no CUDA GPU: float16 autocast on the CPU instead, without the Trainer")
-        plain = train_on_cpu(folder / "model", folder / "audio", 1, options.batch_size, guarded=False)
-        print(f"plain float16: loss {plain[0]} at the first update")
-        return (
-            0
-            if report_losses(
-                "guarded float16",
-                train_on_cpu(folder / "model", folder / "audio", options.steps, options.batch_size, True),
-            )
-            else 1
-        )
+        full_size_model(folder / "model", layers=17 if has_gpu else 2)
+        if not has_gpu:
+            print("no CUDA GPU: the same trainer under float16 autocast on the CPU")
+            plain, log = train_on_cpu(folder, options)
+            print(f"plain float16: loss {plain} at the first update")
+            return 0 if report_losses("guarded float16", log) else 1
+        print(torch.cuda.device_count(), "x", torch.cuda.get_device_name(), torch.__version__)
+        runs = [("fp16", 1), ("bf16", 1)] + [("fp16", 2)] * (torch.cuda.device_count() > 1)
+        for precision, gpus in runs:
+            start = time.monotonic()
+            good &= report_losses(f"{precision} on {gpus}", train_on_gpus(folder, precision, gpus, options))
+            print(f"  {time.monotonic() - start:.0f} s with loading and scoring")
+        if torch.cuda.device_count() < 2:
+            print("two GPUs: not run, there is one")
+    return 0 if good else 1
 
 
 # ---- prepare ---------------------------------------------------------------------------------------------------------

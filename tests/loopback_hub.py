@@ -204,6 +204,7 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.log = SimpleNamespace(method=self.command, path=path, range=self.headers.get("Range"), status=0, sent=0)
+        self.log.time = time.monotonic()
         self.hub.requests.append(self.log)
         self.fault = self.hub.next_fault(self.command, path)
         try:

@@ -42,7 +42,7 @@ def first_run(hub_corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("first_run")
     with open_hub(hub_corpus) as hub:
         env = hub.env(folder, HF_TOKEN=GOOD)
-        done = run_script(*FEW, cwd=folder, env=env)
+        done = run_script(*FEW, "--push_to_hub", "--hub_model_id", "clinic/medasr-accents", cwd=folder, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return SimpleNamespace(folder=folder, hub=hub, env=env, stdout=done.stdout)
 
@@ -64,6 +64,28 @@ def test_the_default_command_runs_from_nothing_to_a_final_model(first_run, hub_c
     assert ogg == set(corpus_rows("test")) & set(corpus_audio("test"))
     with open(results / "skipped_clips.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 5
+
+
+@pytest.mark.slow
+def test_the_final_model_is_pushed_once_and_complete(first_run):
+    final = first_run.folder / "out/final"
+    ((name, files),) = first_run.hub.uploads
+    assert name == "clinic/medasr-accents"
+    assert files == {
+        path.relative_to(final).as_posix(): path.read_bytes() for path in final.rglob("*") if path.is_file()
+    }
+    assert {"README.md", "model.safetensors", "tokenizer.json", "wer_by_accent.png"} <= set(files)
+    assert "uploaded to" in first_run.stdout
+
+
+@pytest.mark.slow
+def test_a_repository_that_may_not_be_written_is_refused_before_the_corpus_is_fetched(hub_corpus, tmp_path):
+    with LoopbackHub({HUB_MODEL: MODEL}, {DATASET: hub_corpus}, denied_tokens={DENIED}) as hub:
+        done = run_script(*FEW, "--push_to_hub", cwd=tmp_path, env=hub.env(tmp_path, HF_TOKEN=DENIED))
+    assert done.returncode == 1
+    message = error_line(done.stderr)
+    assert "--push_to_hub: out cannot be written" in message and "hf auth login" in message
+    assert hub.count("*datasets*") == 0 and hub.uploads == []
 
 
 @pytest.mark.slow

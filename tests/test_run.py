@@ -602,7 +602,7 @@ def test_a_dry_run_counts_what_was_chosen_and_prepares_nothing(tmp_path, run, fl
     for split in SPLITS:
         rows = [row for row in chosen_rows(split, **choice) if split != "train" or float(row["duration"]) <= 30]
         (found,) = re.findall(
-            rf"^ *{split} +([\d,]+) clips +([\d.]+) h +([\d,]+) speakers +([\d,]+) accents$", out, re.MULTILINE
+            rf"^ *{split} +([\d,]+) clips? +([\d.]+) h +([\d,]+) speakers? +([\d,]+) accents?$", out, re.MULTILINE
         )
         assert [int(found[0]), int(found[2]), int(found[3])] == [
             len(rows),
@@ -698,7 +698,10 @@ def test_a_row_without_text_is_named_and_the_others_are_scored(tmp_path, run):
     status, out, errors = run("--score_file", tmp_path / "texts.jsonl", "--output_dir", tmp_path)
     assert status == 0
     warnings = errors.splitlines()
-    assert len(warnings) == 2 and "b.wav" in warnings[0] and "pred_text" in warnings[0] and "c.wav" in warnings[1]
+    assert len(warnings) == 3 and "b.wav" in warnings[0] and "pred_text" in warnings[0] and "c.wav" in warnings[1]
+    assert "2 rows without a duration" in warnings[2]
+    assert load_json(tmp_path / "results/metrics.json")["data"]["test"]["left_out"] == 2
+    assert list(rate_of(tmp_path)["groups"]["duration"]) == ["unknown"] and rate_of(tmp_path)["wer_paper_short"] is None
     assert rate_of(tmp_path)["clips"] == 2 and rate_of(tmp_path)["wer"] == pytest.approx(3 / 5)
     assert [row["audio_filepath"] for row in load_predictions(tmp_path / "results")] == ["a.wav", "d.wav"]
     assert "b.wav" in (tmp_path / "results/report.md").read_text()
