@@ -17,6 +17,7 @@ usage errors and the worker processes that convert audio should not wait for the
 """
 
 import argparse
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -30,9 +31,11 @@ import io
 import itertools
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tarfile
 import time
@@ -79,7 +82,13 @@ class RunError(Exception):
 def say(text=""):
     """Print once, not once a process."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(redact(text), flush=True)
+
+
+def warn(text):
+    """A line on stderr, once, not once a process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{PROGRAM}: warning: {redact(text)}", file=sys.stderr)
 
 
 def one_line(error):
@@ -92,15 +101,76 @@ def plural(count, noun):
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def without_folders(value):
-    """`value` (JSON, or a word of the command line) with absolute paths cut to their names: people publish what holds
-    it.
-    """
+SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_\w{4,}|(?<=[_-]token[= ])\S+")
+
+
+def public(value):
+    """`value` (JSON, or text) without tokens, and with absolute paths cut to their names: what a run writes is published."""
     if isinstance(value, dict):
-        return {name: without_folders(item) for name, item in value.items()}
+        return {name: public(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [without_folders(item) for item in value]
-    return re.sub(r"^(--[\w-]+=)?(?:[/~].*/|/)(?=.)", r"\1", value) if isinstance(value, str) else value
+        return [public(item) for item in value]
+    return re.sub(r"^(--[\w-]+=)?(?:[/~].*/|/)(?=.)", r"\1", redact(value)) if isinstance(value, str) else value
+
+
+def redact(text):
+    """`text` without tokens: those of the environment, those that look like the Hub's, those of URLs and flags."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        text = text.replace(os.environ.get(name) or "\0", "***")
+    return SECRET.sub("***", text)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the program, where it may: exit status 128 and its number."""
+
+
+@dataclass
+class StopSignals:
+    """SIGTERM and Ctrl-C. They raise Stopped at once, or, where `deferred`, leave their `number` to be looked at.
+
+    Training and scoring look after each update and batch, because several processes have to stop at the same one. A second
+    signal is not deferred. Worker processes leave signals to the program itself.
+    """
+
+    deferred: bool = False
+    number: int | None = None
+    process: int | None = None
+
+    def install(self):
+        import threading
+
+        self.deferred, self.number, self.process = False, None, os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if os.getpid() != self.process:
+            return
+        if not self.deferred or self.number:
+            raise Stopped(number)
+        self.number = number
+
+    @contextlib.contextmanager
+    def deferring(self):
+        before, self.deferred = self.deferred, True
+        try:
+            yield
+        finally:
+            self.deferred = before
+
+    def among_all(self, training):
+        """The number of a signal that any of the processes has got, the same in each of them; 0 for none."""
+        if training.world_size == 1:
+            return self.number or 0
+        import torch
+
+        number = torch.tensor(self.number or 0, device=training.device)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return int(number)
+
+
+STOP_SIGNALS = StopSignals()
 
 
 @functools.cache
@@ -144,6 +214,7 @@ class ScriptArguments:
     spec_augment: bool = flag(
         True, "mask stretches of time and frequency in training (--no_spec_augment to switch off)"
     )
+    overwrite_output_dir: bool = flag(False, "start anew: delete what an earlier run left in --output_dir")
     early_stopping_patience: int = flag(
         3, "stop after so many evaluations without a better dev WER; 0 never stops early"
     )
@@ -193,9 +264,7 @@ class CommonTrainingArguments:
     dataloader_num_workers: int | None = flag(
         None, "processes that decode audio for training; up to 8, by cores, if not given"
     )
-    resume_from_checkpoint: str | None = flag(
-        None, "'true' for the newest checkpoint in --output_dir, or a checkpoint's folder"
-    )
+    resume_from_checkpoint: str | None = flag(None, "a checkpoint's folder; the newest complete one if not given")
     seed: int = flag(42, "seed of everything random")
 
 
@@ -321,33 +390,44 @@ def parse_arguments(argv):
     return script, make_training_arguments(common, rest, script)
 
 
+ABOVE_ZERO = """max_train_seconds window_seconds max_train_samples max_eval_samples max_test_samples num_proc learning_rate
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs eval_steps save_steps
+    logging_steps""".split()
+ZERO_OR_MORE = "early_stopping_patience warmup_steps dataloader_num_workers save_total_limit seed".split()
+
+
+def check_folder(name, folder):
+    """Raise UsageError if `folder`, the value of flag `name`, cannot be made or written to."""
+    if not str(folder).strip():
+        raise UsageError(f"--{name} is empty; give a folder")
+    path = Path(folder).expanduser().absolute()
+    found = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not found.is_dir():
+        raise UsageError(f"--{name} is {folder}: {found} is a file, not a folder; choose another")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise UsageError(f"--{name} is {folder}: {found} cannot be written to; choose another")
+
+
 def check_arguments(script, common):
     """Refuse what cannot work, in one line that names the flag, the value found and the valid ones."""
     settings = {**vars(script), **common}
-    for name in (
-        "max_train_seconds",
-        "window_seconds",
-        "max_train_samples",
-        "max_eval_samples",
-        "max_test_samples",
-        "num_proc",
-        "learning_rate",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-        "num_train_epochs",
-        "eval_steps",
-        "save_steps",
-        "logging_steps",
-    ):
-        if settings[name] is not None and not settings[name] > 0:
-            raise UsageError(f"--{name} is {settings[name]:g}; it must be above 0")
+    for name in (*ABOVE_ZERO, *ZERO_OR_MORE):
+        value = settings[name]
+        if value is not None and not (0 <= value < float("inf") and (value or name in ZERO_OR_MORE)):
+            raise UsageError(
+                f"--{name} is {value:g}; it must be {'0 or more' if name in ZERO_OR_MORE else 'above 0'}, and finite"
+            )
+    if common["seed"] >= 2**32:
+        raise UsageError(f"--seed is {common['seed']}; it must be below 2**32")
     if script.window_seconds < 3 * WINDOW_OVERLAP_SECONDS:
         raise UsageError(
             f"--window_seconds is {script.window_seconds:g}; it must be at least {3 * WINDOW_OVERLAP_SECONDS:g}"
         )
-    if script.early_stopping_patience < 0:
-        raise UsageError(f"--early_stopping_patience is {script.early_stopping_patience}; it must be 0 or more")
+    for name, folder in (("output_dir", common["output_dir"]), ("data_dir", script.data_dir)):
+        check_folder(name, folder)
+    for country in script.countries or []:
+        if not re.fullmatch("[A-Za-z]{2}", country):
+            raise UsageError(f"--countries has '{country}'; countries are two letters, such as NG, KE or ZA")
     for domain in script.domains or []:
         if domain not in DOMAINS:
             raise UsageError(f"--domains has '{domain}'; the domains are {' and '.join(DOMAINS)}")
@@ -373,6 +453,7 @@ def check_arguments(script, common):
 def make_training_arguments(common, rest, script):
     """`TrainingArguments` from the common flags and the remaining ones; raises UsageError for what it does not know."""
     from transformers import TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     script.num_proc = script.num_proc or cores
@@ -404,6 +485,7 @@ def make_training_arguments(common, rest, script):
     values.fp16 = has_gpu and not values.bf16 if values.fp16 is None else values.fp16
     try:
         training = TrainingArguments(**vars(values))
+        get_reporting_integration_callbacks(training.report_to)  # raises for a name that it does not know
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     script.push_to_hub, training.push_to_hub = training.push_to_hub, False  # at the end, and what is complete
@@ -497,8 +579,17 @@ def check_model_access(args):
             hf_hub_download(args.model, "config.json", revision=args.model_revision)
 
 
+def not_finite(model):
+    """The name of a floating-point weight or statistic of `model` that is not finite, "" if there is none."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
+    return ""
+
+
 def load_processor_and_model(args):
     """The processor and the float32 CTC model that `args.model` names; raises RunError that says what to do."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCTC, AutoProcessor
 
     check_model_access(args)
@@ -508,11 +599,14 @@ def load_processor_and_model(args):
     )
     try:
         processor = AutoProcessor.from_pretrained(**source)
-        model = AutoModelForCTC.from_pretrained(**source, dtype="float32")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        # safetensors alone: a pickle runs what it holds.
+        model = AutoModelForCTC.from_pretrained(**source, dtype="float32", use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"model {args.model} cannot be loaded as a CTC model with its processor ({one_line(error)})"
         ) from error
+    if broken := not_finite(model):
+        raise RunError(f"model {args.model} holds weights that are not finite, in {broken}: it cannot be used")
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "feature_extractor"):
         raise RunError(f"model {args.model} has no feature extractor and tokenizer together; --model needs both")
     return processor, model
@@ -653,7 +747,8 @@ def clip_key(path):
 class Corpus:
     """The AfriSpeech-200 repository, on the Hub or as a local folder, and its prepared form under `data_dir`.
 
-    `files` maps each path in the repository to [its size in bytes, its sha256 where the Hub has one].
+    `files` maps each path in the repository to [its size in bytes, its sha256 on the Hub or its time of change in a
+    folder]; `stamps` each archive of a folder to what `files` said of it and its transcripts when it was converted.
     """
 
     name: str
@@ -662,6 +757,7 @@ class Corpus:
     data_dir: Path
     keep_archives: bool
     files: dict[str, list] = field(default_factory=dict)
+    stamps: dict[str, list] = field(default_factory=dict)
 
     def find(self, pattern, split, accents=None):
         """[(accent folder, path)] of a split's files that match "audio/{accent}/{split}/..." patterns, only of
@@ -686,7 +782,25 @@ class Corpus:
     def unprepared(self, splits, accents):
         """[(accent folder, path)] of the archives of `splits` that are not converted yet."""
         archives = [item for split in splits for item in self.archives(split, accents)]
-        return [(accent, path) for accent, path in archives if not self.prepared_path(path).exists()]
+        return [item for item in archives if not self.prepared_path(item[1]).exists() or self.changed(item)]
+
+    def stamp(self, item):
+        accent, path = item
+        return [self.files[path], self.files.get(f"transcripts/{accent}/{path.split('/')[2]}.csv")]
+
+    def changed(self, item):
+        """Whether an archive of a folder, or its transcripts, have changed since they were converted."""
+        return bool(self.folder) and self.stamps.get(item[1], self.stamp(item)) != self.stamp(item)
+
+    def write_source(self, items=()):
+        """Note down what the prepared files come from, `items` (accent folder, archive) converted as they are now."""
+        self.stamps |= {
+            item[1]: self.stamp(item) for item in items if self.folder and self.prepared_path(item[1]).exists()
+        }
+        source = {"dataset": str(self.folder or self.name), "revision": self.revision, "stamps": self.stamps}
+        write_text(
+            self.data_dir / "source.json", json.dumps({**source, "files": {} if self.folder else self.files}, indent=1)
+        )
 
     def fetch(self, path):
         """The local path of a file of the repository, downloaded if need be; raises RunError."""
@@ -714,24 +828,66 @@ class Corpus:
         """{clip key: row} of one accent's CSV in a split; the first of rows with the same path counts."""
         path = f"transcripts/{accent}/{split}.csv"
         rows = {}
-        if path in self.files:
-            with open(self.fetch(path), newline="", encoding="utf-8-sig", errors="replace") as file:
-                csv.field_size_limit(
-                    2**31 - 1
-                )  # an unclosed quote swallows the rest of the file, which is not a reason to stop
-                # csv, not pandas: the country code NA is Namibia, and no cell may turn into a NaN.
-                for row in csv.DictReader(file):
-                    audio_path = row.get("audio_paths") or row.get("audio_path")
-                    if audio_path:
-                        rows.setdefault(clip_key(audio_path), row)
+        for row in read_transcripts(self.fetch(path))[0] if path in self.files else ():
+            if audio_path := row.get("audio_paths") or row.get("audio_path"):
+                rows.setdefault(clip_key(audio_path), row)
         return rows
 
     def fetch_transcripts(self, splits, accents):
-        """Have every CSV of `splits` here: some hundred small files, so several at once."""
+        """Have every CSV of `splits` here, some hundred small files, so several at once; says what had to be mended in them."""
         from concurrent.futures import ThreadPoolExecutor
 
+        paths = [path for split in splits for _, path in self.transcript_files(split, accents)]
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(self.fetch, [path for split in splits for _, path in self.transcript_files(split, accents)]))
+            for path, local in zip(paths, pool.map(self.fetch, paths)):
+                for note in read_transcripts(local)[1]:
+                    warn(f"{path}: {note}")
+
+
+MENDED_QUOTES = 100  # in a file with more unclosed quotes than these none is taken for one
+
+
+def read_transcripts(path):
+    """(rows, a dict each; notes on what was mended) of a CSV of transcripts; raises RunError for a file of another kind.
+
+    csv, not pandas: the country code NA is Namibia, and no cell may turn into a NaN.
+    """
+    data, notes, rows, start, quoting = Path(path).read_bytes(), [], [], 1, csv.QUOTE_MINIMAL
+    if data.startswith(b"version https://git-lfs"):
+        raise RunError(f"{path} is a Git LFS pointer, not the file: run 'git lfs pull'")
+    try:
+        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", "replace")
+        notes.append("it is not UTF-8 and was read as Latin-1 (Windows-1252)")
+    lines = list(io.StringIO(text.replace("\0", ""), newline=""))
+    header = lines[0] if lines else ""
+    delimiter = max(",;\t", key=header.count)
+    names = next(csv.reader([header], delimiter=delimiter), [])
+    for needed in (["transcript"], ["audio_paths", "audio_path"]):
+        if not set(needed) & set(names):
+            found = ", ".join(names)[:200] or "none"
+            raise RunError(f"{path} has no column {' or '.join(needed)}; its columns are {found}")
+    csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows, which is found below
+    broken = []
+    while start < len(lines):
+        reader, done = csv.reader(lines[start:], delimiter=delimiter, quoting=quoting), 0
+        for cells in reader:
+            if len(cells) not in (0, len(names)) and reader.line_num - done > 1:
+                # A quote that is not closed: its line is taken as it stands, and reading goes on behind it.
+                broken.append(start + done + 1)
+                cells = [cell.strip('"') for cell in lines[start + done].rstrip("\r\n").split(delimiter)]
+                rows.append(dict(zip(names, cells)))
+                start += done + 1
+                quoting = csv.QUOTE_NONE if len(broken) > MENDED_QUOTES else quoting
+                break
+            rows += [dict(zip(names, cells))] if cells else []
+            done = reader.line_num
+        else:
+            break
+    if broken:
+        notes.append(f"{plural(len(broken), 'unclosed quote')}, the first in line {broken[0]}: read as they stand")
+    return rows, notes
 
 
 def open_corpus(args):
@@ -740,9 +896,8 @@ def open_corpus(args):
     folder = folder.resolve() if folder.is_dir() else None
     revision = args.dataset_revision or (DEFAULT_DATASET_REVISION if args.dataset == DEFAULT_DATASET else None)
     corpus = Corpus(args.dataset, revision, folder, Path(args.data_dir).expanduser(), args.keep_archives)
-    source_file = corpus.data_dir / "source.json"
     source = {"dataset": str(folder or args.dataset), "revision": revision}
-    stored = json.loads(source_file.read_text()) if source_file.exists() else None
+    stored = read_json(corpus.data_dir / "source.json")
     if stored and {key: stored.get(key) for key in source} != source:
         raise UsageError(
             f"--data_dir {args.data_dir} holds audio of {stored['dataset']} at revision {stored['revision']}, not of "
@@ -750,7 +905,7 @@ def open_corpus(args):
         )
     if folder:
         corpus.files = {
-            path.relative_to(folder).as_posix(): [path.stat().st_size, None]
+            path.relative_to(folder).as_posix(): [path.stat().st_size, path.stat().st_mtime_ns]
             for path in folder.rglob("*")
             if path.is_file()
         }
@@ -762,7 +917,8 @@ def open_corpus(args):
         raise RunError(
             f"{args.dataset} has no audio/<accent>/<split>/*.tar.gz: it is not in the layout of {DEFAULT_DATASET}"
         )
-    write_text(source_file, json.dumps({**source, "files": {} if folder else corpus.files}, indent=1))
+    corpus.stamps = (stored or {}).get("stamps", {})
+    corpus.write_source()
     return corpus
 
 
@@ -776,6 +932,15 @@ def list_hub_files(name, revision):
         return {
             item.path: [item.size, item.lfs.sha256 if item.lfs else None] for item in tree if isinstance(item, RepoFile)
         }
+
+
+def read_json(path):
+    """What a JSON object that this program wrote holds; None if it is not there, or not whole."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def write_text(path, text):
@@ -852,6 +1017,7 @@ def clip_row(key, split, accent, row):
     }
     clip = {name: (row or {}).get(column) or "" for name, column in columns.items()}
     seconds = to_number((row or {}).get("duration"))
+    seconds = seconds if 0 < seconds < 86_400 else 0.0
     return {
         **clip,
         "accent": clip["accent"] or accent,
@@ -880,12 +1046,16 @@ def make_clip(key, split, accent, row, audio=None, problem=""):
 
 
 def archive_members(stream):
-    """Yield (name, bytes, problem) for each member of a tar.gz that is read as a stream; raises DAMAGE if it is
-    corrupt.
+    """Yield (name, bytes, problem) for each member of a tar.gz, or plain tar, that is read as a stream; raises DAMAGE if it
+    is corrupt.
 
     gzip under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end.
     """
-    with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+    head = stream.peek(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
+    plain = gzip.open(stream) if head.startswith(b"\x1f\x8b") else stream
+    with plain, tarfile.open(fileobj=plain, mode="r|") as tar:
         for member in tar:
             problem = ""
             if member.name.startswith("/") or ".." in member.name.split("/"):
@@ -901,21 +1071,22 @@ def archive_members(stream):
             pass
 
 
-DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile)
+# tarfile raises ValueError and its kin for numbers in headers that are none.
+DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
 
 
 def archive_clips(corpus, accent, archive, stream):
     """Yield the rows of a prepared file for each clip of an archive read from `stream`; damage ends it with a row that
     says so.
     """
-    split, count = archive.split("/")[2], 0
+    split, count, seen = archive.split("/")[2], 0, set()
     rows = corpus.transcripts(accent, split)
     try:
         for name, audio, problem in archive_members(stream):
             key = clip_key(name)
-            yield make_clip(
-                key, split, accent, rows.get(key), audio, problem or ("" if key in rows else "no transcript")
-            )
+            problem = problem or ("" if key in rows else "no transcript") or ("a second copy" if key in seen else "")
+            seen.add(key)
+            yield make_clip(key, split, accent, rows.get(key), audio, problem)
             count += 1
     except DAMAGE as error:
         yield make_clip(
@@ -954,15 +1125,20 @@ def prepare_archive(corpus, accent, archive):
     return clips, samples / SAMPLE_RATE / 3600
 
 
-def exit_with_parent():
-    """End this worker process when its parent is killed: otherwise it would wait for work for ever."""
-    import multiprocessing
-    import threading
-    from multiprocessing.connection import wait
+def start_worker(connection):
+    """Let this worker process end when the other end of `connection` is closed, by the program or by its death.
 
-    threading.Thread(
-        target=lambda: (wait([multiprocessing.parent_process().sentinel]), os._exit(1)), daemon=True
-    ).start()
+    It would wait for work for ever otherwise, or convert to its end an archive that nobody wants any more.
+    """
+    import threading
+
+    def watch():
+        with contextlib.suppress(EOFError, OSError):
+            connection.recv()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the program tells its workers
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def disk_needed(corpus, todo, splits, accents, num_proc):
@@ -1016,7 +1192,7 @@ def check_disk(corpus, todo, splits, accents, num_proc):
         )
 
 
-def prepare_corpus(corpus, splits, accents, num_proc):
+def prepare_corpus(corpus, splits, accents, args):
     """Convert every archive that the run needs and that is not converted yet; raises RunError when some could not be.
 
     Several processes may call this at once: one works, the others wait at the lock, without a time-out.
@@ -1024,15 +1200,19 @@ def prepare_corpus(corpus, splits, accents, num_proc):
     from filelock import FileLock
 
     with FileLock(corpus.data_dir / "prepare.lock"):
-        corpus.fetch_transcripts(splits, accents)
+        corpus.fetch_transcripts(SPLITS if args.streaming else splits, accents)
+        check_selection(args, corpus, accents)
         todo = corpus.unprepared(splits, accents)
         clear_leftovers(corpus, {item for split in splits for item in corpus.archives(split, accents)}.difference(todo))
         if todo:
-            check_disk(corpus, todo, splits, accents, num_proc)
+            check_disk(corpus, todo, splits, accents, args.num_proc)
             todo.sort(
                 key=lambda item: -corpus.files[item[1]][0]
             )  # the largest first, so that none is left alone at the end
-            failures = prepare_archives(corpus, todo, num_proc)
+            for _, path in todo:
+                corpus.prepared_path(path).unlink(missing_ok=True)  # of a changed archive
+            failures = prepare_archives(corpus, todo, args.num_proc)
+            corpus.write_source(todo)
             if failures:
                 raise RunError(
                     f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready; the first: "
@@ -1053,9 +1233,11 @@ def prepare_archives(corpus, todo, num_proc):
     clips, spoken_hours, failures = 0, 0.0, []
     # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
     context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
     with (
-        ProcessPoolExecutor(min(num_proc, len(todo)), context, exit_with_parent) as pool,
         tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar,
+        ProcessPoolExecutor(min(num_proc, len(todo)), context, start_worker, (theirs,)) as pool,
+        contextlib.closing(ours),  # however this ends, the workers end with it
     ):
         jobs = [pool.submit(prepare_archive, corpus, accent, path) for accent, path in todo]
         try:
@@ -1070,12 +1252,8 @@ def prepare_archives(corpus, todo, num_proc):
         except BrokenProcessPool as error:
             raise RunError(
                 "a process that prepares audio was killed, most likely for want of memory: run the same command again "
-                "with "
-                "a lower --num_proc"
+                "with a lower --num_proc"
             ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
     return failures
 
 
@@ -1164,7 +1342,7 @@ class TrainingStream:
         from torch.utils.data import DataLoader
 
         for turn in itertools.count():
-            batch = None
+            batch, self.loader_options["collate_fn"].epoch = None, turn
             for batch in DataLoader(self.one_pass(turn), num_workers=self.workers, **self.loader_options):
                 yield batch
             if batch is None:
@@ -1195,15 +1373,16 @@ def select_clips(clips, missing, args, check, max_samples, seed):
     longest batch comes first when scoring.
     """
     rows = clips.select_columns([name for name in clips.column_names if name != "audio"]).to_list()
-    kept, skipped = [], []
+    kept, skipped, seen = [], [], set()
     for index, row in enumerate(itertools.chain(rows, missing)):
         # A damaged archive or a file without a transcript has no domain to ask for.
         if not wanted(row, args) and row["domain"]:
             continue
-        reason = row["problem"] or check(row)
+        reason = row["problem"] or check(row) or ("a second copy" if row["clip"] in seen else "")
         if reason:
             skipped.append(skipped_row(row, reason))
         else:
+            seen.add(row["clip"])
             kept.append(index)
     if max_samples and max_samples < len(kept):
         kept = np.random.default_rng(seed).permutation(kept)[:max_samples].tolist()
@@ -1227,8 +1406,10 @@ def skipped_row(row, reason):
 
 
 def csv_lines(rows):
+    """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it."""
     buffer = io.StringIO()
-    csv.DictWriter(buffer, SKIPPED_COLUMNS, lineterminator="\n").writerows(rows)
+    safe = [{name: re.sub(r"^(?=[=+\-@\t\r])", "'", str(cell)) for name, cell in row.items()} for row in rows]
+    csv.DictWriter(buffer, SKIPPED_COLUMNS, lineterminator="\n").writerows(safe)
     return buffer.getvalue()
 
 
@@ -1462,16 +1643,19 @@ FREQUENCY_MASKS, FREQUENCY_MASK_BINS = 2, 20
 TIME_MASK_EVERY_FRAMES, TIME_MASK_FRAMES = 250, 30
 
 
-def spec_augment(features, lengths):
-    """Mask log-mels of shape (clips, frames, bins) in place, with the value of silence, inside each clip's length."""
-    import torch
+def spec_augment(features, lengths, seeds):
+    """Mask log-mels of shape (clips, frames, bins) in place, with the value of silence, inside each clip's length.
+
+    A clip's seed alone decides its masks, whichever process makes the batch: a resumed run draws the same ones.
+    """
 
     def mask_span(longest, size):
-        width = int(torch.randint(0, min(longest, size) + 1, ()))
-        start = int(torch.randint(0, size - width + 1, ()))
+        width = generator.integers(min(longest, size) + 1)
+        start = generator.integers(size - width + 1)
         return slice(start, start + width)
 
-    for clip, length in zip(features, lengths.tolist()):
+    for clip, length, seed in zip(features, lengths.tolist(), seeds):
+        generator = np.random.default_rng(seed)
         for _ in range(FREQUENCY_MASKS):
             clip[:length, mask_span(FREQUENCY_MASK_BINS, clip.shape[1])] = SILENCE
         for _ in range(-(-length // TIME_MASK_EVERY_FRAMES)):
@@ -1484,13 +1668,15 @@ class CTCCollator:
     """Rows of a prepared split -> a padded batch, in the worker processes of the DataLoader.
 
     input_features (clips, frames, bins) float32 and attention_mask (clips, frames) for LASR, or what the model's own
-    feature extractor gives; with an `encoder` labels (clips, longest) padded with -100; with `augment` masked features.
+    feature extractor gives; with an `encoder` labels (clips, longest) padded with -100; with `augment` masked features; `clips`, their names.
     """
 
     extractor: object
     encoder: LabelEncoder | None = None
     augment: bool = False
     shortest: int = 0
+    seed: int = 0
+    epoch: int = 0
 
     def __call__(self, rows):
         import torch
@@ -1516,7 +1702,10 @@ class CTCCollator:
                 labels, batch_first=True, padding_value=IGNORED_LABEL
             ).long()
         if self.augment:
-            spec_augment(batch["input_features"], batch["attention_mask"].sum(-1))
+            seeds = [(self.seed, self.epoch, zlib.crc32(row["clip"].encode())) for row in rows]
+            spec_augment(batch["input_features"], batch["attention_mask"].sum(-1), seeds)
+        if "clip" in rows[0]:
+            batch["clips"] = [row["clip"] for row in rows]
         return batch
 
 
@@ -1609,7 +1798,8 @@ def transcribe_clips(model, processor, clips, num_samples, args, training, encod
         for whole in (False, True)
         for start in range(0, len(spans), size)
     ]
-    mine = [batch for batch in batches if batch][training.process_index :: training.world_size]
+    batches = [batch for batch in batches if batch]
+    mine = batches[training.process_index :: training.world_size]
     collator = CTCCollator(
         processor.feature_extractor, encoder, shortest=shortest_clip(model, processor.feature_extractor)
     )
@@ -1621,8 +1811,11 @@ def transcribe_clips(model, processor, clips, num_samples, args, training, encod
     model = model.to(training.device).eval()
     silent = training.process_index > 0 or training.disable_tqdm
     pieces, loss, counted = [], 0.0, 0
-    with torch.inference_mode(), tqdm(total=sum(map(len, mine)), desc="scoring", unit="clip", disable=silent) as bar:
+    bar = tqdm(total=sum(map(len, mine)), desc="scoring", unit="clip", disable=silent)
+    with torch.inference_mode(), bar, STOP_SIGNALS.deferring():
         for indices, batch in zip(mine, loader):
+            if STOP_SIGNALS.number:
+                break
             whole = spans[indices[0]].whole
             if not whole:
                 batch.pop("labels", None)
@@ -1632,7 +1825,9 @@ def transcribe_clips(model, processor, clips, num_samples, args, training, encod
                 span = spans[index]
                 pieces.append((span.row, span.start, row_ids[span.first : span.last]))
             bar.update(len(indices))
-    shares = gather_object([(pieces, loss, counted)]) if training.world_size > 1 else [(pieces, loss, counted)]
+        shares = gather_object([(pieces, loss, counted)]) if training.world_size > 1 else [(pieces, loss, counted)]
+        if stopped := STOP_SIGNALS.among_all(training):
+            raise Stopped(stopped)
     joined = {row: [] for row in range(len(num_samples))}
     for row, _, ids in sorted(piece for share in shares for piece in share[0]):
         joined[row] += ids
@@ -1919,9 +2114,14 @@ def points(delta):
     return f"{100 * delta['wer']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def markdown_text(text):
+    """Text of a corpus or a user as Markdown that shows it as it is: no markup, HTML or link in it comes alive."""
+    return re.sub(r"([\\`*_\[\]|!~])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
 def markdown_table(header, rows):
     """Lines of a Markdown table, padded so that it reads well in a terminal too."""
-    rows = [header, *([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    rows = [header, *(list(map(str, row)) for row in rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     rows.insert(1, ["-" * width for width in widths])
     return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows] + [""]
@@ -1937,7 +2137,7 @@ def group_table(kind, before, after, delta):
         ci = f"[{percent(now['wer_ci95'][0])}, {percent(now['wer_ci95'][1])}]" if now["words"] else "-"
         lines.append(
             [
-                name + ("\\*" if now["small"] else ""),
+                markdown_text(name) + ("\\*" if now["small"] else ""),
                 f"{now['clips']:,}",
                 f"{now['speakers']:,}",
                 f"{now['words']:,}",
@@ -2168,9 +2368,28 @@ def prediction_lines(baseline, finetuned):
         )
 
 
-def write_results(folder, config, data, baseline, finetuned, title, notes=(), history=()):
-    """metrics.json, predictions_test.jsonl, report.md and its pictures into `folder`; returns the metrics."""
-    folder = Path(folder)
+@contextlib.contextmanager
+def complete_folder(target, keep=False):
+    """A folder to write into, which takes the place of `target` when all is written; with `keep`, with its other files."""
+    partial, old = (target.with_name(target.name + ending) for ending in (".partial", ".old"))
+    with explained_checkpoint(f"{target} cannot be written", "free some disk; the same command goes on", partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in target.iterdir() if keep and target.is_dir() else ():
+            if not (partial / path.name).exists():
+                shutil.copy(path, partial) if path.is_file() else shutil.copytree(path, partial / path.name)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(partial, target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_results(target, config, data, baseline, finetuned, title, notes=(), history=()):
+    """metrics.json, predictions_test.jsonl, report.md and its pictures into the folder `target`, all or none; returns the
+    metrics.
+    """
     delta = compare(baseline, finetuned) if baseline and finetuned else None
     metrics = {
         "config": config,
@@ -2180,13 +2399,19 @@ def write_results(folder, config, data, baseline, finetuned, title, notes=(), hi
         "finetuned": finetuned and finetuned.scores,
         "delta": delta,
     }
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
-    write_text(folder / "predictions_test.jsonl", "".join(prediction_lines(baseline, finetuned)))
-    pictures = draw_pictures(folder, baseline, finetuned, history)
-    write_text(folder / "report.md", "\n".join(report_lines(title, baseline, finetuned, delta, notes, pictures)) + "\n")
-    before, after = metrics["baseline"], metrics["finetuned"]
-    say("\n".join(["", *summary_table(before, after), *group_table("domain", before, after, delta)]))
+    with complete_folder(Path(target), keep=True) as folder:
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
+        write_text(folder / "predictions_test.jsonl", "".join(prediction_lines(baseline, finetuned)))
+        pictures = draw_pictures(folder, baseline, finetuned, history)
+        lines = report_lines(title, baseline, finetuned, delta, notes, pictures)
+        write_text(folder / "report.md", "\n".join(lines) + "\n")
+    show_scores(metrics)
     return metrics
+
+
+def show_scores(metrics):
+    before, after, delta = metrics["baseline"], metrics["finetuned"], metrics["delta"]
+    say("\n".join(["", *summary_table(before, after), *group_table("domain", before, after, delta)]))
 
 
 def write_model_card(final, results, args, metrics):
@@ -2196,7 +2421,7 @@ def write_model_card(final, results, args, metrics):
     local = {
         name for name in (args.model, args.dataset) if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists()
     }
-    model, dataset = without_folders(args.model), without_folders(args.dataset)
+    model, dataset = public(args.model), public(args.dataset)
     rates = [
         {"type": name.partition("_")[0], "name": name, "value": round(100 * metrics["finetuned"][name], 2)}
         for name in ("wer", "wer_spoken", "wer_paper", "wer_raw", "cer")
@@ -2456,7 +2681,9 @@ class DevSet:
         counts, domains = error_counts(references, hypotheses), np.array([row["domain"] for row in rows])
         by_domain = {f"wer_by_domain/{name}": rate(counts[domains == name]) for name in np.unique(domains) if name}
         shown = range(0, len(rows), max(1, len(rows) // 5))[:5]
-        cells = [[rows[index]["accent"], tidy(rows[index]["text"]), texts[index]] for index in shown]
+        cells = [
+            map(markdown_text, (rows[index]["accent"], tidy(rows[index]["text"]), texts[index])) for index in shown
+        ]
         self.samples = "\n".join(markdown_table(["accent", "reference", "hypothesis"], cells))
         return {**error_rates_metric().compute(predictions=hypotheses, references=references), **by_domain}
 
@@ -2486,6 +2713,7 @@ class CTCTraining:
     """
 
     dev, frames, mark = None, None, None
+    clips = ()  # of the update under way
     skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16 since the last log, and just now
 
     def _get_train_sampler(self, train_dataset=None):
@@ -2515,6 +2743,7 @@ class CTCTraining:
     def training_step(self, model, inputs, num_items_in_batch=None):
         import torch
 
+        self.clips += inputs.pop("clips", [])
         mask = inputs["attention_mask"]
         counts = torch.stack([mask.sum(), torch.tensor(mask.numel(), device=mask.device)]).to(self.args.device)
         self.frames = counts if self.frames is None else self.frames + counts
@@ -2526,23 +2755,53 @@ class CTCTraining:
 
         accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default.
         """
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm, clips, self.clips = super()._get_grad_norm(model, grad_norm), self.clips, ()
         if np.isfinite(float(norm)):
             self.skipped_in_a_row = 0
             return norm
         step = self.state.global_step + 1
         if not self.args.fp16:
             raise RunError(
-                f"the gradient is not finite at update {step}: lower --learning_rate, or raise --warmup_steps"
+                f"the gradient is not finite at update {step}: lower --learning_rate, or raise --warmup_steps; earlier "
+                f"checkpoints are good. Its clips: {', '.join(clips)}"
             )
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED_UPDATES:
             raise RunError(
                 f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates in a row, up to update {step}: use --bf16, or "
-                f"lower "
-                "--learning_rate; the last checkpoint is good"
+                f"lower --learning_rate; earlier checkpoints are good. The last clips: {', '.join(clips)}"
             )
         return norm
+
+    def _run_epoch(self, **options):
+        """Nothing, where a run that is gone on with is at its end already: the Trainer would make one more update."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(**options)
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        with explained_checkpoint(f"{checkpoint} cannot be loaded", "choose another, or --overwrite_output_dir"):
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with explained_checkpoint(f"{checkpoint} cannot be loaded", "choose another, or --overwrite_output_dir"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_checkpoint(self, model, trial):
+        """A checkpoint that is complete once its MANIFEST is there, and never one of a model that is not finite."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if broken := not_finite(self.model):
+            raise RunError(
+                f"the model is not finite at update {self.state.global_step}, in {broken}: lower --learning_rate"
+            )
+        (folder / MANIFEST).unlink(missing_ok=True)
+        with explained_checkpoint(f"{folder} cannot be written", "free some disk; the same command goes on", folder):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+                write_text(folder / MANIFEST, json.dumps(sizes, indent=1))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The dev scores, in the way of the test scores: Trainer.evaluate would gather logits, and cut no clip into
@@ -2551,7 +2810,11 @@ class CTCTraining:
         from transformers.trainer_utils import speed_metrics
 
         start, steps_mark = time.time(), time.monotonic()
-        scores = self.dev.score(self.model, self.args)
+        try:
+            scores = self.dev.score(self.model, self.args)
+        except Stopped:
+            self._save_checkpoint(self.model, None)  # from which the evaluation is made up for
+            raise
         if not np.isfinite(scores["loss"]):
             advice = "use --bf16, or lower --learning_rate" if self.args.fp16 else "lower --learning_rate"
             raise RunError(
@@ -2575,6 +2838,38 @@ class CTCTraining:
             earlier = [entry["skipped_updates"] for entry in self.state.log_history if "skipped_updates" in entry]
             logs["skipped_updates"], self.skipped = self.skipped + sum(earlier[-1:]), 0
         super().log(logs, start_time)
+
+
+class Lifecycle:
+    """Mixed with TrainerCallback: what happens to `trainer` when its run begins, goes on, or is told to stop."""
+
+    stopping = 0
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """After a resumption: find the best checkpoint where the folder is now, and make up for an evaluation that is due."""
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+        evaluated = any("eval_wer" in entry and entry["step"] == state.global_step for entry in state.log_history)
+        due = args.eval_strategy == "steps" and state.global_step and state.global_step % state.eval_steps == 0
+        if due and not evaluated:
+            control.should_evaluate = control.should_save = True
+            self.trainer._maybe_log_save_evaluate(None, None, self.trainer.model_wrapped, None, 0, None, None)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.data_collator.epoch = int(state.epoch or 0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stopping = STOP_SIGNALS.among_all(args)
+        if self.stopping:  # the evaluation, which may take minutes, is made up for
+            control.should_save, control.should_evaluate = True, False
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopping:
+            say(f"  checkpoint-{state.global_step} written")
+            raise Stopped(self.stopping)
 
 
 class TensorBoardTexts:
@@ -2611,6 +2906,8 @@ class Patience:
         super().on_train_begin(args, state, control, **kwargs)
         evaluated = [entry["step"] for entry in state.log_history if "eval_wer" in entry]
         self.early_stopping_patience_counter = sum(step > (state.best_global_step or 0) for step in evaluated)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
 
 
 def planned_updates(training, clips):
@@ -2651,7 +2948,7 @@ def make_trainer(args, training, model, train, dev):
     """The Trainer for the training clips `train` and a `DevSet`; raises RunError if float16 cannot be made safe."""
     from transformers import EarlyStoppingCallback, Trainer
     from transformers.integrations import TensorBoardCallback
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
     extractor = dev.processor.feature_extractor
     shortest = shortest_clip(model, extractor)
@@ -2671,13 +2968,14 @@ def make_trainer(args, training, model, train, dev):
     trainer = mixed(CTCTraining, Trainer)(
         model=model,
         args=training,
-        data_collator=CTCCollator(extractor, dev.encoder, args.spec_augment, shortest),
+        data_collator=CTCCollator(extractor, dev.encoder, args.spec_augment, shortest, training.seed),
         train_dataset=train,
         eval_dataset=dev.selection.clips,
         processing_class=dev.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
         callbacks=callbacks,
     )
     trainer.dev = dev
+    trainer.add_callback(mixed(Lifecycle, TrainerCallback)(trainer))
     # LasrForCTC.forward takes **kwargs, from which the Trainer concludes that it averages over accumulated batches by
     # itself.
     # It does not: without this line, 4 accumulation steps give 4 times the loss and the gradient (transformers issue
@@ -2689,29 +2987,118 @@ def make_trainer(args, training, model, train, dev):
     return trainer
 
 
-def checkpoint_to_resume(training):
-    """The checkpoint folder that `--resume_from_checkpoint` means, or None; refuses to mix with an earlier run's
-    checkpoints.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
+MANIFEST = "files.json"  # of a checkpoint: the size in bytes of each of its files, written last
 
-    output = Path(training.output_dir)
-    newest = get_last_checkpoint(str(output)) if output.is_dir() else None
+
+@contextlib.contextmanager
+def explained_checkpoint(what, advice, folder=None):
+    """Turn what the libraries raise for files that they cannot read or write into one line; a half-written one goes."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise RunError(f"{what} ({one_line(error)}): {advice}") from error
+
+
+def checkpoint_problem(folder):
+    """What a checkpoint lacks, "" if it is complete."""
+    sizes = read_json(folder / MANIFEST)
+    if sizes is None:
+        return "it was not finished"
+    found = {path.name: path.stat().st_size for path in folder.iterdir()}
+    broken = [f"{name} is {'cut' if name in found else 'missing'}" for name in sizes if found.get(name) != sizes[name]]
+    return ", ".join(broken)
+
+
+def checkpoint_to_resume(training):
+    """The complete checkpoint to go on from, the newest or the one of --resume_from_checkpoint; None: there is none."""
     wanted = training.resume_from_checkpoint
-    if not wanted or str(wanted).lower() == "false":
-        if newest:
-            raise UsageError(
-                f"--output_dir {output} holds checkpoints of an earlier run, the newest {Path(newest).name}; add "
-                "--resume_from_checkpoint true to go on from it, or choose another --output_dir"
-            )
+    if wanted and wanted.lower() not in ("true", "false"):
+        folder = Path(wanted)
+        if not folder.is_dir() or checkpoint_problem(folder):
+            problem = checkpoint_problem(folder) if folder.is_dir() else "there is no such folder"
+            raise UsageError(f"--resume_from_checkpoint is {wanted}: {problem}; give a complete checkpoint")
+        return str(folder)
+    found = [path for path in Path(training.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    for folder in sorted(found, key=lambda path: -int(path.name[11:])):
+        problem = checkpoint_problem(folder)
+        if not problem:
+            return str(folder)
+        warn(f"{folder} is left aside: {problem}")
+    return None
+
+
+# What a run is of: with another of these, what is in --output_dir is of no use.
+IDENTITY = """model model_revision dataset dataset_revision accents domains countries max_train_seconds max_train_samples
+    max_eval_samples max_test_samples target_text spec_augment streaming window_seconds""".split()
+TRAINING_IDENTITY = "learning_rate seed".split()
+GOAL = "max_steps num_train_epochs".split()  # may change from one start of a run to the next
+
+
+@dataclass
+class RunState:
+    """What a run notes down in `<output_dir>/run.json`: what it is of, the texts of the untouched model, what it reached."""
+
+    path: Path
+    identity: dict
+    goal: dict
+    baseline: dict | None = None  # clip -> text
+    reached: dict | None = None  # the goal of the run that finished
+
+    def save(self):
+        content = {"identity": self.identity, "baseline": self.baseline, "reached": self.reached}
+        write_text(self.path, json.dumps(content, ensure_ascii=False, indent=1))
+
+
+def weights_mark(name):
+    """A checksum of the beginning of a local model's weights, which tells two models in folders of one name apart."""
+    file = Path(name).expanduser() / "model.safetensors"
+    return zlib.crc32(file.open("rb").read(1 << 20)) if file.is_file() else None
+
+
+def open_run(args, training):
+    """The `RunState` of --output_dir; raises UsageError where what is there is of another run."""
+    output = Path(training.output_dir)
+    if args.overwrite_output_dir and training.process_index == 0:
+        for path in [
+            *output.glob("checkpoint-*"),
+            *(output / name for name in ("final", "results", "runs", "run.json")),
+        ]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    identity = {name: getattr(args, name) for name in IDENTITY}
+    identity |= {name: getattr(training, name) for name in TRAINING_IDENTITY}
+    identity = public({**identity, "weights": weights_mark(args.model)})
+    goal = {**{name: getattr(training, name) for name in GOAL}, "early_stopping_patience": args.early_stopping_patience}
+    state = RunState(output / "run.json", identity, goal)
+    stored = None if args.overwrite_output_dir else read_json(state.path)
+    if stored is None:
+        return state
+    different = [name for name in identity if stored["identity"].get(name) != identity[name]]
+    if different:
+        name = different[0]
+        raise UsageError(
+            f"--output_dir {output} holds a run with --{name} {stored['identity'].get(name)}, not {identity[name]}; choose "
+            "another --output_dir, or --overwrite_output_dir to start anew"
+        )
+    state.baseline, state.reached = stored["baseline"], stored["reached"]
+    return state
+
+
+def show_finished(state, training):
+    """Show the scores of a run that is finished; returns the exit status, None if the results are not there."""
+    output = state.path.parent
+    metrics = read_json(output / "results" / "metrics.json")
+    if state.reached != state.goal or not metrics or not (output / "final" / "config.json").is_file():
         return None
-    if str(wanted).lower() == "true":
-        if not newest:
-            say(f"  no checkpoint in {output} yet: training from the start")
-        return newest
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise UsageError(f"--resume_from_checkpoint is {wanted}: no checkpoint of a Trainer is there")
-    return wanted
+    say(
+        f"{output} holds this run, finished; --overwrite_output_dir starts anew, more --num_train_epochs or --max_steps go on"
+    )
+    show_scores(metrics)
+    say(f"\nmodel: {output / 'final'}\nresults: {output / 'results'}")
+    return 0
 
 
 def updates_done(checkpoint):
@@ -2725,10 +3112,9 @@ def train_model(trainer, checkpoint, updates):
 
     if checkpoint:
         say(f"  going on from {checkpoint}, update {updates_done(checkpoint)} of {updates}")
-        if updates_done(checkpoint) >= updates:
-            say("  nothing is left to train: raise --num_train_epochs or --max_steps to train further")
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with STOP_SIGNALS.deferring():
+            trainer.train(resume_from_checkpoint=checkpoint)
     except torch.OutOfMemoryError as error:
         batch, steps = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
         raise RunError(
@@ -2781,7 +3167,7 @@ def score_file(args, training):
     if not any(row["speaker"] for row in rows):
         notes.append("No row names its speaker: each clip counts as one, which makes the intervals too narrow.")
     folder = Path(training.output_dir) / "results"
-    config = without_folders({"command": args.command, "score_file": args.score_file})
+    config = public({"command": args.command, "score_file": args.score_file})
     data = {"test": {"clips": len(rows), "hours": round(hours(rows), 4), "left_out": left_out}}
     write_results(
         folder,
@@ -2806,7 +3192,8 @@ def dry_run(args, training, corpus, accents):
             rows = [row for row in rows if row["num_samples"] <= args.max_train_seconds * SAMPLE_RATE]
             train = min(len(rows), args.max_train_samples or len(rows))
         say(split_line(split, rows))
-        refuse_empty(split, rows)
+        if not rows:
+            refuse_empty(split, rows)
         for accent, count in Counter(row["accent"] for row in rows).most_common():
             own = [row for row in rows if row["accent"] == accent]
             say(
@@ -2846,9 +3233,14 @@ def split_line(split, rows):
     return f"  {split:<5}{plural(found['clips'], 'clip'):>14}{hours(rows):>9.2f} h{people:>16}{accents:>12}"
 
 
-def refuse_empty(split, rows):
+def refuse_empty(split, rows, skipped=()):
+    """Raise RunError, with what is known of the cause, if a split has no clip, or none of dev or test has a word."""
+    reasons = Counter(reason_kind(row["reason"]) for row in skipped if row["split"] == split)
+    why = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common())
     if not rows:
-        raise RunError(f"no {split} clip is left for these --accents, --domains and --countries: choose more of them")
+        raise RunError(f"no {split} clip is left: " + (why or "these --accents, --domains and --countries have none"))
+    if split != "train" and not any(normalize_wer(row["text"]) for row in rows):
+        raise RunError(f"no {split} transcript has a word to score: {plural(len(rows), 'clip')} of punctuation")
 
 
 def select_splits(args, corpus, accents, splits, check, training):
@@ -2862,22 +3254,37 @@ def select_splits(args, corpus, accents, splits, check, training):
             rows = [row for row in transcript_rows(corpus, split, accents) if wanted(row, args)]
             selections[split] = Selection(None, rows, [])
         else:
-            selections[split] = select_clips(
-                *load_split(corpus, split, accents), args, check, limits[split], training.seed
-            )
+            clips = load_split(corpus, split, accents)
+            selections[split] = select_clips(*clips, args, check, limits[split], training.seed)
         say(split_line(split, selections[split].rows))
-        if not args.prepare_only:
-            refuse_empty(split, selections[split].rows)
     skipped = [row for selection in selections.values() for row in selection.skipped]
     if training.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
         write_text(skipped_path(training), ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
-    for (split, reason), count in sorted(
-        Counter((row["split"], reason_kind(row["reason"])) for row in skipped).items()
-    ):
+    counts = Counter((row["split"], reason_kind(row["reason"])) for row in skipped)
+    for (split, reason), count in sorted(counts.items()):
         say(f"  left out of {split}: {count:,} x {reason}")
     if skipped:
         say(f"  each one is named in {skipped_path(training)}")
+    for split, selection in selections.items():
+        # Not every accent has every split: what is only prepared may lack one.
+        if not args.prepare_only or selection.skipped or not any(other.rows for other in selections.values()):
+            refuse_empty(split, selection.rows, skipped)
     return selections
+
+
+def check_selection(args, corpus, accents):
+    """Refuse, before any audio is converted, what the transcripts show to be without a clip."""
+    known = set()
+    for split in splits_to_prepare(args) + (("train",) if args.streaming else ()):
+        rows = transcript_rows(corpus, split, accents)
+        known |= {row["country"] for row in rows}
+        if rows and not args.prepare_only:
+            refuse_empty(split, [row for row in rows if wanted(row, args)])
+    unknown = {code.upper() for code in args.countries or []} - known
+    if unknown and known:
+        raise UsageError(
+            f"--countries has '{min(unknown)}', of which no clip is; the countries are {', '.join(sorted(known))}"
+        )
 
 
 def data_summary(selections, encoder):
@@ -2892,11 +3299,10 @@ def data_summary(selections, encoder):
     return {**summary, "characters_dropped_from_labels": dict(encoder.dropped)}
 
 
-def score_split(model, processor, selection, args, training, train_accents):
-    """The `Scored` of the model on a selection."""
+def write_down(model, processor, selection, args, training):
+    """The model's text of each clip of a selection."""
     lengths = [row["num_samples"] for row in selection.rows]
-    texts, _ = transcribe_clips(model, processor, selection.clips, lengths, args, training)
-    return score_texts(selection.rows, texts, train_accents)
+    return transcribe_clips(model, processor, selection.clips, lengths, args, training)[0]
 
 
 def window_note(selection, args):
@@ -2914,85 +3320,125 @@ def run(args, training):
     if args.transcribe:
         return transcribe_files(args, training)
     set_seed(training.seed)
-    checkpoint = None if args.prepare_only or args.eval_only or args.dry_run else checkpoint_to_resume(training)
+    trains = not (args.prepare_only or args.eval_only or args.dry_run)
+    state = open_run(args, training) if trains else None
+    if state and (status := show_finished(state, training)) is not None:
+        return status
+    checkpoint = checkpoint_to_resume(training) if trains else None
     say(f"corpus: {args.dataset}")
-    if not (args.prepare_only or args.dry_run):
+    if trains or args.eval_only:
         check_model_access(args)
-        if args.push_to_hub and not args.eval_only and training.process_index == 0:
-            with explained_upload(training) as name:
-                hub_api(training).create_repo(name, private=training.hub_private_repo, exist_ok=True)
+    if trains and args.push_to_hub and training.process_index == 0:
+        with explained_upload(training) as name:
+            hub_api(training).create_repo(name, private=training.hub_private_repo, exist_ok=True)
     corpus = open_corpus(args)
     accents = chosen_accents(corpus, args.accents)
     if args.dry_run:
         return dry_run(args, training, corpus, accents)
-    prepare_corpus(corpus, splits_to_prepare(args), accents, args.num_proc)
+    prepare_corpus(corpus, splits_to_prepare(args), accents, args)
     if args.prepare_only:
         select_splits(args, corpus, accents, splits_to_prepare(args), lambda row: "", training)
         say(f"  ready in {args.data_dir}")
         return 0
     processor, model = load_processor_and_model(args)
-    return fit_and_score(args, training, corpus, accents, processor, model, checkpoint)
-
-
-def fit_and_score(args, training, corpus, accents, processor, model, checkpoint):
-    """From a loaded model and prepared audio to results and, unless --eval_only, a final model; returns the exit
-    status.
-    """
-    if not args.eval_only and model.config.model_type != "lasr_ctc":
+    if trains and model.config.model_type != "lasr_ctc":
         raise UsageError(
             f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be "
-            f"fine-tuned; any CTC model "
-            "can be scored with --eval_only"
+            "fine-tuned; any CTC model can be scored with --eval_only"
         )
-    encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
-    check = ClipCheck(model, processor.feature_extractor, encoder, args.max_train_seconds)
-    selections = select_splits(args, corpus, accents, ("test",) if args.eval_only else SPLITS, check, training)
-    data, test = data_summary(selections, encoder), selections["test"]
-    train_accents = None if args.eval_only else {row["accent"] for row in selections["train"].rows}
-    output = Path(training.output_dir)
-    config = without_folders({**vars(args), "training": json.loads(training.to_json_string())})
-    title = f"{without_folders(args.model)} on {without_folders(args.dataset)}"
-    baseline = None
-    if args.eval_only or not args.skip_baseline:
-        say(f"scoring {args.model} as it is on the test split")
-        baseline = score_split(model, processor, test, args, training, train_accents)
-        say(f"  WER {percent(baseline.scores['wer'])}")
-    if args.eval_only:
-        if training.process_index == 0:
-            write_results(output / "results", config, data, baseline, None, title, [window_note(test, args)])
-            say(f"\nresults: {output / 'results'}")
+    job = Job(args, training, processor, model, corpus, accents)
+    return job.fit_and_score(state, checkpoint) if trains else job.score()
+
+
+class Job:
+    """A loaded model and prepared audio, on the way to results and a final model."""
+
+    def __init__(self, args, training, processor, model, corpus, accents):
+        self.args, self.training, self.processor, self.model = args, training, processor, model
+        self.corpus, self.accents = corpus, accents
+        self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
+        self.check = ClipCheck(model, processor.feature_extractor, self.encoder, args.max_train_seconds)
+        splits = ("test",) if args.eval_only else SPLITS
+        self.selections = select_splits(args, corpus, accents, splits, self.check, training)
+        self.test = self.selections["test"]
+        self.output = Path(training.output_dir)
+        self.is_first = training.process_index == 0
+
+    def score_texts(self, texts):
+        seen = None if self.args.eval_only else {row["accent"] for row in self.selections["train"].rows}
+        return score_texts(self.test.rows, texts, seen)
+
+    def write_results(self, baseline, finetuned, history=()):
+        args = self.args
+        config = public({**vars(args), "training": json.loads(self.training.to_json_string())})
+        data = data_summary(self.selections, self.encoder)
+        title, notes = f"{public(args.model)} on {public(args.dataset)}", [window_note(self.test, args)]
+        return write_results(self.output / "results", config, data, baseline, finetuned, title, notes, history)
+
+    def score(self):
+        """--eval_only; returns the exit status."""
+        say(f"scoring {self.args.model} on the test split")
+        scored = self.score_texts(write_down(self.model, self.processor, self.test, self.args, self.training))
+        if self.is_first:
+            self.write_results(scored, None)
+            say(f"\nresults: {self.output / 'results'}")
         return 0
-    say("training")
-    updates = fit_schedule(training, len(selections["train"].rows))
-    if args.streaming:
-        # Another seed after a resumption: the stream starts anew, and should not start with the same clips.
+
+    def score_baseline(self, state):
+        """The `Scored` of the untouched model, whose texts an earlier start of this run may have left in `state`."""
+        rows = self.test.rows
+        if not state.baseline or set(state.baseline) != {row["clip"] for row in rows}:
+            say(f"scoring {self.args.model} as it is on the test split")
+            texts = write_down(self.model, self.processor, self.test, self.args, self.training)
+            state.baseline = {row["clip"]: text for row, text in zip(rows, texts)}
+            if self.is_first:
+                state.save()
+        baseline = self.score_texts([state.baseline[row["clip"]] for row in rows])
+        say(f"  WER {percent(baseline.scores['wer'])} before training")
+        return baseline
+
+    def training_clips(self, checkpoint):
+        if not self.args.streaming:
+            return self.selections["train"].clips
         from torch.utils.data import IterableDataset
 
-        seed = training.seed + updates_done(checkpoint)
-        stream = mixed(TrainingStream, IterableDataset)(corpus, accents, args, check, training, seed)
-        selections["train"].clips = stream
-    dev = DevSet(selections["dev"], processor, encoder, args)
-    trainer = make_trainer(args, training, model, selections["train"].clips, dev)
-    train_model(trainer, checkpoint, updates)
-    say("scoring the fine-tuned model on the test split")
-    # Without the wrapper that autocasts: before and after are scored alike, in float32.
-    tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    share_weights(tuned, training)
-    finetuned = score_split(tuned, processor, test, args, training, train_accents)
-    trainer.save_model(str(output / "final"))
-    if training.process_index == 0:
-        history = trainer.state.log_history
-        notes = [window_note(test, args)]
-        metrics = write_results(output / "results", config, data, baseline, finetuned, title, notes, history)
-        write_model_card(output / "final", output / "results", args, metrics)
-        write_test_scores_to_tensorboard(output, metrics, trainer.state.global_step)
-        if args.push_to_hub:
-            push_to_hub(training, output / "final")
-        say(
-            f"\nmodel: {output / 'final'}\nresults: {output / 'results'}\ncurves: tensorboard --logdir "
-            f"{output / 'runs'}"
-        )
-    return 0
+        # Another seed after a resumption: the stream starts anew, and should not start with the same clips.
+        seed = self.training.seed + updates_done(checkpoint)
+        stream = mixed(TrainingStream, IterableDataset)
+        return stream(self.corpus, self.accents, self.args, self.check, self.training, seed)
+
+    def fit_and_score(self, state, checkpoint):
+        """The main job; returns the exit status."""
+        if self.is_first:
+            state.save()
+        baseline = None if self.args.skip_baseline else self.score_baseline(state)
+        say("training")
+        updates = fit_schedule(self.training, len(self.selections["train"].rows))
+        dev = DevSet(self.selections["dev"], self.processor, self.encoder, self.args)
+        trainer = make_trainer(self.args, self.training, self.model, self.training_clips(checkpoint), dev)
+        train_model(trainer, checkpoint, updates)
+        say("scoring the fine-tuned model on the test split")
+        # Without the wrapper that autocasts: before and after are scored alike, in float32.
+        tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        share_weights(tuned, self.training)
+        finetuned = self.score_texts(write_down(tuned, self.processor, self.test, self.args, self.training))
+        if self.is_first:
+            self.finish(state, trainer, baseline, finetuned)
+        return 0
+
+    def finish(self, state, trainer, baseline, finetuned):
+        """Write the final model, its results and its card, each complete or not at all."""
+        metrics = self.write_results(baseline, finetuned, trainer.state.log_history)
+        with complete_folder(self.output / "final") as final:
+            trainer.save_model(str(final))
+            write_model_card(final, self.output / "results", self.args, metrics)
+        write_test_scores_to_tensorboard(self.output, metrics, trainer.state.global_step)
+        state.reached = state.goal
+        state.save()
+        if self.args.push_to_hub:
+            push_to_hub(self.training, self.output / "final")
+        say(f"\nmodel: {self.output / 'final'}\nresults: {self.output / 'results'}")
+        say(f"curves: tensorboard --logdir {self.output / 'runs'}")
 
 
 def write_test_scores_to_tensorboard(output, metrics, step):
@@ -3011,30 +3457,38 @@ def write_test_scores_to_tensorboard(output, metrics, step):
 def main(argv=None):
     """Run the command line `argv` (sys.argv's if None); returns 0, 2 for a usage error, 1 for one while running."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        STOP_SIGNALS.install()
         args, training = parse_arguments(argv)
         # It is written into the model card, which people publish.
-        args.command = re.sub(
-            r"(--\w+[_-]token[= ])\S+", r"\1***", shlex.join(["python", PROGRAM, *map(without_folders, argv)])
-        )
+        args.command = redact(shlex.join(["python", PROGRAM, *map(public, argv)]))
         return run(args, training)
     except UsageError as error:
         status, message = 2, str(error)
+        if os.environ.get("RANK", "0") != "0":
+            return status  # each process refuses the same flags
     except RunError as error:
         # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
         status, message = 1, str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
-    except KeyboardInterrupt:
-        status, message = (
-            130,
-            "interrupted; the same command goes on with prepared audio, --resume_from_checkpoint true with training",
-        )
+    except Stopped as error:
+        status, name = 128 + error.args[0], signal.Signals(error.args[0]).name
+        message = f"stopped by {name}: the same command goes on from here"
     except SystemExit as error:  # argparse's --help
         return error.code or 0
     except Exception as error:
         if os.environ.get("MEDASR_TRACEBACK"):
             raise
         status, message = 1, f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    finally:
+        for number, handler in handlers.items():
+            with contextlib.suppress(
+                ValueError, TypeError
+            ):  # not the main thread, or a handler that Python did not set
+                signal.signal(number, handler)
+    rank = os.environ.get("RANK", "0")
+    place = "" if rank == "0" else f" (process {rank})"
+    print(f"{PROGRAM}: error{place}: {redact(message)}", file=sys.stderr)
     return status
 
 

@@ -84,7 +84,7 @@ def train_on_cpu(folder, options):
     args, training = finetune_medasr.parse_arguments([*flags, "--report_to", "none", "--dataloader_num_workers", "0"])
     processor, model = finetune_medasr.load_processor_and_model(args)
     corpus = finetune_medasr.open_corpus(args)
-    finetune_medasr.prepare_corpus(corpus, ("dev",), None, args.num_proc)
+    finetune_medasr.prepare_corpus(corpus, ("dev",), None, args)
     clips = finetune_medasr.load_split(corpus, "dev", None)
     dev = finetune_medasr.select_clips(*clips, args, lambda row: "", 4, training.seed)
     train = finetune_medasr.select_clips(*clips, args, lambda row: "", options.batch_size, training.seed)
