@@ -105,7 +105,7 @@ SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_\w{4,}|(?<=[_-]token[= ])\S+")
 
 
 def public(value):
-    """`value` (JSON, or text) without tokens, and with absolute paths cut to their names: what a run writes is published."""
+    """`value` (JSON, or text) without tokens, and with absolute paths cut to their names: people publish it."""
     if isinstance(value, dict):
         return {name: public(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -128,8 +128,8 @@ class Stopped(KeyboardInterrupt):
 class StopSignals:
     """SIGTERM and Ctrl-C. They raise Stopped at once, or, where `deferred`, leave their `number` to be looked at.
 
-    Training and scoring look after each update and batch, because several processes have to stop at the same one. A second
-    signal is not deferred. Worker processes leave signals to the program itself.
+    Training and scoring look after each update and batch, because several processes have to stop at the same one. A
+    second signal is not deferred. Worker processes leave signals to the program itself.
     """
 
     deferred: bool = False
@@ -390,9 +390,9 @@ def parse_arguments(argv):
     return script, make_training_arguments(common, rest, script)
 
 
-ABOVE_ZERO = """max_train_seconds window_seconds max_train_samples max_eval_samples max_test_samples num_proc learning_rate
-    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs eval_steps save_steps
-    logging_steps""".split()
+ABOVE_ZERO = """max_train_seconds window_seconds max_train_samples max_eval_samples max_test_samples num_proc
+    learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs
+    eval_steps save_steps logging_steps""".split()
 ZERO_OR_MORE = "early_stopping_patience warmup_steps dataloader_num_workers save_total_limit seed".split()
 
 
@@ -834,7 +834,7 @@ class Corpus:
         return rows
 
     def fetch_transcripts(self, splits, accents):
-        """Have every CSV of `splits` here, some hundred small files, so several at once; says what had to be mended in them."""
+        """Have every CSV of `splits` here, some hundred, so several at once; warns of defects."""
         from concurrent.futures import ThreadPoolExecutor
 
         paths = [path for split in splits for _, path in self.transcript_files(split, accents)]
@@ -848,7 +848,7 @@ MENDED_QUOTES = 100  # in a file with more unclosed quotes than these none is ta
 
 
 def read_transcripts(path):
-    """(rows, a dict each; notes on what was mended) of a CSV of transcripts; raises RunError for a file of another kind.
+    """(rows, a dict each; notes on what was mended) of a CSV of transcripts; raises RunError for another kind.
 
     csv, not pandas: the country code NA is Namibia, and no cell may turn into a NaN.
     """
@@ -1046,8 +1046,7 @@ def make_clip(key, split, accent, row, audio=None, problem=""):
 
 
 def archive_members(stream):
-    """Yield (name, bytes, problem) for each member of a tar.gz, or plain tar, that is read as a stream; raises DAMAGE if it
-    is corrupt.
+    """Yield (name, bytes, problem) for each member of a tar.gz or tar that is read as a stream; DAMAGE if it is corrupt.
 
     gzip under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end.
     """
@@ -1668,7 +1667,8 @@ class CTCCollator:
     """Rows of a prepared split -> a padded batch, in the worker processes of the DataLoader.
 
     input_features (clips, frames, bins) float32 and attention_mask (clips, frames) for LASR, or what the model's own
-    feature extractor gives; with an `encoder` labels (clips, longest) padded with -100; with `augment` masked features; `clips`, their names.
+    feature extractor gives; with an `encoder` labels (clips, longest) padded with -100; with `augment` masked features;
+    for prepared clips `clips`, their names.
     """
 
     extractor: object
@@ -2256,7 +2256,7 @@ def report_lines(title, baseline, finetuned, delta, notes, pictures):
             f"{percent(last['wer_ci95'][1])}.",
             "",
         ]
-    lines += [note + "\n" for note in notes]
+    lines += [markdown_text(note) + "\n" for note in notes]
     lines += [f"![{label}]({name})\n" for name, label in pictures]
     for kind in GROUP_KINDS:
         lines += [
@@ -2370,7 +2370,7 @@ def prediction_lines(baseline, finetuned):
 
 @contextlib.contextmanager
 def complete_folder(target, keep=False):
-    """A folder to write into, which takes the place of `target` when all is written; with `keep`, with its other files."""
+    """A folder to write into, which takes the place of `target` when complete; with `keep`, with its other files."""
     partial, old = (target.with_name(target.name + ending) for ending in (".partial", ".old"))
     with explained_checkpoint(f"{target} cannot be written", "free some disk; the same command goes on", partial):
         shutil.rmtree(partial, ignore_errors=True)
@@ -2387,8 +2387,9 @@ def complete_folder(target, keep=False):
 
 
 def write_results(target, config, data, baseline, finetuned, title, notes=(), history=()):
-    """metrics.json, predictions_test.jsonl, report.md and its pictures into the folder `target`, all or none; returns the
-    metrics.
+    """metrics.json, predictions_test.jsonl, report.md and its pictures into the folder `target`, all or none.
+
+    Returns the metrics.
     """
     delta = compare(baseline, finetuned) if baseline and finetuned else None
     metrics = {
@@ -2743,7 +2744,7 @@ class CTCTraining:
     def training_step(self, model, inputs, num_items_in_batch=None):
         import torch
 
-        self.clips += inputs.pop("clips", [])
+        self.clips += tuple(inputs.pop("clips", ()))
         mask = inputs["attention_mask"]
         counts = torch.stack([mask.sum(), torch.tensor(mask.numel(), device=mask.device)]).to(self.args.device)
         self.frames = counts if self.frames is None else self.frames + counts
@@ -2849,7 +2850,7 @@ class Lifecycle:
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """After a resumption: find the best checkpoint where the folder is now, and make up for an evaluation that is due."""
+        """After a resumption: find the best checkpoint where it is now, and make up for an evaluation that is due."""
         if state.best_global_step:
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
         evaluated = any("eval_wer" in entry and entry["step"] == state.global_step for entry in state.log_history)
@@ -2937,7 +2938,7 @@ def fit_schedule(training, clips):
 def guard_trained_model(model, dev, collator, training):
     """Make the model safe in float16, measured on dev clips (a stream has none), and say what was done."""
     clips = dev.selection.clips
-    chosen = [clips[int(index)] for index in np.linspace(0, len(clips) - 1, 16)]
+    chosen = [{"audio": clips[int(index)]["audio"]} for index in np.linspace(0, len(clips) - 1, 16)]
     batches = [collator(chosen[start : start + 4]) for start in range(0, 16, 4)]
     guarded = guard_half_precision(model, batches, training.device)
     name, peak = max(guarded.items(), key=lambda item: item[1])
@@ -3032,15 +3033,15 @@ def checkpoint_to_resume(training):
 
 
 # What a run is of: with another of these, what is in --output_dir is of no use.
-IDENTITY = """model model_revision dataset dataset_revision accents domains countries max_train_seconds max_train_samples
-    max_eval_samples max_test_samples target_text spec_augment streaming window_seconds""".split()
+IDENTITY = """model model_revision dataset dataset_revision accents domains countries max_train_seconds
+    max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds""".split()
 TRAINING_IDENTITY = "learning_rate seed".split()
 GOAL = "max_steps num_train_epochs".split()  # may change from one start of a run to the next
 
 
 @dataclass
 class RunState:
-    """What a run notes down in `<output_dir>/run.json`: what it is of, the texts of the untouched model, what it reached."""
+    """What a run notes down in `<output_dir>/run.json`: what it is of, the baseline's texts, what it reached."""
 
     path: Path
     identity: dict
@@ -3080,8 +3081,8 @@ def open_run(args, training):
     if different:
         name = different[0]
         raise UsageError(
-            f"--output_dir {output} holds a run with --{name} {stored['identity'].get(name)}, not {identity[name]}; choose "
-            "another --output_dir, or --overwrite_output_dir to start anew"
+            f"--output_dir {output} holds a run with --{name} {stored['identity'].get(name)}, not {identity[name]}; "
+            "choose another --output_dir, or --overwrite_output_dir to start anew"
         )
     state.baseline, state.reached = stored["baseline"], stored["reached"]
     return state
@@ -3094,7 +3095,8 @@ def show_finished(state, training):
     if state.reached != state.goal or not metrics or not (output / "final" / "config.json").is_file():
         return None
     say(
-        f"{output} holds this run, finished; --overwrite_output_dir starts anew, more --num_train_epochs or --max_steps go on"
+        f"{output} holds this run, finished; --overwrite_output_dir starts anew, more --max_steps or "
+        "--num_train_epochs go on"
     )
     show_scores(metrics)
     say(f"\nmodel: {output / 'final'}\nresults: {output / 'results'}")
@@ -3115,6 +3117,10 @@ def train_model(trainer, checkpoint, updates):
     try:
         with STOP_SIGNALS.deferring():
             trainer.train(resume_from_checkpoint=checkpoint)
+    except (RunError, Stopped):
+        if trainer.args.process_index == 0 and not trainer.args.disable_tqdm:
+            print(file=sys.stderr)  # the message does not belong behind the progress bar
+        raise
     except torch.OutOfMemoryError as error:
         batch, steps = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
         raise RunError(

@@ -506,7 +506,7 @@ def test_an_interrupted_preparation_says_so_and_goes_on(prepared, tmp_path):
         assert group_is_gone(pid)
         assert "Traceback" not in launcher.printed(), launcher.printed()
         assert re.search(
-            r"^finetune_medasr.py: error: interrupted; the same command goes on", launcher.printed(), re.MULTILINE
+            r"^finetune_medasr.py: error: stopped by SIGINT: the same command goes on", launcher.printed(), re.MULTILINE
         )
         hub.clear_faults()
         assert finish_what_was_begun(launcher, hub, data_dir, *SMALL, "--num_proc", "2")
@@ -761,8 +761,10 @@ def test_damaged_and_hostile_files_are_refused_one_by_one(tmp_path):
     for accent in ("nothing", "not-gzip"):
         assert "damaged archive" in reasons[f"audio/{accent}/train/train_{accent}_0.tar.gz"]
     assert {name for name in usable if name.startswith("dirty/")} == {f"dirty/{name}.wav" for name in dirty}
-    assert usable["dirty/latin.wav"]["text"] == "caf\ufffd" and usable["dirty/plain.wav"]["domain"] == "clinical"
-    assert "unclosed/first.wav" in usable and reasons["unclosed/second.wav"] == "no transcript"
+    assert usable["dirty/latin.wav"]["text"] == "café" and usable["dirty/plain.wav"]["domain"] == "clinical"
+    assert usable["unclosed/first.wav"]["text"] == usable["unclosed/second.wav"]["text"] == "text"
+    assert "unclosed/train.csv: 1 unclosed quote, the first in line 3" in result.stderr
+    assert "dirty/train.csv: it is not UTF-8" in result.stderr
     # Nothing is written but what was asked for.
     assert {path: path.read_bytes() for path in files_below(corpus, "*")} == before
     assert {path.name for path in tmp_path.iterdir()} <= {"corpus", "audio", "audio-output", "hf_home"}
@@ -782,7 +784,7 @@ script.write_text(script.skipped_path(training), "")
 corpus = script.open_corpus(args)
 accents = script.chosen_accents(corpus, args.accents)
 stream = script.mixed(script.TrainingStream, IterableDataset)(corpus, accents, args, lambda row: "", training, 0)
-stream.loader_options = {"batch_size": 1, "collate_fn": list}
+stream.loader_options = {"batch_size": 1, "collate_fn": lambda rows: rows}
 for clip, in itertools.islice(stream, int(count)):
     print(json.dumps({"clip": clip["clip"], "text": clip["text"], "bytes": len(clip["audio"]),
                       "seconds": clip["num_samples"] / 16000}))

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import os
 import re
-import shutil
 import sys
 
 import jiwer
@@ -33,12 +32,6 @@ from finetune_medasr import (
 )
 
 FIXTURE_FLAGS = ("--model", MODEL, "--dataset", CORPUS)
-# Four updates an epoch. SpecAugment draws masks while it makes batches ahead, which a resumption does not repeat.
-QUICK_TRAINING = """
-    --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --max_steps 8 --eval_steps 2 --save_steps 2
-    --save_total_limit 9 --logging_steps 1 --warmup_steps 2 --early_stopping_patience 0 --no_spec_augment
-    --max_train_samples 16 --max_eval_samples 2 --max_test_samples 2 --skip_baseline --dataloader_num_workers 0
-""".split()
 
 
 @pytest.fixture
@@ -432,106 +425,6 @@ def test_eval_only_scores_a_model_of_another_family(demo, wav2vec2, tmp_path, ru
 
 
 # ---------------------------------------------------------------- going on
-
-
-@pytest.fixture(scope="module")
-def straight(demo, tmp_path_factory):
-    """The output folder of eight updates in one go."""
-    output = tmp_path_factory.mktemp("straight")
-    assert (
-        main([*map(str, FIXTURE_FLAGS), *QUICK_TRAINING, "--data_dir", str(demo.audio), "--output_dir", str(output)])
-        == 0
-    )
-    return output
-
-
-@pytest.fixture(scope="module")
-def resumed(demo, straight, tmp_path_factory):
-    """(process, output folder) of a run that goes on from the checkpoint of the sixth of them, in the middle of the
-    second epoch.
-    """
-    output = tmp_path_factory.mktemp("resumed")
-    shutil.copytree(straight / "checkpoint-6", output / "checkpoint-6")
-    done = run_script(
-        *FIXTURE_FLAGS,
-        *QUICK_TRAINING,
-        "--data_dir",
-        demo.audio,
-        "--output_dir",
-        output,
-        "--resume_from_checkpoint",
-        "true",
-        cwd=output,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done, output
-
-
-def assert_same_training(one, other):
-    """The same batches, losses and weights to the end of eight updates."""
-    from safetensors.torch import load_file
-
-    logs = [
-        [entry for entry in load_json(output / "checkpoint-8/trainer_state.json")["log_history"] if "loss" in entry]
-        for output in (one, other)
-    ]
-    for key in ("step", "padding_percent", "loss", "grad_norm"):
-        values = [[entry[key] for entry in log] for log in logs]
-        assert len(values[0]) == 8 and values[1] == pytest.approx(values[0], rel=1e-4), key
-    weights = [load_file(output / "checkpoint-8/model.safetensors") for output in (one, other)]
-    assert all((weights[0][name].float() - weights[1][name].float()).abs().max() < 1e-4 for name in weights[0])
-
-
-@pytest.mark.slow
-def test_every_epoch_has_an_order_of_its_own(straight):
-    log = load_json(straight / "checkpoint-8/trainer_state.json")["log_history"]
-    padding = [entry["padding_percent"] for entry in log if "loss" in entry]
-    assert sorted(padding[:4]) != sorted(padding[4:])
-
-
-@pytest.mark.slow
-def test_a_run_resumed_in_its_first_epoch_trains_as_if_it_had_never_stopped(demo, straight, tmp_path, run):
-    shutil.copytree(straight / "checkpoint-2", tmp_path / "checkpoint-2")
-    flags = [*FIXTURE_FLAGS, *QUICK_TRAINING, "--data_dir", demo.audio, "--output_dir", tmp_path]
-    status, out, _ = run(*flags, "--resume_from_checkpoint", tmp_path / "checkpoint-2")
-    assert status == 0 and re.search(r"checkpoint-2.*update 2 of 8", out)
-    assert_same_training(straight, tmp_path)
-
-
-@pytest.mark.slow
-def test_a_run_resumed_in_a_later_epoch_trains_as_if_it_had_never_stopped(straight, resumed):
-    assert re.search(r"checkpoint-6.*update 6 of 8", resumed[0].stdout)
-    assert_same_training(straight, resumed[1])
-
-
-@pytest.mark.slow
-def test_resuming_a_finished_run_says_that_nothing_is_left(demo, resumed, run):
-    trained = (resumed[1] / "checkpoint-8/model.safetensors").stat()
-    status, out, _ = run(
-        *FIXTURE_FLAGS,
-        *QUICK_TRAINING,
-        "--data_dir",
-        demo.audio,
-        "--output_dir",
-        resumed[1],
-        "--resume_from_checkpoint",
-        "true",
-    )
-    assert status == 0
-    assert "nothing is left to train" in out
-    assert (resumed[1] / "checkpoint-8/model.safetensors").stat().st_mtime_ns == trained.st_mtime_ns
-
-
-@pytest.mark.slow
-def test_a_second_run_does_not_mix_with_the_checkpoints_of_the_first(demo, straight, run):
-    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
-    status, out, errors = run(*FIXTURE_FLAGS, *QUICK_TRAINING, "--data_dir", demo.audio, "--output_dir", straight)
-    assert (status, out) == (2, "")
-    message = error_line(errors)
-    assert all(
-        part in message for part in ("--output_dir", str(straight), "checkpoint-8", "--resume_from_checkpoint true")
-    )
-    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
 
 
 @pytest.mark.slow

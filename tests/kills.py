@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Whole runs, killed at random moments and started again until they finish, against one that nothing disturbs.
+
+    python tests/kills.py --kills 25
+
+Each ends with the undisturbed run's weights, texts and scores, bit for bit, or the command exits with 1.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE.parent / "finetune_medasr.py"
+FLAGS = f"""--model {HERE}/fixtures/model --dataset {HERE}/fixtures/corpus --per_device_train_batch_size 4
+    --gradient_accumulation_steps 1 --max_steps 8 --eval_steps 2 --save_steps 2 --save_total_limit 9 --logging_steps 1
+    --warmup_steps 2 --max_train_samples 16 --max_eval_samples 2 --max_test_samples 3 --dataloader_num_workers 0
+    --early_stopping_patience 0 --use_cpu true""".split()
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def command(data_dir, output, *more):
+    return [sys.executable, str(SCRIPT), *FLAGS, "--data_dir", str(data_dir), "--output_dir", str(output), *more]
+
+
+def result(output):
+    """What a run has to end with: checksums of its weights and texts, and its scores."""
+    metrics = json.loads((output / "results" / "metrics.json").read_text())
+    files = (output / "final" / "model.safetensors", output / "results" / "predictions_test.jsonl")
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return [*sums, *(metrics[name] for name in ("baseline", "finetuned", "delta"))]
+
+
+def run_with_kills(data_dir, output, generator, kills, longest):
+    """Kill runs into `output` after random times, up to `kills` of them, then let one finish; returns the kills."""
+    made = 0
+    while True:
+        process = subprocess.Popen(
+            command(data_dir, output),
+            env=ENV,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            _, errors = process.communicate(timeout=generator.uniform(0, longest) if made < kills else 600)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            made += 1
+            continue
+        if process.returncode:
+            sys.exit(
+                f"a run that went on after {made} kills ended with {process.returncode}: {errors.decode()[-2000:]}"
+            )
+        return made
+
+
+def survive(folder, kills, seed=0):
+    """(kills survived, runs finished), all with the undisturbed run's result; raises AssertionError for another one."""
+    generator, made, runs = random.Random(seed), 0, 0
+    subprocess.run(command(folder / "audio", folder / "straight"), env=ENV, check=True, capture_output=True)
+    start = time.monotonic()
+    subprocess.run(command(folder / "audio", folder / "timed"), env=ENV, check=True, capture_output=True)
+    longest = time.monotonic() - start
+    while made < kills:
+        output = folder / f"killed-{runs}"
+        made += run_with_kills(folder / "audio", output, generator, min(4, kills - made), longest)
+        runs += 1
+        assert result(output) == result(folder / "straight"), f"{output} ended otherwise after {made} kills"
+    return made, runs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        made, runs = survive(Path(folder), options.kills, options.seed)
+    print(f"{made} kills in {runs} runs: all ended with the undisturbed run's weights, texts and scores")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""A run that is killed, stopped, starved of disk or misled, and the same command again."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kills
+import pytest
+from conftest import error_line, load_json, run_script
+
+from finetune_medasr import MANIFEST, checkpoint_problem, main
+
+# Runs the program; at the nth call of a function the process kills itself, or does what `action` says.
+AT_A_MOMENT = """
+import os, signal, sys
+import finetune_medasr as script
+import transformers
+
+calls = 0
+
+def act():
+    {action}
+
+def at(owner, name, count):
+    original = getattr(owner, name)
+    def replaced(*inputs, **options):
+        global calls
+        calls += 1
+        if calls == count:
+            act()
+        return original(*inputs, **options)
+    setattr(owner, name, replaced)
+
+at({owner}, "{name}", {count})
+sys.exit(script.main(sys.argv[1:]))
+"""
+MOMENTS = {  # name: (owner, function, which call)
+    "in a step": ("script.CTCTraining", "training_step", 6),
+    "while a checkpoint is written": ("transformers.Trainer", "_save_optimizer_and_scheduler", 2),
+    "in an evaluation": ("script.DevSet", "rates", 2),
+    "in the final scoring": ("script", "write_down", 2),
+    "while final/ is saved": ("script", "write_model_card", 1),
+}
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def run_at(folder, moment, output, action=KILL, launcher=(sys.executable,), flags=()):
+    """The process of a run in which `action` happens at a moment."""
+    owner, name, count = moment
+    program = folder / "moment.py"
+    program.write_text(AT_A_MOMENT.format(owner=owner, name=name, count=count, action=action))
+    env = {**kills.ENV, "PYTHONPATH": str(kills.SCRIPT.parent)}
+    arguments = kills.command(folder / "audio", output, *flags)[2:]
+    return run_script(*arguments, cwd=folder, env=env, script=program, launcher=launcher)
+
+
+@pytest.fixture(scope="module")
+def folder(demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
+    (folder / "audio").symlink_to(demo.audio)
+    return folder
+
+
+def again(folder, output, *flags):
+    """(exit status, stdout, stderr) of the same command in a process of its own."""
+    done = subprocess.run(
+        kills.command(folder / "audio", output, *flags), env=kills.ENV, capture_output=True, text=True, timeout=300
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """The output folder of a run that nothing disturbs, SpecAugment and dropout on."""
+    status, _, errors = again(folder, folder / "straight")
+    assert status == 0, errors
+    return folder / "straight"
+
+
+def modified(output):
+    return {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+
+
+# ---------------------------------------------------------------- going on
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_do_not_change_the_result(demo, tmp_path):
+    shutil.copytree(demo.audio, tmp_path / "audio")
+    assert kills.survive(tmp_path, 3, seed=1)[0] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_at_a_moment_ends_as_if_it_had_not_been(folder, straight, moment):
+    output = folder / moment.replace("/", "").replace(" ", "-")
+    killed = run_at(folder, MOMENTS[moment], output)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (output / "final").exists(), "a half-written folder has its name"
+    status, out, errors = again(folder, output)
+    assert status == 0, errors
+    assert kills.result(output) == kills.result(straight)
+    assert "as it is on the test split" not in out, "the baseline was there already"
+    assert ("left aside" in errors) == (moment == "while a checkpoint is written")
+    assert not list(output.glob("*.partial")) and not list(output.glob("*.old"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, moment", [(signal.SIGTERM, "in a step"), (signal.SIGINT, "in an evaluation")])
+def test_a_signal_leaves_a_checkpoint_to_go_on_from(folder, straight, number, moment):
+    output = folder / f"signal-{number}"
+    stopped = run_at(folder, MOMENTS[moment], output, f"os.kill(os.getpid(), {int(number)})")
+    assert stopped.returncode == 128 + number
+    message = error_line(stopped.stderr)
+    assert signal.Signals(number).name in message and "the same command goes on" in message
+    assert not (output / "final").exists()
+    status, out, errors = again(folder, output)
+    assert status == 0 and re.search(r"going on from \S+, update \d of 8", out), errors
+    assert kills.result(output) == kills.result(straight)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_exits_in_seconds(folder):
+    process = subprocess.Popen(
+        kills.command(folder / "audio", folder / "timed", "--max_steps", "5000"),
+        env=kills.ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if "dev WER" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and time.monotonic() - start < 30, rest
+    assert re.search(r"checkpoint-\d+ written", rest)
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_and_touches_nothing(folder, straight):
+    before = modified(straight)
+    start = time.monotonic()
+    status, out, errors = again(folder, straight)
+    assert (status, errors) == (0, "") and time.monotonic() - start < 30
+    assert "finished" in out and "| WER " in out
+    assert modified(straight) == before
+
+
+@pytest.mark.slow
+def test_more_updates_go_on_and_overwrite_starts_anew(folder, straight):
+    output = folder / "more"
+    shutil.copytree(straight, output)
+    status, out, _ = again(folder, output, "--max_steps", "10")
+    assert status == 0 and re.search(r"checkpoint-8, update 8 of 10", out)
+    assert load_json(output / "checkpoint-10/trainer_state.json")["global_step"] == 10
+    status, out, _ = again(folder, output, "--overwrite_output_dir")
+    assert status == 0 and "going on" not in out
+    assert kills.result(output) == kills.result(straight)
+    assert not (output / "checkpoint-10").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--accents", "zulu"], ["--accents", "zulu"]),
+        (["--target_text", "words"], ["--target_text", "as_written", "words"]),
+        (["--seed", "7"], ["--seed 42", "7"]),
+        (["--max_train_samples", "12"], ["--max_train_samples 16", "12"]),
+    ],
+)
+def test_another_run_is_refused_with_the_difference(folder, straight, flags, parts, capfd):
+    before = modified(straight)
+    status = main([*kills.command(folder / "audio", straight)[2:], *flags])
+    message = error_line(capfd.readouterr().err)
+    assert status == 2 and all(part in message for part in (*parts, "--overwrite_output_dir")), message
+    assert modified(straight) == before
+
+
+# ---------------------------------------------------------------- checkpoints that are not whole
+
+
+@pytest.mark.slow
+def test_a_missing_or_cut_file_of_a_checkpoint_is_named(straight, tmp_path):
+    names = [path.name for path in (straight / "checkpoint-8").iterdir()]
+    needed = "model.safetensors optimizer.pt scheduler.pt rng_state.pth trainer_state.json config.json tokenizer.json"
+    assert {MANIFEST, *needed.split()} <= set(names)
+    for name in names:
+        for cut in (False, True):
+            folder = tmp_path / f"{name}-{cut}"
+            shutil.copytree(straight / "checkpoint-8", folder)
+            assert checkpoint_problem(folder) == ""
+            content = (folder / name).read_bytes()
+            (folder / name).unlink()
+            if cut:
+                (folder / name).write_bytes(content[: len(content) // 2])
+            expected = "not finished" if name == MANIFEST else f"{name} is {'cut' if cut else 'missing'}"
+            assert expected in checkpoint_problem(folder)
+
+
+@pytest.mark.slow
+def test_the_newest_complete_checkpoint_is_taken(folder, straight):
+    output = folder / "damaged"
+    shutil.copytree(straight, output)
+    shutil.rmtree(output / "final")
+    (output / "checkpoint-8/optimizer.pt").unlink()
+    weights = (output / "checkpoint-6/model.safetensors").read_bytes()
+    (output / "checkpoint-6/model.safetensors").write_bytes(weights[:1000])
+    status, out, errors = again(folder, output)
+    assert status == 0, errors
+    assert "checkpoint-8 is left aside: optimizer.pt is missing" in errors
+    assert "checkpoint-6 is left aside: model.safetensors is cut" in errors
+    assert "going on from" in out and "checkpoint-4, update 4 of 8" in out
+    assert kills.result(output) == kills.result(straight)
+
+
+@pytest.mark.slow
+def test_a_moved_output_folder_keeps_its_best_model(folder, straight):
+    output = folder / "elsewhere"
+    shutil.copytree(straight, output)
+    shutil.rmtree(output / "final")
+    hidden = straight.rename(folder / "hidden")
+    try:
+        status, _, errors = again(folder, output)
+    finally:
+        hidden.rename(straight)
+    assert status == 0, errors
+    assert kills.result(output) == kills.result(straight)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(folder, straight):
+    """A limit on the size of files, between that of the weights and that of the optimizer's state."""
+    output = folder / "full"
+    limited = ["bash", "-c", 'ulimit -f 4500; exec "$0" "$@"', sys.executable]
+    done = run_script(*kills.command(folder / "audio", output)[2:], cwd=folder, env=kills.ENV, launcher=limited)
+    assert done.returncode == 1
+    message = error_line(done.stderr)
+    assert "checkpoint-2 cannot be written" in message and "free some disk" in message
+    assert not list(output.glob("checkpoint-*")) and not (output / "final").exists()
+    assert again(folder, output)[0] == 0
+    assert kills.result(output) == kills.result(straight)
+
+
+# ---------------------------------------------------------------- what is not finite, and who else fails
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 8])
+def test_a_model_that_is_not_finite_is_never_saved(folder, tmp_path, steps, capfd):
+    flags = ["--learning_rate", "1e300", "--warmup_steps", "0", "--max_steps", str(steps), "--eval_steps", "8"]
+    flags += ["--save_steps", "8", "--skip_baseline"]
+    status = main([*kills.command(folder / "audio", tmp_path / "out")[2:], *flags])
+    message = error_line(capfd.readouterr().err)
+    assert status == 1 and "not finite at update" in message and "--learning_rate" in message
+    assert not (tmp_path / "out/final").exists() and not list((tmp_path / "out").glob("checkpoint-*/model.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_clips_of_a_gradient_that_is_not_finite_are_named(folder, tmp_path):
+    spoil = "script.CTCTraining._get_grad_norm.__globals__['np'].isfinite = lambda value: False"
+    done = run_at(folder, ("script.CTCTraining", "training_step", 4), tmp_path / "out", spoil)
+    assert done.returncode == 1
+    message = error_line(done.stderr)
+    assert "the gradient is not finite at update 4" in message
+    assert len(re.findall(r"[0-9a-f-]{36}/[0-9a-f]{32}\.ogg", message)) == 4
+
+
+@pytest.mark.slow
+def test_when_one_process_fails_all_end_with_its_message(folder, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    fail = 'if os.environ["RANK"] == "1": raise script.RunError("the second process cannot go on")'
+    start = time.monotonic()
+    done = run_at(folder, ("script.CTCTraining", "training_step", 2), tmp_path / "out", fail, launcher,
+                  ["--ddp_backend", "gloo", "--skip_baseline"])  # fmt: skip
+    assert done.returncode != 0 and time.monotonic() - start < 100
+    assert "error (process 1): the second process cannot go on" in done.stderr
+
+
+def test_a_usage_error_is_one_line_for_all_processes(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--domains", "clinicl"]) == 2
+    assert capfd.readouterr().err == ""
+
+
+# ---------------------------------------------------------------- preparation
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_preparation_in_seconds(hub_corpus, tmp_path):
+    command = [sys.executable, kills.SCRIPT, "--prepare_only", "--num_proc", 2, "--dataset", hub_corpus,
+               "--data_dir", tmp_path / "audio", "--output_dir", tmp_path / "out"]  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(tmp_path.glob("audio/*/*.tmp")):
+        os.sched_yield()
+    start = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - start < 8
+    assert "stopped by SIGINT" in error_line(errors)
+    assert len(list(tmp_path.glob("audio/*/*.arrow"))) < len(list(hub_corpus.rglob("*.tar.gz")))
+
+
+def test_a_local_archive_or_csv_that_was_repaired_is_converted_again(tmp_path, capfd):
+    from datasets import Dataset
+
+    corpus, audio = tmp_path / "corpus", tmp_path / "audio"
+    for kind in ("audio", "transcripts"):
+        shutil.copytree(kills.HERE / "fixtures/corpus" / kind / "damara", corpus / kind / "damara")
+    archive = corpus / "audio/damara/dev/dev_damara_0.tar.gz"
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) // 2])
+
+    def prepared():
+        flags = ["--prepare_only", "--num_proc", "1", "--dataset", corpus, "--data_dir", audio]
+        assert main([*map(str, flags), "--output_dir", str(tmp_path / "out")]) == 0, capfd.readouterr().err
+        clips = Dataset.from_file(str(audio / "dev/dev_damara_0.arrow"))
+        return {clip["clip"]: clip["text"] for clip in clips if not clip["problem"]}
+
+    cut, others = prepared(), modified(audio / "train")
+    archive.write_bytes(whole)
+    mended = prepared()
+    assert len(cut) < len(mended) and modified(audio / "train") == others
+    csv_file = corpus / "transcripts/damara/dev.csv"
+    first = next(iter(mended.values())).strip()
+    csv_file.write_text(csv_file.read_text().replace(first, "Other words."))
+    assert "Other words." in " ".join(prepared().values())
+
+
+# ---------------------------------------------------------------- what others read
+
+
+def test_texts_of_others_stay_texts(tmp_path, capfd):
+    """No link, image, HTML or formula of a transcript comes alive in the report or in a spreadsheet."""
+    evil = "[click](javascript:alert(1)) ![x](http://127.0.0.1/x) <script>alert(1)</script> | `a` *b* =1+1"
+    rows = [{"text": evil, "pred_text": "no", "baseline_text": evil, "accent": evil, "audio_filepath": "=cmd()"}]
+    (tmp_path / "texts.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({"audio_filepath": evil, "text": ""}))
+    assert main(["--score_file", str(tmp_path / "texts.jsonl"), "--output_dir", str(tmp_path / "out")]) == 0
+    report = (tmp_path / "out/results/report.md").read_text()
+    for markup in ("<script", "[click](", "![x](", " `a`", "*b*"):
+        assert markup not in report.replace("\\", "\0"), markup
+    assert "javascript" in report, "it is shown"
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@x", "\t=1"])
+def test_no_cell_of_the_skip_list_is_a_formula(cell):
+    import csv
+    import io
+
+    import finetune_medasr as script
+
+    row = dict.fromkeys(script.SKIPPED_COLUMNS, cell)
+    cells = next(csv.reader(io.StringIO(script.csv_lines([row]))))
+    assert all(found == "'" + cell for found in cells)
+
+
+@pytest.mark.parametrize("model", ["https://user:s3cret@example.org/google/medasr", "x/y/hf_AbCdEfGh"])
+def test_a_token_in_a_name_is_not_printed(tmp_path, capfd, monkeypatch, model):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status = main(["--eval_only", "--model", model, "--output_dir", str(tmp_path), "--data_dir", str(tmp_path / "a")])
+    printed = "".join(capfd.readouterr())
+    assert status == 1 and "s3cret" not in printed and "hf_AbCd" not in printed
+    assert Path(tmp_path).exists()
