@@ -1046,7 +1046,7 @@ def make_clip(key, split, accent, row, audio=None, problem=""):
 
 
 def archive_members(stream):
-    """Yield (name, bytes, problem) for each member of a tar.gz or tar that is read as a stream; DAMAGE if it is corrupt.
+    """Yield (name, bytes, problem) for each member of a tar.gz or tar read as a stream; raises DAMAGE if it is corrupt.
 
     gzip under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end.
     """
