@@ -61,9 +61,7 @@ SPLITS = ("train", "dev", "test")
 DOMAINS = ("clinical", "general")
 SILENCE = float(np.log(1e-5))  # LasrFeatureExtractor floors its mel energies at 1e-5, so a frame of 0.0 would be loud
 IGNORED_LABEL = -100  # the label id that losses leave out, by convention in torch and transformers
-WINDOW_OVERLAP_SECONDS = (
-    2.0  # on each side, as in the model card's pipeline call (chunk_length_s=20, stride_length_s=2)
-)
+WINDOW_OVERLAP_SECONDS = 2.0  # a side, as in the model card's pipeline call (chunk_length_s=20, stride_length_s=2)
 CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
 FLAC_BYTES_AN_HOUR = 59e6  # of 16 kHz mono speech
 SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
@@ -175,9 +173,7 @@ STOP_SIGNALS = StopSignals()
 
 @functools.cache
 def mixed(*kinds):
-    """A class of `kinds`, mixins first, under its last one's name: how classes here extend bases that take seconds to
-    import.
-    """
+    """A class of `kinds`, mixins first, named as the last: how classes here extend bases that are slow to import."""
     return type(kinds[-1].__name__, kinds, {"kinds": kinds})
 
 
@@ -494,9 +490,7 @@ def make_training_arguments(common, rest, script):
 
 
 def use_one_gpu(training):
-    """Keep the Trainer from wrapping the model in nn.DataParallel, slower than one process a GPU and blind to `n_gpu`
-    here.
-    """
+    """Keep the Trainer from wrapping the model in nn.DataParallel, which is slower than one process a GPU."""
     if training.n_gpu > 1:
         say(
             f"{training.n_gpu} GPUs are here and one is used; for all start torchrun --nproc_per_node "
@@ -705,9 +699,7 @@ class HubStream(io.RawIOBase):
 
 
 def download(corpus, path, target):
-    """Fetch a file of the corpus to `target`, which is complete and has the Hub's checksum, or absent; goes on where it
-    stopped.
-    """
+    """Fetch a file of the corpus to `target`, complete with the Hub's checksum, or absent; goes on where it stopped."""
     from filelock import FileLock
 
     size, checksum = corpus.files[path]
@@ -760,9 +752,7 @@ class Corpus:
     stamps: dict[str, list] = field(default_factory=dict)
 
     def find(self, pattern, split, accents=None):
-        """[(accent folder, path)] of a split's files that match "audio/{accent}/{split}/..." patterns, only of
-        `accents` if given.
-        """
+        """[(accent folder, path)] of a split's files that match `pattern`, only of `accents` if given."""
         pattern = re.compile(pattern.format(accent="([^/]+)", split=split))
         matches = [match for match in map(pattern.fullmatch, sorted(self.files)) if match]
         return [(match[1], match[0]) for match in matches if accents is None or match[1] in accents]
@@ -977,8 +967,7 @@ def decode_audio(data):
                 raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
             samples, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
     except (soundfile.SoundFileError, OSError) as error:
-        # libsndfile's own words: the exception's text holds a memory address, and a prepared file must not differ by
-        # it.
+        # libsndfile's own words: the exception's text holds a memory address, by which no prepared file may differ.
         raise ValueError(getattr(error, "error_string", None) or one_line(error)) from error
     if not np.isfinite(samples).all():
         raise ValueError("it holds samples that are not numbers")
@@ -1075,9 +1064,7 @@ DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, 
 
 
 def archive_clips(corpus, accent, archive, stream):
-    """Yield the rows of a prepared file for each clip of an archive read from `stream`; damage ends it with a row that
-    says so.
-    """
+    """Yield the row of each clip of an archive that is read from `stream`; damage ends it with a row that says so."""
     split, count, seen = archive.split("/")[2], 0, set()
     rows = corpus.transcripts(accent, split)
     try:
@@ -1205,9 +1192,8 @@ def prepare_corpus(corpus, splits, accents, args):
         clear_leftovers(corpus, {item for split in splits for item in corpus.archives(split, accents)}.difference(todo))
         if todo:
             check_disk(corpus, todo, splits, accents, args.num_proc)
-            todo.sort(
-                key=lambda item: -corpus.files[item[1]][0]
-            )  # the largest first, so that none is left alone at the end
+            # The largest first, so that none is left alone at the end.
+            todo.sort(key=lambda item: -corpus.files[item[1]][0])
             for _, path in todo:
                 corpus.prepared_path(path).unlink(missing_ok=True)  # of a changed archive
             failures = prepare_archives(corpus, todo, args.num_proc)
@@ -1220,9 +1206,7 @@ def prepare_corpus(corpus, splits, accents, args):
 
 
 def prepare_archives(corpus, todo, num_proc):
-    """Convert archives [(accent, path)] in parallel, with a progress bar; returns the errors of those that could not
-    be.
-    """
+    """Convert archives [(accent, path)] in parallel, with a progress bar; returns the errors of those that failed."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
@@ -1350,9 +1334,7 @@ class TrainingStream:
 
 @dataclass
 class Selection:
-    """The clips of a split that a run uses, and those that it had to leave out (`skipped`: columns of
-    skipped_clips.csv).
-    """
+    """The clips of a split that a run uses, and those left out (`skipped`: columns of skipped_clips.csv)."""
 
     clips: object
     rows: list[dict]
@@ -1413,9 +1395,7 @@ def csv_lines(rows):
 
 
 def append_skipped(path, clip, reason):
-    """Add a line to skipped_clips.csv, once a clip, from any process: one write to a file opened for appending is
-    whole.
-    """
+    """Add a line to skipped_clips.csv, once a clip, from any process: a single write in append mode is whole."""
     line = csv_lines([skipped_row(clip, reason)])
     try:
         if line not in path.read_text(encoding="utf-8"):
@@ -1435,8 +1415,7 @@ def reason_kind(reason):
 GREEK = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩαβγδεζηθικλμνξοπρςστυφχψω"
 # What a character becomes that the tokenizer lacks and that Unicode does not decompose; symbols become the words that a
 # reader voices. Labels and scored texts share this one mapping: the model can only write what its labels had. A
-# character
-# neither here nor decomposable is dropped from labels, and counted.
+# character neither here nor decomposable is dropped from labels, and counted.
 FOLDS = {
     "‘": "'", "’": "'", "‚": "'", "‛": "'", "`": "'", "´": "'", "ʼ": "'", "′": "'", "“": '"', "”": '"', "„": '"',
     "″": '"', "«": '"', "»": '"', "&": " and ", "@": " at ", "=": " equals ", "<": " less than ", ">": " greater than ",
@@ -1451,9 +1430,8 @@ FOLDS = {
 }  # fmt: skip
 FOLD_TABLE = str.maketrans(FOLDS)
 ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|(\w+));")  # only with its semicolon: "patients&notes" holds none
-LAYOUT = re.compile(
-    r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]"
-)  # arrows and bullets; "<-5" and "=> 5" are comparisons
+# Arrows and bullets; "<-5" and "=> 5" are comparisons.
+LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")
 # "5 µg" is read as micrograms and written mcg in prescriptions; "ug" is on the lists of error-prone abbreviations.
 MICROGRAM = re.compile(r"[µμ]g\b")
 # MedASR writes dictated punctuation and layout as {period}, {new paragraph}.
@@ -1461,8 +1439,8 @@ CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")
 
 
 def resolve(text):
-    """The text with HTML entities (&apos;) resolved, arrows and bullets gone, and fractions and powers apart from the
-    digit before them: 1½ is not 11/2, and 10⁹ is not 109.
+    """The text with HTML entities resolved, without arrows and bullets, fractions and powers parted from the digit
+    before them: 1½ is not 11/2, and 10⁹ is not 109.
     """
     text = ENTITY.sub(
         lambda match: html.entities.html5.get(f"{match[1]};", match[0]) if match[1] else html.unescape(match[0]), text
@@ -1549,8 +1527,7 @@ def normalize_paper(text):
     """The text that `wer_paper` compares: the AfriSpeech authors' own steps, in their order.
 
     Source: the evaluation code of github.com/intron-innovation/AfriSpeech-200 (Olatunji et al. 2023, arXiv 2310.00274).
-    A lone
-    newline glues two words, and punctuation counts: the published figures depend on both.
+    A lone newline glues two words, and punctuation counts: the published figures depend on both.
     """
     text = re.sub(r"\s{2,}", " ", text).strip()
     text = text.replace(">", "").replace("\t", " ").replace("\n", "")
@@ -1605,8 +1582,7 @@ class ClipCheck:
     """Says why a clip cannot be used, "" if it can: check(row).
 
     Dev and test clips are never left out for their length: short ones are padded, long ones scored in windows. It holds
-    no
-    model, because streaming hands it to worker processes.
+    no model, because streaming hands it to worker processes.
     """
 
     def __init__(self, model, extractor, encoder, max_train_seconds):
@@ -1896,9 +1872,7 @@ def error_rates_metric():
 
 
 def error_counts(references, hypotheses, characters=False):
-    """Errors of each pair, an int array (pairs, 4): substitutions, deletions, insertions, words (or characters) of the
-    reference.
-    """
+    """Errors of each pair, an int array (pairs, 4): substitutions, deletions, insertions, length of the reference."""
     import jiwer
 
     if not references:
@@ -1926,8 +1900,8 @@ def bootstrap_rates(counts, speakers, draws=BOOTSTRAP_DRAWS, seed=0):
     """WERs of `draws` resamplings of the speakers, shape (draws,).
 
     Whole speakers are drawn because their clips are not independent (Bisani & Ney 2004, doi
-    10.1109/ICASSP.2004.1326009;
-    blocks: arXiv 1912.09508). The same seed and speakers draw the same speakers, which pairs two systems.
+    10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508). The same seed and speakers draw the same speakers, which
+    pairs two systems.
     """
     names, block = np.unique(speakers, return_inverse=True)
     errors = np.bincount(block, counts[:, :3].sum(axis=1), len(names))
@@ -2059,9 +2033,7 @@ NUMBERS = re.compile(
 
 
 def clinical_words(rows):
-    """Words at least 5 times in clinical references and, by frequency, at least 10 times as common there as in general
-    ones.
-    """
+    """Words that clinical references have at least 5 times and, by frequency, 10 times as often as general ones."""
     counts = {
         domain: Counter(word for row in rows if row["domain"] == domain for word in normalize_wer(row["text"]).split())
         for domain in DOMAINS
@@ -2538,8 +2510,7 @@ def read_score_file(path):
 # float16 ends at 65,504. A module whose inputs or outputs come within a factor of 8 of that is run in float32, so that
 # activations may still grow while training.
 HALF_PRECISION_LIMIT = 65_504 / 8
-# The gradient scaler halves its scale at each skipped update, so a run starts with a few; so many in a row are
-# overflow.
+# The gradient scaler halves its scale at each skipped update, so a run starts with a few; so many are overflow.
 MAX_SKIPPED_UPDATES = 10
 
 
@@ -2599,9 +2570,7 @@ class FiniteStatistics(Guarded):
 
 
 def activation_peaks(model, batches, device):
-    """{name: largest absolute input or output} of the modules with weights, and the subsampler, over `batches` in
-    float32.
-    """
+    """{name: largest absolute input or output} of the subsampler and modules with weights, in float32 on `batches`."""
     import torch
 
     peaks = {}
@@ -2631,12 +2600,10 @@ def activation_peaks(model, batches, device):
 
 
 def guard_half_precision(model, batches, device):
-    """Make `model` safe under float16 autocast, by measuring it on `batches`; returns {module: peak} of those in
-    float32.
+    """Make `model` safe under float16 autocast, by measuring it on `batches`; returns {module in float32: its peak}.
 
     MedASR's subsampler reaches about 1.1e5 and other activations more: plain float16 gives inf, then NaN. Raises
-    RunError if
-    the outputs are not finite all the same.
+    RunError if the outputs are not finite all the same.
     """
     import torch
 
@@ -2805,9 +2772,7 @@ class CTCTraining:
                 write_text(folder / MANIFEST, json.dumps(sizes, indent=1))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The dev scores, in the way of the test scores: Trainer.evaluate would gather logits, and cut no clip into
-        windows.
-        """
+        """The dev scores, made as the test scores are: Trainer.evaluate would gather logits, and cut no windows."""
         from transformers.trainer_utils import speed_metrics
 
         start, steps_mark = time.time(), time.monotonic()
@@ -2921,9 +2886,7 @@ def planned_updates(training, clips):
 
 
 def fit_schedule(training, clips):
-    """Shorten the default warm-up and evaluation interval where a run is too short for them; returns the updates
-    planned.
-    """
+    """The updates planned; shortens the default warm-up and evaluation interval where a run is too short for them."""
     updates, _ = planned_updates(training, clips)
     defaults = {item.name: item.default for item in dataclasses.fields(CommonTrainingArguments)}
     if updates < training.eval_steps == defaults["eval_steps"] and training.save_steps == defaults["save_steps"]:
@@ -2978,9 +2941,8 @@ def make_trainer(args, training, model, train, dev):
     trainer.dev = dev
     trainer.add_callback(mixed(Lifecycle, TrainerCallback)(trainer))
     # LasrForCTC.forward takes **kwargs, from which the Trainer concludes that it averages over accumulated batches by
-    # itself.
-    # It does not: without this line, 4 accumulation steps give 4 times the loss and the gradient (transformers issue
-    # 47688).
+    # itself. It does not: without this line, 4 accumulation steps give 4 times the loss and the gradient (transformers
+    # issue 47688).
     trainer.model_accepts_loss_kwargs = False
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(mixed(ProgressLines, ProgressCallback))
@@ -3142,9 +3104,7 @@ def share_weights(model, training):
 
 
 def transcribe_files(args, training):
-    """Print the text of each file of --transcribe; a file that cannot be read is named on stderr. Returns the exit
-    status.
-    """
+    """Print the text of each file of --transcribe, name unreadable ones on stderr; returns the exit status."""
     processor, model = load_processor_and_model(args)
     names, clips, status = [], [], 0
     for path in args.transcribe:
@@ -3250,9 +3210,7 @@ def refuse_empty(split, rows, skipped=()):
 
 
 def select_splits(args, corpus, accents, splits, check, training):
-    """{split: Selection}, with what was left out written to skipped_clips.csv and said; raises RunError for an empty
-    split.
-    """
+    """{split: Selection}; says what was left out and writes skipped_clips.csv. Raises RunError for an empty split."""
     limits = {"train": args.max_train_samples, "dev": args.max_eval_samples, "test": args.max_test_samples}
     selections = {}
     for split in splits:
@@ -3488,9 +3446,8 @@ def main(argv=None):
         status, message = 1, f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
     finally:
         for number, handler in handlers.items():
-            with contextlib.suppress(
-                ValueError, TypeError
-            ):  # not the main thread, or a handler that Python did not set
+            # Not the main thread, or a handler that Python did not set.
+            with contextlib.suppress(ValueError, TypeError):
                 signal.signal(number, handler)
     rank = os.environ.get("RANK", "0")
     place = "" if rank == "0" else f" (process {rank})"
