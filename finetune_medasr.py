@@ -305,12 +305,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=34, width=min(150, shutil.get_terminal_size().columns))
 
     def _format_action_invocation(self, action):
-        if not action.option_strings:
-            return super()._format_action_invocation(action)
-        value = (
-            "" if action.const is True or action.nargs == 0 else " " + self._format_args(action, action.dest.upper())
-        )
-        return action.option_strings[0] + value
+        is_switch = action.const is True or action.nargs == 0
+        return action.option_strings[0] + ("" if is_switch else f" {self._format_args(action, action.dest.upper())}")
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False, argparse.SUPPRESS) else super()._get_help_string(action)
@@ -324,14 +320,8 @@ def make_parser(*dataclass_types):
         def error(self, message):
             raise UsageError(message)
 
-    parser = Parser(
-        dataclass_types,
-        prog=PROGRAM,
-        usage="%(prog)s [FILE.yaml] [flags]",
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-        description=__doc__.split("\n\n")[0],
-    )
+    texts = {"prog": PROGRAM, "usage": "%(prog)s [FILE.yaml] [flags]", "description": __doc__.split("\n\n")[0]}
+    parser = Parser(dataclass_types, allow_abbrev=False, formatter_class=HelpFormatter, **texts)
     parser.add_argument("--help_all", action="store_true", help="show every flag, those of TrainingArguments included")
     return parser
 
@@ -372,82 +362,73 @@ def parse_arguments(argv):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         argv = as_flags(DEMO_SETTINGS) + argv
     parser = make_parser(ScriptArguments, CommonTrainingArguments)
-    namespace, rest = parser.parse_known_args(argv)
-    if namespace.help_all:
+    script, common, others, rest = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if others.help_all:
         from transformers import TrainingArguments
 
         make_parser(ScriptArguments, TrainingArguments).print_help()
         raise SystemExit(0)
-    script = ScriptArguments(
-        **{item.name: getattr(namespace, item.name) for item in dataclasses.fields(ScriptArguments)}
-    )
-    common = {item.name: getattr(namespace, item.name) for item in dataclasses.fields(CommonTrainingArguments)}
-    check_arguments(script, common)
-    return script, make_training_arguments(common, rest, script)
+    for problem in refusals(script, common):
+        raise UsageError(problem)
+    return script, make_training_arguments(vars(common), rest, script)
 
 
-ABOVE_ZERO = """max_train_seconds window_seconds max_train_samples max_eval_samples max_test_samples num_proc
-    learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs
-    eval_steps save_steps logging_steps""".split()
-ZERO_OR_MORE = "early_stopping_patience warmup_steps dataloader_num_workers save_total_limit seed".split()
+BOUNDS = {
+    "above 0": """max_train_seconds window_seconds max_train_samples max_eval_samples max_test_samples num_proc
+        learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
+        num_train_epochs eval_steps save_steps logging_steps""",
+    "0 or more": "early_stopping_patience warmup_steps dataloader_num_workers save_total_limit seed",
+}
+MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")
 
 
-def check_folder(name, folder):
-    """Raise UsageError if `folder`, the value of flag `name`, cannot be made or written to."""
-    if not str(folder).strip():
-        raise UsageError(f"--{name} is empty; give a folder")
-    path = Path(folder).expanduser().absolute()
-    found = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not found.is_dir():
-        raise UsageError(f"--{name} is {folder}: {found} is a file, not a folder; choose another")
-    if not os.access(found, os.W_OK | os.X_OK):
-        raise UsageError(f"--{name} is {folder}: {found} cannot be written to; choose another")
-
-
-def check_arguments(script, common):
-    """Refuse what cannot work, in one line that names the flag, the value found and the valid ones."""
-    settings = {**vars(script), **common}
-    for name in (*ABOVE_ZERO, *ZERO_OR_MORE):
+def refusals(script, common):
+    """Yield what cannot work, each in a line that names the flag, the value found and the valid ones."""
+    settings = {**vars(script), **vars(common)}
+    for bound, name in [(bound, name) for bound, names in BOUNDS.items() for name in names.split()]:
         value = settings[name]
-        if value is not None and not (0 <= value < float("inf") and (value or name in ZERO_OR_MORE)):
-            raise UsageError(
-                f"--{name} is {value:g}; it must be {'0 or more' if name in ZERO_OR_MORE else 'above 0'}, and finite"
-            )
-    if common["seed"] >= 2**32:
-        raise UsageError(f"--seed is {common['seed']}; it must be below 2**32")
+        if value is not None and not (0 <= value < float("inf") and (value or bound == "0 or more")):
+            yield f"--{name} is {value:g}; it must be {bound}, and finite"
+    if common.seed >= 2**32:
+        yield f"--seed is {common.seed}; it must be below 2**32"
     if script.window_seconds < 3 * WINDOW_OVERLAP_SECONDS:
-        raise UsageError(
-            f"--window_seconds is {script.window_seconds:g}; it must be at least {3 * WINDOW_OVERLAP_SECONDS:g}"
-        )
-    for name, folder in (("output_dir", common["output_dir"]), ("data_dir", script.data_dir)):
-        check_folder(name, folder)
+        yield f"--window_seconds is {script.window_seconds:g}; it must be at least {3 * WINDOW_OVERLAP_SECONDS:g}"
+    for name in ("output_dir", "data_dir"):
+        path = Path(settings[name]).expanduser().absolute()
+        found = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not settings[name].strip():
+            yield f"--{name} is empty; give a folder"
+        if not found.is_dir():
+            yield f"--{name} is {settings[name]}: {found} is a file, not a folder; choose another"
+        if not os.access(found, os.W_OK | os.X_OK):
+            yield f"--{name} is {settings[name]}: {found} cannot be written to; choose another"
     for country in script.countries or []:
         if not re.fullmatch("[A-Za-z]{2}", country):
-            raise UsageError(f"--countries has '{country}'; countries are two letters, such as NG, KE or ZA")
+            yield f"--countries has '{country}'; countries are two letters, such as NG, KE or ZA"
     for domain in script.domains or []:
         if domain not in DOMAINS:
-            raise UsageError(f"--domains has '{domain}'; the domains are {' and '.join(DOMAINS)}")
-    modes = [
-        name for name in ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe") if getattr(script, name)
-    ]
-    if len(modes) > 1:
-        raise UsageError(f"--{modes[0]} and --{modes[1]} cannot be used together; choose one")
-    if script.streaming and common["max_steps"] <= 0:
-        raise UsageError("--streaming needs --max_steps: a stream has no length, so its epochs cannot be counted")
-    if common["fp16"] and common["bf16"]:
-        raise UsageError("--fp16 and --bf16 cannot be used together; choose one")
-    for name, value in (("model", script.model), ("dataset", script.dataset)):
+            yield f"--domains has '{domain}'; the domains are {' and '.join(DOMAINS)}"
+    for names in (MODES, ("fp16", "bf16")):
+        chosen = [name for name in names if settings[name]]
+        if len(chosen) > 1:
+            yield f"--{chosen[0]} and --{chosen[1]} cannot be used together; choose one"
+    if script.streaming and common.max_steps <= 0:
+        yield "--streaming needs --max_steps: a stream has no length, so its epochs cannot be counted"
+    for name in ("model", "dataset"):
+        value = settings[name]
         if re.match(r"[./~]", value) and not Path(value).expanduser().is_dir():
-            raise UsageError(
-                f"--{name} is {value}: there is no such folder; give a folder or a Hub id such as {DEFAULT_MODEL}"
-            )
-    for name, path in [("transcribe", path) for path in script.transcribe or []] + [("score_file", script.score_file)]:
-        if path and not Path(path).is_file():
-            raise UsageError(f"--{name} is {path}: there is no such file")
+            yield f"--{name} is {value}: there is no such folder; give a folder or a Hub id such as {DEFAULT_MODEL}"
+    for name, paths in (("transcribe", script.transcribe or []), ("score_file", [script.score_file])):
+        for path in paths:
+            if path and not Path(path).is_file():
+                yield f"--{name} is {path}: there is no such file"
 
 
 def make_training_arguments(common, rest, script):
     """`TrainingArguments` from the common flags and the remaining ones; raises UsageError for what it does not know."""
+    import torch
     from transformers import TrainingArguments
     from transformers.integrations import get_reporting_integration_callbacks
 
@@ -464,17 +445,10 @@ def make_training_arguments(common, rest, script):
         hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
         raise UsageError(f"unknown flag or stray value {unknown[0]}; {hint}")
     del values.help_all
-    if (
-        values.load_best_model_at_end
-        and values.eval_strategy == values.save_strategy == "steps"
-        and values.save_steps % values.eval_steps
-    ):
-        raise UsageError(
-            f"--save_steps {values.save_steps} is not a multiple of --eval_steps {values.eval_steps}, so the best "
-            f"model could not be kept"
-        )
-    import torch
-
+    keeps_best = values.load_best_model_at_end and values.eval_strategy == values.save_strategy == "steps"
+    if keeps_best and values.save_steps % values.eval_steps:
+        what = f"--save_steps {values.save_steps} is not a multiple of --eval_steps {values.eval_steps}"
+        raise UsageError(f"{what}, so the best model could not be kept")
     has_gpu = torch.cuda.is_available() and not values.use_cpu
     if values.fp16 and not has_gpu:
         raise UsageError("--fp16 needs a CUDA GPU, and there is none; leave it out")
@@ -491,11 +465,8 @@ def make_training_arguments(common, rest, script):
 
 def use_one_gpu(training):
     """Keep the Trainer from wrapping the model in nn.DataParallel, which is slower than one process a GPU."""
-    if training.n_gpu > 1:
-        say(
-            f"{training.n_gpu} GPUs are here and one is used; for all start torchrun --nproc_per_node "
-            f"{training.n_gpu} {PROGRAM}"
-        )
+    if (count := training.n_gpu) > 1:
+        say(f"{count} GPUs are here and one is used; for all start torchrun --nproc_per_node {count} {PROGRAM}")
         training._n_gpu = 1
 
 
