@@ -491,48 +491,43 @@ def quiet_libraries():
 def explained_hub_errors(repo, kind):
     """Turn the Hub client's exceptions about `repo` (a "model" or "dataset") into one line that says what to do."""
     import httpx2
-    from huggingface_hub import constants, errors, get_token
+    from huggingface_hub import errors
 
-    login = "run 'hf auth login'"
-    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    known = errors.EntryNotFoundError, errors.RevisionResolutionError, errors.HFValidationError
     try:
         yield
-        return
-    except (
-        httpx2.HTTPError,
-        OSError,
-        errors.EntryNotFoundError,
-        errors.RevisionResolutionError,
-        errors.HFValidationError,
-    ) as error:
-        cause = error
-    # A server that answers 5xx comes out as "not found locally", with the answer as its cause.
-    if isinstance(cause, errors.LocalEntryNotFoundError) and isinstance(cause.__cause__, errors.HfHubHTTPError):
-        cause = cause.__cause__
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    if isinstance(cause, errors.GatedRepoError) and get_token() is None:
-        advice = f"is gated and you are not logged in: accept its terms at {page}, then {login} (or set HF_TOKEN)"
-    elif isinstance(cause, errors.GatedRepoError):
-        advice = (
-            f"is gated and your account has no access to it: accept its terms at {page} with the account that "
-            "'hf auth whoami' names"
-        )
-    elif isinstance(cause, errors.RepositoryNotFoundError):
-        advice = f"is not on the Hub, or is private: check --{kind}, or run 'hf auth login'"
-    elif isinstance(cause, errors.HFValidationError):
-        advice = f"is neither a local folder nor a Hub id of the form owner/name: check --{kind}"
-    elif isinstance(cause, (errors.RevisionNotFoundError, errors.RevisionResolutionError)):
-        advice = f"has no such revision: check --{kind}_revision"
-    elif status == 401:
-        advice = "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
-    elif isinstance(cause, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.ConnectError)):
-        advice = f"is not on this machine and {constants.ENDPOINT} cannot be reached: "
-        advice += f"go online, or give --{kind} a local folder"
-    elif isinstance(cause, errors.EntryNotFoundError):
-        advice = f"lacks a file that it should have ({one_line(cause)}): check --{kind}_revision"
-    else:
-        advice = f"could not be read ({one_line(cause)}): run the same command again, what is finished is kept"
-    raise RunError(f"{kind} {repo} {advice}") from cause
+    except (httpx2.HTTPError, OSError, *known) as error:
+        # A server that answers 5xx comes out as "not found locally", with the answer as its cause.
+        behind = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
+        cause = behind if isinstance(behind, errors.HfHubHTTPError) else error
+        raise RunError(f"{kind} {repo} {hub_advice(cause, repo, kind)}") from cause
+
+
+def hub_advice(error, repo, kind):
+    """What an exception of the Hub client means, and what to do."""
+    import httpx2
+    from huggingface_hub import constants, errors, get_token
+
+    terms = f"accept its terms at {constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    if isinstance(error, errors.GatedRepoError) and get_token() is None:
+        return f"is gated and you are not logged in: {terms}, then run 'hf auth login' (or set HF_TOKEN)"
+    if isinstance(error, errors.GatedRepoError):
+        account = "the account that 'hf auth whoami' names"
+        return f"is gated and your account has no access to it: {terms} with {account}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"is not on the Hub, or is private: check --{kind}, or run 'hf auth login'"
+    if isinstance(error, errors.HFValidationError):
+        return f"is neither a local folder nor a Hub id of the form owner/name: check --{kind}"
+    if isinstance(error, (errors.RevisionNotFoundError, errors.RevisionResolutionError)):
+        return f"has no such revision: check --{kind}_revision"
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        return "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.ConnectError)):
+        problem = f"is not on this machine and {constants.ENDPOINT} cannot be reached"
+        return f"{problem}: go online, or give --{kind} a local folder"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"lacks a file that it should have ({one_line(error)}): check --{kind}_revision"
+    return f"could not be read ({one_line(error)}): run the same command again, what is finished is kept"
 
 
 def check_model_access(args):
@@ -558,18 +553,15 @@ def load_processor_and_model(args):
     from transformers import AutoModelForCTC, AutoProcessor
 
     check_model_access(args)
-    folder = Path(args.model).expanduser()
-    source = dict(
-        pretrained_model_name_or_path=str(folder) if folder.is_dir() else args.model, revision=args.model_revision
-    )
+    folder, revision = Path(args.model).expanduser(), args.model_revision
+    source = str(folder) if folder.is_dir() else args.model
     try:
-        processor = AutoProcessor.from_pretrained(**source)
+        processor = AutoProcessor.from_pretrained(source, revision=revision)
         # safetensors alone: a pickle runs what it holds.
-        model = AutoModelForCTC.from_pretrained(**source, dtype="float32", use_safetensors=True)
+        model = AutoModelForCTC.from_pretrained(source, revision=revision, dtype="float32", use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise RunError(
-            f"model {args.model} cannot be loaded as a CTC model with its processor ({one_line(error)})"
-        ) from error
+        problem = f"cannot be loaded as a CTC model with its processor ({one_line(error)})"
+        raise RunError(f"model {args.model} {problem}") from error
     if broken := not_finite(model):
         raise RunError(f"model {args.model} holds weights that are not finite, in {broken}: it cannot be used")
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "feature_extractor"):
@@ -1829,12 +1821,8 @@ def error_rates_metric():
 
     class ErrorRates(evaluate.Metric):
         def _info(self):
-            features = datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            )
-            return evaluate.MetricInfo(
-                description="corpus-level WER and CER", citation="", inputs_description="", features=features
-            )
+            texts = datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("string")))
+            return evaluate.MetricInfo("corpus-level WER and CER", citation="", features=texts)
 
         def _compute(self, predictions, references):
             return {"wer": jiwer.wer(references, predictions), "cer": jiwer.cer(references, predictions)}
@@ -1842,23 +1830,33 @@ def error_rates_metric():
     return ErrorRates(experiment_id=f"medasr-{os.getpid()}", keep_in_memory=True)
 
 
-def error_counts(references, hypotheses, characters=False):
-    """Errors of each pair, an int array (pairs, 4): substitutions, deletions, insertions, length of the reference."""
+def aligned(references, hypotheses, characters=False):
+    """Yield (index of the pair, "equal" or a kind of error, stretch of the reference, of the hypothesis), all in turn.
+
+    A stretch is a list of words, or of `characters`.
+    """
     import jiwer
 
     if not references:
-        return np.zeros((0, 4), dtype=np.int64)
-    process = jiwer.process_characters if characters else jiwer.process_words
-    output = process(list(references), list(hypotheses))
+        return
+    output = (jiwer.process_characters if characters else jiwer.process_words)(list(references), list(hypotheses))
+    for index, chunks in enumerate(output.alignments):
+        before, after = output.references[index], output.hypotheses[index]
+        for chunk in chunks:
+            stretches = before[chunk.ref_start_idx : chunk.ref_end_idx], after[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            yield index, chunk.type, *stretches
+
+
+ERROR_KINDS = ("substitute", "delete", "insert")  # jiwer's names
+
+
+def error_counts(references, hypotheses, characters=False):
+    """Errors of each pair, an int array (pairs, 4): substitutions, deletions, insertions, length of the reference."""
     counts = np.zeros((len(references), 4), dtype=np.int64)
-    column = {"substitute": 0, "delete": 1, "insert": 2}
-    for index, (alignment, words) in enumerate(zip(output.alignments, output.references)):
-        counts[index, 3] = len(words)
-        for chunk in alignment:
-            if chunk.type in column:
-                counts[index, column[chunk.type]] += max(
-                    chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx
-                )
+    for index, kind, before, after in aligned(references, hypotheses, characters):
+        counts[index, 3] += len(before)
+        if kind != "equal":
+            counts[index, ERROR_KINDS.index(kind)] += max(len(before), len(after))
     return counts
 
 
@@ -1886,33 +1884,34 @@ def interval(values):
     return [float(value) for value in np.percentile(values, [2.5, 97.5])]
 
 
-DURATION_BINS = ((0, 5), (5, 10), (10, 20), (20, float("inf")))  # seconds
+RATES = ("wer", "wer_spoken", "wer_paper", "wer_raw", "cer")
+DURATIONS = {"0-5 s": 5, "5-10 s": 10, "10-20 s": 20, "over 20 s": float("inf")}  # group -> its end, in seconds
 GROUP_KINDS = ("domain", "accent", "country", "gender", "age_group", "seen_accent", "duration")
 # A smaller group is shown, and marked, but neither ranked nor averaged: its figure says more about its few speakers.
 MIN_GROUP_SPEAKERS, MIN_GROUP_WORDS = 5, 500
 
 
-def group_names(row, kind, train_accents):
+def group_name(row, kind, train_accents):
     """The name of the group of `kind` that a clip belongs to."""
     if kind == "seen_accent":
         return "unknown" if train_accents is None else "seen" if row["accent"] in train_accents else "unseen"
-    if kind == "duration":
-        if row["num_samples"] is None:
-            return "unknown"
-        low, high = next(edges for edges in DURATION_BINS if row["num_samples"] / SAMPLE_RATE < edges[1])
-        return f"{low}-{high} s" if high < float("inf") else f"over {low} s"
-    return row[kind] or "unknown"
+    if kind == "duration" and row["num_samples"] is not None:
+        return next(name for name, end in DURATIONS.items() if row["num_samples"] < end * SAMPLE_RATE)
+    return row.get(kind) or "unknown"
 
 
 @dataclass
 class Scored:
-    """A system's texts on a set of clips: `counts` {rate name: error_counts}, and the SCORES of metrics.json."""
+    """A system's `texts` on the clips `rows`; `plain` are (references, texts) as normalised for WER.
+
+    `counts` are {rate: error_counts}, `groups` {kind: the group of each clip, shape (clips,)}.
+    """
 
     rows: list[dict]
     texts: list[str]
+    plain: tuple
     counts: dict[str, np.ndarray]
     groups: dict[str, np.ndarray]
-    scores: dict
 
     @functools.cached_property
     def speakers(self):
@@ -1920,65 +1919,60 @@ class Scored:
 
     @functools.cached_property
     def short(self):
-        """Whether each clip is under PAPER_SECONDS; one of unknown duration is not."""
-        return np.array(
-            [row["num_samples"] is not None and row["num_samples"] < PAPER_SECONDS * SAMPLE_RATE for row in self.rows]
-        )
+        """Whether each clip is under PAPER_SECONDS; one of unknown duration (NaN) is not."""
+        return np.array([row["num_samples"] for row in self.rows], float) < PAPER_SECONDS * SAMPLE_RATE
+
+    @functools.cached_property
+    def scores(self):
+        """ "baseline" or "finetuned" of metrics.json."""
+        return for_each_group(self.groups, self.scores_of)
+
+    def scores_of(self, chosen):
+        words, speakers = self.counts["wer"][chosen], self.speakers[chosen]
+        people, total = len(np.unique(speakers)), int(words[:, 3].sum())
+        return {
+            **{name: rate(counts[chosen]) for name, counts in self.counts.items()},
+            "wer_paper_short": rate(self.counts["wer_paper"][self.short & chosen]),
+            "clips": len(words),
+            "speakers": people,
+            "words": total,
+            "wer_ci95": interval(bootstrap_rates(words, speakers)),
+            **dict(zip(("substitutions", "deletions", "insertions"), words[:, :3].sum(axis=0).tolist())),
+            "small": people < MIN_GROUP_SPEAKERS or total < MIN_GROUP_WORDS,
+        }
+
+
+def for_each_group(groups, measure):
+    """The dict measure(bool array of the clips to measure) for all clips, with that of each group under "groups"."""
+    by_group = {
+        kind: {str(name): measure(names == name) for name in np.unique(names)} for kind, names in groups.items()
+    }
+    return {**measure(np.ones(len(groups["domain"]), bool)), "groups": by_group}
 
 
 def score_texts(rows, texts, train_accents):
-    """The `Scored` of hypotheses `texts` against the transcripts of `rows`: corpus-level rates, intervals, groups."""
-    references = [row["text"] for row in rows]
-    pairs = {
-        name: ([normalize(text) for text in references], [normalize(text) for text in texts])
-        for name, normalize in NORMALIZERS.items()
-    }
-    pairs["wer_spoken"] = (pairs["wer"][0], [drop_spoken_punctuation(*pair) for pair in zip(*pairs["wer"])])
+    """The `Scored` of hypotheses `texts` against the transcripts of `rows`."""
+    sides = [row["text"] for row in rows], texts
+    pairs = {name: [list(map(normalize, side)) for side in sides] for name, normalize in NORMALIZERS.items()}
+    references, hypotheses = plain = pairs["wer"]
+    pairs["wer_spoken"] = references, list(map(drop_spoken_punctuation, references, hypotheses))
     counts = {name: error_counts(*pair) for name, pair in pairs.items()}
-    counts["cer"] = error_counts(*pairs["wer"], characters=True)
-    groups = {kind: np.array([group_names(row, kind, train_accents) for row in rows]) for kind in GROUP_KINDS}
-    scored = Scored(rows, texts, counts, groups, {})
-    scored.scores = scores_of(scored, np.ones(len(rows), bool))
-    scored.scores["groups"] = {
-        kind: {str(name): scores_of(scored, names == name) for name in np.unique(names)}
-        for kind, names in groups.items()
-    }
-    return scored
-
-
-def scores_of(scored, chosen):
-    """SCORES without groups of the clips where `chosen` (bool, shape (clips,)) holds."""
-    words, speakers = scored.counts["wer"][chosen], scored.speakers[chosen]
-    people, total = len(np.unique(speakers)), int(words[:, 3].sum())
-    return {
-        **{name: rate(counts[chosen]) for name, counts in scored.counts.items()},
-        "wer_paper_short": rate(scored.counts["wer_paper"][scored.short & chosen]),
-        "clips": len(words),
-        "speakers": people,
-        "words": total,
-        "wer_ci95": interval(bootstrap_rates(words, speakers)),
-        **dict(zip(("substitutions", "deletions", "insertions"), map(int, words[:, :3].sum(axis=0)))),
-        "small": people < MIN_GROUP_SPEAKERS or total < MIN_GROUP_WORDS,
-    }
+    counts["cer"] = error_counts(*plain, characters=True)
+    groups = {kind: np.array([group_name(row, kind, train_accents) for row in rows]) for kind in GROUP_KINDS}
+    return Scored(rows, texts, plain, counts, groups)
 
 
 def compare(baseline, finetuned):
     """The "delta" of metrics.json: fine-tuned minus baseline on the same clips, for all of them and each group."""
 
     def difference(chosen):
-        before, after, speakers = (
-            baseline.counts["wer"][chosen],
-            finetuned.counts["wer"][chosen],
-            baseline.speakers[chosen],
-        )
+        before, after = baseline.counts["wer"][chosen], finetuned.counts["wer"][chosen]
+        then, now = ({name: rate(side.counts[name][chosen]) for name in side.counts} for side in (baseline, finetuned))
+        speakers = baseline.speakers[chosen]
         change = bootstrap_rates(after, speakers) - bootstrap_rates(before, speakers)
-        errors = after[:, :3].sum(axis=1) - before[:, :3].sum(axis=1)
-        rates = {
-            name: (rate(finetuned.counts[name][chosen]), rate(baseline.counts[name][chosen]))
-            for name in finetuned.counts
-        }
+        errors = (after - before)[:, :3].sum(axis=1)
         return {
-            **{name: now - then for name, (now, then) in rates.items() if now is not None},
+            **{name: now[name] - then[name] for name in now if now[name] is not None},
             "wer_ci95": interval(change),
             "probability_of_improvement": float((change < 0).mean()),
             "clips_better": float((errors < 0).mean()),
@@ -1986,65 +1980,48 @@ def compare(baseline, finetuned):
             "clips_worse": float((errors > 0).mean()),
         }
 
-    groups = {
-        kind: {str(name): difference(names == name) for name in np.unique(names)}
-        for kind, names in baseline.groups.items()
-    }
-    return {**difference(np.ones(len(baseline.rows), bool)), "groups": groups}
+    return for_each_group(baseline.groups, difference)
 
 
 # ---------------------------------------------------------------- report
 
 NEGATIONS = re.compile(r"no|not|nor|none|never|without|negative|denie[sd]|deny|absent|cannot|\w+n't")
-ERROR_NAMES = {"substitute": "confusions", "insert": "insertions", "delete": "deletions"}  # jiwer's names and ours
 NUMBERS = re.compile(
     r"\w*\d\w*|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|"
     r"sixty|seventy|eighty|ninety|hundred|thousand|million|half|once|twice"
 )
 
 
-def clinical_words(rows):
+def clinical_words(scored):
     """Words that clinical references have at least 5 times and, by frequency, 10 times as often as general ones."""
-    counts = {
-        domain: Counter(word for row in rows if row["domain"] == domain for word in normalize_wer(row["text"]).split())
-        for domain in DOMAINS
-    }
+    counts = {domain: Counter() for domain in DOMAINS}
+    for row, reference in zip(scored.rows, scored.plain[0]):
+        counts.get(row["domain"], Counter()).update(reference.split())
     clinical, general = counts["clinical"], counts["general"]
-    scale = sum(clinical.values()) / max(1, sum(general.values()))
+    scale = clinical.total() / max(1, general.total())
     return {
         word for word, count in clinical.items() if count >= 5 and count >= 10 * general[word] * scale and len(word) > 2
     }
 
 
 def word_errors(scored):
-    """(recall {kind of word: (found, all)}, {kind of error: Counter}) of a `Scored`, word by word."""
-    import jiwer
-
-    output = jiwer.process_words(
-        [normalize_wer(row["text"]) for row in scored.rows], [normalize_wer(text) for text in scored.texts]
-    )
-    tests = {
+    """({kind of word: its recall in words}, {kind of error: Counter of the words}) of a `Scored`."""
+    kinds_of_words = {
         "numbers": NUMBERS.fullmatch,
         "negations": NEGATIONS.fullmatch,
-        "clinical words": clinical_words(scored.rows).__contains__,
+        "clinical words": clinical_words(scored).__contains__,
     }
-    found, everything = Counter(), Counter()
-    errors = {kind: Counter() for kind in ERROR_NAMES}
-    for alignment, reference, hypothesis in zip(output.alignments, output.references, output.hypotheses):
-        for chunk in alignment:
-            before, after = (
-                reference[chunk.ref_start_idx : chunk.ref_end_idx],
-                hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx],
-            )
-            if chunk.type != "equal":
-                errors[chunk.type].update(
-                    f"{one} -> {other}" if one and other else one or other
-                    for one, other in itertools.zip_longest(before, after)
-                )
-            for kind, word in itertools.product(tests, before):
-                everything[kind] += bool(tests[kind](word))
-                found[kind] += chunk.type == "equal" and bool(tests[kind](word))
-    return {kind: (found[kind], everything[kind]) for kind in tests}, errors
+    found, total, errors = Counter(), Counter(), {kind: Counter() for kind in ERROR_KINDS}
+    for _, kind, before, after in aligned(*scored.plain):
+        if kind != "equal":
+            pairs = itertools.zip_longest(before, after)
+            errors[kind].update(" -> ".join(filter(None, pair)) for pair in pairs)
+        for name, belongs in kinds_of_words.items():
+            count = sum(bool(belongs(word)) for word in before)
+            total[name] += count
+            found[name] += count if kind == "equal" else 0
+    recall = {name: f"{percent(found[name] / count)} of {count:,}" if count else "-" for name, count in total.items()}
+    return recall, errors
 
 
 def percent(value):
@@ -2065,35 +2042,28 @@ def markdown_text(text):
 def markdown_table(header, rows):
     """Lines of a Markdown table, padded so that it reads well in a terminal too."""
     rows = [header, *(list(map(str, row)) for row in rows)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
-    return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows] + [""]
+    return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows] + [""]
 
 
 def group_table(kind, before, after, delta):
     """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *."""
-    after = after or before
-    lines = []
-    for name, now in sorted(after["groups"][kind].items(), key=lambda item: -item[1]["words"]):
-        then = before and before["groups"][kind][name]
-        change = points(delta["groups"][kind][name]) if delta and now["words"] else "-"
-        ci = f"[{percent(now['wer_ci95'][0])}, {percent(now['wer_ci95'][1])}]" if now["words"] else "-"
-        lines.append(
+    rows = []
+    for name, now in sorted((after or before)["groups"][kind].items(), key=lambda item: -item[1]["words"]):
+        low, high = map(percent, now["wer_ci95"])
+        rows.append(
             [
-                markdown_text(name) + ("\\*" if now["small"] else ""),
-                f"{now['clips']:,}",
-                f"{now['speakers']:,}",
-                f"{now['words']:,}",
-                percent(then and then["wer"]) if delta else "-",
+                markdown_text(name) + "\\*" * now["small"],
+                *(f"{now[size]:,}" for size in ("clips", "speakers", "words")),
+                percent(before["groups"][kind][name]["wer"]) if delta else "-",
                 percent(now["wer"]),
-                ci,
-                change,
+                f"[{low}, {high}]" if now["words"] else "-",
+                points(delta["groups"][kind][name]) if delta and now["words"] else "-",
             ]
         )
-    return markdown_table(
-        [kind.replace("_", " "), "clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"],
-        lines,
-    )
+    columns = ["clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"]
+    return markdown_table([kind.replace("_", " "), *columns], rows)
 
 
 def group_summary(kind, after):
@@ -2110,205 +2080,153 @@ def group_summary(kind, after):
 def error_sections(baseline, finetuned):
     """Markdown lines on what goes wrong: recalls, commonest errors, clips that got worse, empty and runaway outputs."""
     last = finetuned or baseline
-    recalls, errors = word_errors(last)
+    recall, errors = word_errors(last)
     before = word_errors(baseline)[0] if finetuned and baseline else {}
-
-    def recall(pair):
-        return f"{percent(pair[0] / pair[1])} of {pair[1]:,}" if pair and pair[1] else "-"
-
-    lines = ["## What goes wrong", "", "Recall, the share of the reference's words that come out right:", ""]
-    lines += markdown_table(
-        ["words", "before", "now"], [[kind, recall(before.get(kind)), recall(pair)] for kind, pair in recalls.items()]
-    )
-    for kind, counter in errors.items():
-        lines += [
-            f"Commonest {ERROR_NAMES[kind]}: "
-            + (", ".join(f"{words} ({count})" for words, count in counter.most_common(15)) or "none")
-            + ".",
-            "",
-        ]
-    words = [len(normalize_wer(text).split()) for text in last.texts]
-    empty = sum(count == 0 for count in words)
-    runaway = sum(count > 2 * length + 5 for count, length in zip(words, last.counts["wer"][:, 3]))
-    lines += [f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.", ""]
+    lines = ["## What goes wrong\n", "Recall, the share of the reference's words that come out right:\n"]
+    cells = [[name, before.get(name, "-"), now] for name, now in recall.items()]
+    lines += markdown_table(["words", "before", "now"], cells)
+    for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
+        common = ", ".join(f"{words} ({count})" for words, count in errors[kind].most_common(15))
+        lines.append(f"Commonest {label}: {common or 'none'}.\n")
+    words = np.array([len(text.split()) for text in last.plain[1]])
+    empty, runaway = sum(words == 0), sum(words > 2 * last.counts["wer"][:, 3] + 5)
+    lines.append(f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.\n")
     if finetuned and baseline:
-        worse = finetuned.counts["wer"][:, :3].sum(axis=1) - baseline.counts["wer"][:, :3].sum(axis=1)
-        chosen = [index for index in np.argsort(-worse, kind="stable")[:10] if worse[index] > 0]
-        cells = [
-            [
-                f"+{worse[index]}",
-                last.rows[index]["accent"],
-                *(tidy(text)[:200] for text in (last.rows[index]["text"], baseline.texts[index], last.texts[index])),
-            ]
-            for index in chosen
-        ]
-        lines += (
-            [
-                "Clips that got worse most:",
-                "",
-                *markdown_table(["errors", "accent", "reference", "before", "now"], cells),
-            ]
-            if cells
-            else []
-        )
+        worse = (finetuned.counts["wer"] - baseline.counts["wer"])[:, :3].sum(axis=1)
+        cells = []
+        for index in np.argsort(-worse, kind="stable")[:10]:
+            texts = [tidy(text)[:200] for text in (last.rows[index]["text"], baseline.texts[index], last.texts[index])]
+            cells += [[f"+{worse[index]}", last.rows[index]["accent"], *texts]] if worse[index] > 0 else []
+        if cells:
+            lines.append("Clips that got worse most:\n")
+            lines += markdown_table(["errors", "accent", "reference", "before", "now"], cells)
     return lines
+
+
+RATE_LABELS = {
+    "wer": "WER",
+    "wer_spoken": "WER, spoken punctuation set aside",
+    "wer_paper": "WER, the AfriSpeech authors' normalisation",
+    "wer_paper_short": f"the same, clips under {PAPER_SECONDS} s, as in their tables",
+    "wer_raw": "WER as written",
+    "cer": "CER",
+}
 
 
 def summary_table(baseline, finetuned):
     """Markdown lines: every rate before and after, all clips."""
-    names = {
-        "wer": "WER",
-        "wer_spoken": "WER, spoken punctuation set aside",
-        "wer_paper": "WER, the AfriSpeech authors' normalisation",
-        "wer_paper_short": f"the same, clips under {PAPER_SECONDS} s, as in their tables",
-        "wer_raw": "WER as written",
-        "cer": "CER",
-    }
-    cells = []
-    for name, label in names.items():
+    rows = []
+    for name, label in RATE_LABELS.items():
         then, now = (scores and scores[name] for scores in (baseline, finetuned))
-        cells.append(
-            [label, percent(then), percent(now), "-" if then is None or now is None else f"{100 * (now - then):+.1f}"]
-        )
-    return markdown_table(["rate", "before", "fine-tuned", "change, points"], cells)
+        rows.append([label, percent(then), percent(now), "-" if None in (then, now) else f"{100 * (now - then):+.1f}"])
+    return markdown_table(["rate", "before", "fine-tuned", "change, points"], rows)
 
 
 def report_lines(title, baseline, finetuned, delta, notes, pictures):
     """results/report.md as lines."""
     last = (finetuned or baseline).scores
     before, after = baseline and baseline.scores, finetuned and finetuned.scores
-    lines = [
-        f"# {title}",
-        "",
-        f"{plural(last['clips'], 'clip')}, {plural(last['speakers'], 'speaker')}, {plural(last['words'], 'word')}. "
-        "All rates are corpus-level.",
-        "",
-    ]
-    lines += summary_table(before, after)
+    sizes = ", ".join(plural(last[f"{noun}s"], noun) for noun in ("clip", "speaker", "word"))
+    lines = [f"# {title}\n", f"{sizes}. All rates are corpus-level.\n", *summary_table(before, after)]
     if delta:
-        lines += [
-            f"WER changes by {points(delta)} points (95 % interval over speakers, paired); probability of improvement "
-            f"{percent(delta['probability_of_improvement'])}. {percent(delta['clips_better'])} of the clips are "
-            f"better, "
-            f"{percent(delta['clips_equal'])} equal, {percent(delta['clips_worse'])} worse.",
-            "",
-        ]
+        shares = ("probability_of_improvement", "clips_better", "clips_equal", "clips_worse")
+        improvement, better, equal, worse = (percent(delta[share]) for share in shares)
+        change = f"WER changes by {points(delta)} points (95 % interval over speakers, paired)"
+        change += f"; probability of improvement {improvement}. {better} of the clips are better"
+        lines.append(f"{change}, {equal} equal, {worse} worse.\n")
     else:
-        lines += [
-            f"WER {percent(last['wer'])}, 95 % interval over speakers {percent(last['wer_ci95'][0])} to "
-            f"{percent(last['wer_ci95'][1])}.",
-            "",
-        ]
+        low, high = map(percent, last["wer_ci95"])
+        lines.append(f"WER {percent(last['wer'])}, 95 % interval over speakers {low} to {high}.\n")
     lines += [markdown_text(note) + "\n" for note in notes]
-    lines += [f"![{label}]({name})\n" for name, label in pictures]
+    lines += [f"![{label}]({name})\n" for name, label in pictures.items()]
     for kind in GROUP_KINDS:
-        lines += [
-            f"## By {kind.replace('_', ' ')}",
-            "",
-            *group_table(kind, before, after, delta),
-            group_summary(kind, last),
-            "",
-        ]
-    lines += [
-        f"\\* under {MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words: not ranked and not in the macro average.",
-        "",
-    ]
+        lines += [f"## By {kind.replace('_', ' ')}\n", *group_table(kind, before, after, delta)]
+        lines.append(group_summary(kind, last) + "\n")
+    limits = f"{MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words"
+    lines.append(f"\\* under {limits}: not ranked and not in the macro average.\n")
     return lines + error_sections(baseline, finetuned)
 
 
-def draw_pictures(folder, baseline, finetuned, history):
-    """PNGs beside the report: [(file name, label)] of those that the data allows."""
+@contextlib.contextmanager
+def picture(path, height, **settings):
+    """The axes of a picture of `height` inches, which is saved at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    systems = [(name, scored.scores) for name, scored in (("before", baseline), ("fine-tuned", finetuned)) if scored]
-    pictures = []
+    figure, axes = pyplot.subplots(figsize=(8, height))
+    yield axes
+    axes.set(**settings)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
-    def save(figure, name, label):
-        figure.tight_layout()
-        figure.savefig(Path(folder) / name, dpi=110)
-        pyplot.close(figure)
-        pictures.append((name, label))
 
-    for kind, name, label in (
-        ("accent", "wer_by_accent.png", "WER by accent"),
-        ("duration", "wer_by_duration.png", "WER by duration of the clip"),
-    ):
-        groups = systems[-1][1]["groups"][kind]
-        order = sorted((group for group in groups if groups[group]["words"]), key=lambda group: groups[group]["wer"])
-        if kind == "accent" and len(order) > 30:
-            order = [group for group in order if not groups[group]["small"]] or order[-30:]
-        if kind == "duration":
-            order = [group for group in ("unknown", "over 20 s", "10-20 s", "5-10 s", "0-5 s") if group in groups]
-        figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.32 * len(order)))
-        for offset, (system, scores) in zip((0.16, -0.16), systems):
-            rates = [100 * scores["groups"][kind][group]["wer"] for group in order]
-            bounds = np.array([scores["groups"][kind][group]["wer_ci95"] for group in order]).T * 100
-            errors = np.abs(bounds - np.array(rates))
+def draw_pictures(folder, baseline, finetuned, history):
+    """PNGs beside the report: {file name: label} of those that the data allows."""
+    systems = {name: scored.scores for name, scored in (("before", baseline), ("fine-tuned", finetuned)) if scored}
+    pictures = {"wer_by_accent.png": "WER by accent", "wer_by_duration.png": "WER by duration of the clip"}
+    for (name, label), kind in zip(pictures.items(), ("accent", "duration")):
+        draw_groups(folder / name, label, kind, systems)
+    evaluations = [(entry["step"], 100 * entry["eval_wer"]) for entry in history if "eval_wer" in entry]
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if evaluations:
+        pictures["training.png"] = "Dev WER and training loss"
+        axis = {"xlabel": "update", "ylabel": "dev WER, %", "ylim": (0, None)}
+        with picture(folder / "training.png", 3.5, **axis, title="Training") as axes:
+            axes.plot(*zip(*evaluations), "o-")
+            axes.grid(alpha=0.3)
+            other = axes.twinx()
+            other.plot(*zip(*losses), color="0.6")
+            other.set(ylabel="training loss (grey)", ylim=(0, None))
+    return pictures
+
+
+def draw_groups(path, title, kind, systems):
+    """A picture of the WER of each group of `kind`, a dot and its interval for each of `systems` {name: scores}."""
+    groups = list(systems.values())[-1]["groups"][kind]
+    order = sorted((group for group in groups if groups[group]["words"]), key=lambda group: groups[group]["wer"])
+    if kind == "accent" and len(order) > 30:
+        order = [group for group in order if not groups[group]["small"]] or order[-30:]
+    if kind == "duration":
+        order = [group for group in ("unknown", *reversed(DURATIONS)) if group in order]
+    xlabel = "WER, % (95 % interval over speakers; * too small to rank)"
+    with picture(path, 1.5 + 0.32 * len(order), xlabel=xlabel, xlim=(0, None), title=title) as axes:
+        for offset, (system, scores) in zip((0.16, -0.16), systems.items()):
+            chosen = [scores["groups"][kind][group] for group in order]
+            rates = 100 * np.array([group["wer"] for group in chosen])
+            errors = np.abs(100 * np.array([group["wer_ci95"] for group in chosen]).T - rates)
             axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=system)
         axes.set_yticks(range(len(order)), [f"{group} *" if groups[group]["small"] else group for group in order])
-        axes.set(xlabel="WER, % (95 % interval over speakers; * too small to rank)", xlim=(0, None), title=label)
         axes.grid(axis="x", alpha=0.3)
         axes.legend()
-        save(figure, name, label)
-    evaluations = [entry for entry in history if "eval_wer" in entry]
-    if evaluations:
-        figure, axes = pyplot.subplots(figsize=(8, 3.5))
-        axes.plot(
-            [entry["step"] for entry in evaluations],
-            [100 * entry["eval_wer"] for entry in evaluations],
-            "o-",
-            label="dev WER, %",
-        )
-        axes.set(xlabel="update", ylabel="dev WER, %", ylim=(0, None), title="Training")
-        losses = [entry for entry in history if "loss" in entry]
-        axes.twinx().plot(
-            [entry["step"] for entry in losses], [entry["loss"] for entry in losses], color="0.6", label="training loss"
-        )
-        figure.axes[1].set(ylabel="training loss (grey)", ylim=(0, None))
-        axes.grid(alpha=0.3)
-        save(figure, "training.png", "Dev WER and training loss")
-    return pictures
 
 
 def library_versions():
     from importlib.metadata import version
 
-    names = (
-        "torch",
-        "transformers",
-        "datasets",
-        "evaluate",
-        "jiwer",
-        "librosa",
-        "soundfile",
-        "accelerate",
-        "tensorboard",
-    )
+    names = "torch transformers datasets evaluate jiwer librosa soundfile accelerate tensorboard".split()
     return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+
+
+CLIP_COLUMNS = ("speaker", "accent", "country", "domain", "gender", "age_group")
 
 
 def prediction_lines(baseline, finetuned):
     """One JSON object a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
     last = finetuned or baseline
     for index, row in enumerate(last.rows):
-        yield (
-            json.dumps(
-                {
-                    "audio_filepath": row["clip"],
-                    "duration": row["num_samples"] and round(row["num_samples"] / SAMPLE_RATE, 3),
-                    "text": row["text"],
-                    "pred_text": last.texts[index],
-                    "baseline_text": baseline.texts[index] if finetuned and baseline else None,
-                    **{name: row[name] for name in ("speaker", "accent", "country", "domain", "gender", "age_group")},
-                    "wer": rate(last.counts["wer"][index : index + 1]),
-                },
-                ensure_ascii=False,
-            )
-            + "\n"
-        )
+        entry = {
+            "audio_filepath": row["clip"],
+            "duration": row["num_samples"] and round(row["num_samples"] / SAMPLE_RATE, 3),
+            "text": row["text"],
+            "pred_text": last.texts[index],
+            "baseline_text": baseline.texts[index] if finetuned and baseline else None,
+            **{name: row[name] for name in CLIP_COLUMNS},
+            "wer": rate(last.counts["wer"][index : index + 1]),
+        }
+        yield json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 @contextlib.contextmanager
@@ -2334,20 +2252,19 @@ def write_results(target, config, data, baseline, finetuned, title, notes=(), hi
 
     Returns the metrics.
     """
-    delta = compare(baseline, finetuned) if baseline and finetuned else None
     metrics = {
         "config": config,
         "versions": library_versions(),
         "data": data,
         "baseline": baseline and baseline.scores,
         "finetuned": finetuned and finetuned.scores,
-        "delta": delta,
+        "delta": compare(baseline, finetuned) if baseline and finetuned else None,
     }
     with complete_folder(Path(target), keep=True) as folder:
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
         write_text(folder / "predictions_test.jsonl", "".join(prediction_lines(baseline, finetuned)))
         pictures = draw_pictures(folder, baseline, finetuned, history)
-        lines = report_lines(title, baseline, finetuned, delta, notes, pictures)
+        lines = report_lines(title, baseline, finetuned, metrics["delta"], notes, pictures)
         write_text(folder / "report.md", "\n".join(lines) + "\n")
     show_scores(metrics)
     return metrics
@@ -2362,20 +2279,19 @@ def write_model_card(final, results, args, metrics):
     """README.md of the final model, with the Hub's evaluation metadata, the report and its pictures."""
     import yaml
 
-    local = {
-        name for name in (args.model, args.dataset) if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists()
-    }
+    on_hub = lambda name: re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()  # noqa: E731
     model, dataset = public(args.model), public(args.dataset)
-    rates = [
-        {"type": name.partition("_")[0], "name": name, "value": round(100 * metrics["finetuned"][name], 2)}
-        for name in ("wer", "wer_spoken", "wer_paper", "wer_raw", "cer")
-    ]
     source = {"name": "AfriSpeech-200" if dataset == DEFAULT_DATASET else dataset, "type": dataset, "split": "test"}
-    result = {"task": {"type": "automatic-speech-recognition"}, "dataset": source, "metrics": rates}
+    rates = {name: round(100 * metrics["finetuned"][name], 2) for name in RATES}
+    result = {
+        "task": {"type": "automatic-speech-recognition"},
+        "dataset": source,
+        "metrics": [{"type": name.partition("_")[0], "name": name, "value": value} for name, value in rates.items()],
+    }
     header = {
         "language": "en",
-        **({} if args.model in local else {"base_model": model}),
-        **({} if args.dataset in local else {"datasets": [dataset]}),
+        **({"base_model": model} if on_hub(args.model) else {}),
+        **({"datasets": [dataset]} if on_hub(args.dataset) else {}),
         "pipeline_tag": "automatic-speech-recognition",
         "library_name": "transformers",
         "tags": ["medical", "african-accents", "ctc"],
@@ -2391,8 +2307,7 @@ def write_model_card(final, results, args, metrics):
 # {model} adapted to African-accented English
 
 Fine-tuned on {dataset}, {plural(train["clips"], "clip")} and {train["hours"]:.1f} hours, by `{PROGRAM}`. The scores
-below are
-of its test split, whose speakers are not in training.
+below are of its test split, whose speakers are not in training.
 
 ```python
 import librosa
@@ -2417,15 +2332,11 @@ Made with `{args.command}`; {versions}.
         shutil.copy(picture, final)
 
 
-SCORE_KEYS = ("speaker", "accent", "country", "domain", "gender", "age_group")
-
-
 def read_score_file(path):
-    """(rows, pred_texts, baseline_texts or None, notes, rows left out) of a JSONL or CSV file in the keys of
-    predictions_test.jsonl.
+    """(rows, pred_texts, baseline_texts or None, notes, rows left out) of JSON lines or CSV.
 
-    A row without a reference or a text is left out and named in the notes. Raises UsageError for a file of another
-    kind.
+    The keys are those of `prediction_lines`. A row without a reference or a text is left out and noted. Raises
+    UsageError for a file of another kind.
     """
     try:
         content = Path(path).read_text(encoding="utf-8-sig")
@@ -2439,37 +2350,23 @@ def read_score_file(path):
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict):
             raise UsageError(f"--score_file {path}: row {number} is not an object with keys such as text and pred_text")
-        lacking = [
-            key
-            for key in ("text", "pred_text")
-            if not isinstance(entry.get(key), str) or (key == "text" and not tidy(entry[key]))
-        ]
+        clip, seconds = entry.get("audio_filepath"), to_number(entry.get("duration"))
+        lacking = [key for key in ("text", "pred_text") if not isinstance(entry.get(key), str)]
+        if "text" not in lacking and not tidy(entry["text"]):
+            lacking.insert(0, "text")
         if lacking:
-            notes.append(
-                f"Row {number} ({entry.get('audio_filepath') or 'no audio_filepath'}) has no "
-                f"{' and no '.join(lacking)}: left out."
-            )
+            notes.append(f"Row {number} ({clip or 'no audio_filepath'}) has no {' and no '.join(lacking)}: left out.")
             continue
-        seconds = to_number(entry.get("duration"))
-        clip = entry.get("audio_filepath") or f"row {number}"
-        rows.append(
-            {
-                "clip": clip,
-                "text": entry["text"],
-                "num_samples": int(seconds * SAMPLE_RATE) if seconds > 0 else None,
-                **{key: str(entry.get(key) or "") for key in SCORE_KEYS},
-            }
-        )
+        length = int(seconds * SAMPLE_RATE) if seconds > 0 else None
+        row = {"clip": clip or f"row {number}", "text": entry["text"], "num_samples": length}
+        rows.append(row | {name: str(entry.get(name) or "") for name in CLIP_COLUMNS})
         texts.append(entry["pred_text"])
         before.append(entry.get("baseline_text"))
     if not rows:
         raise UsageError(f"--score_file {path} has no row with both text and pred_text among {len(entries)}")
-    unknown = sum(row["num_samples"] is None for row in rows)
-    if unknown:
-        notes.append(
-            f"{plural(unknown, 'row')} without a duration: in the group 'unknown', and not among clips under "
-            f"{PAPER_SECONDS} s."
-        )
+    if unknown := sum(row["num_samples"] is None for row in rows):
+        effect = f"in the group 'unknown', and not among clips under {PAPER_SECONDS} s"
+        notes.append(f"{plural(unknown, 'row')} without a duration: {effect}.")
     with_baseline = all(isinstance(text, str) for text in before)
     if not with_baseline and any(isinstance(text, str) and text for text in before):
         notes.append("Some rows have no baseline_text: no comparison is made.")
@@ -2544,18 +2441,14 @@ def activation_peaks(model, batches, device):
     """{name: largest absolute input or output} of the subsampler and modules with weights, in float32 on `batches`."""
     import torch
 
-    peaks = {}
+    peaks = Counter()
 
-    def watch(name):
-        def hook(module, inputs, output):
-            tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
-            found = [float(tensor.abs().max()) for tensor in tensors if tensor.numel()]
-            peaks[name] = max([peaks.get(name, 0.0), *found])
-
-        return hook
+    def watch(name, module, inputs, output):
+        tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
+        peaks[name] = max([peaks[name], *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())])
 
     handles = [
-        module.register_forward_hook(watch(name))
+        module.register_forward_hook(functools.partial(watch, name))
         for name, module in model.named_modules()
         if list(module.parameters(recurse=False)) or name.endswith("subsampler")
     ]
