@@ -591,9 +591,8 @@ def push_to_hub(training, final):
     """Upload the complete folder of the final model, in one commit."""
     with explained_upload(training, f"the model is complete in {final}, 'hf upload' sends it") as name:
         repo = hub_api(training).create_repo(name, private=training.hub_private_repo, exist_ok=True)
-        hub_api(training).upload_folder(
-            repo_id=repo.repo_id, folder_path=final, commit_message="Upload the final model"
-        )
+        message = "Upload the final model"
+        hub_api(training).upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message=message)
         say(f"uploaded to {repo}")
 
 
@@ -675,12 +674,10 @@ def download(corpus, path, target):
             with open(partial, "ab") as file, HubStream(corpus, path, file.tell()) as stream:
                 shutil.copyfileobj(stream, file, 1 << 20)
             with open(partial, "rb") as file:
-                if partial.stat().st_size == size and checksum in (
-                    None,
-                    hashlib.file_digest(file, "sha256").hexdigest(),
-                ):
-                    os.replace(partial, target)
-                    return
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if partial.stat().st_size == size and checksum in (None, found):
+                os.replace(partial, target)
+                return
             partial.unlink()
     raise RunError(f"{path} was fetched twice and is not what the Hub announces ({size:,} bytes, sha256 {checksum})")
 
@@ -2442,24 +2439,22 @@ def activation_peaks(model, batches, device):
     import torch
 
     peaks = Counter()
-
-    def watch(name, module, inputs, output):
-        tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
-        peaks[name] = max([peaks[name], *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())])
-
-    handles = [
-        module.register_forward_hook(functools.partial(watch, name))
+    watched = {
+        module: name
         for name, module in model.named_modules()
         if list(module.parameters(recurse=False)) or name.endswith("subsampler")
-    ]
+    }
+
+    def watch(module, inputs, output):
+        if module in watched:
+            tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
+            found = [float(tensor.abs().max()) for tensor in tensors if tensor.numel()]
+            peaks[watched[module]] = max([peaks[watched[module]], *found])
+
     model.to(device).eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                model(**{name: value.to(device) for name, value in batch.items()})
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.nn.modules.module.register_module_forward_hook(watch), torch.no_grad():
+        for batch in batches:
+            model(**{name: value.to(device) for name, value in batch.items()})
     return peaks
 
 
