@@ -600,6 +600,17 @@ def test_a_row_without_text_is_named_and_the_others_are_scored(tmp_path, run):
     assert "b.wav" in (tmp_path / "results/report.md").read_text()
 
 
+def test_a_duration_without_a_word_is_left_out_of_the_picture_alone(tmp_path, run):
+    (tmp_path / "texts.jsonl").write_text(
+        '{"text": "...", "pred_text": "so it", "duration": 3}\n{"text": "No", "pred_text": "no", "duration": 12}\n'
+    )
+    status, _, errors = run("--score_file", tmp_path / "texts.jsonl", "--output_dir", tmp_path)
+    assert (status, errors) == (0, "")
+    groups = rate_of(tmp_path)["groups"]["duration"]
+    assert {name: group["wer"] for name, group in groups.items()} == {"0-5 s": None, "10-20 s": 0}
+    assert (tmp_path / "results/wer_by_duration.png").is_file()
+
+
 @pytest.mark.parametrize("flag", ["--hub_token=hf_secret", "--hub_token hf_secret", "--hub-token hf_secret"])
 def test_a_token_on_the_command_line_is_not_written_down(tmp_path, run, flag):
     (tmp_path / "texts.jsonl").write_text('{"text": "No fever.", "pred_text": "no fever"}\n')
