@@ -124,16 +124,21 @@ class Stopped(KeyboardInterrupt):
     """A signal that ends the program, where it may: exit status 128 and its number."""
 
 
+LAUNCHER_SECONDS = 5  # in which torchrun or Slurm passes on a signal that the processes have got themselves
+
+
 @dataclass
 class StopSignals:
     """SIGTERM and Ctrl-C. They raise Stopped at once, or, where `deferred`, leave their `number` to be looked at.
 
     Training and scoring look after each update and batch, because several processes have to stop at the same one. A
-    second signal is not deferred. Worker processes leave signals to the program itself.
+    second signal ends the program at once, but for one that a launcher passes on to processes that have got it already.
+    Worker processes leave signals to the program itself.
     """
 
     deferred: bool = False
     number: int | None = None
+    since: float = 0.0
     process: int | None = None
 
     def install(self):
@@ -147,9 +152,14 @@ class StopSignals:
     def receive(self, number, frame):
         if os.getpid() != self.process:
             return
-        if not self.deferred or self.number:
+        if self.number and "RANK" in os.environ and time.monotonic() - self.since < LAUNCHER_SECONDS:
+            return
+        if self.number:
+            os.write(2, f"\n{PROGRAM}: error: ended by a second {signal.Signals(number).name}\n".encode())
+            os._exit(128 + number)
+        self.number, self.since = number, time.monotonic()
+        if not self.deferred:
             raise Stopped(number)
-        self.number = number
 
     @contextlib.contextmanager
     def deferring(self):
@@ -468,6 +478,11 @@ def make_training_arguments(common, rest, script):
         hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
         raise UsageError(f"unknown flag or stray value {unknown[0]}; {hint}")
     del values.help_all
+    for name in ("fsdp", "deepspeed"):
+        if getattr(values, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+            raise UsageError(
+                f"--{name} is not supported: a model of this size needs no sharding; torchrun gives each GPU a copy"
+            )
     if (
         values.load_best_model_at_end
         and values.eval_strategy == values.save_strategy == "steps"
@@ -2693,11 +2708,12 @@ class EpochOrder:
     """Mixed with LengthGroupedSampler: an order from the seed and the epoch alone, so that a resumed run goes on in it.
 
     The Trainer restores the state of its random generator only after the first batch has been drawn, and accelerate's
-    wrappers for several processes hide a sampler from set_epoch: `epoch()` is asked instead.
+    wrappers for several processes hide a sampler from set_epoch: `epoch()` is asked instead. The order is the same for
+    any division of an update's clips into batches, accumulation steps and processes.
     """
 
-    def __init__(self, batch_size, lengths, seed, epoch):
-        super().__init__(batch_size, lengths=lengths)
+    def __init__(self, clips_an_update, lengths, seed, epoch):
+        super().__init__(clips_an_update, lengths=lengths)
         self.seed, self.epoch = seed, epoch
 
     def __iter__(self):
@@ -2724,9 +2740,9 @@ class CTCTraining:
             return super()._get_train_sampler(train_dataset)
         # [:] makes a list: from the column each length is read apart, which takes minutes for the training split.
         lengths = (train_dataset or self.train_dataset)[self.args.length_column_name][:]
-        clips = self.args.train_batch_size * self.args.gradient_accumulation_steps
         epoch = lambda: int(self.state.epoch or 0)  # noqa: E731
-        return mixed(EpochOrder, LengthGroupedSampler)(clips, lengths, self.args.seed, epoch)
+        sampler = mixed(EpochOrder, LengthGroupedSampler)
+        return sampler(clips_an_update(self.args), lengths, self.args.seed, epoch)
 
     def get_train_dataloader(self):
         from torch.utils.data import DataLoader
@@ -2803,6 +2819,7 @@ class CTCTraining:
             if self.args.should_save:
                 sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
                 write_text(folder / MANIFEST, json.dumps(sizes, indent=1))
+        self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The dev scores, in the way of the test scores: Trainer.evaluate would gather logits, and cut no clip into
@@ -2911,6 +2928,10 @@ class Patience:
             control.should_training_stop = True
 
 
+def clips_an_update(training):
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+
+
 def planned_updates(training, clips):
     """(updates in all, updates an epoch) of a run on so many training clips."""
     batches = -(-clips // (training.per_device_train_batch_size * training.world_size))
@@ -2958,6 +2979,8 @@ def make_trainer(args, training, model, train, dev):
     if training.gradient_checkpointing:
         # Under DDP checkpointing forbids unused parameters, which a dropped layer would leave.
         model.encoder.layerdrop = 0.0
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = model.encoder.layerdrop > 0
     if training.fp16:
         guard_trained_model(model, dev, CTCCollator(extractor, shortest=shortest), training)
     callbacks = []
@@ -3036,6 +3059,7 @@ def checkpoint_to_resume(training):
 IDENTITY = """model model_revision dataset dataset_revision accents domains countries max_train_seconds
     max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds""".split()
 TRAINING_IDENTITY = "learning_rate seed".split()
+NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
 GOAL = "max_steps num_train_epochs".split()  # may change from one start of a run to the next
 
 
@@ -3071,7 +3095,7 @@ def open_run(args, training):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     identity = {name: getattr(args, name) for name in IDENTITY}
     identity |= {name: getattr(training, name) for name in TRAINING_IDENTITY}
-    identity = public({**identity, "weights": weights_mark(args.model)})
+    identity = public({**identity, "weights": weights_mark(args.model), "clips_an_update": clips_an_update(training)})
     goal = {**{name: getattr(training, name) for name in GOAL}, "early_stopping_patience": args.early_stopping_patience}
     state = RunState(output / "run.json", identity, goal)
     stored = None if args.overwrite_output_dir else read_json(state.path)
@@ -3081,8 +3105,9 @@ def open_run(args, training):
     if different:
         name = different[0]
         raise UsageError(
-            f"--output_dir {output} holds a run with --{name} {stored['identity'].get(name)}, not {identity[name]}; "
-            "choose another --output_dir, or --overwrite_output_dir to start anew"
+            f"--output_dir {output} holds a run with {NO_FLAGS.get(name, f'--{name}')} "
+            f"{stored['identity'].get(name)}, not {identity[name]}; choose another --output_dir, "
+            "or --overwrite_output_dir to start anew"
         )
     state.baseline, state.reached = stored["baseline"], stored["reached"]
     return state
