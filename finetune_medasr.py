@@ -22,6 +22,7 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import errno
 import functools
 import gzip
 import hashlib
@@ -68,6 +69,7 @@ CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a b
 FLAC_BYTES_AN_HOUR = 59e6  # of 16 kHz mono speech
 SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
 BOOTSTRAP_DRAWS = 10_000
+ROOM_ADVICE = "free some disk; the same command goes on"
 PAPER_SECONDS = 17  # the AfriSpeech authors' tables are of test clips shorter than this
 
 
@@ -95,6 +97,14 @@ def one_line(error):
     """An exception as one short line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+# What gloo and NCCL say in the processes that are left.
+LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|remote process exited|NCCL communicator was aborted")
+
+
+def is_full_disk(error):
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def plural(count, noun):
@@ -522,7 +532,11 @@ def use_one_gpu(training):
 
 def quiet_libraries():
     """Keep the libraries' advice off the screen: the script says itself what a user needs to know."""
+    import threading
     import warnings
+
+    # TensorBoard writes in a thread, and raises the same in the program itself.
+    threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -961,13 +975,15 @@ def read_json(path):
 def write_text(path, text):
     """Write a text file so that it is complete or absent, whatever happens meanwhile."""
     path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        raise RunError(f"cannot write {path} ({one_line(error)})") from error
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise RunError(f"{path} cannot be written ({one_line(error)}): {ROOM_ADVICE}") from error
 
 
 def chosen_accents(corpus, accents):
@@ -1437,7 +1453,7 @@ def append_skipped(path, clip, reason):
             with open(path, "a", encoding="utf-8") as file:
                 file.write(line)
     except OSError as error:
-        raise RunError(f"cannot write {path} ({one_line(error)})") from error
+        raise RunError(f"{path} cannot be written ({one_line(error)}): {ROOM_ADVICE}") from error
 
 
 def reason_kind(reason):
@@ -2387,7 +2403,7 @@ def prediction_lines(baseline, finetuned):
 def complete_folder(target, keep=False):
     """A folder to write into, which takes the place of `target` when complete; with `keep`, with its other files."""
     partial, old = (target.with_name(target.name + ending) for ending in (".partial", ".old"))
-    with explained_checkpoint(f"{target} cannot be written", "free some disk; the same command goes on", partial):
+    with explained_checkpoint(f"{target} cannot be written", ROOM_ADVICE, partial):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
@@ -2813,7 +2829,7 @@ class CTCTraining:
                 f"the model is not finite at update {self.state.global_step}, in {broken}: lower --learning_rate"
             )
         (folder / MANIFEST).unlink(missing_ok=True)
-        with explained_checkpoint(f"{folder} cannot be written", "free some disk; the same command goes on", folder):
+        with explained_checkpoint(f"{folder} cannot be written", ROOM_ADVICE, folder):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -3021,9 +3037,11 @@ def explained_checkpoint(what, advice, folder=None):
 
     try:
         yield
+    except RunError:  # of write_text, which has said it
+        shutil.rmtree(folder or "", ignore_errors=True)
+        raise
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder or "", ignore_errors=True)
         raise RunError(f"{what} ({one_line(error)}): {advice}") from error
 
 
@@ -3510,7 +3528,13 @@ def main(argv=None):
     except Exception as error:
         if os.environ.get("MEDASR_TRACEBACK"):
             raise
-        status, message = 1, f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
+        status = 1
+        if is_full_disk(error):
+            message = f"a file cannot be written ({one_line(error)}): {ROOM_ADVICE}"
+        elif LOST_PROCESS.search(str(error)):
+            message = "another process has ended; its own message says why, the same command goes on from here"
+        else:
+            message = f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
     finally:
         for number, handler in handlers.items():
             with contextlib.suppress(

@@ -248,6 +248,35 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(folder, str
     assert kills.result(output) == kills.result(straight)
 
 
+FULL_MOMENTS = {  # what is written then: (owner, function, which call)
+    "run.json": ("script.RunState", "save", 1),
+    "the baseline's texts": ("script.RunState", "save", 2),
+    "a log": ("script.CTCTraining", "log", 3),
+    "results/": ("script", "write_results", 1),
+    "a picture": ("script", "draw_pictures", 1),
+    "final/": ("script", "write_model_card", 1),
+    "the test scores' curves": ("script", "write_test_scores_to_tensorboard", 1),
+    "that it is done": ("script.RunState", "save", 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", FULL_MOMENTS)
+def test_a_disk_that_is_full_from_a_moment_on_is_named(folder, straight, moment):
+    """From then on no file can grow, as on a full disk; afterwards there is room again."""
+    output = folder / f"full-{list(FULL_MOMENTS).index(moment)}"
+    action = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
+    full = run_at(folder, FULL_MOMENTS[moment], output, action)
+    assert full.returncode == 1
+    message = error_line(full.stderr)
+    assert "cannot be written" in message and "free some disk; the same command goes on" in message
+    left = [path for path in output.rglob("*") if re.search("[.](tmp|partial)$", path.name)]
+    assert not left, "what is half-written takes room"
+    status, _, errors = again(folder, output)
+    assert status == 0, errors
+    assert kills.result(output) == kills.result(straight)
+
+
 # ---------------------------------------------------------------- what is not finite, and who else fails
 
 
