@@ -2943,6 +2943,13 @@ class Patience:
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            say(
+                f"  stopped early: {plural(self.early_stopping_patience_counter, 'evaluation')} without a better dev "
+                "WER; a higher --early_stopping_patience goes on"
+            )
+
 
 def clips_an_update(training):
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -3372,6 +3379,8 @@ def run(args, training):
     trains = not (args.prepare_only or args.eval_only or args.dry_run)
     state = open_run(args, training) if trains else None
     if state and (status := show_finished(state, training)) is not None:
+        if args.push_to_hub and training.process_index == 0:
+            push_to_hub(training, Path(training.output_dir) / "final")
         return status
     checkpoint = checkpoint_to_resume(training) if trains else None
     say(f"corpus: {args.dataset}")

@@ -173,6 +173,7 @@ def test_more_updates_go_on_and_overwrite_starts_anew(folder, straight):
         (["--target_text", "words"], ["--target_text", "as_written", "words"]),
         (["--seed", "7"], ["--seed 42", "7"]),
         (["--max_train_samples", "12"], ["--max_train_samples 16", "12"]),
+        (["--per_device_train_batch_size", "8"], ["batch x accumulation steps x processes of 4", "8"]),
     ],
 )
 def test_another_run_is_refused_with_the_difference(folder, straight, flags, parts, capfd):

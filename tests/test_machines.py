@@ -383,7 +383,7 @@ def test_sharding_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, ca
     assert f"{flag} is not supported" in error_line(capfd.readouterr().err)
 
 
-def test_patience_goes_on_after_a_resumption(tmp_path, clips):
+def test_patience_goes_on_after_a_resumption(tmp_path, clips, capsys):
     """The dev WER never changes, so each evaluation after the first is one without a better score."""
     common = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1,
               "--load_best_model_at_end", "true", "--learning_rate", "1e-12"]  # fmt: skip
@@ -391,10 +391,15 @@ def test_patience_goes_on_after_a_resumption(tmp_path, clips):
     straight = make_trainer(tmp_path / "straight", clips, *common, "--max_steps", 9)
     straight.train()
     assert straight.state.global_step == 4
+    assert "stopped early: 3 evaluations without a better dev WER" in capsys.readouterr().out
     make_trainer(tmp_path / "stopped", clips, *common, "--max_steps", 2).train()
     resumed = make_trainer(tmp_path / "stopped", clips, *common, "--max_steps", 9)
     resumed.train(resume_from_checkpoint=str(tmp_path / "stopped/checkpoint-2"))
     assert resumed.state.global_step == 4
+    more = make_trainer(tmp_path / "straight", clips, *common, "--max_steps", 12)
+    capsys.readouterr()
+    more.train(resume_from_checkpoint=str(tmp_path / "straight/checkpoint-4"))
+    assert more.state.global_step == 4 and "--early_stopping_patience goes on" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- streams

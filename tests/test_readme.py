@@ -77,7 +77,7 @@ def test_the_recipes_show_every_mode_of_the_program():
         "dry_run",
         "prepare_only",
         "streaming",
-        "resume_from_checkpoint",
+        "overwrite_output_dir",
         "accents",
         "domains",
     } <= shown
