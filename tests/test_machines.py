@@ -330,17 +330,17 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_pat
     from safetensors.torch import load_file
 
     model = model_with(tmp_path / "model", dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, layerdrop=0.0)
-    flags = ["--no_spec_augment", "--max_train_samples", 16]
+    flags = ["--no_spec_augment", "--max_train_samples", 24, "--max_steps", 8, "--eval_steps", 8, "--save_steps", 8]
     run_in_processes(demo, tmp_path / "two", model, TWO_PROCESSES, *flags, "--ddp_backend", "gloo")
     run_in_processes(demo, tmp_path / "one", model, [sys.executable], *flags, "--gradient_accumulation_steps", 2)
     histories = [
-        load_json(tmp_path / name / "checkpoint-6/trainer_state.json")["log_history"] for name in ("one", "two")
+        load_json(tmp_path / name / "checkpoint-8/trainer_state.json")["log_history"] for name in ("one", "two")
     ]
     for name in ("loss", "grad_norm", "learning_rate"):
         one, two = ([entry[name] for entry in history if name in entry] for history in histories)
-        assert len(one) == 6 and one == pytest.approx(two, rel=1e-4), name
+        assert len(one) == 8 and one == pytest.approx(two, rel=1e-4), name
     before = load_file(model / "model.safetensors")
-    one, two = (load_file(tmp_path / name / "checkpoint-6/model.safetensors") for name in ("one", "two"))
+    one, two = (load_file(tmp_path / name / "checkpoint-8/model.safetensors") for name in ("one", "two"))
     learnt = [name for name in one if "running_" not in name and "num_batches" not in name]
     assert len(learnt) > 20 and not torch.equal(one["ctc_head.weight"], before["ctc_head.weight"])
     for name in learnt:
