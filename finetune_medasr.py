@@ -22,6 +22,7 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import errno
 import functools
 import gzip
 import hashlib
@@ -66,6 +67,7 @@ CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a b
 FLAC_BYTES_AN_HOUR = 59e6  # of 16 kHz mono speech
 SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
 BOOTSTRAP_DRAWS = 10_000
+ROOM_ADVICE = "free some disk; the same command goes on"
 PAPER_SECONDS = 17  # the AfriSpeech authors' tables are of test clips shorter than this
 
 
@@ -95,6 +97,14 @@ def one_line(error):
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+# What gloo and NCCL say in the processes that are left.
+LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|remote process exited|NCCL communicator was aborted")
+
+
+def is_full_disk(error):
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def plural(count, noun):
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
@@ -122,16 +132,21 @@ class Stopped(KeyboardInterrupt):
     """A signal that ends the program, where it may: exit status 128 and its number."""
 
 
+LAUNCHER_SECONDS = 5  # in which torchrun or Slurm passes on a signal that the processes have got themselves
+
+
 @dataclass
 class StopSignals:
     """SIGTERM and Ctrl-C. They raise Stopped at once, or, where `deferred`, leave their `number` to be looked at.
 
     Training and scoring look after each update and batch, because several processes have to stop at the same one. A
-    second signal is not deferred. Worker processes leave signals to the program itself.
+    second signal ends the program at once, but for one that a launcher passes on to processes that have got it already.
+    Worker processes leave signals to the program itself.
     """
 
     deferred: bool = False
     number: int | None = None
+    since: float = 0.0
     process: int | None = None
 
     def install(self):
@@ -145,9 +160,14 @@ class StopSignals:
     def receive(self, number, frame):
         if os.getpid() != self.process:
             return
-        if not self.deferred or self.number:
+        if self.number and "RANK" in os.environ and time.monotonic() - self.since < LAUNCHER_SECONDS:
+            return
+        if self.number:
+            os.write(2, f"\n{PROGRAM}: error: ended by a second {signal.Signals(number).name}\n".encode())
+            os._exit(128 + number)
+        self.number, self.since = number, time.monotonic()
+        if not self.deferred:
             raise Stopped(number)
-        self.number = number
 
     @contextlib.contextmanager
     def deferring(self):
@@ -445,6 +465,11 @@ def make_training_arguments(common, rest, script):
         hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
         raise UsageError(f"unknown flag or stray value {unknown[0]}; {hint}")
     del values.help_all
+    for name in ("fsdp", "deepspeed"):
+        if getattr(values, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+            raise UsageError(
+                f"--{name} is not supported: a model of this size needs no sharding; torchrun gives each GPU a copy"
+            )
     keeps_best = values.load_best_model_at_end and values.eval_strategy == values.save_strategy == "steps"
     if keeps_best and values.save_steps % values.eval_steps:
         what = f"--save_steps {values.save_steps} is not a multiple of --eval_steps {values.eval_steps}"
@@ -472,7 +497,11 @@ def use_one_gpu(training):
 
 def quiet_libraries():
     """Keep the libraries' advice off the screen: the script says itself what a user needs to know."""
+    import threading
     import warnings
+
+    # TensorBoard writes in a thread, and raises the same in the program itself.
+    threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -896,13 +925,15 @@ def read_json(path):
 def write_text(path, text):
     """Write a text file so that it is complete or absent, whatever happens meanwhile."""
     path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        raise RunError(f"cannot write {path} ({one_line(error)})") from error
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise RunError(f"{path} cannot be written ({one_line(error)}): {ROOM_ADVICE}") from error
 
 
 def chosen_accents(corpus, accents):
@@ -1362,7 +1393,7 @@ def append_skipped(path, clip, reason):
             with open(path, "a", encoding="utf-8") as file:
                 file.write(line)
     except OSError as error:
-        raise RunError(f"cannot write {path} ({one_line(error)})") from error
+        raise RunError(f"{path} cannot be written ({one_line(error)}): {ROOM_ADVICE}") from error
 
 
 def reason_kind(reason):
@@ -2230,7 +2261,7 @@ def prediction_lines(baseline, finetuned):
 def complete_folder(target, keep=False):
     """A folder to write into, which takes the place of `target` when complete; with `keep`, with its other files."""
     partial, old = (target.with_name(target.name + ending) for ending in (".partial", ".old"))
-    with explained_checkpoint(f"{target} cannot be written", "free some disk; the same command goes on", partial):
+    with explained_checkpoint(f"{target} cannot be written", ROOM_ADVICE, partial):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
@@ -2519,11 +2550,12 @@ class EpochOrder:
     """Mixed with LengthGroupedSampler: an order from the seed and the epoch alone, so that a resumed run goes on in it.
 
     The Trainer restores the state of its random generator only after the first batch has been drawn, and accelerate's
-    wrappers for several processes hide a sampler from set_epoch: `epoch()` is asked instead.
+    wrappers for several processes hide a sampler from set_epoch: `epoch()` is asked instead. The order is the same for
+    any division of an update's clips into batches, accumulation steps and processes.
     """
 
-    def __init__(self, batch_size, lengths, seed, epoch):
-        super().__init__(batch_size, lengths=lengths)
+    def __init__(self, clips_an_update, lengths, seed, epoch):
+        super().__init__(clips_an_update, lengths=lengths)
         self.seed, self.epoch = seed, epoch
 
     def __iter__(self):
@@ -2550,9 +2582,9 @@ class CTCTraining:
             return super()._get_train_sampler(train_dataset)
         # [:] makes a list: from the column each length is read apart, which takes minutes for the training split.
         lengths = (train_dataset or self.train_dataset)[self.args.length_column_name][:]
-        clips = self.args.train_batch_size * self.args.gradient_accumulation_steps
         epoch = lambda: int(self.state.epoch or 0)  # noqa: E731
-        return mixed(EpochOrder, LengthGroupedSampler)(clips, lengths, self.args.seed, epoch)
+        sampler = mixed(EpochOrder, LengthGroupedSampler)
+        return sampler(clips_an_update(self.args), lengths, self.args.seed, epoch)
 
     def get_train_dataloader(self):
         from torch.utils.data import DataLoader
@@ -2623,12 +2655,13 @@ class CTCTraining:
                 f"the model is not finite at update {self.state.global_step}, in {broken}: lower --learning_rate"
             )
         (folder / MANIFEST).unlink(missing_ok=True)
-        with explained_checkpoint(f"{folder} cannot be written", "free some disk; the same command goes on", folder):
+        with explained_checkpoint(f"{folder} cannot be written", ROOM_ADVICE, folder):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
                 write_text(folder / MANIFEST, json.dumps(sizes, indent=1))
+        self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The dev scores, made as the test scores are: Trainer.evaluate would gather logits, and cut no windows."""
@@ -2734,6 +2767,17 @@ class Patience:
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            say(
+                f"  stopped early: {plural(self.early_stopping_patience_counter, 'evaluation')} without a better dev "
+                "WER; a higher --early_stopping_patience goes on"
+            )
+
+
+def clips_an_update(training):
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+
 
 def planned_updates(training, clips):
     """(updates in all, updates an epoch) of a run on so many training clips."""
@@ -2780,6 +2824,8 @@ def make_trainer(args, training, model, train, dev):
     if training.gradient_checkpointing:
         # Under DDP checkpointing forbids unused parameters, which a dropped layer would leave.
         model.encoder.layerdrop = 0.0
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = model.encoder.layerdrop > 0
     if training.fp16:
         guard_trained_model(model, dev, CTCCollator(extractor, shortest=shortest), training)
     callbacks = []
@@ -2819,9 +2865,11 @@ def explained_checkpoint(what, advice, folder=None):
 
     try:
         yield
+    except RunError:  # of write_text, which has said it
+        shutil.rmtree(folder or "", ignore_errors=True)
+        raise
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder or "", ignore_errors=True)
         raise RunError(f"{what} ({one_line(error)}): {advice}") from error
 
 
@@ -2857,6 +2905,7 @@ def checkpoint_to_resume(training):
 IDENTITY = """model model_revision dataset dataset_revision accents domains countries max_train_seconds
     max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds""".split()
 TRAINING_IDENTITY = "learning_rate seed".split()
+NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
 GOAL = "max_steps num_train_epochs".split()  # may change from one start of a run to the next
 
 
@@ -2892,7 +2941,7 @@ def open_run(args, training):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     identity = {name: getattr(args, name) for name in IDENTITY}
     identity |= {name: getattr(training, name) for name in TRAINING_IDENTITY}
-    identity = public({**identity, "weights": weights_mark(args.model)})
+    identity = public({**identity, "weights": weights_mark(args.model), "clips_an_update": clips_an_update(training)})
     goal = {**{name: getattr(training, name) for name in GOAL}, "early_stopping_patience": args.early_stopping_patience}
     state = RunState(output / "run.json", identity, goal)
     stored = None if args.overwrite_output_dir else read_json(state.path)
@@ -2902,8 +2951,9 @@ def open_run(args, training):
     if different:
         name = different[0]
         raise UsageError(
-            f"--output_dir {output} holds a run with --{name} {stored['identity'].get(name)}, not {identity[name]}; "
-            "choose another --output_dir, or --overwrite_output_dir to start anew"
+            f"--output_dir {output} holds a run with {NO_FLAGS.get(name, f'--{name}')} "
+            f"{stored['identity'].get(name)}, not {identity[name]}; choose another --output_dir, "
+            "or --overwrite_output_dir to start anew"
         )
     state.baseline, state.reached = stored["baseline"], stored["reached"]
     return state
@@ -3146,6 +3196,8 @@ def run(args, training):
     trains = not (args.prepare_only or args.eval_only or args.dry_run)
     state = open_run(args, training) if trains else None
     if state and (status := show_finished(state, training)) is not None:
+        if args.push_to_hub and training.process_index == 0:
+            push_to_hub(training, Path(training.output_dir) / "final")
         return status
     checkpoint = checkpoint_to_resume(training) if trains else None
     say(f"corpus: {args.dataset}")
@@ -3302,7 +3354,13 @@ def main(argv=None):
     except Exception as error:
         if os.environ.get("MEDASR_TRACEBACK"):
             raise
-        status, message = 1, f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
+        status = 1
+        if is_full_disk(error):
+            message = f"a file cannot be written ({one_line(error)}): {ROOM_ADVICE}"
+        elif LOST_PROCESS.search(str(error)):
+            message = "another process has ended; its own message says why, the same command goes on from here"
+        else:
+            message = f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
     finally:
         for number, handler in handlers.items():
             # Not the main thread, or a handler that Python did not set.

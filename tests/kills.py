@@ -3,7 +3,8 @@
 
     python tests/kills.py --kills 25
 
-Each ends with the undisturbed run's weights, texts and scores, bit for bit, or the command exits with 1.
+Each ends with the undisturbed run's weights, texts and scores, bit for bit, or the command exits with 1. Then SIGTERM
+ends five runs in training, and the seconds from it to the exit are given.
 """
 
 import argparse
@@ -79,6 +80,24 @@ def survive(folder, kills, seed=0):
     return made, runs
 
 
+def seconds_to_stop(data_dir, output, evaluations, generator):
+    """Seconds from SIGTERM, after so many evaluations of a long run and a moment more, to an exit with a checkpoint."""
+    flags = ["--max_steps", "5000", "--skip_baseline"]
+    process = subprocess.Popen(
+        command(data_dir, output, *flags), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in process.stdout:
+        evaluations -= "dev WER" in line
+        if evaluations <= 0:
+            break
+    time.sleep(generator.uniform(0, 1))
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "written" in rest, rest
+    return time.monotonic() - start
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=25)
@@ -86,7 +105,13 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         made, runs = survive(Path(folder), options.kills, options.seed)
-    print(f"{made} kills in {runs} runs: all ended with the undisturbed run's weights, texts and scores")
+        print(f"{made} kills in {runs} runs: all ended with the undisturbed run's weights, texts and scores")
+        generator = random.Random(options.seed)
+        stops = [
+            seconds_to_stop(Path(folder) / "audio", Path(folder) / f"stopped-{count}", count, generator)
+            for count in range(1, 6)
+        ]
+        print(f"SIGTERM to exit in {len(stops)} runs: {min(stops):.1f} to {max(stops):.1f} s")
 
 
 if __name__ == "__main__":

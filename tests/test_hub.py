@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,16 @@ def test_the_final_model_is_pushed_once_and_complete(first_run):
     }
     assert {"README.md", "model.safetensors", "tokenizer.json", "wer_by_accent.png"} <= set(files)
     assert "uploaded to" in first_run.stdout
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_pushed_without_training_again(first_run, hub_corpus, tmp_path):
+    shutil.copytree(first_run.folder / "out", tmp_path / "out")
+    with open_hub(hub_corpus) as hub:
+        done = run_script(*FEW, "--push_to_hub", cwd=tmp_path, env=hub.env(tmp_path, HF_TOKEN=GOOD))
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stdout and "training" not in done.stdout.split() and "uploaded to" in done.stdout
+    assert len(hub.uploads) == 1 and hub.uploads[0][1] == first_run.hub.uploads[0][1]
 
 
 @pytest.mark.slow

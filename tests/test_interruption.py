@@ -12,7 +12,7 @@ from pathlib import Path
 
 import kills
 import pytest
-from conftest import error_line, load_json, run_script
+from conftest import TWO_PROCESSES, error_line, load_json, run_script
 
 from finetune_medasr import MANIFEST, checkpoint_problem, main
 
@@ -37,7 +37,8 @@ def at(owner, name, count):
         return original(*inputs, **options)
     setattr(owner, name, replaced)
 
-at({owner}, "{name}", {count})
+if {count}:
+    at({owner}, "{name}", {count})
 sys.exit(script.main(sys.argv[1:]))
 """
 MOMENTS = {  # name: (owner, function, which call)
@@ -172,6 +173,7 @@ def test_more_updates_go_on_and_overwrite_starts_anew(folder, straight):
         (["--target_text", "words"], ["--target_text", "as_written", "words"]),
         (["--seed", "7"], ["--seed 42", "7"]),
         (["--max_train_samples", "12"], ["--max_train_samples 16", "12"]),
+        (["--per_device_train_batch_size", "8"], ["batch x accumulation steps x processes of 4", "8"]),
     ],
 )
 def test_another_run_is_refused_with_the_difference(folder, straight, flags, parts, capfd):
@@ -247,6 +249,35 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(folder, str
     assert kills.result(output) == kills.result(straight)
 
 
+FULL_MOMENTS = {  # what is written then: (owner, function, which call)
+    "run.json": ("script.RunState", "save", 1),
+    "the baseline's texts": ("script.RunState", "save", 2),
+    "a log": ("script.CTCTraining", "log", 3),
+    "results/": ("script", "write_results", 1),
+    "a picture": ("script", "draw_pictures", 1),
+    "final/": ("script", "write_model_card", 1),
+    "the test scores' curves": ("script", "write_test_scores_to_tensorboard", 1),
+    "that it is done": ("script.RunState", "save", 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", FULL_MOMENTS)
+def test_a_disk_that_is_full_from_a_moment_on_is_named(folder, straight, moment):
+    """From then on no file can grow, as on a full disk; afterwards there is room again."""
+    output = folder / f"full-{list(FULL_MOMENTS).index(moment)}"
+    action = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
+    full = run_at(folder, FULL_MOMENTS[moment], output, action)
+    assert full.returncode == 1
+    message = error_line(full.stderr)
+    assert "cannot be written" in message and "free some disk; the same command goes on" in message
+    left = [path for path in output.rglob("*") if re.search("[.](tmp|partial)$", path.name)]
+    assert not left, "what is half-written takes room"
+    status, _, errors = again(folder, output)
+    assert status == 0, errors
+    assert kills.result(output) == kills.result(straight)
+
+
 # ---------------------------------------------------------------- what is not finite, and who else fails
 
 
@@ -271,15 +302,81 @@ def test_the_clips_of_a_gradient_that_is_not_finite_are_named(folder, tmp_path):
     assert len(re.findall(r"[0-9a-f-]{36}/[0-9a-f]{32}\.ogg", message)) == 4
 
 
+IN_TWO = ["--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
+
+
 @pytest.mark.slow
 def test_when_one_process_fails_all_end_with_its_message(folder, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    fail = 'if os.environ["RANK"] == "1": raise script.RunError("the second process cannot go on")'
-    start = time.monotonic()
-    done = run_at(folder, ("script.CTCTraining", "training_step", 2), tmp_path / "out", fail, launcher,
-                  ["--ddp_backend", "gloo", "--skip_baseline"])  # fmt: skip
-    assert done.returncode != 0 and time.monotonic() - start < 100
+    (tmp_path / "failed").mkdir()
+    fail = f"""if os.environ["RANK"] == "1":
+        import time
+        open("{tmp_path}/failed/" + str(time.time()), "w")
+        raise script.RunError("the second process cannot go on")"""
+    moment = ("script.CTCTraining", "training_step", 2)
+    done = run_at(folder, moment, tmp_path / "out", fail, TWO_PROCESSES, [*IN_TWO, "--skip_baseline"])
+    assert done.returncode != 0 and time.time() - float(os.listdir(tmp_path / "failed")[0]) < 60
     assert "error (process 1): the second process cannot go on" in done.stderr
+    assert "unexpected" not in done.stderr, "the others say no more than that one is gone"
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
+    """As Slurm sends it: to the launcher, which passes it on, and to a process itself."""
+    done = run_at(folder, ("script", "no_moment", 0), tmp_path / "straight", launcher=TWO_PROCESSES, flags=IN_TWO)
+    assert done.returncode == 0, done.stderr
+    stop = """if os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getppid(), signal.SIGTERM)"""
+    moment, output = ("script.CTCTraining", "training_step", 5), tmp_path / "stopped"
+    stopped = run_at(folder, moment, output, stop, TWO_PROCESSES, IN_TWO)
+    assert "error: stopped by SIGTERM: the same command goes on" in stopped.stderr
+    assert "checkpoint-5 written" in stopped.stdout and not checkpoint_problem(output / "checkpoint-5")
+    done = run_at(folder, ("script", "no_moment", 0), output, launcher=TWO_PROCESSES, flags=IN_TWO)
+    assert done.returncode == 0 and "checkpoint-5, update 5 of 8" in done.stdout, done.stderr
+    assert kills.result(output) == kills.result(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_processes_that_a_cluster_starts_end_with_143(folder, tmp_path):
+    """Started without torchrun, as srun does, each with its rank in the environment."""
+    processes = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": 29_900 + os.getpid() % 90}  # fmt: skip
+        processes.append(subprocess.Popen(
+            kills.command(folder / "audio", tmp_path / "out", *IN_TWO, "--skip_baseline", "--max_steps", "5000"),
+            env={**kills.ENV, **{name: str(value) for name, value in place.items()}},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ))  # fmt: skip
+    for line in processes[0].stdout:
+        if "dev WER" in line:
+            break
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    rest = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], rest
+    assert re.search(r"checkpoint-\d+ written", rest[0])
+
+
+@pytest.mark.parametrize("rank", ["0", None])
+def test_a_second_signal_ends_the_program_unless_a_launcher_passes_it_on(rank):
+    """Of two processes each gets a signal twice, from its terminal or cluster and from torchrun."""
+    program = """
+import os, signal
+import finetune_medasr as script
+script.STOP_SIGNALS.install()
+with script.STOP_SIGNALS.deferring():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("went on", script.STOP_SIGNALS.number)
+"""
+    env = {**kills.ENV, "PYTHONPATH": str(kills.SCRIPT.parent), **({"RANK": rank} if rank else {})}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
+    if rank:
+        assert (done.returncode, done.stdout) == (0, "went on 2\n"), done.stderr
+    else:
+        assert (done.returncode, done.stdout) == (130, "")
+        assert error_line(done.stderr) == "ended by a second SIGINT"
 
 
 def test_a_usage_error_is_one_line_for_all_processes(tmp_path, monkeypatch, capfd):

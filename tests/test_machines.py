@@ -5,16 +5,18 @@ Without a GPU the mechanism runs on the CPU: its autocast and GradScaler, DataPa
 
 import copy
 import itertools
+import json
 import os
 import pickle
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, MODEL, load_json, run_script
+from conftest import CORPUS, MODEL, TWO_PROCESSES, error_line, load_json, load_predictions, run_script
 from helpers import label_encoder, make_selection, noise, parse, random_model, small_processor
 from transformers import TrainerCallback, TrainingArguments
 
@@ -269,7 +271,6 @@ sys.exit(script.main(sys.argv[1:]))
 @pytest.mark.slow
 def test_two_processes_draw_each_clip_once_an_epoch_across_an_interruption(demo, tmp_path):
     """Four updates an epoch; stopped after six, in the second epoch, and resumed for the rest of three."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = f"""--model {MODEL} --dataset {CORPUS} --data_dir {demo.audio} --use_cpu true --ddp_backend gloo
         --skip_baseline --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --eval_steps 6 --save_steps 6
         --logging_steps 1 --max_train_samples 16 --max_eval_samples 2 --max_test_samples 2
@@ -282,7 +283,7 @@ def test_two_processes_draw_each_clip_once_an_epoch_across_an_interruption(demo,
         folder.mkdir()
         for max_steps, *more in runs:
             arguments = [*flags, "--max_steps", max_steps, "--output_dir", "out", *more]
-            done = run_script(*arguments, cwd=folder, launcher=launcher, env=env, script=tmp_path / "recorded.py")
+            done = run_script(*arguments, cwd=folder, launcher=TWO_PROCESSES, env=env, script=tmp_path / "recorded.py")
             assert done.returncode == 0, done.stderr[-3000:]
         drawn[name] = [[], []]
         for rank, resumed in itertools.product(range(2), (False, True)[: len(runs)]):
@@ -299,7 +300,90 @@ def test_two_processes_draw_each_clip_once_an_epoch_across_an_interruption(demo,
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_patience_goes_on_after_a_resumption(tmp_path, clips):
+def model_with(folder, **encoder_config):
+    """A copy of the small model with other settings of its encoder."""
+    shutil.copytree(MODEL, folder)
+    config = load_json(folder / "config.json")
+    config["encoder_config"] |= encoder_config
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def run_in_processes(demo, output, model, launcher, *flags):
+    """A short run that ends well, of sizes that neither batches nor processes divide."""
+    common = f"""--model {model} --dataset {CORPUS} --data_dir {demo.audio} --output_dir {output} --use_cpu true
+        --skip_baseline --eval_steps 6 --save_steps 6 --max_steps 6 --logging_steps 1 --warmup_steps 2
+        --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --max_train_samples 17 --max_eval_samples 3
+        --max_test_samples 5 --dataloader_num_workers 0 --learning_rate 1e-3""".split()
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = run_script(*common, *flags, cwd=output.parent, launcher=launcher, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_path):
+    """One process takes the batches of both by accumulation, so that BatchNorm normalises each batch by itself in both.
+
+    Its running statistics, which training does not read, are those of the first process's batches, and left out here.
+    """
+    from safetensors.torch import load_file
+
+    model = model_with(tmp_path / "model", dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, layerdrop=0.0)
+    flags = ["--no_spec_augment", "--max_train_samples", 24, "--max_steps", 8, "--eval_steps", 8, "--save_steps", 8]
+    run_in_processes(demo, tmp_path / "two", model, TWO_PROCESSES, *flags, "--ddp_backend", "gloo")
+    run_in_processes(demo, tmp_path / "one", model, [sys.executable], *flags, "--gradient_accumulation_steps", 2)
+    histories = [
+        load_json(tmp_path / name / "checkpoint-8/trainer_state.json")["log_history"] for name in ("one", "two")
+    ]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        one, two = ([entry[name] for entry in history if name in entry] for history in histories)
+        assert len(one) == 8 and one == pytest.approx(two, rel=1e-4), name
+    before = load_file(model / "model.safetensors")
+    one, two = (load_file(tmp_path / name / "checkpoint-8/model.safetensors") for name in ("one", "two"))
+    learnt = [name for name in one if "running_" not in name and "num_batches" not in name]
+    assert len(learnt) > 20 and not torch.equal(one["ctc_head.weight"], before["ctc_head.weight"])
+    for name in learnt:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--gradient_checkpointing"]])
+def test_two_processes_with_uneven_shares_write_everything_once(demo, tmp_path, flags):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = model_with(tmp_path / "model", layerdrop=0.5)
+    done = run_in_processes(demo, tmp_path / "out", model, TWO_PROCESSES, "--ddp_backend", "gloo", *flags)
+    assert done.stdout.count("model: ") == 1 and "Warning" not in done.stderr
+    clips = [row["audio_filepath"] for row in load_predictions(tmp_path / "out/results")]
+    assert len(clips) == len(set(clips)) == load_json(tmp_path / "out/results/metrics.json")["finetuned"]["clips"] == 5
+    events = [EventAccumulator(str(path)).Reload() for path in (tmp_path / "out/runs").glob("events*")]
+    assert sum("train/loss" in log.Tags()["scalars"] for log in events) == 1
+    steps = [
+        event.step for log in events if "train/loss" in log.Tags()["scalars"] for event in log.Scalars("train/loss")
+    ]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert len((tmp_path / "out/results/skipped_clips.csv").read_text().splitlines()) > 1
+    transcribed = run_script("--eval_only", "--model", "out/final", "--dataset", CORPUS, "--data_dir", demo.audio,
+                             "--output_dir", "again", "--max_test_samples", 5, "--use_cpu", "true",
+                             "--dataloader_num_workers", 0, cwd=tmp_path)  # fmt: skip
+    assert transcribed.returncode == 0, transcribed.stderr
+    texts = [[row["pred_text"] for row in load_predictions(tmp_path / name / "results")] for name in ("out", "again")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "flag, variable", [("--fsdp", "ACCELERATE_USE_FSDP"), ("--deepspeed", "ACCELERATE_USE_DEEPSPEED")]
+)
+def test_sharding_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capfd, flag, variable):
+    assert script.main([flag, "full_shard", "--output_dir", str(tmp_path)]) == 2
+    assert f"{flag} is not supported" in error_line(capfd.readouterr().err)
+    monkeypatch.setenv(variable, "true")  # as `accelerate launch` does
+    assert script.main(["--output_dir", str(tmp_path)]) == 2
+    assert f"{flag} is not supported" in error_line(capfd.readouterr().err)
+
+
+def test_patience_goes_on_after_a_resumption(tmp_path, clips, capsys):
     """The dev WER never changes, so each evaluation after the first is one without a better score."""
     common = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1,
               "--load_best_model_at_end", "true", "--learning_rate", "1e-12"]  # fmt: skip
@@ -307,10 +391,15 @@ def test_patience_goes_on_after_a_resumption(tmp_path, clips):
     straight = make_trainer(tmp_path / "straight", clips, *common, "--max_steps", 9)
     straight.train()
     assert straight.state.global_step == 4
+    assert "stopped early: 3 evaluations without a better dev WER" in capsys.readouterr().out
     make_trainer(tmp_path / "stopped", clips, *common, "--max_steps", 2).train()
     resumed = make_trainer(tmp_path / "stopped", clips, *common, "--max_steps", 9)
     resumed.train(resume_from_checkpoint=str(tmp_path / "stopped/checkpoint-2"))
     assert resumed.state.global_step == 4
+    more = make_trainer(tmp_path / "straight", clips, *common, "--max_steps", 12)
+    capsys.readouterr()
+    more.train(resume_from_checkpoint=str(tmp_path / "straight/checkpoint-4"))
+    assert more.state.global_step == 4 and "--early_stopping_patience goes on" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- streams
