@@ -386,14 +386,26 @@ def parse_arguments(argv):
         **{item.name: getattr(namespace, item.name) for item in dataclasses.fields(ScriptArguments)}
     )
     common = {item.name: getattr(namespace, item.name) for item in dataclasses.fields(CommonTrainingArguments)}
-    check_arguments(script, common)
+    given = {token.partition("=")[0][2:].replace("-", "_") for token in rest if token.startswith("--")}
+    check_arguments(script, common, given)
     return script, make_training_arguments(common, rest, script)
 
 
 ABOVE_ZERO = """max_train_seconds window_seconds max_train_samples max_eval_samples max_test_samples num_proc
     learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs
     eval_steps save_steps logging_steps""".split()
+STRATEGIES = {"eval_strategy", "save_strategy", "load_best_model_at_end"}  # the Trainer checks them itself
+# What the code relies on; another value breaks the training, or the loss, half-way.
+FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
 ZERO_OR_MORE = "early_stopping_patience warmup_steps dataloader_num_workers save_total_limit seed".split()
+
+
+def training_flags():
+    """The names of TrainingArguments' fields, from its source: importing it takes too long for a typing error."""
+    from importlib.util import find_spec
+
+    source = Path(find_spec("transformers").origin).with_name("training_args.py").read_text(encoding="utf-8")
+    return re.findall(r"^    (\w+): .*=", source, re.MULTILINE)
 
 
 def check_folder(name, folder):
@@ -408,9 +420,46 @@ def check_folder(name, folder):
         raise UsageError(f"--{name} is {folder}: {found} cannot be written to; choose another")
 
 
-def check_arguments(script, common):
-    """Refuse what cannot work, in one line that names the flag, the value found and the valid ones."""
+def unknown_flag(found, known):
+    near = difflib.get_close_matches(found.lstrip("-"), known, n=3)
+    hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
+    return UsageError(f"unknown flag or stray value {found}; {hint}")
+
+
+# Of what a run makes in --output_dir; it replaces these, and --overwrite_output_dir deletes them.
+MADE_BY_A_RUN = re.compile(r"(?:final|results|runs|run\.json|checkpoint-\d+)(?:/|$)")
+
+
+def made_by_a_run(path, output_dir):
+    """Whether `path` lies in what a run replaces or deletes in `output_dir`."""
+    path, output = (Path(folder).expanduser().resolve() for folder in (path, output_dir))
+    return path.is_relative_to(output) and bool(MADE_BY_A_RUN.match(path.relative_to(output).as_posix()))
+
+
+def check_folders(script, common):
+    """Refuse folders that cannot be written to, and those that a run would delete with what it makes itself."""
+    output = common["output_dir"]
+    for name, folder in (("output_dir", output), ("data_dir", script.data_dir)):
+        check_folder(name, folder)
+    if made_by_a_run(script.data_dir, output):
+        raise UsageError(f"--data_dir is {script.data_dir}, which a run under --output_dir {output} replaces; choose "
+                         "another, such as a folder beside it")  # fmt: skip
+    resumed = common["resume_from_checkpoint"]
+    for name, value in (("model", script.model), ("dataset", script.dataset), ("resume_from_checkpoint", resumed)):
+        if script.overwrite_output_dir and value and made_by_a_run(value, output):
+            raise UsageError(f"--overwrite_output_dir would delete --{name} {value}; choose another --output_dir")
+
+
+def check_arguments(script, common, given):
+    """Refuse what cannot work, in one line that names the flag, the value found and the valid ones.
+
+    `given` holds the names of the other flags on the command line.
+    """
     settings = {**vars(script), **common}
+    known = [item.name for item in dataclasses.fields(ScriptArguments)] + (training_flags() if given else [])
+    for name in sorted(given):
+        if name.removeprefix("no_") not in known:
+            raise unknown_flag(f"--{name}", known)
     for name in (*ABOVE_ZERO, *ZERO_OR_MORE):
         value = settings[name]
         if value is not None and not (0 <= value < float("inf") and (value or name in ZERO_OR_MORE)):
@@ -423,8 +472,14 @@ def check_arguments(script, common):
         raise UsageError(
             f"--window_seconds is {script.window_seconds:g}; it must be at least {3 * WINDOW_OVERLAP_SECONDS:g}"
         )
-    for name, folder in (("output_dir", common["output_dir"]), ("data_dir", script.data_dir)):
-        check_folder(name, folder)
+    if common["max_steps"] != -1 and common["max_steps"] < 1:
+        raise UsageError(f"--max_steps is {common['max_steps']}; it must be above 0, or -1 for --num_train_epochs")
+    if common["save_steps"] % common["eval_steps"] and not given & STRATEGIES:
+        raise UsageError(
+            f"--save_steps {common['save_steps']} is not a multiple of --eval_steps {common['eval_steps']}, so the "
+            "best model could not be kept"
+        )
+    check_folders(script, common)
     for country in script.countries or []:
         if not re.fullmatch("[A-Za-z]{2}", country):
             raise UsageError(f"--countries has '{country}'; countries are two letters, such as NG, KE or ZA")
@@ -441,12 +496,14 @@ def check_arguments(script, common):
     if common["fp16"] and common["bf16"]:
         raise UsageError("--fp16 and --bf16 cannot be used together; choose one")
     for name, value in (("model", script.model), ("dataset", script.dataset)):
+        if not value.strip():
+            raise UsageError(f"--{name} is empty; give a folder or a Hub id such as {DEFAULT_MODEL}")
         if re.match(r"[./~]", value) and not Path(value).expanduser().is_dir():
             raise UsageError(
                 f"--{name} is {value}: there is no such folder; give a folder or a Hub id such as {DEFAULT_MODEL}"
             )
     for name, path in [("transcribe", path) for path in script.transcribe or []] + [("score_file", script.score_file)]:
-        if path and not Path(path).is_file():
+        if path is not None and not Path(path).is_file():
             raise UsageError(f"--{name} is {path}: there is no such file")
 
 
@@ -463,20 +520,9 @@ def make_training_arguments(common, rest, script):
     parser.set_defaults(**TRAINING_DEFAULTS, **common)
     values, unknown = parser.parse_known_args(rest)
     if unknown:
-        known = [item.name for kind in (ScriptArguments, TrainingArguments) for item in dataclasses.fields(kind)]
-        near = difflib.get_close_matches(unknown[0].lstrip("-"), known, n=3)
-        hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
-        raise UsageError(f"unknown flag or stray value {unknown[0]}; {hint}")
+        raise unknown_flag(unknown[0], [item.name for item in dataclasses.fields(TrainingArguments)])
     del values.help_all
-    if (
-        values.load_best_model_at_end
-        and values.eval_strategy == values.save_strategy == "steps"
-        and values.save_steps % values.eval_steps
-    ):
-        raise UsageError(
-            f"--save_steps {values.save_steps} is not a multiple of --eval_steps {values.eval_steps}, so the best "
-            f"model could not be kept"
-        )
+    check_training_values(values)
     import torch
 
     has_gpu = torch.cuda.is_available() and not values.use_cpu
@@ -486,11 +532,27 @@ def make_training_arguments(common, rest, script):
     try:
         training = TrainingArguments(**vars(values))
         get_reporting_integration_callbacks(training.report_to)  # raises for a name that it does not know
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     script.push_to_hub, training.push_to_hub = training.push_to_hub, False  # at the end, and what is complete
     use_one_gpu(training)
     return training
+
+
+def check_training_values(values):
+    """Refuse values of TrainingArguments' fields that it takes itself and that fail only later, or go unnoticed."""
+    for name, value in vars(values).items():
+        if isinstance(value, float) and not np.isfinite(value):
+            raise UsageError(f"--{name} is {value:g}; it must be a finite number")
+    for name, needed in FIXED.items():
+        if getattr(values, name) != needed:
+            raise UsageError(f"--{name} is {getattr(values, name)}; this program needs {needed}: leave the flag out")
+    best = values.metric_for_best_model
+    if not re.fullmatch(r"(eval_)?(wer|cer|loss|wer_by_domain/(clinical|general))", best or "wer"):
+        raise UsageError(
+            f"--metric_for_best_model is {best}; it must be wer, cer, loss, wer_by_domain/clinical or "
+            "wer_by_domain/general"
+        )
 
 
 def use_one_gpu(training):
@@ -571,10 +633,17 @@ def explained_hub_errors(repo, kind):
 
 
 def check_model_access(args):
-    """Raise RunError if the model cannot be had: its first file is where a gated or missing model shows."""
+    """Raise RunError if the model cannot be had: its first file on the Hub is where a gated or missing model shows."""
     from huggingface_hub import hf_hub_download
 
-    if not Path(args.model).expanduser().is_dir():
+    folder = Path(args.model).expanduser()
+    for pattern in ("config.json", "*.safetensors") if folder.is_dir() else ():
+        if not any(folder.glob(pattern)):
+            raise RunError(
+                f"model {args.model} has no {pattern}: give a folder with a model's config.json, its weights as "
+                "safetensors (others can hold code and are not loaded) and its processor"
+            )
+    if not folder.is_dir():
         with explained_hub_errors(args.model, "model"):
             hf_hub_download(args.model, "config.json", revision=args.model_revision)
 
@@ -600,16 +669,44 @@ def load_processor_and_model(args):
     try:
         processor = AutoProcessor.from_pretrained(**source)
         # safetensors alone: a pickle runs what it holds.
-        model = AutoModelForCTC.from_pretrained(**source, dtype="float32", use_safetensors=True)
+        model, loading = AutoModelForCTC.from_pretrained(
+            **source, dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"model {args.model} cannot be loaded as a CTC model with its processor ({one_line(error)})"
         ) from error
-    if broken := not_finite(model):
-        raise RunError(f"model {args.model} holds weights that are not finite, in {broken}: it cannot be used")
-    if not hasattr(processor, "tokenizer") or not hasattr(processor, "feature_extractor"):
-        raise RunError(f"model {args.model} has no feature extractor and tokenizer together; --model needs both")
+    if problem := model_problem(processor, model, loading):
+        raise RunError(f"model {args.model} {problem}; it cannot be used")
     return processor, model
+
+
+def model_problem(processor, model, loading):
+    """Why a model that was loaded cannot be used, "" if it can; `loading` is what transformers says of its weights."""
+    import torch
+
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "feature_extractor"):
+        return "has no feature extractor and tokenizer together, and needs both"
+    for name, found, needed in sorted(loading["mismatched_keys"]):
+        return f"has weights that do not fit its config.json: {name} is {tuple(found)}, not {tuple(needed)}"
+    # The library fills them with noise. wav2vec2's mask is used in its own pre-training alone.
+    if missing := sorted(name for name in loading["missing_keys"] if "masked_spec_embed" not in name):
+        return f"lacks {plural(len(missing), 'weight')} of its kind, such as {missing[0]}"
+    if broken := not_finite(model):
+        return f"holds weights that are not finite, in {broken}"
+    rate = processor.feature_extractor.sampling_rate
+    if rate != SAMPLE_RATE:
+        return f"takes audio of {rate:,} Hz, not {SAMPLE_RATE:,} Hz"
+    encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")
+    if not any(map(encoder.covered, "etaoinETAOIN")):
+        return "has a tokenizer without letters, or for another vocabulary than its head's"
+    try:
+        batch = CTCCollator(processor.feature_extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
+        with torch.inference_mode():
+            model.eval()(**batch)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"does not fit its processor ({one_line(error)})"
+    return ""
 
 
 def hub_api(training):
@@ -847,24 +944,32 @@ class Corpus:
 MENDED_QUOTES = 100  # in a file with more unclosed quotes than these none is taken for one
 
 
-def read_transcripts(path):
-    """(rows, a dict each; notes on what was mended) of a CSV of transcripts; raises RunError for another kind.
-
-    csv, not pandas: the country code NA is Namibia, and no cell may turn into a NaN.
-    """
-    data, notes, rows, start, quoting = Path(path).read_bytes(), [], [], 1, csv.QUOTE_MINIMAL
+def read_text(path):
+    """(text, notes on what was mended) of a file of text; raises RunError if it cannot be read or is none."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({one_line(error)})") from error
     if data.startswith(b"version https://git-lfs"):
         raise RunError(f"{path} is a Git LFS pointer, not the file: run 'git lfs pull'")
     try:
-        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if utf_16 else "utf-8-sig"), []
     except UnicodeDecodeError:
-        text = data.decode("cp1252", "replace")
-        notes.append("it is not UTF-8 and was read as Latin-1 (Windows-1252)")
+        return data.decode("cp1252", "replace"), ["it is not UTF-8 and was read as Latin-1 (Windows-1252)"]
+
+
+def read_transcripts(path, columns=(("transcript",), ("audio_paths", "audio_path"))):
+    """(rows, a dict each; notes on what was mended) of a CSV that has one of each of `columns`; raises RunError.
+
+    csv, not pandas: the country code NA is Namibia, and no cell may turn into a NaN.
+    """
+    (text, notes), rows, start, quoting = read_text(path), [], 1, csv.QUOTE_MINIMAL
     lines = list(io.StringIO(text.replace("\0", ""), newline=""))
     header = lines[0] if lines else ""
     delimiter = max(",;\t", key=header.count)
     names = next(csv.reader([header], delimiter=delimiter), [])
-    for needed in (["transcript"], ["audio_paths", "audio_path"]):
+    for needed in columns:
         if not set(needed) & set(names):
             found = ", ".join(names)[:200] or "none"
             raise RunError(f"{path} has no column {' or '.join(needed)}; its columns are {found}")
@@ -906,8 +1011,7 @@ def open_corpus(args):
     if folder:
         corpus.files = {
             path.relative_to(folder).as_posix(): [path.stat().st_size, path.stat().st_mtime_ns]
-            for path in folder.rglob("*")
-            if path.is_file()
+            for path in files_of(folder)
         }
     elif stored and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         corpus.files = stored["files"]  # a commit never changes: no network is needed to go on
@@ -920,6 +1024,16 @@ def open_corpus(args):
     corpus.stamps = (stored or {}).get("stamps", {})
     corpus.write_source()
     return corpus
+
+
+def files_of(folder):
+    """The files under a folder; raises RunError for a part of it that cannot be read, which rglob would pass over."""
+
+    def refuse(error):
+        raise RunError(f"{folder} cannot be read ({one_line(error)})") from error
+
+    paths = [Path(parent) / name for parent, _, names in os.walk(folder, onerror=refuse) for name in names]
+    return [path for path in paths if path.is_file()]
 
 
 def list_hub_files(name, revision):
@@ -1016,8 +1130,7 @@ def clip_row(key, split, accent, row):
         **{name: name for name in ("accent", "country", "domain", "gender", "age_group")},
     }
     clip = {name: (row or {}).get(column) or "" for name, column in columns.items()}
-    seconds = to_number((row or {}).get("duration"))
-    seconds = seconds if 0 < seconds < 86_400 else 0.0
+    seconds = clip_seconds((row or {}).get("duration"))
     return {
         **clip,
         "accent": clip["accent"] or accent,
@@ -1164,11 +1277,11 @@ def hours(rows):
     return sum(row["num_samples"] or 0 for row in rows) / SAMPLE_RATE / 3600
 
 
-def to_number(text):
-    """A finite number in a CSV cell, 0.0 if it holds none."""
+def clip_seconds(cell):
+    """The duration in a CSV or JSON cell, in seconds; 0.0 if it holds none, or none that a clip can have."""
     try:
-        return float(text) if np.isfinite(float(text)) else 0.0
-    except (TypeError, ValueError):
+        return float(cell) if 0 < float(cell) < 86_400 else 0.0
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 
@@ -1614,7 +1727,7 @@ class ClipCheck:
 
         self.extractor, self.encoder, self.max_train_seconds = extractor, encoder, max_train_seconds
         self.shortest = shortest_clip(model, extractor)
-        longest = input_length(extractor, round(max_train_seconds * SAMPLE_RATE))
+        longest = input_length(extractor, round(min(max_train_seconds * SAMPLE_RATE, CLIP_BYTES_LIMIT / 4)))
         self.logits = logit_lengths(model, torch.arange(max(0, longest) + 1)).tolist()
 
     def __call__(self, row):
@@ -2485,17 +2598,23 @@ def read_score_file(path):
     kind.
     """
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
-        if str(path).endswith(".csv"):
-            entries = list(csv.DictReader(io.StringIO(content, newline="")))
+        if Path(path).suffix.lower() in (".csv", ".tsv"):
+            entries, notes = read_transcripts(path, (("text",), ("pred_text",)))
         else:
-            entries = [json.loads(line) for line in content.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+            content, notes = read_text(path)
+            entries = [json.loads(line) for line in content.split("\n") if line.strip()]
+    except RunError as error:
+        raise UsageError(f"--score_file: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--score_file {path} is neither JSON lines nor CSV ({one_line(error)})") from error
-    rows, texts, before, notes = [], [], [], []
+    notes = [f"{path}: {note}" for note in notes]
+    rows, texts, before = [], [], []
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict):
             raise UsageError(f"--score_file {path}: row {number} is not an object with keys such as text and pred_text")
+        # JSON can hold halves of characters, which no file can.
+        entry = {key: cell.encode(errors="replace").decode() if isinstance(cell, str) else cell
+                 for key, cell in entry.items()}  # fmt: skip
         lacking = [
             key
             for key in ("text", "pred_text")
@@ -2507,13 +2626,13 @@ def read_score_file(path):
                 f"{' and no '.join(lacking)}: left out."
             )
             continue
-        seconds = to_number(entry.get("duration"))
+        seconds = clip_seconds(entry.get("duration"))
         clip = entry.get("audio_filepath") or f"row {number}"
         rows.append(
             {
                 "clip": clip,
                 "text": entry["text"],
-                "num_samples": int(seconds * SAMPLE_RATE) if seconds > 0 else None,
+                "num_samples": int(seconds * SAMPLE_RATE) if seconds else None,
                 **{key: str(entry.get(key) or "") for key in SCORE_KEYS},
             }
         )
@@ -2521,6 +2640,8 @@ def read_score_file(path):
         before.append(entry.get("baseline_text"))
     if not rows:
         raise UsageError(f"--score_file {path} has no row with both text and pred_text among {len(entries)}")
+    if not any(normalize_wer(row["text"]) for row in rows):
+        raise UsageError(f"--score_file {path} has no text with a word to score among {plural(len(rows), 'row')}")
     unknown = sum(row["num_samples"] is None for row in rows)
     if unknown:
         notes.append(
@@ -2966,15 +3087,18 @@ def make_trainer(args, training, model, train, dev):
         callbacks.append(mixed(TensorBoardTexts, TensorBoardCallback)(Path(training.output_dir) / "runs", dev))
     if args.early_stopping_patience and training.load_best_model_at_end:
         callbacks.append(mixed(Patience, EarlyStoppingCallback)(args.early_stopping_patience))
-    trainer = mixed(CTCTraining, Trainer)(
-        model=model,
-        args=training,
-        data_collator=CTCCollator(extractor, dev.encoder, args.spec_augment, shortest, training.seed),
-        train_dataset=train,
-        eval_dataset=dev.selection.clips,
-        processing_class=dev.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
-        callbacks=callbacks,
-    )
+    try:
+        trainer = mixed(CTCTraining, Trainer)(
+            model=model,
+            args=training,
+            data_collator=CTCCollator(extractor, dev.encoder, args.spec_augment, shortest, training.seed),
+            train_dataset=train,
+            eval_dataset=dev.selection.clips,
+            processing_class=dev.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
+            callbacks=callbacks,
+        )
+    except TRAINER_REFUSALS as error:
+        raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
     trainer.dev = dev
     trainer.add_callback(mixed(Lifecycle, TrainerCallback)(trainer))
     # LasrForCTC.forward takes **kwargs, from which the Trainer concludes that it averages over accumulated batches by
@@ -3011,6 +3135,8 @@ def checkpoint_problem(folder):
         return "it was not finished"
     found = {path.name: path.stat().st_size for path in folder.iterdir()}
     broken = [f"{name} is {'cut' if name in found else 'missing'}" for name in sizes if found.get(name) != sizes[name]]
+    if not broken and read_json(folder / "trainer_state.json") is None:
+        return "trainer_state.json is not JSON"
     return ", ".join(broken)
 
 
@@ -3108,6 +3234,10 @@ def updates_done(checkpoint):
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
 
 
+# What the Trainer raises, before the first batch, for flags such as --optim whose packages or values it cannot use.
+TRAINER_REFUSALS = (ValueError, TypeError, ImportError, NotImplementedError)
+
+
 def train_model(trainer, checkpoint, updates):
     """Train, from `checkpoint` if given, and leave the best model loaded; raises RunError with what to change."""
     import torch
@@ -3117,6 +3247,10 @@ def train_model(trainer, checkpoint, updates):
     try:
         with STOP_SIGNALS.deferring():
             trainer.train(resume_from_checkpoint=checkpoint)
+    except TRAINER_REFUSALS as error:
+        if trainer.mark is not None:
+            raise
+        raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
     except (RunError, Stopped):
         if trainer.args.process_index == 0 and not trainer.args.disable_tqdm:
             print(file=sys.stderr)  # the message does not belong behind the progress bar
@@ -3317,6 +3451,17 @@ def window_note(selection, args):
     return f"{scored}; none left out for its length."
 
 
+def load_model_to_use(args, trains):
+    """The processor and model of a run; raises UsageError for one that `trains` cannot be."""
+    processor, model = load_processor_and_model(args)
+    if trains and model.config.model_type != "lasr_ctc":
+        raise UsageError(
+            f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be "
+            "fine-tuned; any CTC model can be scored with --eval_only"
+        )
+    return processor, model
+
+
 def run(args, training):
     """The whole job, phase by phase; returns the exit status."""
     from transformers import set_seed
@@ -3337,6 +3482,8 @@ def run(args, training):
     if trains and args.push_to_hub and training.process_index == 0:
         with explained_upload(training) as name:
             hub_api(training).create_repo(name, private=training.hub_private_repo, exist_ok=True)
+    # Before the audio: what cannot be used should not be found out after hours of preparation.
+    processor, model = load_model_to_use(args, trains) if trains or args.eval_only else (None, None)
     corpus = open_corpus(args)
     accents = chosen_accents(corpus, args.accents)
     if args.dry_run:
@@ -3346,12 +3493,6 @@ def run(args, training):
         select_splits(args, corpus, accents, splits_to_prepare(args), lambda row: "", training)
         say(f"  ready in {args.data_dir}")
         return 0
-    processor, model = load_processor_and_model(args)
-    if trains and model.config.model_type != "lasr_ctc":
-        raise UsageError(
-            f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be "
-            "fine-tuned; any CTC model can be scored with --eval_only"
-        )
     job = Job(args, training, processor, model, corpus, accents)
     return job.fit_and_score(state, checkpoint) if trains else job.score()
 
