@@ -976,20 +976,25 @@ def read_transcripts(path, columns=(("transcript",), ("audio_paths", "audio_path
     csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows, which is found below
     broken = []
     while start < len(lines):
-        reader, done = csv.reader(lines[start:], delimiter=delimiter, quoting=quoting), 0
-        for cells in reader:
-            if len(cells) not in (0, len(names)) and reader.line_num - done > 1:
+        # Strict: otherwise an unclosed quote may join two rows into one with the right number of cells.
+        reader, done = csv.reader(lines[start:], delimiter=delimiter, quoting=quoting, strict=True), 0
+        try:
+            for cells in reader:
+                if len(cells) not in (0, len(names)) and reader.line_num - done > 1:
+                    raise csv.Error("a quote that is not closed")
+                rows += [dict(zip(names, cells))] if cells else []
+                done = reader.line_num
+            break
+        except csv.Error:
+            line = lines[start + done]
+            cells = next(csv.reader([line], delimiter=delimiter, quoting=quoting), [])
+            if reader.line_num - done > 1 or len(cells) != len(names):
                 # A quote that is not closed: its line is taken as it stands, and reading goes on behind it.
                 broken.append(start + done + 1)
-                cells = [cell.strip('"') for cell in lines[start + done].rstrip("\r\n").split(delimiter)]
-                rows.append(dict(zip(names, cells)))
-                start += done + 1
+                cells = [cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)]
                 quoting = csv.QUOTE_NONE if len(broken) > MENDED_QUOTES else quoting
-                break
-            rows += [dict(zip(names, cells))] if cells else []
-            done = reader.line_num
-        else:
-            break
+            rows.append(dict(zip(names, cells)))
+            start += done + 1
     if broken:
         notes.append(f"{plural(len(broken), 'unclosed quote')}, the first in line {broken[0]}: read as they stand")
     return rows, notes
@@ -1179,8 +1184,9 @@ def archive_members(stream):
             elif member.size > CLIP_BYTES_LIMIT:
                 problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB"
             yield member.name, b"" if problem else tar.extractfile(member).read(), problem
-        while plain.read(1 << 20):  # to the end, where a cut or corrupt file shows
-            pass
+        while rest := plain.read(1 << 20):  # to the end, where a cut or corrupt file shows
+            if rest.strip(b"\0"):
+                raise tarfile.ReadError("a header in it is corrupt")  # tarfile takes one for the end
 
 
 # tarfile raises ValueError and its kin for numbers in headers that are none.
@@ -3405,7 +3411,7 @@ def select_splits(args, corpus, accents, splits, check, training):
         say(f"  left out of {split}: {count:,} x {reason}")
     if skipped:
         say(f"  each one is named in {skipped_path(training)}")
-    for split, selection in selections.items():
+    for split, selection in sorted(selections.items(), key=lambda item: not item[1].skipped):  # what is known first
         # Not every accent has every split: what is only prepared may lack one.
         if not args.prepare_only or selection.skipped or not any(other.rows for other in selections.values()):
             refuse_empty(split, selection.rows, skipped)
@@ -3414,17 +3420,17 @@ def select_splits(args, corpus, accents, splits, check, training):
 
 def check_selection(args, corpus, accents):
     """Refuse, before any audio is converted, what the transcripts show to be without a clip."""
-    known = set()
-    for split in splits_to_prepare(args) + (("train",) if args.streaming else ()):
-        rows = transcript_rows(corpus, split, accents)
-        known |= {row["country"] for row in rows}
-        if rows and not args.prepare_only:
-            refuse_empty(split, [row for row in rows if wanted(row, args)])
+    splits = splits_to_prepare(args) + (("train",) if args.streaming else ())
+    rows = {split: transcript_rows(corpus, split, accents) for split in splits}
+    known = {row["country"] for split in splits for row in rows[split]}
     unknown = {code.upper() for code in args.countries or []} - known
     if unknown and known:
         raise UsageError(
             f"--countries has '{min(unknown)}', of which no clip is; the countries are {', '.join(sorted(known))}"
         )
+    for split in splits:
+        if rows[split] and not args.prepare_only:
+            refuse_empty(split, [row for row in rows[split] if wanted(row, args)])
 
 
 def data_summary(selections, encoder):
