@@ -445,6 +445,8 @@ def check_folders(script, common):
         raise UsageError(f"--data_dir is {script.data_dir}, which a run under --output_dir {output} replaces; choose "
                          "another, such as a folder beside it")  # fmt: skip
     resumed = common["resume_from_checkpoint"]
+    if resumed and resumed.lower() not in ("true", "false") and not Path(resumed).is_dir():
+        raise UsageError(f"--resume_from_checkpoint is {resumed}: there is no such folder; give a complete checkpoint")
     for name, value in (("model", script.model), ("dataset", script.dataset), ("resume_from_checkpoint", resumed)):
         if script.overwrite_output_dir and value and made_by_a_run(value, output):
             raise UsageError(f"--overwrite_output_dir would delete --{name} {value}; choose another --output_dir")
@@ -3151,8 +3153,7 @@ def checkpoint_to_resume(training):
     wanted = training.resume_from_checkpoint
     if wanted and wanted.lower() not in ("true", "false"):
         folder = Path(wanted)
-        if not folder.is_dir() or checkpoint_problem(folder):
-            problem = checkpoint_problem(folder) if folder.is_dir() else "there is no such folder"
+        if problem := checkpoint_problem(folder):
             raise UsageError(f"--resume_from_checkpoint is {wanted}: {problem}; give a complete checkpoint")
         return str(folder)
     found = [path for path in Path(training.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
