@@ -625,12 +625,15 @@ def edit_weights(folder, change):
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def to_pickle(folder):
+def to_pickle(folder, keep_as=None):
     import torch
     from safetensors.torch import load_file
 
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+    if keep_as:
+        (folder / "model.safetensors").rename(folder / keep_as)
+    else:
+        (folder / "model.safetensors").unlink()
 
 
 def cut(path):
@@ -654,6 +657,7 @@ MODELS = {  # kind: (what is done to a copy of the small model, what the message
     "no config": (lambda folder: remove(folder, "config.json"), "has no config.json"),
     "no weights": (lambda folder: remove(folder, "model.safetensors"), r"has no \*.safetensors"),
     "pickled weights": (to_pickle, r"has no \*.safetensors.*not loaded"),
+    "pickled weights beside others": (lambda folder: to_pickle(folder, "adapter.safetensors"), LOADED),
     "no processor": (lambda folder: remove(folder, "processor_config.json"), LOADED),
     "no tokenizer": (lambda folder: remove(folder, "tokenizer.json", "tokenizer_config.json"), "tokenizer"),
     "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), LOADED),
