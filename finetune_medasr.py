@@ -390,7 +390,8 @@ def parse_arguments(argv):
 
         make_parser(ScriptArguments, TrainingArguments).print_help()
         raise SystemExit(0)
-    for problem in refusals(script, common):
+    given = {token.partition("=")[0][2:].replace("-", "_") for token in rest if token.startswith("--")}
+    for problem in refusals(script, common, given):
         raise UsageError(problem)
     return script, make_training_arguments(vars(common), rest, script)
 
@@ -402,11 +403,67 @@ BOUNDS = {
     "0 or more": "early_stopping_patience warmup_steps dataloader_num_workers save_total_limit seed",
 }
 MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")
+STRATEGIES = {"eval_strategy", "save_strategy", "load_best_model_at_end"}  # the Trainer checks them itself
+# What the code relies on; another value breaks the training, or the loss, half-way.
+FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
 
 
-def refusals(script, common):
-    """Yield what cannot work, each in a line that names the flag, the value found and the valid ones."""
+def training_flags():
+    """The names of TrainingArguments' fields, from its source: importing it takes too long for a typing error."""
+    from importlib.util import find_spec
+
+    source = Path(find_spec("transformers").origin).with_name("training_args.py").read_text(encoding="utf-8")
+    return re.findall(r"^    (\w+): .*=", source, re.MULTILINE)
+
+
+def unknown_flag(found, known):
+    near = difflib.get_close_matches(found.lstrip("-"), known, n=3)
+    hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
+    return f"unknown flag or stray value {found}; {hint}"
+
+
+# Of what a run makes in --output_dir; it replaces these, and --overwrite_output_dir deletes them.
+MADE_BY_A_RUN = re.compile(r"(?:final|results|runs|run\.json|checkpoint-\d+)(?:/|$)")
+
+
+def made_by_a_run(path, output_dir):
+    """Whether `path` lies in what a run replaces or deletes in `output_dir`."""
+    path, output = (Path(folder).expanduser().resolve() for folder in (path, output_dir))
+    return path.is_relative_to(output) and bool(MADE_BY_A_RUN.match(path.relative_to(output).as_posix()))
+
+
+def folder_refusals(script, common):
+    """Yield folders that cannot be written to, and those that a run would delete with what it makes itself."""
+    output, resumed = common.output_dir, common.resume_from_checkpoint
+    for name, folder in (("output_dir", output), ("data_dir", script.data_dir)):
+        path = Path(folder).expanduser().absolute()
+        found = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not folder.strip():
+            yield f"--{name} is empty; give a folder"
+        if not found.is_dir():
+            yield f"--{name} is {folder}: {found} is a file, not a folder; choose another"
+        if not os.access(found, os.W_OK | os.X_OK):
+            yield f"--{name} is {folder}: {found} cannot be written to; choose another"
+    if made_by_a_run(script.data_dir, output):
+        advice = "choose another, such as a folder beside it"
+        yield f"--data_dir is {script.data_dir}, which a run under --output_dir {output} replaces; {advice}"
+    if resumed and resumed.lower() not in ("true", "false") and not Path(resumed).is_dir():
+        yield f"--resume_from_checkpoint is {resumed}: there is no such folder; give a complete checkpoint"
+    for name, value in (("model", script.model), ("dataset", script.dataset), ("resume_from_checkpoint", resumed)):
+        if script.overwrite_output_dir and value and made_by_a_run(value, output):
+            yield f"--overwrite_output_dir would delete --{name} {value}; choose another --output_dir"
+
+
+def refusals(script, common, given):
+    """Yield what cannot work, each in a line that names the flag, the value found and the valid ones.
+
+    `given` holds the names of the other flags on the command line.
+    """
     settings = {**vars(script), **vars(common)}
+    known = [item.name for item in dataclasses.fields(ScriptArguments)] + (training_flags() if given else [])
+    for name in sorted(given):
+        if name.removeprefix("no_") not in known:
+            yield unknown_flag(f"--{name}", known)
     for bound, name in [(bound, name) for bound, names in BOUNDS.items() for name in names.split()]:
         value = settings[name]
         if value is not None and not (0 <= value < float("inf") and (value or bound == "0 or more")):
@@ -415,15 +472,12 @@ def refusals(script, common):
         yield f"--seed is {common.seed}; it must be below 2**32"
     if script.window_seconds < 3 * WINDOW_OVERLAP_SECONDS:
         yield f"--window_seconds is {script.window_seconds:g}; it must be at least {3 * WINDOW_OVERLAP_SECONDS:g}"
-    for name in ("output_dir", "data_dir"):
-        path = Path(settings[name]).expanduser().absolute()
-        found = next(parent for parent in (path, *path.parents) if parent.exists())
-        if not settings[name].strip():
-            yield f"--{name} is empty; give a folder"
-        if not found.is_dir():
-            yield f"--{name} is {settings[name]}: {found} is a file, not a folder; choose another"
-        if not os.access(found, os.W_OK | os.X_OK):
-            yield f"--{name} is {settings[name]}: {found} cannot be written to; choose another"
+    if common.max_steps != -1 and common.max_steps < 1:
+        yield f"--max_steps is {common.max_steps}; it must be above 0, or -1 for --num_train_epochs"
+    if common.save_steps % common.eval_steps and not given & STRATEGIES:
+        what = f"--save_steps {common.save_steps} is not a multiple of --eval_steps {common.eval_steps}"
+        yield f"{what}, so the best model could not be kept"
+    yield from folder_refusals(script, common)
     for country in script.countries or []:
         if not re.fullmatch("[A-Za-z]{2}", country):
             yield f"--countries has '{country}'; countries are two letters, such as NG, KE or ZA"
@@ -438,17 +492,18 @@ def refusals(script, common):
         yield "--streaming needs --max_steps: a stream has no length, so its epochs cannot be counted"
     for name in ("model", "dataset"):
         value = settings[name]
+        if not value.strip():
+            yield f"--{name} is empty; give a folder or a Hub id such as {DEFAULT_MODEL}"
         if re.match(r"[./~]", value) and not Path(value).expanduser().is_dir():
             yield f"--{name} is {value}: there is no such folder; give a folder or a Hub id such as {DEFAULT_MODEL}"
     for name, paths in (("transcribe", script.transcribe or []), ("score_file", [script.score_file])):
         for path in paths:
-            if path and not Path(path).is_file():
+            if path is not None and not Path(path).is_file():
                 yield f"--{name} is {path}: there is no such file"
 
 
 def make_training_arguments(common, rest, script):
     """`TrainingArguments` from the common flags and the remaining ones; raises UsageError for what it does not know."""
-    import torch
     from transformers import TrainingArguments
     from transformers.integrations import get_reporting_integration_callbacks
 
@@ -460,20 +515,16 @@ def make_training_arguments(common, rest, script):
     parser.set_defaults(**TRAINING_DEFAULTS, **common)
     values, unknown = parser.parse_known_args(rest)
     if unknown:
-        known = [item.name for kind in (ScriptArguments, TrainingArguments) for item in dataclasses.fields(kind)]
-        near = difflib.get_close_matches(unknown[0].lstrip("-"), known, n=3)
-        hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
-        raise UsageError(f"unknown flag or stray value {unknown[0]}; {hint}")
+        raise UsageError(unknown_flag(unknown[0], [item.name for item in dataclasses.fields(TrainingArguments)]))
     del values.help_all
     for name in ("fsdp", "deepspeed"):
         if getattr(values, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
             raise UsageError(
                 f"--{name} is not supported: a model of this size needs no sharding; torchrun gives each GPU a copy"
             )
-    keeps_best = values.load_best_model_at_end and values.eval_strategy == values.save_strategy == "steps"
-    if keeps_best and values.save_steps % values.eval_steps:
-        what = f"--save_steps {values.save_steps} is not a multiple of --eval_steps {values.eval_steps}"
-        raise UsageError(f"{what}, so the best model could not be kept")
+    check_training_values(values)
+    import torch
+
     has_gpu = torch.cuda.is_available() and not values.use_cpu
     if values.fp16 and not has_gpu:
         raise UsageError("--fp16 needs a CUDA GPU, and there is none; leave it out")
@@ -481,11 +532,27 @@ def make_training_arguments(common, rest, script):
     try:
         training = TrainingArguments(**vars(values))
         get_reporting_integration_callbacks(training.report_to)  # raises for a name that it does not know
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     script.push_to_hub, training.push_to_hub = training.push_to_hub, False  # at the end, and what is complete
     use_one_gpu(training)
     return training
+
+
+def check_training_values(values):
+    """Refuse values of TrainingArguments' fields that it takes itself and that fail only later, or go unnoticed."""
+    for name, value in vars(values).items():
+        if isinstance(value, float) and not np.isfinite(value):
+            raise UsageError(f"--{name} is {value:g}; it must be a finite number")
+    for name, needed in FIXED.items():
+        if getattr(values, name) != needed:
+            raise UsageError(f"--{name} is {getattr(values, name)}; this program needs {needed}: leave the flag out")
+    best = values.metric_for_best_model
+    if not re.fullmatch(r"(eval_)?(wer|cer|loss|wer_by_domain/(clinical|general))", best or "wer"):
+        raise UsageError(
+            f"--metric_for_best_model is {best}; it must be wer, cer, loss, wer_by_domain/clinical or "
+            "wer_by_domain/general"
+        )
 
 
 def use_one_gpu(training):
@@ -560,10 +627,17 @@ def hub_advice(error, repo, kind):
 
 
 def check_model_access(args):
-    """Raise RunError if the model cannot be had: its first file is where a gated or missing model shows."""
+    """Raise RunError if the model cannot be had: its first file on the Hub is where a gated or missing model shows."""
     from huggingface_hub import hf_hub_download
 
-    if not Path(args.model).expanduser().is_dir():
+    folder = Path(args.model).expanduser()
+    for pattern in ("config.json", "*.safetensors") if folder.is_dir() else ():
+        if not any(folder.glob(pattern)):
+            raise RunError(
+                f"model {args.model} has no {pattern}: give a folder with a model's config.json, its weights as "
+                "safetensors (others can hold code and are not loaded) and its processor"
+            )
+    if not folder.is_dir():
         with explained_hub_errors(args.model, "model"):
             hf_hub_download(args.model, "config.json", revision=args.model_revision)
 
@@ -587,15 +661,44 @@ def load_processor_and_model(args):
     try:
         processor = AutoProcessor.from_pretrained(source, revision=revision)
         # safetensors alone: a pickle runs what it holds.
-        model = AutoModelForCTC.from_pretrained(source, revision=revision, dtype="float32", use_safetensors=True)
+        model, loading = AutoModelForCTC.from_pretrained(
+            source, revision=revision, dtype="float32", use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         problem = f"cannot be loaded as a CTC model with its processor ({one_line(error)})"
         raise RunError(f"model {args.model} {problem}") from error
-    if broken := not_finite(model):
-        raise RunError(f"model {args.model} holds weights that are not finite, in {broken}: it cannot be used")
-    if not hasattr(processor, "tokenizer") or not hasattr(processor, "feature_extractor"):
-        raise RunError(f"model {args.model} has no feature extractor and tokenizer together; --model needs both")
+    if problem := model_problem(processor, model, loading):
+        raise RunError(f"model {args.model} {problem}; it cannot be used")
     return processor, model
+
+
+def model_problem(processor, model, loading):
+    """Why a model that was loaded cannot be used, "" if it can; `loading` is what transformers says of its weights."""
+    import torch
+
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "feature_extractor"):
+        return "has no feature extractor and tokenizer together, and needs both"
+    for name, found, needed in sorted(loading["mismatched_keys"]):
+        return f"has weights that do not fit its config.json: {name} is {tuple(found)}, not {tuple(needed)}"
+    # The library fills them with noise. wav2vec2's mask is used in its own pre-training alone.
+    if missing := sorted(name for name in loading["missing_keys"] if "masked_spec_embed" not in name):
+        return f"lacks {plural(len(missing), 'weight')} of its kind, such as {missing[0]}"
+    if broken := not_finite(model):
+        return f"holds weights that are not finite, in {broken}"
+    rate = processor.feature_extractor.sampling_rate
+    if rate != SAMPLE_RATE:
+        return f"takes audio of {rate:,} Hz, not {SAMPLE_RATE:,} Hz"
+    encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")
+    if not decode_ids(processor, encoder("patient PATIENT")):
+        return "has a tokenizer without letters, or for another vocabulary than its head's"
+    try:
+        batch = CTCCollator(processor.feature_extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
+        with torch.inference_mode():
+            model.eval()(**batch)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"does not fit its processor ({one_line(error)})"
+    return ""
 
 
 def hub_api(training):
@@ -826,44 +929,57 @@ class Corpus:
 MENDED_QUOTES = 100  # in a file with more unclosed quotes than these none is taken for one
 
 
-def read_transcripts(path):
-    """(rows, a dict each; notes on what was mended) of a CSV of transcripts; raises RunError for another kind.
-
-    csv, not pandas: the country code NA is Namibia, and no cell may turn into a NaN.
-    """
-    data, notes, rows, start, quoting = Path(path).read_bytes(), [], [], 1, csv.QUOTE_MINIMAL
+def read_text(path):
+    """(text, notes on what was mended) of a file of text; raises RunError if it cannot be read or is none."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({one_line(error)})") from error
     if data.startswith(b"version https://git-lfs"):
         raise RunError(f"{path} is a Git LFS pointer, not the file: run 'git lfs pull'")
     try:
-        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if utf_16 else "utf-8-sig"), []
     except UnicodeDecodeError:
-        text = data.decode("cp1252", "replace")
-        notes.append("it is not UTF-8 and was read as Latin-1 (Windows-1252)")
+        return data.decode("cp1252", "replace"), ["it is not UTF-8 and was read as Latin-1 (Windows-1252)"]
+
+
+def read_transcripts(path, columns=(("transcript",), ("audio_paths", "audio_path"))):
+    """(rows, a dict each; notes on what was mended) of a CSV that has one of each of `columns`; raises RunError.
+
+    csv, not pandas: the country code NA is Namibia, and no cell may turn into a NaN.
+    """
+    (text, notes), rows, start, quoting = read_text(path), [], 1, csv.QUOTE_MINIMAL
     lines = list(io.StringIO(text.replace("\0", ""), newline=""))
     header = lines[0] if lines else ""
     delimiter = max(",;\t", key=header.count)
     names = next(csv.reader([header], delimiter=delimiter), [])
-    for needed in (["transcript"], ["audio_paths", "audio_path"]):
+    for needed in columns:
         if not set(needed) & set(names):
             found = ", ".join(names)[:200] or "none"
             raise RunError(f"{path} has no column {' or '.join(needed)}; its columns are {found}")
     csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows, which is found below
     broken = []
     while start < len(lines):
-        reader, done = csv.reader(lines[start:], delimiter=delimiter, quoting=quoting), 0
-        for cells in reader:
-            if len(cells) not in (0, len(names)) and reader.line_num - done > 1:
+        # Strict: otherwise an unclosed quote may join two rows into one with the right number of cells.
+        reader, done = csv.reader(lines[start:], delimiter=delimiter, quoting=quoting, strict=True), 0
+        try:
+            for cells in reader:
+                if len(cells) not in (0, len(names)) and reader.line_num - done > 1:
+                    raise csv.Error("a quote that is not closed")
+                rows += [dict(zip(names, cells))] if cells else []
+                done = reader.line_num
+            break
+        except csv.Error:
+            line = lines[start + done]
+            cells = next(csv.reader([line], delimiter=delimiter, quoting=quoting), [])
+            if reader.line_num - done > 1 or len(cells) != len(names):
                 # A quote that is not closed: its line is taken as it stands, and reading goes on behind it.
                 broken.append(start + done + 1)
-                cells = [cell.strip('"') for cell in lines[start + done].rstrip("\r\n").split(delimiter)]
-                rows.append(dict(zip(names, cells)))
-                start += done + 1
+                cells = [cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)]
                 quoting = csv.QUOTE_NONE if len(broken) > MENDED_QUOTES else quoting
-                break
-            rows += [dict(zip(names, cells))] if cells else []
-            done = reader.line_num
-        else:
-            break
+            rows.append(dict(zip(names, cells)))
+            start += done + 1
     if broken:
         notes.append(f"{plural(len(broken), 'unclosed quote')}, the first in line {broken[0]}: read as they stand")
     return rows, notes
@@ -885,8 +1001,7 @@ def open_corpus(args):
     if folder:
         corpus.files = {
             path.relative_to(folder).as_posix(): [path.stat().st_size, path.stat().st_mtime_ns]
-            for path in folder.rglob("*")
-            if path.is_file()
+            for path in files_of(folder)
         }
     elif stored and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         corpus.files = stored["files"]  # a commit never changes: no network is needed to go on
@@ -899,6 +1014,16 @@ def open_corpus(args):
     corpus.stamps = (stored or {}).get("stamps", {})
     corpus.write_source()
     return corpus
+
+
+def files_of(folder):
+    """The files under a folder; raises RunError for a part of it that cannot be read, which rglob would pass over."""
+
+    def refuse(error):
+        raise RunError(f"{folder} cannot be read ({one_line(error)})") from error
+
+    paths = [Path(parent) / name for parent, _, names in os.walk(folder, onerror=refuse) for name in names]
+    return [path for path in paths if path.is_file()]
 
 
 def list_hub_files(name, revision):
@@ -996,8 +1121,7 @@ def clip_row(key, split, accent, row):
         **{name: name for name in ("accent", "country", "domain", "gender", "age_group")},
     }
     clip = {name: (row or {}).get(column) or "" for name, column in columns.items()}
-    seconds = to_number((row or {}).get("duration"))
-    seconds = seconds if 0 < seconds < 86_400 else 0.0
+    seconds = clip_seconds((row or {}).get("duration"))
     return {
         **clip,
         "accent": clip["accent"] or accent,
@@ -1046,8 +1170,9 @@ def archive_members(stream):
             elif member.size > CLIP_BYTES_LIMIT:
                 problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB"
             yield member.name, b"" if problem else tar.extractfile(member).read(), problem
-        while plain.read(1 << 20):  # to the end, where a cut or corrupt file shows
-            pass
+        while rest := plain.read(1 << 20):  # to the end, where a cut or corrupt file shows
+            if rest.strip(b"\0"):
+                raise tarfile.ReadError("a header in it is corrupt")  # tarfile takes one for the end
 
 
 # tarfile raises ValueError and its kin for numbers in headers that are none.
@@ -1142,11 +1267,11 @@ def hours(rows):
     return sum(row["num_samples"] or 0 for row in rows) / SAMPLE_RATE / 3600
 
 
-def to_number(text):
-    """A finite number in a CSV cell, 0.0 if it holds none."""
+def clip_seconds(cell):
+    """The duration in a CSV or JSON cell, in seconds; 0.0 if it holds none, or none that a clip can have."""
     try:
-        return float(text) if np.isfinite(float(text)) else 0.0
-    except (TypeError, ValueError):
+        return float(cell) if 0 < float(cell) < 86_400 else 0.0
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 
@@ -1581,7 +1706,7 @@ class ClipCheck:
 
         self.extractor, self.encoder, self.max_train_seconds = extractor, encoder, max_train_seconds
         self.shortest = shortest_clip(model, extractor)
-        longest = input_length(extractor, round(max_train_seconds * SAMPLE_RATE))
+        longest = input_length(extractor, round(min(max_train_seconds * SAMPLE_RATE, CLIP_BYTES_LIMIT / 4)))
         self.logits = logit_lengths(model, torch.arange(max(0, longest) + 1)).tolist()
 
     def __call__(self, row):
@@ -2367,31 +2492,41 @@ def read_score_file(path):
     UsageError for a file of another kind.
     """
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
-        if str(path).endswith(".csv"):
-            entries = list(csv.DictReader(io.StringIO(content, newline="")))
+        if Path(path).suffix.lower() in (".csv", ".tsv"):
+            entries, notes = read_transcripts(path, (("text",), ("pred_text",)))
         else:
-            entries = [json.loads(line) for line in content.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+            content, notes = read_text(path)
+            entries = [json.loads(line) for line in content.split("\n") if line.strip()]
+    except RunError as error:
+        raise UsageError(f"--score_file: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--score_file {path} is neither JSON lines nor CSV ({one_line(error)})") from error
-    rows, texts, before, notes = [], [], [], []
+    notes = [f"{path}: {note}" for note in notes]
+    rows, texts, before = [], [], []
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict):
             raise UsageError(f"--score_file {path}: row {number} is not an object with keys such as text and pred_text")
-        clip, seconds = entry.get("audio_filepath"), to_number(entry.get("duration"))
+        # JSON can hold halves of characters, which no file can.
+        entry = {
+            key: cell.encode(errors="replace").decode() if isinstance(cell, str) else cell
+            for key, cell in entry.items()
+        }
+        clip, seconds = entry.get("audio_filepath"), clip_seconds(entry.get("duration"))
         lacking = [key for key in ("text", "pred_text") if not isinstance(entry.get(key), str)]
         if "text" not in lacking and not tidy(entry["text"]):
             lacking.insert(0, "text")
         if lacking:
             notes.append(f"Row {number} ({clip or 'no audio_filepath'}) has no {' and no '.join(lacking)}: left out.")
             continue
-        length = int(seconds * SAMPLE_RATE) if seconds > 0 else None
+        length = int(seconds * SAMPLE_RATE) if seconds else None
         row = {"clip": clip or f"row {number}", "text": entry["text"], "num_samples": length}
         rows.append(row | {name: str(entry.get(name) or "") for name in CLIP_COLUMNS})
         texts.append(entry["pred_text"])
         before.append(entry.get("baseline_text"))
     if not rows:
         raise UsageError(f"--score_file {path} has no row with both text and pred_text among {len(entries)}")
+    if not any(normalize_wer(row["text"]) for row in rows):
+        raise UsageError(f"--score_file {path} has no text with a word to score among {plural(len(rows), 'row')}")
     if unknown := sum(row["num_samples"] is None for row in rows):
         effect = f"in the group 'unknown', and not among clips under {PAPER_SECONDS} s"
         notes.append(f"{plural(unknown, 'row')} without a duration: {effect}.")
@@ -2834,15 +2969,18 @@ def make_trainer(args, training, model, train, dev):
         callbacks.append(mixed(TensorBoardTexts, TensorBoardCallback)(Path(training.output_dir) / "runs", dev))
     if args.early_stopping_patience and training.load_best_model_at_end:
         callbacks.append(mixed(Patience, EarlyStoppingCallback)(args.early_stopping_patience))
-    trainer = mixed(CTCTraining, Trainer)(
-        model=model,
-        args=training,
-        data_collator=CTCCollator(extractor, dev.encoder, args.spec_augment, shortest, training.seed),
-        train_dataset=train,
-        eval_dataset=dev.selection.clips,
-        processing_class=dev.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
-        callbacks=callbacks,
-    )
+    try:
+        trainer = mixed(CTCTraining, Trainer)(
+            model=model,
+            args=training,
+            data_collator=CTCCollator(extractor, dev.encoder, args.spec_augment, shortest, training.seed),
+            train_dataset=train,
+            eval_dataset=dev.selection.clips,
+            processing_class=dev.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
+            callbacks=callbacks,
+        )
+    except TRAINER_REFUSALS as error:
+        raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
     trainer.dev = dev
     trainer.add_callback(mixed(Lifecycle, TrainerCallback)(trainer))
     # LasrForCTC.forward takes **kwargs, from which the Trainer concludes that it averages over accumulated batches by
@@ -2880,6 +3018,8 @@ def checkpoint_problem(folder):
         return "it was not finished"
     found = {path.name: path.stat().st_size for path in folder.iterdir()}
     broken = [f"{name} is {'cut' if name in found else 'missing'}" for name in sizes if found.get(name) != sizes[name]]
+    if not broken and read_json(folder / "trainer_state.json") is None:
+        return "trainer_state.json is not JSON"
     return ", ".join(broken)
 
 
@@ -2888,8 +3028,7 @@ def checkpoint_to_resume(training):
     wanted = training.resume_from_checkpoint
     if wanted and wanted.lower() not in ("true", "false"):
         folder = Path(wanted)
-        if not folder.is_dir() or checkpoint_problem(folder):
-            problem = checkpoint_problem(folder) if folder.is_dir() else "there is no such folder"
+        if problem := checkpoint_problem(folder):
             raise UsageError(f"--resume_from_checkpoint is {wanted}: {problem}; give a complete checkpoint")
         return str(folder)
     found = [path for path in Path(training.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
@@ -2979,6 +3118,10 @@ def updates_done(checkpoint):
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
 
 
+# What the Trainer raises, before the first batch, for flags such as --optim whose packages or values it cannot use.
+TRAINER_REFUSALS = (ValueError, TypeError, ImportError, NotImplementedError)
+
+
 def train_model(trainer, checkpoint, updates):
     """Train, from `checkpoint` if given, and leave the best model loaded; raises RunError with what to change."""
     import torch
@@ -2988,6 +3131,10 @@ def train_model(trainer, checkpoint, updates):
     try:
         with STOP_SIGNALS.deferring():
             trainer.train(resume_from_checkpoint=checkpoint)
+    except TRAINER_REFUSALS as error:
+        if trainer.mark is not None:
+            raise
+        raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
     except (RunError, Stopped):
         if trainer.args.process_index == 0 and not trainer.args.disable_tqdm:
             print(file=sys.stderr)  # the message does not belong behind the progress bar
@@ -3138,7 +3285,7 @@ def select_splits(args, corpus, accents, splits, check, training):
         say(f"  left out of {split}: {count:,} x {reason}")
     if skipped:
         say(f"  each one is named in {skipped_path(training)}")
-    for split, selection in selections.items():
+    for split, selection in sorted(selections.items(), key=lambda item: not item[1].skipped):  # what is known first
         # Not every accent has every split: what is only prepared may lack one.
         if not args.prepare_only or selection.skipped or not any(other.rows for other in selections.values()):
             refuse_empty(split, selection.rows, skipped)
@@ -3147,17 +3294,17 @@ def select_splits(args, corpus, accents, splits, check, training):
 
 def check_selection(args, corpus, accents):
     """Refuse, before any audio is converted, what the transcripts show to be without a clip."""
-    known = set()
-    for split in splits_to_prepare(args) + (("train",) if args.streaming else ()):
-        rows = transcript_rows(corpus, split, accents)
-        known |= {row["country"] for row in rows}
-        if rows and not args.prepare_only:
-            refuse_empty(split, [row for row in rows if wanted(row, args)])
+    splits = splits_to_prepare(args) + (("train",) if args.streaming else ())
+    rows = {split: transcript_rows(corpus, split, accents) for split in splits}
+    known = {row["country"] for split in splits for row in rows[split]}
     unknown = {code.upper() for code in args.countries or []} - known
     if unknown and known:
         raise UsageError(
             f"--countries has '{min(unknown)}', of which no clip is; the countries are {', '.join(sorted(known))}"
         )
+    for split in splits:
+        if rows[split] and not args.prepare_only:
+            refuse_empty(split, [row for row in rows[split] if wanted(row, args)])
 
 
 def data_summary(selections, encoder):
@@ -3184,6 +3331,17 @@ def window_note(selection, args):
     return f"{scored}; none left out for its length."
 
 
+def load_model_to_use(args, trains):
+    """The processor and model of a run; raises UsageError for one that `trains` cannot be."""
+    processor, model = load_processor_and_model(args)
+    if trains and model.config.model_type != "lasr_ctc":
+        raise UsageError(
+            f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be "
+            "fine-tuned; any CTC model can be scored with --eval_only"
+        )
+    return processor, model
+
+
 def run(args, training):
     """The whole job, phase by phase; returns the exit status."""
     from transformers import set_seed
@@ -3206,6 +3364,8 @@ def run(args, training):
     if trains and args.push_to_hub and training.process_index == 0:
         with explained_upload(training) as name:
             hub_api(training).create_repo(name, private=training.hub_private_repo, exist_ok=True)
+    # Before the audio: what cannot be used should not be found out after hours of preparation.
+    processor, model = load_model_to_use(args, trains) if trains or args.eval_only else (None, None)
     corpus = open_corpus(args)
     accents = chosen_accents(corpus, args.accents)
     if args.dry_run:
@@ -3215,12 +3375,6 @@ def run(args, training):
         select_splits(args, corpus, accents, splits_to_prepare(args), lambda row: "", training)
         say(f"  ready in {args.data_dir}")
         return 0
-    processor, model = load_processor_and_model(args)
-    if trains and model.config.model_type != "lasr_ctc":
-        raise UsageError(
-            f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be "
-            "fine-tuned; any CTC model can be scored with --eval_only"
-        )
     job = Job(args, training, processor, model, corpus, accents)
     return job.fit_and_score(state, checkpoint) if trains else job.score()
 

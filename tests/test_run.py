@@ -621,71 +621,7 @@ def test_a_token_on_the_command_line_is_not_written_down(tmp_path, run, flag):
     assert "--hub" in load_json(tmp_path / "out/results/metrics.json")["config"]["command"]
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("x.jsonl", "not JSON\n"),
-        ("x.jsonl", "[1, 2]\n"),
-        ("x.jsonl", '"text"\n'),
-        ("x.jsonl", ""),
-        ("x.jsonl", b"\xff\xfe\0\1"),
-        ("x.csv", "reference,hypothesis\na,b\n"),
-        ("x.csv", ""),
-        ("x.jsonl", '{"text": "a"}\n'),
-        ("x.jsonl", '{"text": 1, "pred_text": 2}\n'),
-    ],
-)
-def test_a_malformed_score_file_is_a_usage_error(tmp_path, run, name, content):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    status, out, errors = run("--score_file", path, "--output_dir", tmp_path / "out")
-    assert (status, out) == (2, "")
-    assert "--score_file" in error_line(errors) and str(path) in errors
-    assert not (tmp_path / "out").exists()
-
-
 # ---------------------------------------------------------------- the command line
-
-
-@pytest.mark.parametrize(
-    "flags, parts",
-    [
-        ("--domains clinicl", ["--domains", "'clinicl'", "clinical", "general"]),
-        ("--max_train_samples -3", ["--max_train_samples", "-3"]),
-        ("--max_eval_samples 0", ["--max_eval_samples", "0"]),
-        ("--max_train_samples many", ["--max_train_samples", "'many'"]),
-        ("--learning_rate 0", ["--learning_rate", "0"]),
-        ("--learning_rate nan", ["--learning_rate", "nan"]),
-        ("--per_device_train_batch_size 0", ["--per_device_train_batch_size", "0"]),
-        ("--window_seconds 1", ["--window_seconds", "1", "6"]),
-        ("--early_stopping_patience -1", ["--early_stopping_patience", "-1"]),
-        ("--target_text spoken", ["--target_text", "'spoken'", "as_written", "words"]),
-        ("--fp16 --bf16", ["--fp16", "--bf16"]),
-        ("--streaming", ["--streaming", "--max_steps"]),
-        ("--dry_run --prepare_only", ["--dry_run", "--prepare_only"]),
-        ("--eval_only --transcribe {corpus}/accents.json", ["--eval_only", "--transcribe"]),
-        ("--learnin_rate 3", ["--learnin_rate", "--learning_rate"]),
-        ("--acents yoruba", ["--acents", "--accents"]),
-        ("--learning_rate", ["--learning_rate"]),
-        ("--dataset ./nowhere", ["--dataset", "./nowhere"]),
-        ("--model ~/nowhere-at-all", ["--model", "~/nowhere-at-all"]),
-        ("--transcribe nowhere.wav", ["--transcribe", "nowhere.wav"]),
-        ("--score_file nowhere.csv", ["--score_file", "nowhere.csv"]),
-        ("--save_steps 300 --eval_steps 200", ["--save_steps", "300", "--eval_steps", "200"]),
-        ("nowhere.yaml", ["nowhere.yaml"]),
-        ("{tmp}/broken.yaml", ["broken.yaml"]),
-        ("{tmp}/list.yaml", ["list.yaml", "list"]),
-        ("{tmp}/typo.yaml", ["learnin_rate", "--learning_rate"]),
-    ],
-)
-def test_what_cannot_work_is_refused_in_one_line(tmp_path, run, flags, parts):
-    (tmp_path / "broken.yaml").write_text("accents: [yoruba,\nseed: }")
-    (tmp_path / "list.yaml").write_text("- seed\n- 7\n")
-    (tmp_path / "typo.yaml").write_text("learnin_rate: 1e-5\n")
-    status, out, errors = run(*flags.format(tmp=tmp_path, corpus=CORPUS).split())
-    assert (status, out) == (2, "")
-    message = error_line(errors)
-    assert all(part in message for part in parts), message
 
 
 def test_an_unknown_accent_is_refused_with_the_nearest_names(tmp_path, run):
@@ -755,10 +691,3 @@ def test_help_all_names_every_training_argument(capsys):
         item.name for kind in (ScriptArguments, TrainingArguments) for item in dataclasses.fields(kind) if item.init
     }
     assert names <= flags_in(capsys.readouterr().out)
-
-
-def test_a_data_dir_that_is_a_file_is_named(tmp_path, run):
-    (tmp_path / "audio").write_text("a file where --data_dir should be")
-    status, _, errors = run("--dry_run", *FIXTURE_FLAGS, "--data_dir", tmp_path / "audio")
-    assert status in (1, 2)
-    assert str(tmp_path / "audio") in error_line(errors) and "unexpected" not in errors
