@@ -514,6 +514,7 @@ def quiet_libraries():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    warnings.filterwarnings("ignore", message="Glyph|Tight layout")  # matplotlib's, of names in the pictures
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -866,7 +867,7 @@ def read_transcripts(path):
     names = next(csv.reader([header], delimiter=delimiter), [])
     for needed in (["transcript"], ["audio_paths", "audio_path"]):
         if not set(needed) & set(names):
-            found = ", ".join(names)[:200] or "none"
+            found = " ".join(", ".join(names)[:200].split()) or "none"
             raise RunError(f"{path} has no column {' or '.join(needed)}; its columns are {found}")
     csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows, which is found below
     broken = []
@@ -1016,8 +1017,7 @@ def clip_row(key, split, accent, row):
         **{name: name for name in ("accent", "country", "domain", "gender", "age_group")},
     }
     clip = {name: (row or {}).get(column) or "" for name, column in columns.items()}
-    seconds = to_number((row or {}).get("duration"))
-    seconds = seconds if 0 < seconds < 86_400 else 0.0
+    seconds = to_seconds((row or {}).get("duration"))
     return {
         **clip,
         "accent": clip["accent"] or accent,
@@ -1045,6 +1045,23 @@ def make_clip(key, split, accent, row, audio=None, problem=""):
     }
 
 
+class Header(tarfile.TarInfo):
+    """One that cannot be read is damage: tarfile would take it for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buffer, encoding, errors):
+        if buffer and not buffer.strip(b"\0"):
+            raise tarfile.EOFHeaderError("zeros")  # fewer than a block at the very end too
+        try:
+            return super().frombuf(buffer, encoding, errors)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
+# Zeros end a tar: what was appended to it comes behind them. Names that are not UTF-8 could not be written anywhere.
+TAR_OPTIONS = {"tarinfo": Header, "ignore_zeros": True, "encoding": "utf-8", "errors": "replace"}
+
+
 def archive_members(stream):
     """Yield (name, bytes, problem) for each member of a tar.gz or tar read as a stream; raises DAMAGE if it is corrupt.
 
@@ -1054,20 +1071,20 @@ def archive_members(stream):
     if head.startswith(b"version https://git-lfs"):
         raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
     plain = gzip.open(stream) if head.startswith(b"\x1f\x8b") else stream
-    with plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+    with plain, tarfile.open(fileobj=plain, mode="r|", **TAR_OPTIONS) as tar:
         for member in tar:
             problem = ""
+            if member.isdir():
+                continue
             if member.name.startswith("/") or ".." in member.name.split("/"):
                 problem = "refused: its path climbs out of the archive"
-            elif member.isdir():
-                continue
             elif not member.isreg():
                 problem = "refused: it is a link or a device, not a file"
             elif member.size > CLIP_BYTES_LIMIT:
                 problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB"
             yield member.name, b"" if problem else tar.extractfile(member).read(), problem
-        while plain.read(1 << 20):  # to the end, where a cut or corrupt file shows
-            pass
+            if member.size > 100 * CLIP_BYTES_LIMIT:
+                raise tarfile.ReadError("a member claims a size that would take for ever to skip")
 
 
 # tarfile raises ValueError and its kin for numbers in headers that are none.
@@ -1164,11 +1181,11 @@ def hours(rows):
     return sum(row["num_samples"] or 0 for row in rows) / SAMPLE_RATE / 3600
 
 
-def to_number(text):
-    """A finite number in a CSV cell, 0.0 if it holds none."""
+def to_seconds(cell):
+    """The duration in a cell, 0.0 if it holds none that a clip can have."""
     try:
-        return float(text) if np.isfinite(float(text)) else 0.0
-    except (TypeError, ValueError):
+        return float(cell) if 0 < float(cell) < 86_400 else 0.0
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 
@@ -2298,14 +2315,15 @@ def draw_pictures(folder, baseline, finetuned, history):
         if kind == "accent" and len(order) > 30:
             order = [group for group in order if not groups[group]["small"]] or order[-30:]
         if kind == "duration":
-            order = [group for group in ("unknown", "over 20 s", "10-20 s", "5-10 s", "0-5 s") if group in groups]
+            order = [group for group in ("unknown", "over 20 s", "10-20 s", "5-10 s", "0-5 s") if group in order]
         figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.32 * len(order)))
         for offset, (system, scores) in zip((0.16, -0.16), systems):
             rates = [100 * scores["groups"][kind][group]["wer"] for group in order]
             bounds = np.array([scores["groups"][kind][group]["wer_ci95"] for group in order]).T * 100
             errors = np.abs(bounds - np.array(rates))
             axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=system)
-        axes.set_yticks(range(len(order)), [f"{group} *" if groups[group]["small"] else group for group in order])
+        labels = [f"{group[:40]} *" if groups[group]["small"] else group[:40] for group in order]
+        axes.set_yticks(range(len(order)), labels, parse_math=False)
         axes.set(xlabel="WER, % (95 % interval over speakers; * too small to rank)", xlim=(0, None), title=label)
         axes.grid(axis="x", alpha=0.3)
         axes.legend()
@@ -2477,6 +2495,14 @@ Made with `{args.command}`; {versions}.
 SCORE_KEYS = ("speaker", "accent", "country", "domain", "gender", "age_group")
 
 
+def writable(entry):
+    """A JSON object with texts that can be written as UTF-8: JSON can escape halves of characters."""
+    return {
+        name: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+        for name, value in entry.items()
+    }
+
+
 def read_score_file(path):
     """(rows, pred_texts, baseline_texts or None, notes, rows left out) of a JSONL or CSV file in the keys of
     predictions_test.jsonl.
@@ -2489,8 +2515,9 @@ def read_score_file(path):
         if str(path).endswith(".csv"):
             entries = list(csv.DictReader(io.StringIO(content, newline="")))
         else:
-            entries = [json.loads(line) for line in content.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+            # Not splitlines: a text may hold other line separators, such as U+2028, as they are.
+            entries = [json.loads(line, object_hook=writable) for line in content.split("\n") if line.strip()]
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UsageError(f"--score_file {path} is neither JSON lines nor CSV ({one_line(error)})") from error
     rows, texts, before, notes = [], [], [], []
     for number, entry in enumerate(entries, start=1):
@@ -2507,13 +2534,13 @@ def read_score_file(path):
                 f"{' and no '.join(lacking)}: left out."
             )
             continue
-        seconds = to_number(entry.get("duration"))
-        clip = entry.get("audio_filepath") or f"row {number}"
+        seconds = to_seconds(entry.get("duration"))
+        clip = str(entry.get("audio_filepath") or f"row {number}")
         rows.append(
             {
                 "clip": clip,
                 "text": entry["text"],
-                "num_samples": int(seconds * SAMPLE_RATE) if seconds > 0 else None,
+                "num_samples": int(seconds * SAMPLE_RATE) or None,
                 **{key: str(entry.get(key) or "") for key in SCORE_KEYS},
             }
         )
@@ -2521,6 +2548,8 @@ def read_score_file(path):
         before.append(entry.get("baseline_text"))
     if not rows:
         raise UsageError(f"--score_file {path} has no row with both text and pred_text among {len(entries)}")
+    if not any(normalize_wer(row["text"]) for row in rows):
+        raise UsageError(f"--score_file {path} has no text with a word to score among {len(entries)}")
     unknown = sum(row["num_samples"] is None for row in rows)
     if unknown:
         notes.append(
