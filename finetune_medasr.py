@@ -88,7 +88,7 @@ def say(text=""):
 def warn(text):
     """A line on stderr, once, not once a process."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{PROGRAM}: warning: {redact(text)}", file=sys.stderr)
+        print(f"{PROGRAM}: warning: {' '.join(redact(text).split())}", file=sys.stderr)
 
 
 def one_line(error):
@@ -101,7 +101,8 @@ def plural(count, noun):
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_\w{4,}|(?<=[_-]token[= ])\S+")
+SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_\w{4,}|(?:(?<=[_-]token[= ])|(?<=[_-]token: ))\S+")
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could move a terminal's cursor
 
 
 def public(value):
@@ -114,10 +115,10 @@ def public(value):
 
 
 def redact(text):
-    """`text` without tokens: those of the environment, those that look like the Hub's, those of URLs and flags."""
+    """`text` without tokens (of the environment, URLs and flags, what looks like the Hub's), harmless to print."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         text = text.replace(os.environ.get(name) or "\0", "***")
-    return SECRET.sub("***", text)
+    return STEERING.sub("\ufffd", SECRET.sub("***", text))
 
 
 class Stopped(KeyboardInterrupt):
@@ -466,7 +467,7 @@ def make_training_arguments(common, rest, script):
         known = [item.name for kind in (ScriptArguments, TrainingArguments) for item in dataclasses.fields(kind)]
         near = difflib.get_close_matches(unknown[0].lstrip("-"), known, n=3)
         hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
-        raise UsageError(f"unknown flag or stray value {unknown[0]}; {hint}")
+        raise UsageError(f"unknown flag or stray value {unknown[0].partition('=')[0]}; {hint}")
     del values.help_all
     if (
         values.load_best_model_at_end
@@ -489,6 +490,9 @@ def make_training_arguments(common, rest, script):
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     script.push_to_hub, training.push_to_hub = training.push_to_hub, False  # at the end, and what is complete
+    if training.hub_token:
+        # Kept in the environment alone: the Trainer pickles its arguments into every checkpoint.
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     use_one_gpu(training)
     return training
 
@@ -596,13 +600,26 @@ def load_processor_and_model(args):
     check_model_access(args)
     folder = Path(args.model).expanduser()
     source = dict(
-        pretrained_model_name_or_path=str(folder) if folder.is_dir() else args.model, revision=args.model_revision
+        pretrained_model_name_or_path=str(folder) if folder.is_dir() else args.model,
+        revision=args.model_revision,
+        trust_remote_code=False,  # by default it asks on the terminal
     )
     try:
         processor = AutoProcessor.from_pretrained(**source)
         # safetensors alone: a pickle runs what it holds.
         model = AutoModelForCTC.from_pretrained(**source, dtype="float32", use_safetensors=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        if "trust_remote_code" in str(error):
+            raise RunError(f"model {args.model} needs code of its own, and no code of a model is run") from error
         raise RunError(
             f"model {args.model} cannot be loaded as a CTC model with its processor ({one_line(error)})"
         ) from error
@@ -613,10 +630,10 @@ def load_processor_and_model(args):
     return processor, model
 
 
-def hub_api(training):
+def hub_api():
     from huggingface_hub import HfApi
 
-    return HfApi(token=training.hub_token)
+    return HfApi()
 
 
 @contextlib.contextmanager
@@ -634,10 +651,8 @@ def explained_upload(training, advice="run 'hf auth login' with a token that may
 def push_to_hub(training, final):
     """Upload the complete folder of the final model, in one commit."""
     with explained_upload(training, f"the model is complete in {final}, 'hf upload' sends it") as name:
-        repo = hub_api(training).create_repo(name, private=training.hub_private_repo, exist_ok=True)
-        hub_api(training).upload_folder(
-            repo_id=repo.repo_id, folder_path=final, commit_message="Upload the final model"
-        )
+        repo = hub_api().create_repo(name, private=training.hub_private_repo, exist_ok=True)
+        hub_api().upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message="Upload the final model")
         say(f"uploaded to {repo}")
 
 
@@ -973,7 +988,11 @@ def decode_audio(data):
     import soundfile
 
     try:
-        with soundfile.SoundFile(io.BytesIO(data) if isinstance(data, bytes) else str(data)) as file:
+        # Opened here: soundfile refuses names that are not UTF-8.
+        with (
+            io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as stream,
+            soundfile.SoundFile(stream) as file,
+        ):
             if file.frames * file.channels * 4 > CLIP_BYTES_LIMIT:
                 raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
             samples, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
@@ -1422,9 +1441,13 @@ def skipped_row(row, reason):
 
 
 def csv_lines(rows):
-    """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it.
+
+    csv puts no quotes around a carriage return, at which a spreadsheet begins another row.
+    """
     buffer = io.StringIO()
-    safe = [{name: re.sub(r"^(?=[=+\-@\t\r])", "'", str(cell)) for name, cell in row.items()} for row in rows]
+    formula = re.compile(r"^(?=[=+\-@\t\r\n＝＋－＠])")
+    safe = [{name: formula.sub("'", str(cell)).replace("\r", " ") for name, cell in row.items()} for row in rows]
     csv.DictWriter(buffer, SKIPPED_COLUMNS, lineterminator="\n").writerows(safe)
     return buffer.getvalue()
 
@@ -2133,7 +2156,7 @@ def points(delta):
 
 def markdown_text(text):
     """Text of a corpus or a user as Markdown that shows it as it is: no markup, HTML or link in it comes alive."""
-    return re.sub(r"([\\`*_\[\]|!~])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+    return re.sub(r"([\\`*_\[\]|!~$])", r"\\\1", html.escape(" ".join(redact(str(text)).split()), quote=False))
 
 
 def markdown_table(header, rows):
@@ -2178,7 +2201,7 @@ def group_summary(kind, after):
     worst = max(large, key=large.get)
     mean = percent(np.mean(list(large.values())))
     average = f"Macro average over {len(large)} groups that are large enough: {mean}"
-    return f"{average}; the worst is {worst}, {percent(large[worst])}."
+    return f"{average}; the worst is {markdown_text(worst)}, {percent(large[worst])}."
 
 
 def error_sections(baseline, finetuned):
@@ -2211,8 +2234,11 @@ def error_sections(baseline, finetuned):
         cells = [
             [
                 f"+{worse[index]}",
-                last.rows[index]["accent"],
-                *(tidy(text)[:200] for text in (last.rows[index]["text"], baseline.texts[index], last.texts[index])),
+                markdown_text(last.rows[index]["accent"]),
+                *(
+                    markdown_text(tidy(text)[:200])
+                    for text in (last.rows[index]["text"], baseline.texts[index], last.texts[index])
+                ),
             ]
             for index in chosen
         ]
@@ -2252,7 +2278,7 @@ def report_lines(title, baseline, finetuned, delta, notes, pictures):
     last = (finetuned or baseline).scores
     before, after = baseline and baseline.scores, finetuned and finetuned.scores
     lines = [
-        f"# {title}",
+        f"# {markdown_text(title)}",
         "",
         f"{plural(last['clips'], 'clip')}, {plural(last['speakers'], 'speaker')}, {plural(last['words'], 'word')}. "
         "All rates are corpus-level.",
@@ -2463,11 +2489,10 @@ def write_model_card(final, results, args, metrics):
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     card = f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
-# {model} adapted to African-accented English
+# {markdown_text(model)} adapted to African-accented English
 
-Fine-tuned on {dataset}, {plural(train["clips"], "clip")} and {train["hours"]:.1f} hours, by `{PROGRAM}`. The scores
-below are
-of its test split, whose speakers are not in training.
+Fine-tuned on {markdown_text(dataset)}, {plural(train["clips"], "clip")} and {train["hours"]:.1f} hours,
+by `{PROGRAM}`. The scores below are of its test split, whose speakers are not in training.
 
 ```python
 import librosa
@@ -2817,6 +2842,10 @@ class CTCTraining:
     def _load_optimizer_and_scheduler(self, checkpoint):
         with explained_checkpoint(f"{checkpoint} cannot be loaded", "choose another, or --overwrite_output_dir"):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with explained_checkpoint(f"{checkpoint} cannot be loaded", "choose another, or --overwrite_output_dir"):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model, trial):
         """A checkpoint that is complete once its MANIFEST is there, and never one of a model that is not finite."""
@@ -3196,7 +3225,7 @@ def score_file(args, training):
     """The whole report for the texts in --score_file, made by any system; returns the exit status."""
     rows, texts, baseline_texts, notes, left_out = read_score_file(args.score_file)
     for note in notes:
-        print(f"{PROGRAM}: warning: {note}", file=sys.stderr)
+        warn(note)
     scored = score_texts(rows, texts, None)
     before = baseline_texts and score_texts(rows, baseline_texts, None)
     if not any(row["speaker"] for row in rows):
@@ -3365,7 +3394,7 @@ def run(args, training):
         check_model_access(args)
     if trains and args.push_to_hub and training.process_index == 0:
         with explained_upload(training) as name:
-            hub_api(training).create_repo(name, private=training.hub_private_repo, exist_ok=True)
+            hub_api().create_repo(name, private=training.hub_private_repo, exist_ok=True)
     corpus = open_corpus(args)
     accents = chosen_accents(corpus, args.accents)
     if args.dry_run:
@@ -3528,4 +3557,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show every name and text
     sys.exit(main())
