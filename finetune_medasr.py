@@ -982,6 +982,15 @@ def chosen_accents(corpus, accents):
     return {slugify(accent) for accent in accents} if accents else None
 
 
+class AudioBytes(io.BytesIO):
+    """Encoded audio. A corrupt header may seek to before its beginning, of which soundfile would print a traceback."""
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        with contextlib.suppress(ValueError):
+            super().seek(offset, whence)
+        return self.tell()
+
+
 def decode_audio(data):
     """Encoded audio (bytes or a path) -> 16 kHz mono float32 samples, shape (samples,); raises ValueError."""
     import librosa
@@ -990,7 +999,7 @@ def decode_audio(data):
     try:
         # Opened here: soundfile refuses names that are not UTF-8.
         with (
-            io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as stream,
+            AudioBytes(data) if isinstance(data, bytes) else open(data, "rb") as stream,
             soundfile.SoundFile(stream) as file,
         ):
             if file.frames * file.channels * 4 > CLIP_BYTES_LIMIT:
