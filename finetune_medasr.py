@@ -88,7 +88,7 @@ def say(text=""):
 def warn(text):
     """A line on stderr, once, not once a process."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{PROGRAM}: warning: {redact(text)}", file=sys.stderr)
+        print(f"{PROGRAM}: warning: {' '.join(redact(text).split())}", file=sys.stderr)
 
 
 def one_line(error):
@@ -109,7 +109,8 @@ def plural(count, noun):
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_\w{4,}|(?<=[_-]token[= ])\S+")
+SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_\w{4,}|(?:(?<=[_-]token[= ])|(?<=[_-]token: ))\S+")
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could move a terminal's cursor
 
 
 def public(value):
@@ -122,10 +123,10 @@ def public(value):
 
 
 def redact(text):
-    """`text` without tokens: those of the environment, those that look like the Hub's, those of URLs and flags."""
+    """`text` without tokens (of the environment, URLs and flags, what looks like the Hub's), harmless to print."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         text = text.replace(os.environ.get(name) or "\0", "***")
-    return SECRET.sub("***", text)
+    return STEERING.sub("\ufffd", SECRET.sub("***", text))
 
 
 class Stopped(KeyboardInterrupt):
@@ -515,7 +516,9 @@ def make_training_arguments(common, rest, script):
     parser.set_defaults(**TRAINING_DEFAULTS, **common)
     values, unknown = parser.parse_known_args(rest)
     if unknown:
-        raise UsageError(unknown_flag(unknown[0], [item.name for item in dataclasses.fields(TrainingArguments)]))
+        raise UsageError(
+            unknown_flag(unknown[0].partition("=")[0], [item.name for item in dataclasses.fields(TrainingArguments)])
+        )
     del values.help_all
     for name in ("fsdp", "deepspeed"):
         if getattr(values, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
@@ -535,6 +538,9 @@ def make_training_arguments(common, rest, script):
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     script.push_to_hub, training.push_to_hub = training.push_to_hub, False  # at the end, and what is complete
+    if training.hub_token:
+        # Kept in the environment alone: the Trainer pickles its arguments into every checkpoint.
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     use_one_gpu(training)
     return training
 
@@ -575,6 +581,7 @@ def quiet_libraries():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    warnings.filterwarnings("ignore", message="Glyph|Tight layout")  # matplotlib's, of names in the pictures
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -656,16 +663,30 @@ def load_processor_and_model(args):
     from transformers import AutoModelForCTC, AutoProcessor
 
     check_model_access(args)
-    folder, revision = Path(args.model).expanduser(), args.model_revision
-    source = str(folder) if folder.is_dir() else args.model
+    folder = Path(args.model).expanduser()
+    source = dict(
+        pretrained_model_name_or_path=str(folder) if folder.is_dir() else args.model,
+        revision=args.model_revision,
+        trust_remote_code=False,  # by default it asks on the terminal
+    )
     try:
-        processor = AutoProcessor.from_pretrained(source, revision=revision)
+        processor = AutoProcessor.from_pretrained(**source)
         # safetensors alone: a pickle runs what it holds.
         model, loading = AutoModelForCTC.from_pretrained(
-            source, revision=revision, dtype="float32", use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            **source, dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        if "trust_remote_code" in str(error):
+            raise RunError(f"model {args.model} needs code of its own, and no code of a model is run") from error
         problem = f"cannot be loaded as a CTC model with its processor ({one_line(error)})"
         raise RunError(f"model {args.model} {problem}") from error
     if problem := model_problem(processor, model, loading):
@@ -701,10 +722,10 @@ def model_problem(processor, model, loading):
     return ""
 
 
-def hub_api(training):
+def hub_api():
     from huggingface_hub import HfApi
 
-    return HfApi(token=training.hub_token)
+    return HfApi()
 
 
 @contextlib.contextmanager
@@ -722,9 +743,9 @@ def explained_upload(training, advice="run 'hf auth login' with a token that may
 def push_to_hub(training, final):
     """Upload the complete folder of the final model, in one commit."""
     with explained_upload(training, f"the model is complete in {final}, 'hf upload' sends it") as name:
-        repo = hub_api(training).create_repo(name, private=training.hub_private_repo, exist_ok=True)
+        repo = hub_api().create_repo(name, private=training.hub_private_repo, exist_ok=True)
         message = "Upload the final model"
-        hub_api(training).upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message=message)
+        hub_api().upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message=message)
         say(f"uploaded to {repo}")
 
 
@@ -956,7 +977,7 @@ def read_transcripts(path, columns=(("transcript",), ("audio_paths", "audio_path
     names = next(csv.reader([header], delimiter=delimiter), [])
     for needed in columns:
         if not set(needed) & set(names):
-            found = ", ".join(names)[:200] or "none"
+            found = " ".join(", ".join(names)[:200].split()) or "none"
             raise RunError(f"{path} has no column {' or '.join(needed)}; its columns are {found}")
     csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows, which is found below
     broken = []
@@ -1072,13 +1093,26 @@ def chosen_accents(corpus, accents):
     return {slugify(accent) for accent in accents} if accents else None
 
 
+class AudioBytes(io.BytesIO):
+    """Encoded audio. A corrupt header may seek to before its beginning, of which soundfile would print a traceback."""
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        with contextlib.suppress(ValueError):
+            super().seek(offset, whence)
+        return self.tell()
+
+
 def decode_audio(data):
     """Encoded audio (bytes or a path) -> 16 kHz mono float32 samples, shape (samples,); raises ValueError."""
     import librosa
     import soundfile
 
     try:
-        with soundfile.SoundFile(io.BytesIO(data) if isinstance(data, bytes) else str(data)) as file:
+        # Opened here: soundfile refuses names that are not UTF-8.
+        with (
+            AudioBytes(data) if isinstance(data, bytes) else open(data, "rb") as stream,
+            soundfile.SoundFile(stream) as file,
+        ):
             if file.frames * file.channels * 4 > CLIP_BYTES_LIMIT:
                 raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
             samples, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
@@ -1149,6 +1183,23 @@ def make_clip(key, split, accent, row, audio=None, problem=""):
     }
 
 
+class Header(tarfile.TarInfo):
+    """One that cannot be read is damage: tarfile would take it for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buffer, encoding, errors):
+        if buffer and not buffer.strip(b"\0"):
+            raise tarfile.EOFHeaderError("zeros")  # fewer than a block at the very end too
+        try:
+            return super().frombuf(buffer, encoding, errors)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
+# Zeros end a tar: what was appended to it comes behind them. Names that are not UTF-8 could not be written anywhere.
+TAR_OPTIONS = {"tarinfo": Header, "ignore_zeros": True, "encoding": "utf-8", "errors": "replace"}
+
+
 def archive_members(stream):
     """Yield (name, bytes, problem) for each member of a tar.gz or tar read as a stream; raises DAMAGE if it is corrupt.
 
@@ -1158,21 +1209,20 @@ def archive_members(stream):
     if head.startswith(b"version https://git-lfs"):
         raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
     plain = gzip.open(stream) if head.startswith(b"\x1f\x8b") else stream
-    with plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+    with plain, tarfile.open(fileobj=plain, mode="r|", **TAR_OPTIONS) as tar:
         for member in tar:
             problem = ""
+            if member.isdir():
+                continue
             if member.name.startswith("/") or ".." in member.name.split("/"):
                 problem = "refused: its path climbs out of the archive"
-            elif member.isdir():
-                continue
             elif not member.isreg():
                 problem = "refused: it is a link or a device, not a file"
             elif member.size > CLIP_BYTES_LIMIT:
                 problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB"
             yield member.name, b"" if problem else tar.extractfile(member).read(), problem
-        while rest := plain.read(1 << 20):  # to the end, where a cut or corrupt file shows
-            if rest.strip(b"\0"):
-                raise tarfile.ReadError("a header in it is corrupt")  # tarfile takes one for the end
+            if member.size > 100 * CLIP_BYTES_LIMIT:
+                raise tarfile.ReadError("a member claims a size that would take for ever to skip")
 
 
 # tarfile raises ValueError and its kin for numbers in headers that are none.
@@ -1503,9 +1553,13 @@ def skipped_row(row, reason):
 
 
 def csv_lines(rows):
-    """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it.
+
+    csv puts no quotes around a carriage return, at which a spreadsheet begins another row.
+    """
     buffer = io.StringIO()
-    safe = [{name: re.sub(r"^(?=[=+\-@\t\r])", "'", str(cell)) for name, cell in row.items()} for row in rows]
+    formula = re.compile(r"^(?=[=+\-@\t\r\n＝＋－＠])")
+    safe = [{name: formula.sub("'", str(cell)).replace("\r", " ") for name, cell in row.items()} for row in rows]
     csv.DictWriter(buffer, SKIPPED_COLUMNS, lineterminator="\n").writerows(safe)
     return buffer.getvalue()
 
@@ -2189,7 +2243,7 @@ def points(delta):
 
 def markdown_text(text):
     """Text of a corpus or a user as Markdown that shows it as it is: no markup, HTML or link in it comes alive."""
-    return re.sub(r"([\\`*_\[\]|!~])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+    return re.sub(r"([\\`*_\[\]|!~$])", r"\\\1", html.escape(" ".join(redact(str(text)).split()), quote=False))
 
 
 def markdown_table(header, rows):
@@ -2227,7 +2281,7 @@ def group_summary(kind, after):
     worst = max(large, key=large.get)
     mean = percent(np.mean(list(large.values())))
     average = f"Macro average over {len(large)} groups that are large enough: {mean}"
-    return f"{average}; the worst is {worst}, {percent(large[worst])}."
+    return f"{average}; the worst is {markdown_text(worst)}, {percent(large[worst])}."
 
 
 def error_sections(baseline, finetuned):
@@ -2249,7 +2303,8 @@ def error_sections(baseline, finetuned):
         cells = []
         for index in np.argsort(-worse, kind="stable")[:10]:
             texts = [tidy(text)[:200] for text in (last.rows[index]["text"], baseline.texts[index], last.texts[index])]
-            cells += [[f"+{worse[index]}", last.rows[index]["accent"], *texts]] if worse[index] > 0 else []
+            if worse[index] > 0:
+                cells.append([f"+{worse[index]}", *map(markdown_text, (last.rows[index]["accent"], *texts))])
         if cells:
             lines.append("Clips that got worse most:\n")
             lines += markdown_table(["errors", "accent", "reference", "before", "now"], cells)
@@ -2280,7 +2335,7 @@ def report_lines(title, baseline, finetuned, delta, notes, pictures):
     last = (finetuned or baseline).scores
     before, after = baseline and baseline.scores, finetuned and finetuned.scores
     sizes = ", ".join(plural(last[f"{noun}s"], noun) for noun in ("clip", "speaker", "word"))
-    lines = [f"# {title}\n", f"{sizes}. All rates are corpus-level.\n", *summary_table(before, after)]
+    lines = [f"# {markdown_text(title)}\n", f"{sizes}. All rates are corpus-level.\n", *summary_table(before, after)]
     if delta:
         shares = ("probability_of_improvement", "clips_better", "clips_equal", "clips_worse")
         improvement, better, equal, worse = (percent(delta[share]) for share in shares)
@@ -2351,7 +2406,8 @@ def draw_groups(path, title, kind, systems):
             rates = 100 * np.array([group["wer"] for group in chosen])
             errors = np.abs(100 * np.array([group["wer_ci95"] for group in chosen]).T - rates)
             axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=system)
-        axes.set_yticks(range(len(order)), [f"{group} *" if groups[group]["small"] else group for group in order])
+        labels = [f"{group[:40]} *" if groups[group]["small"] else group[:40] for group in order]
+        axes.set_yticks(range(len(order)), labels, parse_math=False)
         axes.grid(axis="x", alpha=0.3)
         axes.legend()
 
@@ -2457,10 +2513,10 @@ def write_model_card(final, results, args, metrics):
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     card = f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
-# {model} adapted to African-accented English
+# {markdown_text(model)} adapted to African-accented English
 
-Fine-tuned on {dataset}, {plural(train["clips"], "clip")} and {train["hours"]:.1f} hours, by `{PROGRAM}`. The scores
-below are of its test split, whose speakers are not in training.
+Fine-tuned on {markdown_text(dataset)}, {plural(train["clips"], "clip")} and {train["hours"]:.1f} hours,
+by `{PROGRAM}`. The scores below are of its test split, whose speakers are not in training.
 
 ```python
 import librosa
@@ -2781,6 +2837,10 @@ class CTCTraining:
     def _load_optimizer_and_scheduler(self, checkpoint):
         with explained_checkpoint(f"{checkpoint} cannot be loaded", "choose another, or --overwrite_output_dir"):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with explained_checkpoint(f"{checkpoint} cannot be loaded", "choose another, or --overwrite_output_dir"):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model, trial):
         """A checkpoint that is complete once its MANIFEST is there, and never one of a model that is not finite."""
@@ -3183,7 +3243,7 @@ def score_file(args, training):
     """The whole report for the texts in --score_file, made by any system; returns the exit status."""
     rows, texts, baseline_texts, notes, left_out = read_score_file(args.score_file)
     for note in notes:
-        print(f"{PROGRAM}: warning: {note}", file=sys.stderr)
+        warn(note)
     scored = score_texts(rows, texts, None)
     before = baseline_texts and score_texts(rows, baseline_texts, None)
     if not any(row["speaker"] for row in rows):
@@ -3363,7 +3423,7 @@ def run(args, training):
         check_model_access(args)
     if trains and args.push_to_hub and training.process_index == 0:
         with explained_upload(training) as name:
-            hub_api(training).create_repo(name, private=training.hub_private_repo, exist_ok=True)
+            hub_api().create_repo(name, private=training.hub_private_repo, exist_ok=True)
     # Before the audio: what cannot be used should not be found out after hours of preparation.
     processor, model = load_model_to_use(args, trains) if trains or args.eval_only else (None, None)
     corpus = open_corpus(args)
@@ -3527,4 +3587,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show every name and text
     sys.exit(main())

@@ -611,16 +611,6 @@ def test_a_duration_without_a_word_is_left_out_of_the_picture_alone(tmp_path, ru
     assert (tmp_path / "results/wer_by_duration.png").is_file()
 
 
-@pytest.mark.parametrize("flag", ["--hub_token=hf_secret", "--hub_token hf_secret", "--hub-token hf_secret"])
-def test_a_token_on_the_command_line_is_not_written_down(tmp_path, run, flag):
-    (tmp_path / "texts.jsonl").write_text('{"text": "No fever.", "pred_text": "no fever"}\n')
-    status, out, _ = run("--score_file", tmp_path / "texts.jsonl", "--output_dir", tmp_path / "out", *flag.split())
-    assert status == 0 and "hf_secret" not in out
-    written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert written and not any(b"hf_secret" in content for content in written)
-    assert "--hub" in load_json(tmp_path / "out/results/metrics.json")["config"]["command"]
-
-
 # ---------------------------------------------------------------- the command line
 
 
