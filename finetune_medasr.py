@@ -2574,7 +2574,7 @@ def read_score_file(path):
         if lacking:
             notes.append(f"Row {number} ({clip or 'no audio_filepath'}) has no {' and no '.join(lacking)}: left out.")
             continue
-        length = int(seconds * SAMPLE_RATE) if seconds else None
+        length = int(seconds * SAMPLE_RATE) or None
         row = {"clip": clip or f"row {number}", "text": entry["text"], "num_samples": length}
         rows.append(row | {name: str(entry.get(name) or "") for name in CLIP_COLUMNS})
         texts.append(entry["pred_text"])

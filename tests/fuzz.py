@@ -335,7 +335,7 @@ JSON = st.recursive(
     lambda value: st.lists(value, max_size=3) | st.dictionaries(st.text(max_size=5), value, max_size=2),
     max_leaves=4,
 )
-KEYS = ("audio_filepath", "duration", "text", "pred_text", "baseline_text", *script.SCORE_KEYS)
+KEYS = ("audio_filepath", "duration", "text", "pred_text", "baseline_text", *script.CLIP_COLUMNS)
 ENTRIES = st.lists(
     st.fixed_dictionaries(
         {"text": ANY_TEXT, "pred_text": ANY_TEXT},
