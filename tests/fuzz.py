@@ -133,6 +133,14 @@ def seeking_back():
     return whole.replace(b"SSND", b"SS\0D") + whole
 
 
+def huge_samples(value):
+    """Samples that overflow when they are resampled, or are refused by librosa itself."""
+    buffer = io.BytesIO()
+    samples = np.tile([value, -value, value], 100).astype(np.float32)
+    soundfile.write(buffer, samples, 8000, format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
+
+
 AUDIO = st.one_of(sounds(), st.builds(bytes.__add__, st.sampled_from(MAGIC), ANY_BYTES))
 
 
@@ -417,7 +425,7 @@ TARGETS = {  # name: (inputs, the check of one, inputs that once broke it)
         ],
     ),
     "csv": (CSV, check_csv, [(b'","","","","","","","",""\r\n', None)]),
-    "audio": (AUDIO, check_audio, [seeking_back()]),
+    "audio": (AUDIO, check_audio, [seeking_back(), huge_samples(3e38), huge_samples(np.nan)]),
     "scores": (
         SCORES,
         check_scores,

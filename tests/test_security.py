@@ -255,7 +255,8 @@ def test_texts_of_others_stay_texts_in_the_report(tmp_path, capfd):
     """No link, image, HTML, formula or heading of a transcript or name comes alive, and no control of a terminal."""
     people = [f"speaker {number}" for number in range(5)]
     rows = [
-        {"text": "word " * 120 + EVIL, "pred_text": "no", "baseline_text": EVIL, "accent": accent, "domain": EVIL,
+        {"text": "word " * 120 + EVIL, "pred_text": "no" if accent == EVIL else "word " * 120,
+         "baseline_text": EVIL, "accent": accent, "domain": EVIL,
          "country": EVIL, "gender": EVIL, "age_group": EVIL, "speaker": person, "audio_filepath": "=cmd()\x1b[31m"}
         for accent in (EVIL, "zulu", r"$\frac$ \x1b[31m") for person in people
     ]  # fmt: skip
@@ -266,7 +267,7 @@ def test_texts_of_others_stay_texts_in_the_report(tmp_path, capfd):
     assert main(["--score_file", str(file), "--output_dir", str(tmp_path / "out")]) == 0
     report = (tmp_path / "out/results/report.md").read_text()
     assert_harmless(report)
-    assert "the worst is" in report, "two groups are large enough to rank"
+    assert "the worst is \\[click\\]" in report
     assert "\x1b" not in report and "\x1b" not in "".join(capfd.readouterr())
     assert (tmp_path / "out/results/wer_by_accent.png").is_file()
 
