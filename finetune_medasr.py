@@ -193,6 +193,19 @@ class StopSignals:
 STOP_SIGNALS = StopSignals()
 
 
+SPENT = Counter()  # seconds of this start of the program, by what they were spent on
+
+
+@contextlib.contextmanager
+def spending(what):
+    """Add the time of a block to SPENT."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        SPENT[what] += time.monotonic() - start
+
+
 @functools.cache
 def mixed(*kinds):
     """A class of `kinds`, mixins first, named as the last: how classes here extend bases that are slow to import."""
@@ -263,8 +276,12 @@ class CommonTrainingArguments:
         "./medasr-afrispeech-200", "where checkpoints, results, TensorBoard logs and the final model go"
     )
     learning_rate: float = flag(3e-5, "peak learning rate of AdamW")
-    per_device_train_batch_size: int = flag(8, "clips a step and device")
-    per_device_eval_batch_size: int = flag(8, "clips or windows a device when scoring")
+    per_device_train_batch_size: str = flag(
+        "auto", "clips a step and device; auto: 8 x --gradient_accumulation_steps an update, in steps that fit the GPU"
+    )
+    per_device_eval_batch_size: str = flag(
+        "auto", "clips or windows a device when scoring; auto: as many seconds of audio as fit"
+    )
     gradient_accumulation_steps: int = flag(4, "steps whose gradients make one update")
     num_train_epochs: float = flag(10.0, "passes over the training clips")
     max_steps: int = flag(-1, "updates in all; overrides the epochs if positive")
@@ -398,6 +415,8 @@ def parse_arguments(argv):
     return script, make_training_arguments(vars(common), rest, script)
 
 
+AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
+BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
 BOUNDS = {
     "above 0": """max_train_seconds window_seconds max_train_samples max_eval_samples max_test_samples num_proc
         learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
@@ -461,6 +480,11 @@ def refusals(script, common, given):
 
     `given` holds the names of the other flags on the command line.
     """
+    for name in BATCH_SIZES:
+        if re.fullmatch(r"-?\d+", text := getattr(common, name)):
+            setattr(common, name, int(text))
+        elif text != "auto":
+            yield f"--{name} is {text}; it must be a number of clips, or auto"
     settings = {**vars(script), **vars(common)}
     known = [item.name for item in dataclasses.fields(ScriptArguments)] + (training_flags() if given else [])
     for name in sorted(given):
@@ -468,7 +492,7 @@ def refusals(script, common, given):
             yield unknown_flag(f"--{name}", known)
     for bound, name in [(bound, name) for bound, names in BOUNDS.items() for name in names.split()]:
         value = settings[name]
-        if value is not None and not (0 <= value < float("inf") and (value or bound == "0 or more")):
+        if value not in (None, "auto") and not (0 <= value < float("inf") and (value or bound == "0 or more")):
             yield f"--{name} is {value:g}; it must be {bound}, and finite"
     if common.seed >= 2**32:
         yield f"--seed is {common.seed}; it must be below 2**32"
@@ -513,6 +537,8 @@ def make_training_arguments(common, rest, script):
     script.num_proc = script.num_proc or cores
     if common["dataloader_num_workers"] is None:
         common["dataloader_num_workers"] = min(8, cores - 1)
+    automatic = {name for name in BATCH_SIZES if common[name] == "auto"}
+    common |= dict.fromkeys(automatic, AUTO_BATCH_SIZE)
     parser = make_parser(TrainingArguments)
     parser.set_defaults(**TRAINING_DEFAULTS, **common)
     values, unknown = parser.parse_known_args(rest)
@@ -542,6 +568,7 @@ def make_training_arguments(common, rest, script):
     if training.hub_token:
         # Kept in the environment alone: the Trainer pickles its arguments into every checkpoint.
         os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
+    training.auto_train_batch, training.auto_eval_batch = (name in automatic for name in BATCH_SIZES)
     use_one_gpu(training)
     return training
 
@@ -712,12 +739,12 @@ def model_problem(processor, model, loading):
     if rate != SAMPLE_RATE:
         return f"takes audio of {rate:,} Hz, not {SAMPLE_RATE:,} Hz"
     encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")
-    if not decode_ids(processor, encoder("patient PATIENT")):
+    if not decode_ids(processor, encoder(["patient PATIENT"])[0]):
         return "has a tokenizer without letters, or for another vocabulary than its head's"
     try:
         batch = CTCCollator(processor.feature_extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
         with torch.inference_mode():
-            model.eval()(**batch)
+            model.eval()(**model_inputs(batch, processor.feature_extractor, "cpu"))
     except (RuntimeError, ValueError, TypeError) as error:
         return f"does not fit its processor ({one_line(error)})"
     return ""
@@ -1103,30 +1130,51 @@ class AudioBytes(io.BytesIO):
         return self.tell()
 
 
-def decode_audio(data):
-    """Encoded audio (bytes or a path) -> 16 kHz mono float32 samples, shape (samples,); raises ValueError."""
+RESAMPLING_MARGIN = 1_600  # samples at 16 kHz read on each side of a window, more than the resampler's filter is long
+
+
+def decode_audio(source, start=0, stop=None):
+    """Encoded audio (bytes or a path) -> 16 kHz mono float32 samples `start` to `stop` of it; raises ValueError.
+
+    Only what is asked for is decoded: a window of an hour costs what a window of a minute does.
+    """
     import librosa
     import soundfile
 
     try:
         # Opened here: soundfile refuses names that are not UTF-8.
         with (
-            AudioBytes(data) if isinstance(data, bytes) else open(data, "rb") as stream,
+            AudioBytes(source) if isinstance(source, bytes) else open(source, "rb") as stream,
             soundfile.SoundFile(stream) as file,
         ):
-            if file.frames * file.channels * 4 > CLIP_BYTES_LIMIT:
+            rate = file.samplerate
+            margin = 0 if rate == SAMPLE_RATE else RESAMPLING_MARGIN
+            first, last = max(0, start - margin), None if stop is None else stop + margin
+            first_frame = round(first * rate / SAMPLE_RATE)
+            count = file.frames - first_frame if last is None else round(last * rate / SAMPLE_RATE) - first_frame
+            if count * max(file.channels, SAMPLE_RATE / rate) * 4 > CLIP_BYTES_LIMIT:
                 raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
-            samples, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
+            file.seek(min(first_frame, file.frames))
+            samples = file.read(count, dtype="float32", always_2d=True).mean(axis=1)
     except (soundfile.SoundFileError, OSError) as error:
         # libsndfile's own words: the exception's text holds a memory address, by which no prepared file may differ.
         raise ValueError(getattr(error, "error_string", None) or one_line(error)) from error
     if not np.abs(samples).max(initial=0) < LOUDEST:
         raise ValueError("it holds samples that are not numbers, or absurdly large")
-    if len(samples) / rate * SAMPLE_RATE * 4 > CLIP_BYTES_LIMIT:
-        raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB at {SAMPLE_RATE} Hz")
     if rate != SAMPLE_RATE and len(samples):
         samples = librosa.resample(samples, orig_sr=rate, target_sr=SAMPLE_RATE)  # soxr HQ
-    return samples
+    return samples[start - first :][: None if stop is None else stop - start]
+
+
+def audio_length(path):
+    """Samples that an audio file has at 16 kHz, from its header; raises ValueError."""
+    import soundfile
+
+    try:
+        with open(path, "rb") as stream, soundfile.SoundFile(stream) as file:
+            return int(np.ceil(file.frames * SAMPLE_RATE / file.samplerate))
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ValueError(getattr(error, "error_string", None) or one_line(error)) from error
 
 
 def encode_flac(samples):
@@ -1447,8 +1495,7 @@ def streamed_clips(shares, corpus, args, check, seed, turn, skipped_file):
     archives = sorted(itertools.chain.from_iterable(shares))
     for index in np.random.default_rng((seed, turn)).permutation(len(archives)):
         for clip in streamed_archive(corpus, *archives[index]):
-            reason = clip["problem"] or check(clip)
-            if reason:
+            if reason := check([clip])[0]:
                 append_skipped(skipped_file, clip, reason)
             elif wanted(clip, args):
                 yield clip
@@ -1517,16 +1564,16 @@ def wanted(row, args):
 def select_clips(clips, missing, args, check, max_samples, seed):
     """The `Selection` of a split: what the user asked for, without what cannot be used.
 
-    `check(row)` gives the reason against a clip, or "". The result is ordered by falling length, so that the
+    `check(rows)` gives the reason against each clip, or "". The result is ordered by falling length, so that the
     longest batch comes first when scoring.
     """
-    rows = clips.select_columns([name for name in clips.column_names if name != "audio"]).to_list()
+    rows = clips.select_columns([name for name in clips.column_names if name != "audio"]).to_list() + missing
+    # A damaged archive or a file without a transcript has no domain to ask for.
+    asked_for = [index for index, row in enumerate(rows) if wanted(row, args) or not row["domain"]]
     kept, skipped, seen = [], [], set()
-    for index, row in enumerate(itertools.chain(rows, missing)):
-        # A damaged archive or a file without a transcript has no domain to ask for.
-        if not wanted(row, args) and row["domain"]:
-            continue
-        reason = row["problem"] or check(row) or ("a second copy" if row["clip"] in seen else "")
+    for index, reason in zip(asked_for, check([rows[index] for index in asked_for])):
+        row = rows[index]
+        reason = reason or ("a second copy" if row["clip"] in seen else "")
         if reason:
             skipped.append(skipped_row(row, reason))
         else:
@@ -1672,10 +1719,11 @@ class LabelEncoder:
                 self.dropped[character] += text.count(character)
         return " ".join(text.translate(self.table).split())
 
-    def __call__(self, text):
-        """Label ids, a list of int, of a transcript."""
-        ids = self.tokenizer(self.fold(text), add_special_tokens=False).input_ids
-        return [token for token in ids if token != self.tokenizer.unk_token_id and token < self.vocab_size]
+    def __call__(self, texts):
+        """Label ids, a list of int, of each transcript."""
+        all_ids = self.tokenizer([self.fold(text) for text in texts], add_special_tokens=False).input_ids
+        unknown = self.tokenizer.unk_token_id
+        return [[token for token in ids if token != unknown and token < self.vocab_size] for ids in all_ids]
 
 
 def normalize_wer(text):
@@ -1750,7 +1798,7 @@ def shortest_clip(model, extractor):
 
 
 class ClipCheck:
-    """Says why a clip cannot be used, "" if it can: check(row).
+    """Says why clips cannot be used, "" for one that can: check(rows).
 
     Dev and test clips are never left out for their length: short ones are padded, long ones scored in windows. It holds
     no model, because streaming hands it to worker processes.
@@ -1764,17 +1812,25 @@ class ClipCheck:
         longest = input_length(extractor, round(min(max_train_seconds * SAMPLE_RATE, CLIP_BYTES_LIMIT / 4)))
         self.logits = logit_lengths(model, torch.arange(max(0, longest) + 1)).tolist()
 
-    def __call__(self, row):
-        if not tidy(row["text"]):
-            return "empty text"
-        if row["split"] != "train":
-            return ""
+    def __call__(self, rows):
+        reasons = [self.without_labels(row) for row in rows]
+        train = [index for index, row in enumerate(rows) if row["split"] == "train" and not reasons[index]]
+        # All at once: a call of the tokenizer for each of 58,000 texts takes several times as long.
+        for index, labels in zip(train, self.encoder([rows[index]["text"] for index in train]) if train else ()):
+            reasons[index] = self.with_labels(rows[index], labels)
+        return reasons
+
+    def without_labels(self, row):
         seconds = row["num_samples"] / SAMPLE_RATE
-        if row["num_samples"] < self.shortest:
+        if row["problem"] or not tidy(row["text"]):
+            return row["problem"] or "empty text"
+        if row["split"] == "train" and row["num_samples"] < self.shortest:
             return f"too short: {seconds:.2f} s, the model needs {self.shortest / SAMPLE_RATE:.3f} s"
-        if seconds > self.max_train_seconds:
+        if row["split"] == "train" and seconds > self.max_train_seconds:
             return f"over --max_train_seconds: {seconds:.1f} s"
-        labels = self.encoder(row["text"])
+        return ""
+
+    def with_labels(self, row, labels):
         # CTC puts a blank between two equal labels.
         needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
         logits = self.logits[input_length(self.extractor, row["num_samples"])]
@@ -1789,33 +1845,106 @@ FREQUENCY_MASKS, FREQUENCY_MASK_BINS = 2, 20
 TIME_MASK_EVERY_FRAMES, TIME_MASK_FRAMES = 250, 30
 
 
-def spec_augment(features, lengths, seeds):
-    """Mask log-mels of shape (clips, frames, bins) in place, with the value of silence, inside each clip's length.
+def draw_masks(frames, bins, seed):
+    """The [start, stop) of SpecAugment's masks of a clip: (those of its frames, those of its mel bins).
 
-    A clip's seed alone decides its masks, whichever process makes the batch: a resumed run draws the same ones.
+    The seed alone decides them, whichever process makes the batch: a resumed run draws the same ones.
     """
 
     def mask_span(longest, size):
         width = generator.integers(min(longest, size) + 1)
         start = generator.integers(size - width + 1)
-        return slice(start, start + width)
+        return start, start + width
 
-    for clip, length, seed in zip(features, lengths.tolist(), seeds):
-        generator = np.random.default_rng(seed)
-        for _ in range(FREQUENCY_MASKS):
-            clip[:length, mask_span(FREQUENCY_MASK_BINS, clip.shape[1])] = SILENCE
-        for _ in range(-(-length // TIME_MASK_EVERY_FRAMES)):
-            clip[mask_span(min(TIME_MASK_FRAMES, length // 5), length)] = SILENCE
-    return features
+    generator = np.random.default_rng(seed)
+    bands = [mask_span(FREQUENCY_MASK_BINS, bins) for _ in range(FREQUENCY_MASKS)]
+    stretches = -(-frames // TIME_MASK_EVERY_FRAMES)
+    return [mask_span(min(TIME_MASK_FRAMES, frames // 5), frames) for _ in range(stretches)], bands
+
+
+def inside(spans, size):
+    """Which of `size` positions lie in one of a clip's `spans` (clips, spans, 2), a bool tensor (clips, size)."""
+    import torch
+
+    position = torch.arange(size, device=spans.device)
+    return ((spans[..., :1] <= position) & (position < spans[..., 1:])).any(1)
+
+
+# All that decides what LasrFeatureExtractor computes, and what decides nothing.
+KNOWN_EXTRACTOR_SETTINGS = """feature_size sampling_rate hop_length n_fft win_length padding_value padding_side
+    return_attention_mask feature_extractor_type processor_class""".split()
+
+
+def knows_log_mels(extractor):
+    """Whether `log_mels` gives what the extractor does; one with other settings is called itself."""
+    from transformers import LasrFeatureExtractor
+
+    return (
+        type(extractor) is LasrFeatureExtractor
+        and set(extractor.to_dict()) <= set(KNOWN_EXTRACTOR_SETTINGS)
+        and (extractor.padding_value, extractor.padding_side) == (0.0, "right")
+    )
+
+
+@functools.cache
+def mel_constants(extractor, device):
+    """(window (win_length,), mel filters (n_fft // 2 + 1, bins)) of a LasrFeatureExtractor, float32 on `device`."""
+    import torch
+
+    window = torch.hann_window(extractor.win_length, periodic=False, dtype=torch.float64)
+    return window.float().to(device), extractor.mel_filters.float().to(device)
+
+
+def log_mels(waveforms, lengths, extractor):
+    """(log-mels (clips, frames, bins), mask (clips, frames)) of padded waveforms (clips, samples), on their device.
+
+    LasrFeatureExtractor's computation with its own window, filters and floor, in float32 instead of float64, which
+    differs by less than 1e-3.
+    """
+    import torch
+
+    window, filters = mel_constants(extractor, waveforms.device)
+    features = []
+    # On a CPU clip by clip, whose frames fit into the cache.
+    for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):
+        frames = part.unfold(-1, extractor.win_length, extractor.hop_length) * window
+        spectrum = torch.view_as_real(torch.fft.rfft(frames, n=extractor.n_fft))
+        power = spectrum[..., 0].square().addcmul_(spectrum[..., 1], spectrum[..., 1])
+        # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
+        mels = (power.double() @ filters.double()).float() if power.is_cuda else power @ filters
+        features.append(mels.clamp_(min=1e-5).log_())
+    features = torch.cat(features)
+    ends = torch.arange(features.shape[1], device=features.device) * extractor.hop_length + extractor.win_length
+    return features, ends <= lengths[:, None]
+
+
+def model_inputs(batch, extractor, device):
+    """What the model's forward takes, on `device`, of a batch of CTCCollator: the log-mels are computed there."""
+    import torch
+
+    inputs = {
+        name: value.to(device, non_blocking=True) for name, value in batch.items() if isinstance(value, torch.Tensor)
+    }
+    with torch.no_grad():
+        if "waveforms" in inputs:
+            made = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
+            inputs["input_features"], inputs["attention_mask"] = made
+        if "stretches" in inputs:
+            features, real = inputs["input_features"], inputs["attention_mask"].bool()
+            masked = inside(inputs.pop("stretches"), features.shape[1])[:, :, None]
+            masked = masked | inside(inputs.pop("bands"), features.shape[2])[:, None]
+            features.masked_fill_(masked & real[..., None], SILENCE)
+    return inputs
 
 
 @dataclass
 class CTCCollator:
-    """Rows of a prepared split -> a padded batch, in the worker processes of the DataLoader.
+    """Rows of a prepared split -> a padded batch for `model_inputs`, in the worker processes of the DataLoader.
 
-    input_features (clips, frames, bins) float32 and attention_mask (clips, frames) for LASR, or what the model's own
-    feature extractor gives; with an `encoder` labels (clips, longest) padded with -100; with `augment` masked features;
-    for prepared clips `clips`, their names.
+    waveforms (clips, samples) float32 and num_samples (clips,) for LASR, or what the model's own feature extractor
+    gives; with an `encoder` labels (clips, longest) padded with -100; with `augment` the spans to mask, stretches and
+    bands (clips, spans, 2). For prepared clips `clips`, their names, and `counts`, samples without and with padding;
+    for windows `problems`.
     """
 
     extractor: object
@@ -1828,31 +1957,32 @@ class CTCCollator:
     def __call__(self, rows):
         import torch
 
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         waveforms = [row["samples"] if "samples" in row else decode_audio(row["audio"]) for row in rows]
         waveforms = [np.pad(samples, (0, max(0, self.shortest - len(samples)))) for samples in waveforms]
-        # The extractor pads the waveforms, so that padded frames come out as silence. Audio and text go through it and
-        # the tokenizer apart: LasrProcessor drops the attention mask when it is given both.
-        # Some wav2vec2 models were trained without a mask and say so in their extractor.
-        masked = getattr(self.extractor, "return_attention_mask", True)
-        batch = dict(
-            self.extractor(
-                waveforms,
-                sampling_rate=SAMPLE_RATE,
-                padding="longest",
-                return_attention_mask=masked,
-                return_tensors="pt",
-            )
-        )
+        lengths = [len(samples) for samples in waveforms]
+        # Waveforms are padded, not features, so that padded frames come out as silence.
+        if knows_log_mels(self.extractor):
+            batch = {"waveforms": pad([torch.from_numpy(samples) for samples in waveforms])}
+            batch["num_samples"] = torch.tensor(lengths)
+        else:
+            # Some wav2vec2 models were trained without a mask and say so in their extractor.
+            masked = getattr(self.extractor, "return_attention_mask", True)
+            options = dict(padding="longest", return_attention_mask=masked, return_tensors="pt")
+            batch = dict(self.extractor(waveforms, sampling_rate=SAMPLE_RATE, **options))
         if self.encoder:
-            labels = [torch.tensor(self.encoder(row["text"])) for row in rows]
-            batch["labels"] = torch.nn.utils.rnn.pad_sequence(
-                labels, batch_first=True, padding_value=IGNORED_LABEL
-            ).long()
+            labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
+            batch["labels"] = pad(labels, padding_value=IGNORED_LABEL)
         if self.augment:
             seeds = [(self.seed, self.epoch, zlib.crc32(row["clip"].encode())) for row in rows]
-            spec_augment(batch["input_features"], batch["attention_mask"].sum(-1), seeds)
+            frames = [input_length(self.extractor, length) for length in lengths]
+            masks = [draw_masks(*clip) for clip in zip(frames, itertools.repeat(self.extractor.feature_size), seeds)]
+            batch["stretches"], batch["bands"] = (pad(list(map(torch.tensor, spans))) for spans in zip(*masks))
         if "clip" in rows[0]:
             batch["clips"] = [row["clip"] for row in rows]
+            batch["counts"] = (sum(lengths), len(lengths) * max(lengths))
+        if "problem" in rows[0]:
+            batch["problems"] = [row["problem"] for row in rows]
         return batch
 
 
@@ -1878,18 +2008,25 @@ class Span:
 
 @dataclass
 class Windows:
-    """The spans of a dataset's clips, decoded when asked for."""
+    """The spans of a dataset's clips, decoded when asked for; `problem` is why one cannot be."""
 
     clips: object
     spans: list[Span]
+    row: int | None = None  # that of `clip`, at hand for the next window
+    clip: dict | None = None
 
     def __len__(self):
         return len(self.spans)
 
     def __getitem__(self, index):
-        span = self.spans[index]
-        clip = self.clips[span.row]
-        return {"samples": decode_audio(clip["audio"])[span.start : span.stop], "text": clip.get("text", "")}
+        span, problem = self.spans[index], ""
+        if span.row != self.row:
+            self.clip, self.row = self.clips[span.row], span.row
+        try:
+            samples = decode_audio(self.clip["audio"], span.start, span.stop)
+        except ValueError as error:
+            samples, problem = np.zeros(0, np.float32), str(error)
+        return {"samples": samples, "text": self.clip.get("text", ""), "problem": problem}
 
 
 def window_spans(num_samples, window, overlap):
@@ -1927,37 +2064,67 @@ def plan_spans(model, extractor, num_samples, window_seconds):
     return sorted(spans, key=lambda span: (span.whole, span.start - span.stop, span.row, span.start))
 
 
-def transcribe_clips(model, processor, clips, num_samples, args, training, encoder=None):
-    """(the greedy text of each clip, their mean CTC loss), worked out by all processes together.
+def pack_spans(spans, training, budget):
+    """Indices of `spans` in batches, of windows or of whole clips: --per_device_eval_batch_size of them, or, if that is
+    auto, as many as come to `budget` samples with their padding.
+    """
+    batches = [[]]
+    for index, span in enumerate(spans):
+        longest = spans[(batches[-1] or [index])[0]]  # of its batch, because `spans` are sorted
+        size = len(batches[-1]) + 1
+        padded = size * (longest.stop - longest.start)
+        fits = padded <= budget if training.auto_eval_batch else size <= training.per_device_eval_batch_size
+        if batches[-1] and not (fits and longest.whole == span.whole):
+            batches.append([])
+        batches[-1].append(index)
+    return [batch for batch in batches if batch]
 
-    `clips` holds encoded 16 kHz audio, `num_samples` its lengths. With an `encoder` of their labels there is a loss, of
-    the clips that need no windows; otherwise it is 0.
+
+EVAL_BUDGET_SECONDS = (160, 3_600)  # without a GPU, and at the most
+
+
+def eval_budget(model, extractor, window_seconds, training):
+    """Samples with padding that a scoring batch may hold: on a GPU what half of its free memory takes, as measured."""
+    import torch
+
+    if not (training.auto_eval_batch and training.device.type == "cuda"):
+        return EVAL_BUDGET_SECONDS[0] * SAMPLE_RATE
+    rows = [{"samples": np.zeros(round(window_seconds * SAMPLE_RATE), np.float32)}] * 4
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.inference_mode():
+        run_batch(model, extractor, CTCCollator(extractor)(rows), training.device)
+    a_second = (torch.cuda.max_memory_allocated() - before) / (len(rows) * window_seconds)
+    seconds = torch.cuda.mem_get_info()[0] / 2 / max(a_second, 1)
+    return round(min(seconds, EVAL_BUDGET_SECONDS[1]) * SAMPLE_RATE)
+
+
+def transcribe_clips(model, processor, clips, num_samples, args, training, encoder=None):
+    """(the greedy text of each clip, {clip: why it cannot be read}, the mean CTC loss), by all processes together.
+
+    `clips` holds encoded audio, `num_samples` its lengths at 16 kHz. With an `encoder` of their labels there is a loss,
+    of the clips that need no windows; otherwise it is 0.
     """
     import torch
     from accelerate.utils import gather_object
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    spans = plan_spans(model, processor.feature_extractor, num_samples, args.window_seconds)
-    size = training.per_device_eval_batch_size
-    batches = [
-        [index for index in range(start, min(start + size, len(spans))) if spans[index].whole == whole]
-        for whole in (False, True)
-        for start in range(0, len(spans), size)
-    ]
-    batches = [batch for batch in batches if batch]
+    extractor, model = processor.feature_extractor, model.to(training.device).eval()
+    spans = plan_spans(model, extractor, num_samples, args.window_seconds)
+    batches = pack_spans(spans, training, eval_budget(model, extractor, args.window_seconds, training))
     mine = batches[training.process_index :: training.world_size]
-    collator = CTCCollator(
-        processor.feature_extractor, encoder, shortest=shortest_clip(model, processor.feature_extractor)
-    )
-    workers = min(training.dataloader_num_workers, len(mine))
-    # A generator of its own: a DataLoader draws a seed, and scoring must not move what training draws next.
     loader = DataLoader(
-        Windows(clips, spans), batch_sampler=mine, collate_fn=collator, num_workers=workers, generator=torch.Generator()
+        Windows(clips, spans),
+        batch_sampler=mine,
+        collate_fn=CTCCollator(extractor, encoder, shortest=shortest_clip(model, extractor)),
+        num_workers=min(training.dataloader_num_workers, len(mine)),
+        pin_memory=training.device.type == "cuda",
+        # Its own: a DataLoader draws a seed, and scoring must not move what training draws next.
+        generator=torch.Generator(),
     )
-    model = model.to(training.device).eval()
     silent = training.process_index > 0 or training.disable_tqdm
-    pieces, loss, counted = [], 0.0, 0
+    pieces, problems, loss, counted = [], {}, 0.0, 0
     bar = tqdm(total=sum(map(len, mine)), desc="scoring", unit="clip", disable=silent)
     with torch.inference_mode(), bar, STOP_SIGNALS.deferring():
         for indices, batch in zip(mine, loader):
@@ -1966,29 +2133,32 @@ def transcribe_clips(model, processor, clips, num_samples, args, training, encod
             whole = spans[indices[0]].whole
             if not whole:
                 batch.pop("labels", None)
-            ids, batch_loss = run_batch(model, batch, training.device)
+            problems |= {spans[index].row: text for index, text in zip(indices, batch.pop("problems")) if text}
+            ids, batch_loss = run_batch(model, extractor, batch, training.device)
             loss, counted = loss + batch_loss, counted + len(indices) * whole
             for index, row_ids in zip(indices, ids):
                 span = spans[index]
                 pieces.append((span.row, span.start, row_ids[span.first : span.last]))
             bar.update(len(indices))
-        shares = gather_object([(pieces, loss, counted)]) if training.world_size > 1 else [(pieces, loss, counted)]
+        share = (pieces, problems, loss, counted)
+        shares = gather_object([share]) if training.world_size > 1 else [share]
         if stopped := STOP_SIGNALS.among_all(training):
             raise Stopped(stopped)
     joined = {row: [] for row in range(len(num_samples))}
     for row, _, ids in sorted(piece for share in shares for piece in share[0]):
         joined[row] += ids
     texts = [decode_ids(processor, joined[row]) for row in range(len(num_samples))]
-    return texts, sum(share[1] for share in shares) / max(1, sum(share[2] for share in shares))
+    problems = {row: text for share in shares for row, text in share[1].items()}
+    return texts, problems, sum(share[2] for share in shares) / max(1, sum(share[3] for share in shares))
 
 
-def run_batch(model, batch, device):
+def run_batch(model, extractor, batch, device):
     """(greedy ids, a list a clip; the sum of the clips' losses) of a batch, halved where it does not fit on the GPU."""
     import torch
 
     size = len(next(iter(batch.values())))
     try:
-        output = model(**{name: value.to(device) for name, value in batch.items()})
+        output = model(**model_inputs(batch, extractor, device))
         return output.logits.argmax(-1).tolist(), float(output.loss) * size if "labels" in batch else 0.0
     except torch.OutOfMemoryError as error:
         if size == 1:
@@ -1999,7 +2169,8 @@ def run_batch(model, batch, device):
     torch.cuda.empty_cache()
     ids, loss = [], 0.0
     for part in (slice(0, size // 2), slice(size // 2, None)):
-        more_ids, more_loss = run_batch(model, {name: value[part] for name, value in batch.items()}, device)
+        halved = {name: value[part] for name, value in batch.items()}
+        more_ids, more_loss = run_batch(model, extractor, halved, device)
         ids, loss = ids + more_ids, loss + more_loss
     return ids, loss
 
@@ -2657,8 +2828,8 @@ class FiniteStatistics(Guarded):
         return output
 
 
-def activation_peaks(model, batches, device):
-    """{name: largest absolute input or output} of the subsampler and modules with weights, in float32 on `batches`."""
+def activation_peaks(model, batches):
+    """{name: largest absolute input or output} of the subsampler and modules with weights, in float32 on `batches` of inputs."""
     import torch
 
     peaks = Counter()
@@ -2674,10 +2845,10 @@ def activation_peaks(model, batches, device):
             found = [float(tensor.abs().max()) for tensor in tensors if tensor.numel()]
             peaks[watched[module]] = max([peaks[watched[module]], *found])
 
-    model.to(device).eval()
+    model.eval()
     with torch.nn.modules.module.register_module_forward_hook(watch), torch.no_grad():
         for batch in batches:
-            model(**{name: value.to(device) for name, value in batch.items()})
+            model(**batch)
     return peaks
 
 
@@ -2689,7 +2860,7 @@ def guard_half_precision(model, batches, device):
     """
     import torch
 
-    peaks = activation_peaks(model, batches, device)
+    peaks = activation_peaks(model.to(device), batches)
     guarded = {name: peak for name, peak in peaks.items() if peak > HALF_PRECISION_LIMIT or name.endswith("subsampler")}
     for name in guarded:
         Float32.guard(model.get_submodule(name))
@@ -2698,7 +2869,7 @@ def guard_half_precision(model, batches, device):
             FiniteStatistics.guard(module)
     with torch.no_grad(), torch.autocast(torch.device(device).type, torch.float16):
         for batch in batches:
-            if not torch.isfinite(model(**{name: value.to(device) for name, value in batch.items()}).logits).all():
+            if not torch.isfinite(model(**batch).logits).all():
                 raise RunError("the model overflows float16 even with its large activations in float32: use --bf16")
     return guarded
 
@@ -2720,7 +2891,7 @@ class DevSet:
         """Loss and rates of `model`, with the clips written down as the test clips are."""
         lengths = [row["num_samples"] for row in self.selection.rows]
         clips = self.selection.clips
-        texts, loss = transcribe_clips(model, self.processor, clips, lengths, self.args, training, self.encoder)
+        texts, _, loss = transcribe_clips(model, self.processor, clips, lengths, self.args, training, self.encoder)
         return {"loss": loss, **self.rates(texts)}
 
     def rates(self, texts):
@@ -2760,10 +2931,13 @@ class EpochOrder:
 class CTCTraining:
     """Mixed with the Trainer: its order of clips, the stream, dev texts, and speed and overflow in the logs.
 
-    `dev` is a DevSet. `frames` are those with and without padding since the last log, which was at `mark`.
+    `dev` is a DevSet.
     """
 
-    dev, frames, mark = None, None, None
+    dev = None
+    counts = np.zeros(2)  # samples without and with padding since the last log,
+    mark = None  # which was at this time, with this much SPENT until then
+    heard = 0  # samples trained on, in this process
     clips = ()  # of the update under way
     skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16 since the last log, and just now
 
@@ -2791,15 +2965,29 @@ class CTCTraining:
         }
         return DataLoader(self.train_dataset, batch_size=None)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        import torch
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of an update, each with its share of the update's clips, timed."""
+        self.mark = self.mark or (time.monotonic(), Counter(SPENT))
+        with spending("waiting for data"):
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        clips = sum(len(batch["clips"]) for batch in batches)
+        for batch in batches:
+            batch["share"] = len(batch["clips"]) / clips
+        return batches, items
 
-        self.clips += tuple(inputs.pop("clips", ()))
-        mask = inputs["attention_mask"]
-        counts = torch.stack([mask.sum(), torch.tensor(mask.numel(), device=mask.device)]).to(self.args.device)
-        self.frames = counts if self.frames is None else self.frames + counts
-        self.mark = self.mark or time.monotonic()
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.clips += tuple(inputs["clips"])
+        self.counts = self.counts + inputs["counts"]
+        self.heard += inputs["counts"][0]
+        self.share = inputs["share"]
+        inputs = model_inputs(inputs, self.processing_class.feature_extractor, self.args.device)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, **options):
+        """The batch's part in the mean over the update's clips; the Trainer would take that over its batches, of which
+        the last of an epoch is smaller.
+        """
+        return super().compute_loss(model, inputs, **options) * self.share * self.current_gradient_accumulation_steps
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped.
@@ -2851,7 +3039,7 @@ class CTCTraining:
                 f"the model is not finite at update {self.state.global_step}, in {broken}: lower --learning_rate"
             )
         (folder / MANIFEST).unlink(missing_ok=True)
-        with explained_checkpoint(f"{folder} cannot be written", ROOM_ADVICE, folder):
+        with spending("saving"), explained_checkpoint(f"{folder} cannot be written", ROOM_ADVICE, folder):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -2863,9 +3051,10 @@ class CTCTraining:
         """The dev scores, made as the test scores are: Trainer.evaluate would gather logits, and cut no windows."""
         from transformers.trainer_utils import speed_metrics
 
-        start, steps_mark = time.time(), time.monotonic()
+        start = time.time()
         try:
-            scores = self.dev.score(self.model, self.args)
+            with spending("evaluation"):
+                scores = self.dev.score(self.model, self.args)
         except Stopped:
             self._save_checkpoint(self.model, None)  # from which the evaluation is made up for
             raise
@@ -2878,16 +3067,20 @@ class CTCTraining:
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(self.dev.selection.rows))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.mark = self.mark and self.mark + time.monotonic() - steps_mark
         return metrics
 
     def log(self, logs, start_time=None):
-        if "loss" in logs and self.frames is not None:
-            real, padded = self.accelerator.reduce(self.frames.float(), "sum").tolist()
-            seconds = real * self.processing_class.feature_extractor.hop_length / SAMPLE_RATE
-            logs["audio_seconds_per_second"] = round(seconds / max(time.monotonic() - self.mark, 1e-3), 1)
+        if "loss" in logs and self.mark:
+            import torch
+
+            counts = torch.tensor(self.counts, device=self.args.device)
+            real, padded = self.accelerator.reduce(counts, "sum").tolist()
+            now, spent = (time.monotonic(), Counter(SPENT)), SPENT - self.mark[1]
+            seconds = max(now[0] - self.mark[0] - spent["evaluation"] - spent["saving"], 1e-3)
+            logs["audio_seconds_per_second"] = round(real / SAMPLE_RATE / seconds, 1)
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
-            self.frames, self.mark = None, time.monotonic()
+            logs["data_wait_percent"] = round(100 * spent["waiting for data"] / seconds, 1)
+            self.counts, self.mark = np.zeros(2), now
         if "loss" in logs and self.args.fp16:
             earlier = [entry["skipped_updates"] for entry in self.state.log_history if "skipped_updates" in entry]
             logs["skipped_updates"], self.skipped = self.skipped + sum(earlier[-1:]), 0
@@ -2946,8 +3139,9 @@ class ProgressLines:
             return
         if "loss" in logs:
             skipped = f", {logs['skipped_updates']} updates skipped" if logs.get("skipped_updates") else ""
-            speed = logs["audio_seconds_per_second"]
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:.0f} audio s/s{skipped}")
+            speed, wait = logs["audio_seconds_per_second"], logs["data_wait_percent"]
+            speed = f"{speed:.0f} audio s/s, {wait:.0f} % waiting for data"
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed}{skipped}")
         elif "eval_wer" in logs:
             scores = f"dev WER {percent(logs['eval_wer'])}, CER {percent(logs['eval_cer'])}"
             self.training_bar.write(f"  step {state.global_step:>6}: {scores}")
@@ -3001,10 +3195,84 @@ def guard_trained_model(model, dev, collator, training):
     """Make the model safe in float16, measured on dev clips (a stream has none), and say what was done."""
     clips = dev.selection.clips
     chosen = [{"audio": clips[int(index)]["audio"]} for index in np.linspace(0, len(clips) - 1, 16)]
-    batches = [collator(chosen[start : start + 4]) for start in range(0, 16, 4)]
+    batches = [
+        model_inputs(collator(chosen[start : start + 4]), collator.extractor, training.device)
+        for start in range(0, 16, 4)
+    ]
     guarded = guard_half_precision(model, batches, training.device)
     name, peak = max(guarded.items(), key=lambda item: item[1])
     say(f"  float16, with {len(guarded)} modules in float32 (the largest activation is {peak:.3g}, in {name})")
+
+
+TRIED_BATCH_SIZES = (32, 16, 8, 4, 2, 1)
+SPARE_MEMORY = 0.05  # of the GPU's, left over in a trial for what batches of other lengths leave in pieces
+
+
+def step_fits(model, inputs, training):
+    """Whether a training step on `inputs` fits into the GPU's memory, beside what optimizer and processes keep there.
+
+    The model comes out as it went in.
+    """
+    import torch
+
+    device, half = training.device, torch.float16 if training.fp16 else torch.bfloat16
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    layerdrop, model.encoder.layerdrop = model.encoder.layerdrop, 0.0
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            # AdamW's two averages, and the buckets in which processes exchange gradients.
+            kept = [
+                torch.empty_like(weight) for weight in model.parameters() for _ in range(2 + (training.world_size > 1))
+            ]
+            if device.type == "cuda":
+                total = torch.cuda.get_device_properties(device).total_memory
+                kept.append(torch.empty(int(SPARE_MEMORY * total), dtype=torch.uint8, device=device))
+            with torch.autocast(device.type, half, enabled=training.fp16 or training.bf16):
+                loss = model.train()(**inputs).loss
+            loss.backward()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.encoder.layerdrop = layerdrop
+        model.zero_grad()
+        kept = loss = None
+        for name, buffer in model.named_buffers():
+            buffer.data.copy_(buffers[name])
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def longest_clip(train, args):
+    """A silent clip as long as the longest that the run can draw, with a text as long as its."""
+    if args.streaming:
+        seconds, text = args.max_train_seconds, "the " * int(2 * args.max_train_seconds)
+    else:
+        seconds, text = train[0]["num_samples"] / SAMPLE_RATE, train[0]["text"]  # they are sorted
+    return {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": text}
+
+
+def choose_batch_size(model, collator, longest, training, limit):
+    """Split the clips of an update into the largest steps that fit the GPU, for --per_device_train_batch_size auto.
+
+    `limit`, if there is one, is what an earlier start of the run has found to fit.
+    """
+    import torch
+
+    clips = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    sizes = [size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= (limit or clips)]
+    if training.device.type != "cuda":
+        sizes = [size for size in sizes if size <= AUTO_BATCH_SIZE][:1]
+    for size in sizes:
+        batch = collator([longest] * size)
+        fits = size == sizes[-1] or step_fits(model, model_inputs(batch, collator.extractor, training.device), training)
+        if training.world_size > 1:
+            fits = torch.tensor(int(fits), device=training.device)
+            torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)
+        if fits:
+            break
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = size, clips // size
+    say(f"  {plural(clips, 'clip')} an update and device: {size} a step x {plural(clips // size, 'accumulation step')}")
 
 
 def make_trainer(args, training, model, train, dev):
@@ -3015,15 +3283,20 @@ def make_trainer(args, training, model, train, dev):
 
     extractor = dev.processor.feature_extractor
     shortest = shortest_clip(model, extractor)
+    collator = CTCCollator(extractor, dev.encoder, args.spec_augment, shortest, training.seed)
     if args.streaming:
         training.train_sampling_strategy, training.ignore_data_skip = "random", True
     if training.gradient_checkpointing:
         # Under DDP checkpointing forbids unused parameters, which a dropped layer would leave.
         model.encoder.layerdrop = 0.0
+        model.gradient_checkpointing_enable(training.gradient_checkpointing_kwargs)
     if training.ddp_find_unused_parameters is None:
         training.ddp_find_unused_parameters = model.encoder.layerdrop > 0
     if training.fp16:
         guard_trained_model(model, dev, CTCCollator(extractor, shortest=shortest), training)
+    if training.auto_train_batch:
+        plain = CTCCollator(extractor, dev.encoder, shortest=shortest)
+        choose_batch_size(model.to(training.device), plain, longest_clip(train, args), training, args.batch_limit)
     callbacks = []
     if training.report_to and "tensorboard" in training.report_to:
         training.report_to = [name for name in training.report_to if name != "tensorboard"]
@@ -3034,7 +3307,7 @@ def make_trainer(args, training, model, train, dev):
         trainer = mixed(CTCTraining, Trainer)(
             model=model,
             args=training,
-            data_collator=CTCCollator(extractor, dev.encoder, args.spec_augment, shortest, training.seed),
+            data_collator=collator,
             train_dataset=train,
             eval_dataset=dev.selection.clips,
             processing_class=dev.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
@@ -3118,9 +3391,10 @@ class RunState:
     goal: dict
     baseline: dict | None = None  # clip -> text
     reached: dict | None = None  # the goal of the run that finished
+    batch_limit: int | None = None  # clips a step that still fit, where more have filled the GPU's memory
 
     def save(self):
-        content = {"identity": self.identity, "baseline": self.baseline, "reached": self.reached}
+        content = {name: getattr(self, name) for name in ("identity", "baseline", "reached", "batch_limit")}
         write_text(self.path, json.dumps(content, ensure_ascii=False, indent=1))
 
 
@@ -3155,7 +3429,7 @@ def open_run(args, training):
             f"{stored['identity'].get(name)}, not {identity[name]}; choose another --output_dir, "
             "or --overwrite_output_dir to start anew"
         )
-    state.baseline, state.reached = stored["baseline"], stored["reached"]
+    state.baseline, state.reached, state.batch_limit = (stored[name] for name in ("baseline", "reached", "batch_limit"))
     return state
 
 
@@ -3183,14 +3457,14 @@ def updates_done(checkpoint):
 TRAINER_REFUSALS = (ValueError, TypeError, ImportError, NotImplementedError)
 
 
-def train_model(trainer, checkpoint, updates):
+def train_model(trainer, checkpoint, updates, state):
     """Train, from `checkpoint` if given, and leave the best model loaded; raises RunError with what to change."""
     import torch
 
     if checkpoint:
         say(f"  going on from {checkpoint}, update {updates_done(checkpoint)} of {updates}")
     try:
-        with STOP_SIGNALS.deferring():
+        with STOP_SIGNALS.deferring(), spending("training"):
             trainer.train(resume_from_checkpoint=checkpoint)
     except TRAINER_REFUSALS as error:
         if trainer.mark is not None:
@@ -3202,10 +3476,26 @@ def train_model(trainer, checkpoint, updates):
         raise
     except torch.OutOfMemoryError as error:
         batch, steps = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+        advice = f"try --per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps {steps * 2}, "
+        if trainer.args.auto_train_batch and batch > 1:
+            state.batch_limit = batch // 2
+            state.save()
+            advice = f"the same command goes on with {batch // 2} a step and {steps * 2} accumulation steps; or try "
         raise RunError(
-            f"the GPU's memory is full: try --per_device_train_batch_size {max(1, batch // 2)} "
-            f"--gradient_accumulation_steps {steps * 2}, --gradient_checkpointing, or a lower --max_train_seconds"
+            f"the GPU's memory is full with {plural(batch, 'clip')} a step: {advice}--gradient_checkpointing, or a "
+            "lower --max_train_seconds"
         ) from error
+
+
+def where_time_went(trainer):
+    """A line on the speed of the training and what the time of this start of the program was spent on."""
+    spent = Counter(SPENT)
+    steps = spent.pop("training") - spent["evaluation"] - spent["saving"]
+    audio = trainer.heard * trainer.args.world_size / SAMPLE_RATE
+    spent["forward and backward"] = steps - spent["waiting for data"]
+    with_final = sum(spent.values())
+    shares = ", ".join(f"{what} {100 * seconds / with_final:.0f} %" for what, seconds in spent.most_common())
+    return f"trained on {audio / 3600:.2f} audio hours at {audio / max(steps, 1e-3):.0f} an hour; time: {shares}"
 
 
 def share_weights(model, training):
@@ -3223,21 +3513,26 @@ def share_weights(model, training):
 def transcribe_files(args, training):
     """Print the text of each file of --transcribe, name unreadable ones on stderr; returns the exit status."""
     processor, model = load_processor_and_model(args)
-    names, clips, status = [], [], 0
+    found, problems = {}, {}
     for path in args.transcribe:
         try:
-            samples = decode_audio(Path(path))
-            if not len(samples):
+            found[path] = audio_length(path)
+            if not found[path]:
                 raise ValueError("no audio samples")
-            names, clips = [*names, path], [*clips, {"audio": encode_flac(samples), "num_samples": len(samples)}]
         except ValueError as error:
-            print(f"{PROGRAM}: error: {path} cannot be read as audio: {error}", file=sys.stderr)
-            status = 1
+            problems[path] = str(error)
+    names = [path for path in args.transcribe if path not in problems]
     training.disable_tqdm = True
-    texts, _ = transcribe_clips(model, processor, clips, [clip["num_samples"] for clip in clips], args, training)
+    lengths = [found[name] for name in names]
+    clips = [{"audio": name} for name in names]
+    texts, unreadable, _ = transcribe_clips(model, processor, clips, lengths, args, training)
+    problems |= {names[row]: problem for row, problem in unreadable.items()}
+    for path, problem in problems.items():
+        print(f"{PROGRAM}: error: {path} cannot be read as audio: {problem}", file=sys.stderr)
     for name, text in zip(names, texts):
-        print(text if len(args.transcribe) == 1 else f"{name}\t{text}")
-    return status
+        if name not in problems:
+            print(text if len(args.transcribe) == 1 else f"{name}\t{text}")
+    return 1 if problems else 0
 
 
 def score_file(args, training):
@@ -3383,7 +3678,8 @@ def data_summary(selections, encoder):
 def write_down(model, processor, selection, args, training):
     """The model's text of each clip of a selection."""
     lengths = [row["num_samples"] for row in selection.rows]
-    return transcribe_clips(model, processor, selection.clips, lengths, args, training)[0]
+    with spending("scoring"):
+        return transcribe_clips(model, processor, selection.clips, lengths, args, training)[0]
 
 
 def window_note(selection, args):
@@ -3433,7 +3729,8 @@ def run(args, training):
         return dry_run(args, training, corpus, accents)
     prepare_corpus(corpus, splits_to_prepare(args), accents, args)
     if args.prepare_only:
-        select_splits(args, corpus, accents, splits_to_prepare(args), lambda row: "", training)
+        problems = lambda rows: [row["problem"] for row in rows]  # noqa: E731
+        select_splits(args, corpus, accents, splits_to_prepare(args), problems, training)
         say(f"  ready in {args.data_dir}")
         return 0
     job = Job(args, training, processor, model, corpus, accents)
@@ -3501,12 +3798,13 @@ class Job:
         """The main job; returns the exit status."""
         if self.is_first:
             state.save()
+        self.args.batch_limit = state.batch_limit
         baseline = None if self.args.skip_baseline else self.score_baseline(state)
         say("training")
         updates = fit_schedule(self.training, len(self.selections["train"].rows))
         dev = DevSet(self.selections["dev"], self.processor, self.encoder, self.args)
         trainer = make_trainer(self.args, self.training, self.model, self.training_clips(checkpoint), dev)
-        train_model(trainer, checkpoint, updates)
+        train_model(trainer, checkpoint, updates, state)
         say("scoring the fine-tuned model on the test split")
         # Without the wrapper that autocasts: before and after are scored alike, in float32.
         tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -3519,7 +3817,7 @@ class Job:
     def finish(self, state, trainer, baseline, finetuned):
         """Write the final model, its results and its card, each complete or not at all."""
         metrics = self.write_results(baseline, finetuned, trainer.state.log_history)
-        with complete_folder(self.output / "final") as final:
+        with spending("saving"), complete_folder(self.output / "final") as final:
             trainer.save_model(str(final))
             write_model_card(final, self.output / "results", self.args, metrics)
         write_test_scores_to_tensorboard(self.output, metrics, trainer.state.global_step)
@@ -3528,7 +3826,7 @@ class Job:
         if self.args.push_to_hub:
             push_to_hub(self.training, self.output / "final")
         say(f"\nmodel: {self.output / 'final'}\nresults: {self.output / 'results'}")
-        say(f"curves: tensorboard --logdir {self.output / 'runs'}")
+        say(f"curves: tensorboard --logdir {self.output / 'runs'}\n{where_time_went(trainer)}")
 
 
 def write_test_scores_to_tensorboard(output, metrics, step):
@@ -3550,6 +3848,7 @@ def main(argv=None):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         STOP_SIGNALS.install()
+        SPENT.clear()
         args, training = parse_arguments(argv)
         # It is written into the model card, which people publish.
         args.command = redact(shlex.join(["python", PROGRAM, *map(public, argv)]))
