@@ -569,6 +569,7 @@ def make_training_arguments(common, rest, script):
         # Kept in the environment alone: the Trainer pickles its arguments into every checkpoint.
         os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     training.auto_train_batch, training.auto_eval_batch = (name in automatic for name in BATCH_SIZES)
+    training.batch_limit = None  # clips a step that still fit, where an earlier start of the run has filled the memory
     use_one_gpu(training)
     return training
 
@@ -3252,15 +3253,12 @@ def longest_clip(train, args):
     return {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": text}
 
 
-def choose_batch_size(model, collator, longest, training, limit):
-    """Split the clips of an update into the largest steps that fit the GPU, for --per_device_train_batch_size auto.
-
-    `limit`, if there is one, is what an earlier start of the run has found to fit.
-    """
+def choose_batch_size(model, collator, longest, training):
+    """Split the clips of an update into the largest steps that fit the GPU, for --per_device_train_batch_size auto."""
     import torch
 
     clips = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    sizes = [size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= (limit or clips)]
+    sizes = [size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= (training.batch_limit or clips)]
     if training.device.type != "cuda":
         sizes = [size for size in sizes if size <= AUTO_BATCH_SIZE][:1]
     for size in sizes:
@@ -3296,7 +3294,7 @@ def make_trainer(args, training, model, train, dev):
         guard_trained_model(model, dev, CTCCollator(extractor, shortest=shortest), training)
     if training.auto_train_batch:
         plain = CTCCollator(extractor, dev.encoder, shortest=shortest)
-        choose_batch_size(model.to(training.device), plain, longest_clip(train, args), training, args.batch_limit)
+        choose_batch_size(model.to(training.device), plain, longest_clip(train, args), training)
     callbacks = []
     if training.report_to and "tensorboard" in training.report_to:
         training.report_to = [name for name in training.report_to if name != "tensorboard"]
@@ -3798,7 +3796,7 @@ class Job:
         """The main job; returns the exit status."""
         if self.is_first:
             state.save()
-        self.args.batch_limit = state.batch_limit
+        self.training.batch_limit = state.batch_limit
         baseline = None if self.args.skip_baseline else self.score_baseline(state)
         say("training")
         updates = fit_schedule(self.training, len(self.selections["train"].rows))

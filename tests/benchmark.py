@@ -86,10 +86,11 @@ def train_on_cpu(folder, options):
     corpus = finetune_medasr.open_corpus(args)
     finetune_medasr.prepare_corpus(corpus, ("dev",), None, args)
     clips = finetune_medasr.load_split(corpus, "dev", None)
-    dev = finetune_medasr.select_clips(*clips, args, lambda row: "", 4, training.seed)
-    train = finetune_medasr.select_clips(*clips, args, lambda row: "", options.batch_size, training.seed)
+    dev = finetune_medasr.select_clips(*clips, args, lambda rows: [""] * len(rows), 4, training.seed)
+    train = finetune_medasr.select_clips(*clips, args, lambda rows: [""] * len(rows), options.batch_size, training.seed)
     encoder = finetune_medasr.LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")
     batch = finetune_medasr.CTCCollator(processor.feature_extractor, encoder)(list(train.clips))
+    batch = finetune_medasr.model_inputs(batch, processor.feature_extractor, "cpu")
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         plain = float(model.train()(**batch).loss)
     model = finetune_medasr.load_processor_and_model(args)[1]  # the forward pass above has moved its BatchNorms

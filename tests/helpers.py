@@ -86,7 +86,7 @@ def make_selection(texts_and_samples, split):
     ]
     args = script.ScriptArguments()
     return script.select_clips(
-        Dataset.from_list(clips, features=script.clip_features()), [], args, lambda row: "", None, 0
+        Dataset.from_list(clips, features=script.clip_features()), [], args, lambda rows: [""] * len(rows), None, 0
     )
 
 

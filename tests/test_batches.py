@@ -3,13 +3,16 @@ import socket
 import numpy as np
 import pytest
 import torch
+from conftest import corpus_audio
 from helpers import RATE, label_encoder, make_selection, noise, parse, random_model, small_processor, wav_bytes
 
 import finetune_medasr as script
 
 
 def collator(**options):
-    return script.CTCCollator(small_processor().feature_extractor, **options)
+    """Rows -> inputs of the model on the CPU."""
+    extractor = small_processor().feature_extractor
+    return lambda rows: script.model_inputs(script.CTCCollator(extractor, **options)(rows), extractor, "cpu")
 
 
 def rows_of(*texts_and_samples):
@@ -88,7 +91,7 @@ def test_the_shortest_clip_is_what_the_convolutions_need():
     assert script.shortest_clip(model, extractor) == 2320
     assert model(**collator()(rows_of(("", noise(1)[:2320])))).logits.shape[1] == 1
     with pytest.raises(RuntimeError):
-        model(**{name: value for name, value in collator()(rows_of(("", noise(1)[:2319]))).items() if name != "row"})
+        model(**collator()(rows_of(("", noise(1)[:2319]))))
 
 
 @pytest.mark.parametrize("samples", [2320, 2960, 16_000, 35_123, 160_000])
@@ -127,23 +130,24 @@ def clip_check(max_train_seconds):
     ],
 )
 def test_reasons_against_a_clip(split, text, samples, reason):
-    found = clip_check(4.0)({"split": split, "text": text, "num_samples": samples})
+    found = clip_check(4.0)([{"split": split, "text": text, "num_samples": samples, "problem": ""}])[0]
     assert found == reason or reason == "more labels than frames" == found.split(":")[0]
 
 
 def test_a_limit_that_is_no_round_number_of_frames_is_no_index_error():
-    assert clip_check(4.015)({"split": "train", "text": "no", "num_samples": 64_240}) == ""
+    assert clip_check(4.015)([{"split": "train", "text": "no", "num_samples": 64_240, "problem": ""}]) == [""]
 
 
 @pytest.mark.parametrize("text", ["5z5z5", "5zz55", "555555", "200 mg too good"])
 def test_a_clip_is_left_out_exactly_where_its_ctc_loss_is_infinite(text):
     check, encoder = clip_check(30.0), label_encoder()
-    labels = torch.tensor(encoder(text))
+    labels = torch.tensor(encoder([text])[0])
     verdicts = []
     for logits in range(1, 3 * len(labels)):
         scores = torch.zeros(logits, 1, encoder.vocab_size).log_softmax(-1)
         loss = torch.nn.functional.ctc_loss(scores, labels[None], torch.tensor([logits]), torch.tensor([len(labels)]))
-        usable = not check({"split": "train", "text": text, "num_samples": samples_for(logits)})
+        row = {"split": "train", "text": text, "num_samples": samples_for(logits), "problem": ""}
+        usable = check([row]) == [""]
         assert usable == bool(torch.isfinite(loss)), (text, logits)
         verdicts.append(usable)
     assert {True, False} == set(verdicts)
@@ -163,7 +167,7 @@ def test_a_batch_with_its_attention_mask_runs_through_the_model():
 def test_labels_are_padded_with_the_ignored_label():
     encoder = label_encoder()
     batch = collator(encoder=encoder)(rows_of(("200 mg too good", noise(1)), ("No.", noise(1))))
-    long, short = encoder("200 mg too good"), encoder("No.")
+    long, short = encoder(["200 mg too good", "No."])
     assert batch["labels"].tolist() == [long, short + [-100] * (len(long) - len(short))]
 
 
@@ -215,18 +219,60 @@ def test_frame_ids_are_collapsed_to_text(ids, text):
     assert script.decode_ids(small_processor(), ids) == tokenizer.decode(text, group_tokens=False)
 
 
+# ---------------------------------------------------------------- log-mels
+
+
+SOUNDS = {
+    "speech": lambda: script.decode_audio(next(iter(corpus_audio("test").values()))),
+    "silence": lambda: np.zeros(RATE, np.float32),
+    "noise": lambda: np.random.default_rng(0).normal(scale=0.1, size=2 * RATE).astype(np.float32),
+    "quiet noise": lambda: np.random.default_rng(0).normal(scale=1e-4, size=RATE).astype(np.float32),
+    "clipped": lambda: np.clip(50 * noise(3), -1, 1),
+    "tone": lambda: np.sin(2 * np.pi * 1000 * np.arange(RATE) / RATE).astype(np.float32),
+    "constant": lambda: np.ones(RATE, np.float32),
+}
+
+
+@pytest.mark.parametrize("names", [[name] for name in SOUNDS] + [list(SOUNDS)])
+def test_log_mels_are_those_of_the_extractor(names):
+    extractor, sounds = small_processor().feature_extractor, [SOUNDS[name]() for name in names]
+    options = dict(sampling_rate=RATE, padding="longest", return_attention_mask=True, return_tensors="pt")
+    expected, found = extractor(sounds, **options), collator()(rows_of(*(("", sound) for sound in sounds)))
+    assert torch.equal(found["attention_mask"], expected["attention_mask"])
+    assert found["input_features"].dtype == torch.float32
+    torch.testing.assert_close(found["input_features"], expected["input_features"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{"padding_value": 0.5}, {"padding_side": "left"}, {"preemphasis": 0.97}])
+def test_an_extractor_with_other_settings_is_called_itself(settings):
+    from transformers import LasrFeatureExtractor
+
+    plain, other = LasrFeatureExtractor(), LasrFeatureExtractor(**settings)
+    assert script.knows_log_mels(plain) and not script.knows_log_mels(other)
+    rows = rows_of(("", noise(1)), ("", noise(2)))
+    batch = script.CTCCollator(other)(rows)
+    options = dict(sampling_rate=RATE, padding="longest", return_attention_mask=True, return_tensors="pt")
+    expected = other([row["samples"] for row in rows], **options)
+    assert torch.equal(script.model_inputs(batch, other, "cpu")["input_features"], expected["input_features"])
+
+
 # ---------------------------------------------------------------- SpecAugment
+
+
+def masked_rows(*seconds, seed):
+    """(log-mels as they are, the same with SpecAugment's masks, lengths in frames) of clips of noise."""
+    hiss = np.random.default_rng(0).normal(scale=0.1, size=10 * RATE).astype(np.float32)  # nowhere silent
+    rows = [{"text": "", "samples": hiss[: round(s * RATE)], "clip": f"clip-{n}"} for n, s in enumerate(seconds)]
+    plain, masked = collator()(rows), collator(augment=True, seed=seed)(rows)
+    return plain["input_features"], masked["input_features"], plain["attention_mask"].sum(-1)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_spec_augment_masks_bands_and_stretches_with_silence_inside_the_clip(seed):
-    lengths = torch.tensor([1000, 251, 40, 13])
-    features = torch.full((4, 1000, 128), 5.0)
-    script.spec_augment(features, lengths, range(seed, seed + 4))
     silence = torch.tensor(np.log(1e-5), dtype=torch.float32)
-    for clip, length in zip(features, lengths.tolist()):
-        assert (clip[length:] == 5).all()
-        masked = clip[:length] != 5
+    for plain, clip, length in zip(*masked_rows(10.0, 2.53, 0.42, 0.15, seed=seed)):
+        assert torch.equal(plain[length:], clip[length:])
+        masked = clip[:length] != plain[:length]
         torch.testing.assert_close(clip[:length][masked], silence.expand(int(masked.sum())))
         bins, frames = masked.all(0), masked.all(1)
         assert (masked == (bins[None] | frames[:, None])).all()  # whole bands and whole stretches
@@ -235,21 +281,32 @@ def test_spec_augment_masks_bands_and_stretches_with_silence_inside_the_clip(see
 
 
 def test_spec_augment_masks_something_of_both_kinds_as_a_rule():
-    torch.manual_seed(0)
-    features = torch.full((20, 500, 128), 5.0)
-    script.spec_augment(features, torch.full((20,), 500), range(20))
-    masked = features != 5
+    plain, clips, _ = masked_rows(*[5.0] * 20, seed=1)
+    masked = plain != clips
     assert masked.all(1).any(1).float().mean() > 0.8 and masked.all(2).any(1).float().mean() > 0.8
     assert 0.05 < masked.float().mean() < 0.5
+
+
+def test_masks_depend_on_seed_epoch_and_clip_alone():
+    row = {"text": "", "samples": noise(5), "clip": "a"}
+    others = [{**row, "clip": "b"}, {**row, "samples": noise(6), "clip": "c"}]
+
+    def masks(rows, **options):
+        return collator(augment=True, **options)(rows)["input_features"][0, : len(frames)]
+
+    frames = collator()([row])["input_features"][0]
+    first = masks([row], seed=1, epoch=2)
+    assert torch.equal(first, masks([row, *others], seed=1, epoch=2))
+    assert not torch.equal(first, masks([row], seed=1, epoch=3)) and not torch.equal(first, masks([row], seed=2, epoch=2))
 
 
 @pytest.mark.parametrize("flags, altered", [([], True), (["--no_spec_augment"], False)])
 def test_the_trainer_augments_its_training_batches_unless_told_not_to(tmp_path, clips, flags, altered):
     train, dev = clips
     trainer = make_trainer(tmp_path, train, dev, *flags)
-    plain = collator(encoder=label_encoder())([train.clips[0], train.clips[1]])["input_features"]
-    torch.manual_seed(2)
-    trained_on = trainer.data_collator([train.clips[0], train.clips[1]])["input_features"]
+    rows, extractor = [train.clips[0], train.clips[1]], small_processor().feature_extractor
+    plain = collator(encoder=label_encoder())(rows)["input_features"]
+    trained_on = script.model_inputs(trainer.data_collator(rows), extractor, "cpu")["input_features"]
     assert torch.equal(plain, trained_on) != altered
 
 
@@ -327,7 +384,7 @@ def test_guarded_model_stays_finite_where_plain_float16_overflows(part, guarded_
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
         expected = model(**batch).logits
-        assert script.activation_peaks(model, [inputs], "cpu")[guarded_module] > 65_504
+        assert script.activation_peaks(model, [inputs])[guarded_module] > 65_504
         with torch.autocast("cpu", torch.float16):
             assert not torch.isfinite(model(**batch).logits).all()
 
@@ -423,7 +480,7 @@ def dev_set(*texts_and_domains):
 
 def heard(text):
     """What a perfect model's frames read as: each label twice, then a blank."""
-    return script.decode_ids(small_processor(), [id for label in label_encoder()(text) for id in (label, label, 0)])
+    return script.decode_ids(small_processor(), [id for label in label_encoder()([text])[0] for id in (label, label, 0)])
 
 
 def test_doubled_letters_and_digits_survive_the_dev_scores():

@@ -96,7 +96,7 @@ def test_transcripts_are_folded_to_what_the_tokenizer_covers(text, folded):
 @pytest.mark.parametrize("text", [text for text, _ in FOLDED] + MORE_TEXTS)
 def test_labels_are_ids_the_head_can_emit_and_spell_the_folded_text(text):
     encoder, tokenizer = label_encoder(), small_processor().tokenizer
-    labels = encoder(text)
+    labels = encoder([text])[0]
     assert not {tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} & set(
         labels
     )
@@ -107,7 +107,7 @@ def test_labels_are_ids_the_head_can_emit_and_spell_the_folded_text(text):
 
 def test_dropped_characters_are_counted_and_invisible_ones_are_not():
     encoder = label_encoder()
-    encoder("# 1^2 #3 日 a\u200bb\u00adc\ufeff é ’ (x)")
+    encoder(["# 1^2 #3 日 a\u200bb\u00adc\ufeff é ’ (x)"])
     assert encoder.dropped == {"#": 2, "^": 1, "日": 1}
 
 
@@ -119,13 +119,13 @@ def test_what_a_tokenizer_covers_decides_what_is_folded():
         vocab=[(piece, -2.0) for piece in pieces], bos_token="<s>", pad_token="<epsilon>", extra_ids=0
     )
     encoder = LabelEncoder(tokenizer, len(pieces), "as_written")
-    labels = encoder("cafe\u0301 (naïve) 38 ± a…")
+    labels = encoder(["cafe\u0301 (naïve) 38 ± a…"])[0]
     assert tokenizer.unk_token_id not in labels
     assert tokenizer.decode(labels, group_tokens=False).split() == ["café", "(naive", "a"]
     assert encoder.dropped["3"] == 1
     # A head that is smaller than the tokenizer cannot emit the last pieces.
     encoder = LabelEncoder(tokenizer, pieces.index("é"), "as_written")
-    assert tokenizer.decode(encoder("café"), group_tokens=False) == "cafe"
+    assert tokenizer.decode(encoder(["café"])[0], group_tokens=False) == "cafe"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_what_a_tokenizer_covers_decides_what_is_folded():
 def test_target_text_words_trains_on_lower_case_words_alone(text, folded):
     encoder = label_encoder("words")
     assert encoder.fold(text) == folded
-    assert small_processor().tokenizer.decode(encoder(text), group_tokens=False) == folded
+    assert small_processor().tokenizer.decode(encoder([text])[0], group_tokens=False) == folded
 
 
 @pytest.mark.parametrize(
