@@ -112,8 +112,9 @@ def test_a_guard_survives_compilation():
 
 
 def test_gradients_are_the_same_through_a_guard_and_gradient_checkpointing():
-    model, batch = random_model(), script.CTCCollator(small_processor().feature_extractor, label_encoder())
-    batch = batch([{"text": "No.", "samples": noise(0.5)}])
+    model, extractor = random_model(), small_processor().feature_extractor
+    batch = script.CTCCollator(extractor, label_encoder())([{"text": "No.", "samples": noise(0.5)}])
+    batch = script.model_inputs(batch, extractor, "cpu")
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     gradients = {}
     for name in ("plain", "guarded", "checkpointed"):
