@@ -2830,7 +2830,7 @@ class FiniteStatistics(Guarded):
 
 
 def activation_peaks(model, batches):
-    """{name: largest absolute input or output} of the subsampler and modules with weights, in float32 on `batches` of inputs."""
+    """{name: largest absolute input or output} of the subsampler and modules with weights, in float32 on `batches`."""
     import torch
 
     peaks = Counter()
@@ -3253,14 +3253,18 @@ def longest_clip(train, args):
     return {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": text}
 
 
-def choose_batch_size(model, collator, longest, training):
-    """Split the clips of an update into the largest steps that fit the GPU, for --per_device_train_batch_size auto."""
+def possible_batch_sizes(training):
+    """Clips a step into which those of an update can be split, the largest first; a single one without a GPU."""
+    clips = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    sizes = [size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= (training.batch_limit or clips)]
+    return sizes if training.device.type == "cuda" else [size for size in sizes if size <= AUTO_BATCH_SIZE][:1]
+
+
+def choose_batch_size(model, collator, longest, training, sizes):
+    """Split the clips of an update into steps of the largest of `sizes` that fits the GPU with clips like `longest`."""
     import torch
 
     clips = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    sizes = [size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= (training.batch_limit or clips)]
-    if training.device.type != "cuda":
-        sizes = [size for size in sizes if size <= AUTO_BATCH_SIZE][:1]
     for size in sizes:
         batch = collator([longest] * size)
         fits = size == sizes[-1] or step_fits(model, model_inputs(batch, collator.extractor, training.device), training)
@@ -3287,14 +3291,15 @@ def make_trainer(args, training, model, train, dev):
     if training.gradient_checkpointing:
         # Under DDP checkpointing forbids unused parameters, which a dropped layer would leave.
         model.encoder.layerdrop = 0.0
-        model.gradient_checkpointing_enable(training.gradient_checkpointing_kwargs)
+        model.activation_checkpointing_enable()  # now, for the trial of batch sizes; the Trainer does when it starts
     if training.ddp_find_unused_parameters is None:
         training.ddp_find_unused_parameters = model.encoder.layerdrop > 0
     if training.fp16:
         guard_trained_model(model, dev, CTCCollator(extractor, shortest=shortest), training)
     if training.auto_train_batch:
         plain = CTCCollator(extractor, dev.encoder, shortest=shortest)
-        choose_batch_size(model.to(training.device), plain, longest_clip(train, args), training)
+        sizes = possible_batch_sizes(training)
+        choose_batch_size(model.to(training.device), plain, longest_clip(train, args), training, sizes)
     callbacks = []
     if training.report_to and "tensorboard" in training.report_to:
         training.report_to = [name for name in training.report_to if name != "tensorboard"]

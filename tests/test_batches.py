@@ -299,7 +299,8 @@ def test_masks_depend_on_seed_epoch_and_clip_alone():
     frames = collator()([row])["input_features"][0]
     first = masks([row], seed=1, epoch=2)
     assert torch.equal(first, masks([row, *others], seed=1, epoch=2))
-    assert not torch.equal(first, masks([row], seed=1, epoch=3)) and not torch.equal(first, masks([row], seed=2, epoch=2))
+    assert not torch.equal(first, masks([row], seed=1, epoch=3))
+    assert not torch.equal(first, masks([row], seed=2, epoch=2))
 
 
 @pytest.mark.parametrize("flags, altered", [([], True), (["--no_spec_augment"], False)])
@@ -419,30 +420,44 @@ def test_a_model_that_is_not_finite_even_when_guarded_is_refused():
 # ---------------------------------------------------------------- the Trainer
 
 
-def test_accumulated_batches_give_the_loss_and_gradient_of_one_batch(tmp_path):
-    # Copies of one clip: BatchNorm sees the same statistics in a batch of four and in four batches of one.
-    train = make_selection([("The patient has a fever.", noise(1.2))] * 4, "train")
-    logged = {}
-    for size, steps in ((4, 1), (1, 4)):
-        trainer = make_trainer(
-            tmp_path / str(size),
-            train,
-            train,
-            "--no_spec_augment",
-            "--max_steps",
-            1,
-            "--logging_steps",
-            1,
-            "--per_device_train_batch_size",
-            size,
-            "--gradient_accumulation_steps",
-            steps,
-        )
+def without_batch_statistics(model):
+    """The model, whose BatchNorms stay in eval mode: their statistics are those of a batch, however it is split."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.train = lambda mode=True, module=module: module
+    return model
+
+
+@pytest.mark.parametrize(
+    "flags, split",
+    [
+        ([], (8, 4)),
+        (["--gradient_accumulation_steps", "1"], (8, 1)),
+        (["--per_device_train_batch_size", "3"], (3, 4)),
+    ],
+)
+def test_without_a_gpu_auto_is_eight_clips_a_step_and_a_number_is_that_number(tmp_path, clips, flags, split):
+    trainer = make_trainer(tmp_path, *clips, *flags)
+    assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == split
+    assert trainer._train_batch_size == split[0]
+
+
+@pytest.mark.parametrize("clips", [8, 5])
+def test_the_loss_and_gradient_of_an_update_do_not_depend_on_its_steps(tmp_path, clips):
+    """Also where the last step has fewer clips than the others."""
+    sounds = [(f"Patient {number} has a fever.", noise(1 + 0.4 * number, number)) for number in range(clips)]
+    train, logged = make_selection(sounds, "train"), []
+    for size, steps in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        split = f"--per_device_train_batch_size {size} --gradient_accumulation_steps {steps}"
+        flags = f"--no_spec_augment --max_steps 1 --logging_steps 1 {split}".split()
+        model = without_batch_statistics(random_model())
+        trainer = make_trainer(tmp_path / str(size), train, train, *flags, model=model)
         trainer.train()
-        logged[size] = next(logs for logs in trainer.state.log_history if "grad_norm" in logs)
-    assert logged[4]["loss"] > 0.1 and logged[4]["grad_norm"] > 0.1
-    assert logged[1]["loss"] == pytest.approx(logged[4]["loss"], rel=1e-3)
-    assert logged[1]["grad_norm"] == pytest.approx(logged[4]["grad_norm"], rel=1e-3)
+        logs = next(logs for logs in trainer.state.log_history if "grad_norm" in logs)
+        logged.append((logs["loss"], logs["grad_norm"]))
+    assert min(logged[0]) > 0.1
+    for loss, norm in logged[1:]:
+        assert loss == pytest.approx(logged[0][0], rel=1e-4) and norm == pytest.approx(logged[0][1], rel=1e-3)
 
 
 def test_checkpoints_and_saved_models_hold_the_whole_processor(tmp_path, clips):
@@ -482,7 +497,9 @@ def dev_set(*texts_and_domains):
 
 def heard(text):
     """What a perfect model's frames read as: each label twice, then a blank."""
-    return script.decode_ids(small_processor(), [id for label in label_encoder()([text])[0] for id in (label, label, 0)])
+    return script.decode_ids(
+        small_processor(), [id for label in label_encoder()([text])[0] for id in (label, label, 0)]
+    )
 
 
 def test_doubled_letters_and_digits_survive_the_dev_scores():

@@ -276,6 +276,19 @@ def test_a_disk_that_is_full_from_a_moment_on_is_named(folder, straight, moment)
     assert kills.result(output) == kills.result(straight)
 
 
+@pytest.mark.slow
+def test_a_run_that_filled_the_memory_goes_on_with_half_the_clips_a_step(folder, tmp_path):
+    flags = ["--per_device_train_batch_size", "auto", "--save_steps", "2"]
+    full = "import torch; raise torch.OutOfMemoryError('CUDA out of memory')"
+    done = run_at(folder, ("script.CTCTraining", "training_step", 5), tmp_path / "out", full, flags=flags)
+    message = error_line(done.stderr)
+    assert done.returncode == 1 and "the same command goes on with 4 a step and 2 accumulation steps" in message
+    status, out, errors = again(folder, tmp_path / "out", *flags)
+    assert status == 0, errors
+    assert re.search(r"going on from \S+, update 4 of 8", out)
+    assert "8 clips an update and device: 4 a step x 2 accumulation steps" in out
+
+
 # ---------------------------------------------------------------- what is not finite, and who else fails
 
 

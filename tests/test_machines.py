@@ -499,7 +499,36 @@ def test_long_dev_clips_are_written_down_in_windows(tmp_path, clips):
     assert scores["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-4), "the loss is that of clips in one piece"
 
 
-def test_out_of_memory_in_training_names_the_flags_to_try(tmp_path, clips):
-    trainer = make_trainer(tmp_path, clips, "--max_steps", 1, model=cramped_model(1))
+def test_out_of_memory_with_a_number_of_clips_names_the_flags_to_try(tmp_path, clips):
+    flags = ("--max_steps", 1, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1)
+    trainer = make_trainer(tmp_path, clips, *flags, model=cramped_model(1))
     with pytest.raises(script.RunError, match="--per_device_train_batch_size 1 --gradient_accumulation_steps 2"):
-        script.train_model(trainer, None, 1)
+        script.train_model(trainer, None, 1, script.RunState(tmp_path / "run.json", {}, {}))
+    assert not (tmp_path / "run.json").exists(), "a number that was asked for stays"
+
+
+@pytest.mark.parametrize("limit, chosen", [(32, 32), (5, 4), (1, 1), (0, 1)])
+def test_the_largest_step_that_fits_is_chosen_and_the_trials_leave_no_trace(tmp_path, clips, limit, chosen, capsys):
+    model, processor = cramped_model(limit), small_processor()
+    args, training = parse(tmp_path, "--gradient_accumulation_steps", "4")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    collator = script.CTCCollator(processor.feature_extractor, label_encoder())
+    longest = script.longest_clip(clips[0].clips, args)
+    assert len(longest["samples"]) == max(row["num_samples"] for row in clips[0].rows)
+    script.choose_batch_size(model, collator, longest, training, script.TRIED_BATCH_SIZES)
+    split = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    assert split == (chosen, 32 // chosen)
+    assert f"32 clips an update and device: {chosen} a step" in capsys.readouterr().out
+    assert torch.equal(torch.rand(1), expected), "random numbers were drawn"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("lengths, batches", [([9, 5, 4, 4, 1], [[0], [1, 2], [3, 4]]), ([30], [[0]]), ([], [])])
+def test_scoring_batches_are_filled_by_seconds_with_their_padding(tmp_path, lengths, batches):
+    _, training = parse(tmp_path)
+    spans = [script.Span(row, 0, length, 0, 0, True) for row, length in enumerate(lengths)]
+    assert script.pack_spans(spans, training, 10) == batches
