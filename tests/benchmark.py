@@ -3,14 +3,19 @@
 
     python tests/benchmark.py gpu       # float16 and bfloat16 at MedASR's size and activation range, 50 updates each
     python tests/benchmark.py prepare   # converting an archive of 300 MB, and the usual way: unpack, then datasets.map
+    python tests/benchmark.py speed     # data path, start, training, evaluation, long audio; --quick in two minutes
 
 Figures are ratios or come from one run on one machine; run them on yours.
 """
 
 import argparse
+import csv
 import io
+import itertools
 import json
 import os
+import pickle
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -197,8 +202,6 @@ def make_corpus(folder, megabytes):
 
 def prepare_the_usual_way(options):
     """Unpack the archive, then `datasets.map` with librosa into cached features; run in a process of its own."""
-    import csv
-
     import librosa
     from datasets import Dataset
     from transformers import AutoProcessor
@@ -337,6 +340,335 @@ def benchmark_prepare(options):
     return 0
 
 
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+WORDS = "the patient has a fever and no cough give two hundred milligrams twice a day for seven days".split()
+
+
+def make_prepared_corpus(folder, train_clips, seconds=None):
+    """A corpus as --prepare_only leaves it: clips of AfriSpeech-200's lengths (of `seconds` each if given), with speech
+    if they are few, and 100 archives of training clips if they are many.
+    """
+    import numpy as np
+    from datasets.arrow_writer import ArrowWriter
+
+    generator, speech = np.random.default_rng(0), np.concatenate(list(itertools.islice(fixture_speech(), 100)))
+    silent = finetune_medasr.encode_flac(np.zeros(1600, np.float32))
+    many, number = train_clips > 2000, 0
+    accents = [f"accent{index}" for index in range(100 if many else 1)]
+    for split, accent in [("train", accent) for accent in accents] + [("dev", "accent0"), ("test", "accent0")]:
+        out = folder / "audio_16khz" / split / f"{split}_{accent}_0.arrow"
+        archive = folder / "corpus" / "audio" / accent / split / f"{split}_{accent}_0.tar.gz"
+        transcripts = folder / "corpus" / "transcripts" / accent / f"{split}.csv"
+        for path in (out, archive, transcripts):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        archive.touch()
+        columns = "audio_paths,transcript,duration,accent,domain,user_ids,country,gender,age_group".split(",")
+        with (
+            open(transcripts, "w", newline="") as file,
+            ArrowWriter(path=str(out), features=finetune_medasr.clip_features(), writer_batch_size=50) as writer,
+        ):
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            for _ in range(train_clips // len(accents) if split == "train" else 8):
+                length = seconds or float(np.clip(generator.lognormal(np.log(8.4), 0.7), 1, 30))
+                count, number = round(length * finetune_medasr.SAMPLE_RATE), number + 1
+                start = generator.integers(len(speech) - count)
+                audio = silent if many else finetune_medasr.encode_flac(speech[start : start + count])
+                text = " ".join(generator.choice(WORDS, round(2.2 * length)))
+                key = f"session-{number:08d}/{number:032x}.wav"
+                row = {"audio_paths": key, "transcript": text, "duration": f"{length:.3f}", "accent": accent}
+                row |= {"domain": "clinical", "user_ids": f"speaker{number % 1466}", "country": "NG"}
+                table.writerow(row)
+                clip = {**finetune_medasr.clip_row(key, split, accent, row), "num_samples": count, "audio": audio}
+                writer.write(clip)
+            writer.finalize()
+
+
+def corpus_flags(folder, *more):
+    flags = f"--model {MODEL} --dataset {folder}/corpus --data_dir {folder}/audio_16khz --output_dir {folder}/out"
+    return [*f"{flags} --overwrite_output_dir --skip_baseline".split(), *more]
+
+
+def opened(folder, *more):
+    """(args, training, processor, model, encoder, {split: Selection}) of a prepared corpus, as a run opens them."""
+    args, training = finetune_medasr.parse_arguments(corpus_flags(folder, "--report_to", "none", *more))
+    training.disable_tqdm = True
+    processor, model = finetune_medasr.load_processor_and_model(args)
+    encoder = finetune_medasr.LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
+    check = finetune_medasr.ClipCheck(model, processor.feature_extractor, encoder, args.max_train_seconds)
+    corpus, selections = finetune_medasr.open_corpus(args), {}
+    for split in ("train", "dev"):
+        clips = finetune_medasr.load_split(corpus, split, None)
+        selections[split] = finetune_medasr.select_clips(*clips, args, check, None, 0)
+    return args, training, processor, model, encoder, selections
+
+
+def cached_features(clips, processor, folder):
+    """What the usual way trains on: log-mels and labels that datasets.map has cached."""
+
+    def features(row):
+        samples = finetune_medasr.decode_audio(row["audio"])
+        inputs = processor.feature_extractor([samples], sampling_rate=finetune_medasr.SAMPLE_RATE)
+        return {"input_features": inputs.input_features[0], "labels": processor.tokenizer(row["text"]).input_ids}
+
+    name = str(folder / f"features-{len(clips)}.arrow")
+    return clips.map(features, remove_columns=clips.column_names, cache_file_name=name)
+
+
+class UsualCollator:
+    """The collator of the usual CTC notebooks: cached features and labels, each padded by its own class."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, rows):
+        inputs = [{"input_features": row["input_features"]} for row in rows]
+        batch = self.processor.feature_extractor.pad(inputs, return_attention_mask=True, return_tensors="pt")
+        labels = self.processor.tokenizer.pad([{"input_ids": row["labels"]} for row in rows], return_tensors="pt")
+        batch["labels"] = labels["input_ids"].masked_fill(labels["attention_mask"].ne(1), -100)
+        return batch
+
+
+def paired(repeats, *calls):
+    """The median seconds of each of `calls`, made in turn."""
+    times = [[] for _ in calls]
+    for call, taken in itertools.chain.from_iterable(zip(calls, times) for _ in range(repeats + 1)):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[1:]) for taken in times]
+
+
+def measure_data_path(folder, options):
+    """From finished file to padded batch, clips of 10 s, on one core."""
+    import torch
+
+    torch.set_num_threads(1)
+    make_prepared_corpus(folder, 32, seconds=10.0)
+    _, _, processor, _, encoder, selections = opened(folder)
+    clips, extractor = selections["train"].clips, processor.feature_extractor
+    usual = cached_features(clips, processor, folder)
+    collator, usual_collator = finetune_medasr.CTCCollator(extractor, encoder), UsualCollator(processor)
+    indices = list(range(8))
+
+    def ours():
+        return finetune_medasr.model_inputs(collator(clips.__getitems__(indices)), extractor, "cpu")
+
+    def theirs():
+        return usual_collator(usual.__getitems__(indices))
+
+    audio = [clip["audio"] for clip in clips.select(indices)]
+    decode = lambda: [finetune_medasr.decode_audio(data) for data in audio]  # noqa: E731
+    torch.testing.assert_close(ours()["input_features"].shape, theirs()["input_features"].shape)
+    a, b, c = paired(5 if options.quick else 20, ours, theirs, decode)
+    return [
+        ("finished file to padded batch, ms a clip of 10 s", 1e3 * a / 8, 1e3 * b / 8, b / a),
+        ("  of it FLAC to samples", 1e3 * c / 8, None, None),
+    ]
+
+
+def usual_trainer(folder, model, processor, train, dev, steps, extra=()):
+    from transformers import Trainer, TrainingArguments
+
+    def rates(prediction):
+        ids = prediction.predictions.argmax(-1)
+        labels = np.where(prediction.label_ids == -100, processor.tokenizer.pad_token_id, prediction.label_ids)
+        texts, references = (processor.tokenizer.batch_decode(part) for part in (ids, labels))
+        return finetune_medasr.error_rates_metric().compute(predictions=texts, references=references)
+
+    import numpy as np
+
+    settings = dict(per_device_train_batch_size=8, per_device_eval_batch_size=8, gradient_accumulation_steps=4)
+    training = TrainingArguments(
+        output_dir=str(folder / "usual"),
+        **settings,
+        max_steps=steps,
+        report_to="none",
+        save_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        logging_steps=1,
+        **dict(extra),
+    )
+    return Trainer(
+        model=model, args=training, data_collator=UsualCollator(processor), train_dataset=train, eval_dataset=dev,
+        compute_metrics=rates,
+    )  # fmt: skip
+
+
+def measure_evaluation(folder, options):
+    """The dev scores of clips of the corpus's lengths: the script's, and Trainer.evaluate with gathered logits."""
+    make_prepared_corpus(folder, 64 if options.quick else 256)
+    args, training, processor, model, encoder, selections = opened(folder)
+    clips = selections["train"]
+    dev = finetune_medasr.DevSet(clips, processor, encoder, args)
+    usual = cached_features(clips.clips.shuffle(seed=0), processor, folder)
+    trainer = usual_trainer(folder, model, processor, usual, usual, 1)
+    a, b = paired(2 if options.quick else 5, lambda: dev.score(model, training), trainer.evaluate)
+    audio = finetune_medasr.hours(clips.rows) * 3600
+    return [("evaluation, audio seconds a second", audio / a, audio / b, b / a)]
+
+
+def padding_of(selection, clips):
+    """Percent of padding in batches of so many clips in the order of an epoch, and in random order."""
+    import numpy as np
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    lengths = np.array([row["num_samples"] for row in selection.rows])
+    sampler = finetune_medasr.mixed(finetune_medasr.EpochOrder, LengthGroupedSampler)(32, lengths.tolist(), 42, int)
+    found = []
+    for order in (list(sampler), np.random.default_rng(0).permutation(len(lengths))):
+        batches = [lengths[order[start : start + clips]] for start in range(0, len(lengths), clips)]
+        found.append(100 * (1 - lengths.sum() / sum(len(batch) * batch.max() for batch in batches)))
+    return found
+
+
+def measure_start(folder, options):
+    """From the command to one update with 58,000 prepared clips, beyond what a few clips take."""
+    peaks = {}
+    for name, count in (("few", 64), ("many", 58_000)):
+        make_prepared_corpus(folder / name, count)
+        flags = "--max_steps 1 --eval_strategy no --save_strategy no --load_best_model_at_end false --use_cpu true"
+        flags = [*corpus_flags(folder / name), *flags.split(), "--max_train_seconds", "5", "--report_to", "none"]
+        out = folder / name / "out"
+        peaks[name] = measured([sys.executable, finetune_medasr.__file__, *flags], out)
+    clips = opened(folder / "many")[-1]["train"]
+    few, many = peaks["few"], peaks["many"]
+    grouped, shuffled = padding_of(clips, 8)
+    grouped32, shuffled32 = padding_of(clips, 32)
+    return [
+        ("start with 58,000 clips beyond that with 64, s", many["wall"] - few["wall"], None, None),
+        ("  memory beyond it, MB", (many["memory"] - few["memory"]) / 1e6, None, None),
+        ("  the pickled training clips, MB", len(pickle.dumps(clips.clips)) / 1e6, None, None),
+        ("padding in batches of 8, % (random order beside it)", grouped, shuffled, shuffled / grouped),
+        ("padding in batches of 32, %", grouped32, shuffled32, shuffled32 / grouped32),
+    ]
+
+
+def measure_long_audio(folder, options):
+    """--transcribe of 1, 10 and 60 minutes."""
+    import numpy as np
+    import soundfile
+
+    speech, rows = np.concatenate(list(itertools.islice(fixture_speech(), 100))), []
+    for minutes in (1, 10, 60):
+        path, out = folder / f"{minutes}.flac", folder / f"out-{minutes}"
+        with soundfile.SoundFile(path, "w", finetune_medasr.SAMPLE_RATE, 1, format="FLAC") as file:
+            for _ in range(minutes):
+                file.write(np.resize(speech, 60 * finetune_medasr.SAMPLE_RATE))
+        command = [sys.executable, finetune_medasr.__file__, "--transcribe", path, "--model", MODEL]
+        rows.append((minutes, measured([*command, "--use_cpu", "true", "--output_dir", out], out)))
+    first = rows[0][1]
+    lines = [(f"{minutes} min of audio to text, s", found["wall"], None, None) for minutes, found in rows]
+    memory = [(f"  memory at {minutes} min, MB", found["memory"] / 1e6, None, None) for minutes, found in rows]
+    a_minute = [(found["wall"] - first["wall"]) / (minutes - 1) for minutes, found in rows[1:]]
+    linear = [("  s a minute beyond the first, at 10 and 60 min", *a_minute, a_minute[1] / a_minute[0])]
+    return lines + memory + linear
+
+
+def train_usual(folder, options):
+    """Audio seconds a second of the usual recipe: cached features, random batches of 8 x 4, bf16 on a GPU."""
+    import torch
+
+    args, training, processor, model, encoder, selections = opened(folder, *options.model)
+    train = cached_features(selections["train"].clips, processor, folder)
+    steps, extra = options.updates, {"bf16": True} if torch.cuda.is_available() else {"use_cpu": True}
+    trainer = usual_trainer(folder, model, processor, train, None, steps, {**extra, "dataloader_num_workers": 2})
+    trainer.model_accepts_loss_kwargs = False
+    heard = []
+    step = trainer.training_step
+
+    def timed(model, inputs, *rest):
+        heard.append((time.monotonic(), inputs["attention_mask"].sum().item() * 160 / 16_000))
+        return step(model, inputs, *rest)
+
+    trainer.training_step = timed
+    trainer.train()
+    warm = len(heard) // 3
+    return sum(seconds for _, seconds in heard[warm:-1]) / (heard[-1][0] - heard[warm][0])
+
+
+def train_ours(folder, options):
+    flags = [*corpus_flags(folder, *options.model), "--max_steps", options.updates, "--logging_steps", 1]
+    flags += ["--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", options.updates]
+    flags += ["--load_best_model_at_end", "false", "--no_spec_augment", "--max_test_samples", 1, "--report_to", "none"]
+    subprocess.run(list(map(str, [sys.executable, finetune_medasr.__file__, *flags])), check=True, capture_output=True)
+    state = json.loads(next((folder / "out").glob("checkpoint-*/trainer_state.json")).read_text())
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    logged = logged[len(logged) // 3 :]
+    return [
+        statistics.median(entry[name] for entry in logged) for name in ("audio_seconds_per_second", "data_wait_percent")
+    ]
+
+
+def train_resident(folder, options):
+    """Audio seconds a second of forward, backward and AdamW on one batch that stays on the GPU, float16."""
+    import torch
+
+    args, training, processor, model, encoder, selections = opened(folder, *options.model)
+    collator = finetune_medasr.CTCCollator(processor.feature_extractor, encoder)
+    middle = len(selections["train"].clips) // 2
+    rows = [selections["train"].clips[index] for index in range(middle - 16, middle + 16)]
+    batch, device = collator(rows), training.device
+    seconds = sum(row["num_samples"] for row in rows) / finetune_medasr.SAMPLE_RATE
+    inputs = finetune_medasr.model_inputs(batch, processor.feature_extractor, device)
+    model = model.to(device).train()
+    finetune_medasr.guard_half_precision(model, [inputs], device)
+    model.train()
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler()
+    for step in range(options.updates):
+        if step == options.updates // 3:
+            torch.cuda.synchronize()
+            start = time.monotonic()
+        with torch.autocast("cuda", torch.float16):
+            loss = model(**inputs).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    torch.cuda.synchronize()
+    return seconds * (options.updates - options.updates // 3) / (time.monotonic() - start)
+
+
+def measure_training(folder, options):
+    """Audio seconds a second in training: the small model on a CPU, MedASR's configuration on a GPU."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    options.updates = 30 if has_gpu else 4 if options.quick else 8
+    options.model = ["--max_train_seconds", "30"]
+    make_prepared_corpus(folder, 1500 if has_gpu else 128)
+    if has_gpu:
+        full_size_model(folder / "model", layers=17)
+        options.model += ["--model", str(folder / "model")]
+    ours, wait = train_ours(folder, options)
+    usual = train_usual(folder, options)
+    where = "MedASR's size, GPU" if has_gpu else "the small model, CPU"
+    rows = [
+        (f"training, {where}, audio s a second", ours, usual, ours / usual),
+        ("  share of time waiting for data, %", wait, None, None),
+    ]
+    if not has_gpu:
+        return rows + [("training, MedASR's size, GPU: not run, there is none", None, None, None)]
+    resident = train_resident(folder, options)
+    return rows + [("  on one resident batch (this script beside it)", resident, ours, ours / resident)]
+
+
+def benchmark_speed(options):
+    parts = [measure_data_path, measure_evaluation, measure_start, measure_long_audio, measure_training]
+    print(f"{'':<58}{'this script':>12}{'usual way':>12}{'ratio':>8}")
+    for part in [part for part in parts if options.only in part.__name__]:
+        with tempfile.TemporaryDirectory() as folder:
+            for label, *figures in part(Path(folder), options):
+                print(
+                    f"{label:<58}"
+                    + "".join(f"{'' if x is None else f'{x:,.1f}':>{w}}" for x, w in zip(figures, (12, 12, 8))),
+                    flush=True,
+                )
+    return 0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -347,6 +679,10 @@ def main():
     prepare = commands.add_parser("prepare", help="time, memory and disk of the preparation")
     prepare.add_argument("--megabytes", type=float, default=300)
     prepare.set_defaults(run=benchmark_prepare)
+    speed = commands.add_parser("speed", help="data path, start, training, evaluation and long audio")
+    speed.add_argument("--quick", action="store_true", help="fewer repetitions")
+    speed.add_argument("--only", default="", help="one part, e.g. data_path")
+    speed.set_defaults(run=benchmark_speed)
     usual = commands.add_parser("usual", help="the way that 'prepare' compares with; it runs this itself")
     usual.add_argument("corpus", type=Path)
     usual.add_argument("out", type=Path)
