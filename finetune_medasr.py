@@ -1131,7 +1131,9 @@ class AudioBytes(io.BytesIO):
         return self.tell()
 
 
-RESAMPLING_MARGIN = 1_600  # samples at 16 kHz read on each side of a window, more than the resampler's filter is long
+# Samples at 16 kHz read on each side of a window, more than the resampler's filter is long. Windows begin at multiples of
+# 640, and with a margin of such a multiple at a sample of every common rate.
+RESAMPLING_MARGIN = 3 * 640
 
 
 def decode_audio(source, start=0, stop=None):

@@ -77,6 +77,24 @@ def test_stereo_is_mixed_down_to_the_mean_of_its_channels():
     np.testing.assert_allclose(samples, left / 2, atol=1e-6)
 
 
+@pytest.mark.parametrize("rate", [16_000, 44_100, 8_000, 48_000, 22_050, 11_025])
+@pytest.mark.parametrize("start, stop", [(0, 16_000), (640, 8_000), (16_000, 48_000), (38_400, 99_999)])
+def test_a_window_is_what_the_whole_has_there(rate, start, stop):
+    time = np.arange(3 * rate) / rate
+    data = wav_bytes((0.3 * np.sin(2 * np.pi * (200 + 300 * time) * time)).astype(np.float32), rate)
+    whole, window = script.decode_audio(data), script.decode_audio(data, start, stop)
+    assert len(window) == min(stop, len(whole)) - start
+    np.testing.assert_allclose(window, whole[start:stop], atol=1e-3)
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_of_a_long_recording_only_the_window_is_decoded(rate):
+    samples = np.full(60 * rate, np.nan, np.float32)  # which decoding refuses
+    samples[20 * rate : 40 * rate] = 0.1
+    window = script.decode_audio(wav_bytes(samples, rate), 21 * RATE, 39 * RATE)
+    assert len(window) == 18 * RATE and np.abs(window[RATE:-RATE] - 0.1).max() < 1e-3
+
+
 @pytest.mark.parametrize("data", [b"", b"OggS" + bytes(range(256)), wav_bytes(np.full(1000, np.nan))])
 def test_audio_that_cannot_be_decoded_is_a_value_error(data):
     with pytest.raises(ValueError):

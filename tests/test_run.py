@@ -235,6 +235,7 @@ def test_tensorboard_has_the_curves_and_transcriptions(demo, log):
         "train/grad_norm",
         "train/audio_seconds_per_second",
         "train/padding_percent",
+        "train/data_wait_percent",
         "eval/loss",
         "eval/wer",
         "eval/cer",
@@ -259,6 +260,8 @@ def test_tensorboard_has_the_curves_and_transcriptions(demo, log):
     )
     assert all(0 <= event.value < 60 for event in events.Scalars("train/padding_percent"))
     assert all(event.value > 0 for event in events.Scalars("train/audio_seconds_per_second"))
+    waits = [event.value for event in events.Scalars("train/data_wait_percent")]
+    assert all(0 <= wait <= 100 for wait in waits) and max(waits) > 0
     (text,) = [tag for tag in events.Tags()["tensors"] if "transcriptions" in tag]
     assert [event.step for event in events.Tensors(text)] == evaluated_steps(demo)
     shown = events.Tensors(text)[-1].tensor_proto.string_val[0].decode()
