@@ -279,6 +279,20 @@ def test_training_says_how_it_goes(demo):
 
 
 @pytest.mark.slow
+def test_the_end_says_how_fast_it_was_and_where_the_time_went(demo, log):
+    (hours, rate, shares) = re.search(
+        r"trained on ([\d.]+) audio hours at (\d+) an hour; time: (.*)", demo.stdout
+    ).groups()
+    passes = max(entry["epoch"] for entry in log)
+    assert float(hours) == pytest.approx(passes * demo.metrics["data"]["train"]["hours"], rel=0.1)
+    logged = [entry["audio_seconds_per_second"] for entry in log if "audio_seconds_per_second" in entry]
+    assert min(logged) * 0.9 <= int(rate) <= max(logged) * 1.1
+    shares = dict(re.findall(r"([a-z ]+) (\d+) %", shares))
+    parts = {"forward and backward", "waiting for data", "evaluation", "scoring", "saving"}
+    assert {name.strip() for name in shares} == parts and 97 <= sum(map(int, shares.values())) <= 103
+
+
+@pytest.mark.slow
 def test_checkpoints_can_be_used_and_resumed(demo):
     from transformers import AutoProcessor
 
