@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import statistics
 import subprocess
 import sys
@@ -526,15 +527,15 @@ def padding_of(selection, clips):
 
 def measure_start(folder, options):
     """From the command to one update with 58,000 prepared clips, beyond what a few clips take."""
-    peaks = {}
+    flags = "--max_steps 1 --eval_strategy no --save_strategy no --load_best_model_at_end false --report_to none"
+    found = {"few": [], "many": []}
     for name, count in (("few", 64), ("many", 58_000)):
         make_prepared_corpus(folder / name, count)
-        flags = "--max_steps 1 --eval_strategy no --save_strategy no --load_best_model_at_end false --use_cpu true"
-        flags = [*corpus_flags(folder / name), *flags.split(), "--report_to", "none"]
-        out = folder / name / "out"
-        peaks[name] = measured([sys.executable, finetune_medasr.__file__, *flags], out)
+    for name in ["few", "many"] * (1 if options.quick else 3):
+        command = [sys.executable, finetune_medasr.__file__, *corpus_flags(folder / name), *flags.split()]
+        found[name].append(measured(command, folder / name / "out"))
+    few, many = (min(runs, key=lambda run: run["wall"]) for runs in found.values())
     clips = opened(folder / "many")[-1]["train"]
-    few, many = peaks["few"], peaks["many"]
     grouped, shuffled = padding_of(clips, 8)
     grouped32, shuffled32 = padding_of(clips, 32)
     return [
@@ -655,8 +656,33 @@ def measure_training(folder, options):
     return rows + [("  on one resident batch (this script beside it)", resident, ours, ours / resident)]
 
 
+def measure_threads(folder, options):
+    """The demo's training with so many threads and workers, and with threads that spin while they wait."""
+    rows = []
+    flags = "--max_steps 16 --eval_strategy no --save_strategy no --load_best_model_at_end false --skip_baseline"
+    flags += f" --max_test_samples 1 --overwrite_output_dir --output_dir {folder}/out --data_dir {folder}/audio_16khz"
+    settings = [(1, 0, "PASSIVE"), (1, 1, "PASSIVE"), (2, 0, "PASSIVE"), (2, 1, "PASSIVE"), (2, 1, "ACTIVE")]
+    for threads, workers, policy in settings[:: 4 if options.quick else 1]:
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": policy}
+        command = [sys.executable, finetune_medasr.__file__, "--demo", *flags.split()]
+        command += ["--dataloader_num_workers", str(workers)]
+        done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+        speed = float(re.search(r"at (\d+) an hour", done.stdout)[1])
+        waiting = "spinning" if policy == "ACTIVE" else "sleeping"
+        rows.append((f"demo's training, {threads} threads {waiting}, {workers} workers, audio s/s", speed, None, None))
+    return rows
+
+
 def benchmark_speed(options):
-    parts = [measure_data_path, measure_evaluation, measure_start, measure_long_audio, measure_training]
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    parts = [
+        measure_data_path,
+        measure_evaluation,
+        measure_start,
+        measure_long_audio,
+        measure_training,
+        measure_threads,
+    ]
     print(f"{'':<58}{'this script':>12}{'usual way':>12}{'ratio':>8}")
     for part in [part for part in parts if options.only in part.__name__]:
         with tempfile.TemporaryDirectory() as folder:

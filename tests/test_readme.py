@@ -50,7 +50,7 @@ def test_the_two_commands_that_set_up_are_there_to_copy():
 
 
 def test_no_placeholder_is_left():
-    assert not re.findall(r"^[A-Z]+(?:_[A-Z]+)*$|\b(?:TODO|FIXME|TBD)\b", README, re.MULTILINE)
+    assert not re.findall(r"@[A-Z]+@|^[A-Z]+(?:_[A-Z]+)*$|\b(?:TODO|FIXME|TBD)\b", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", OURS)
