@@ -407,7 +407,7 @@ def check_report(file):
         path.write_bytes(file[1])
         status = script.main(["--score_file", str(path), "--output_dir", str(folder / "out")])
         errors = sys.stderr.getvalue()
-        assert status in (0, 2) and "unexpected" not in errors, errors
+        assert status in (0, 2) and "error: unexpected" not in errors, errors
         assert (folder / "out/results/report.md").is_file() == (status == 0)
 
 
