@@ -268,6 +268,7 @@ def archives(draw):
     changed = edits + packed_edits
     # Bytes that are other ones leave a trace; cut at its end a member goes without any.
     known = not pax and all(kind == "flip" for kind, *_ in changed)
+    known = known and not parts[0][0].startswith(b"\x1f\x8b")  # a name that makes a tar look like gzip
     return edited(tar, packed_edits), count if known else None, not changed
 
 
