@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,6 +204,13 @@ def test_overflow_upon_overflow_ends_the_run_with_advice(tmp_path, clips):
         trainer.train()
 
 
+def test_overflows_with_updates_between_them_do_not_end_the_run(tmp_path, clips):
+    trainer = make_trainer(tmp_path, clips, "--max_steps", 12, "--logging_steps", 12, half=True)
+    overflow_at(trainer, *range(1, 6), *range(7, 12))
+    trainer.train()
+    assert trainer.state.log_history[0]["skipped_updates"] == 10
+
+
 def test_a_gradient_that_is_not_finite_ends_a_float32_run_before_the_update(tmp_path, clips):
     trainer = make_trainer(tmp_path, clips, "--max_steps", 9)
     overflow_at(trainer, 3)
@@ -220,6 +228,15 @@ def test_a_dev_loss_that_is_not_finite_ends_the_run(tmp_path, clips, half, advic
         trainer.evaluate()
 
 
+def test_running_statistics_that_are_not_finite_are_never_saved(tmp_path, clips):
+    """An infinite variance makes text blank and no loss infinite."""
+    trainer = make_trainer(tmp_path, clips)
+    trainer.model.encoder.layers[0].conv.norm.running_var.fill_(float("inf"))
+    with pytest.raises(script.RunError, match=r"not finite at update 0, in .*running_var: lower --learning_rate"):
+        trainer._save_checkpoint(trainer.model, None)
+    assert not list(tmp_path.glob("checkpoint-*/*"))
+
+
 def test_skipped_updates_are_drawn_in_tensorboard(tmp_path, clips):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -229,6 +246,15 @@ def test_skipped_updates_are_drawn_in_tensorboard(tmp_path, clips):
     trainer.train()
     events = EventAccumulator(str(tmp_path / "runs")).Reload()
     assert [event.value for event in events.Scalars("train/skipped_updates")] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("flags, half", [([], True), (["--bf16"], False), (["--fp16", "false"], False)])
+def test_float16_is_the_default_on_a_gpu(tmp_path, monkeypatch, flags, half):
+    """torch and the library are told of a GPU; what they would do with it is left out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda training: setattr(training, "_n_gpu", 1))
+    _, training = script.parse_arguments(["--output_dir", str(tmp_path), *flags])
+    assert training.fp16 is half
 
 
 # ---------------------------------------------------------------- several GPUs
@@ -415,6 +441,23 @@ def test_shares_of_a_stream_are_balanced_by_bytes():
         loads = [sum(sizes[path][0] for _, path in share) for share in shares]
         assert max(loads) - min(loads) <= 839 if count > 2 else max(loads) - min(loads) <= 10
     assert script.balanced_shares(archives, sizes, 4) == script.balanced_shares(archives[::1], sizes, 4)
+
+
+def test_processes_and_their_workers_have_shares_of_nearly_equal_bytes(tmp_path):
+    from torch.utils.data import IterableDataset
+
+    sizes = [800, 100, 500, 100, 500]  # every other archive would be 1,800 of 2,000
+    files = {f"audio/igbo/train/train_igbo_{number}.tar.gz": [size, None] for number, size in enumerate(sizes)}
+    corpus = script.Corpus("somebody/corpus", None, None, tmp_path, False, files)
+    args, _ = parse(tmp_path, "--streaming", "--max_steps", 1)
+    seen, loads = [], []
+    for rank in range(2):
+        place = SimpleNamespace(world_size=2, process_index=rank, dataloader_num_workers=2, output_dir=str(tmp_path))
+        stream = script.mixed(script.TrainingStream, IterableDataset)(corpus, None, args, None, place, 0)
+        shares = [[path for _, path in share] for share in stream.arguments["shares"]]
+        loads.append([sum(files[path][0] for path in share) for share in shares])
+        seen += sum(shares, [])
+    assert loads == [[800, 200], [500, 500]] and sorted(seen) == sorted(files)
 
 
 @pytest.mark.slow

@@ -107,8 +107,8 @@ def test_labels_are_ids_the_head_can_emit_and_spell_the_folded_text(text):
 
 def test_dropped_characters_are_counted_and_invisible_ones_are_not():
     encoder = label_encoder()
-    encoder(["# 1^2 #3 日 a\u200bb\u00adc\ufeff é ’ (x)"])
-    assert encoder.dropped == {"#": 2, "^": 1, "日": 1}
+    encoder(["# 1^2 #3 日 a\u200bb\u00adc\ufeff é ’ (x)", "(open $5"])
+    assert encoder.dropped == {"#": 2, "^": 1, "日": 1, "(": 1, "$": 1}
 
 
 def test_what_a_tokenizer_covers_decides_what_is_folded():
