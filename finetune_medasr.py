@@ -181,16 +181,21 @@ class StopSignals:
 
     def among_all(self, training):
         """The number of a signal that any of the processes has got, the same in each of them; 0 for none."""
-        if training.world_size == 1:
-            return self.number or 0
-        import torch
-
-        number = torch.tensor(self.number or 0, device=training.device)
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-        return int(number)
+        return agreed(self.number or 0, training, "MAX")
 
 
 STOP_SIGNALS = StopSignals()
+
+
+def agreed(number, training, choice="MIN"):
+    """The smallest (or with "MAX" the largest) of the processes' integers, the same in each of them."""
+    if training.world_size == 1:
+        return int(number)
+    import torch
+
+    number = torch.tensor(int(number), device=training.device)
+    torch.distributed.all_reduce(number, getattr(torch.distributed.ReduceOp, choice))
+    return int(number)
 
 
 SPENT = Counter()  # seconds of this start of the program, by what they were spent on
@@ -2102,7 +2107,7 @@ def eval_budget(model, extractor, window_seconds, training):
         run_batch(model, extractor, CTCCollator(extractor)(rows), training.device)
     a_second = (torch.cuda.max_memory_allocated() - before) / (len(rows) * window_seconds)
     seconds = torch.cuda.mem_get_info()[0] / 2 / max(a_second, 1)
-    return round(min(seconds, EVAL_BUDGET_SECONDS[1]) * SAMPLE_RATE)
+    return agreed(min(seconds, EVAL_BUDGET_SECONDS[1]) * SAMPLE_RATE, training)
 
 
 def transcribe_clips(model, processor, clips, num_samples, args, training, encoder=None):
@@ -3079,7 +3084,7 @@ class CTCTraining:
         if "loss" in logs and self.mark:
             import torch
 
-            counts = torch.tensor(self.counts, device=self.args.device)
+            counts = torch.tensor(self.counts, dtype=torch.float32, device=self.args.device)
             real, padded = self.accelerator.reduce(counts, "sum").tolist()
             now, spent = (time.monotonic(), Counter(SPENT)), SPENT - self.mark[1]
             seconds = max(now[0] - self.mark[0] - spent["evaluation"] - spent["saving"], 1e-3)
@@ -3214,8 +3219,8 @@ TRIED_BATCH_SIZES = (32, 16, 8, 4, 2, 1)
 SPARE_MEMORY = 0.05  # of the GPU's, left over in a trial for what batches of other lengths leave in pieces
 
 
-def step_fits(model, inputs, training):
-    """Whether a training step on `inputs` fits into the GPU's memory, beside what optimizer and processes keep there.
+def step_fits(model, collator, rows, training):
+    """Whether a training step on `rows` fits into the GPU's memory, beside what optimizer and processes keep there.
 
     The model comes out as it went in.
     """
@@ -3233,6 +3238,7 @@ def step_fits(model, inputs, training):
             if device.type == "cuda":
                 total = torch.cuda.get_device_properties(device).total_memory
                 kept.append(torch.empty(int(SPARE_MEMORY * total), dtype=torch.uint8, device=device))
+            inputs = model_inputs(collator(rows), collator.extractor, device)
             with torch.autocast(device.type, half, enabled=training.fp16 or training.bf16):
                 loss = model.train()(**inputs).loss
             loss.backward()
@@ -3242,7 +3248,7 @@ def step_fits(model, inputs, training):
     finally:
         model.encoder.layerdrop = layerdrop
         model.zero_grad()
-        kept = loss = None
+        kept = inputs = loss = None
         for name, buffer in model.named_buffers():
             buffer.data.copy_(buffers[name])
         if device.type == "cuda":
@@ -3267,16 +3273,9 @@ def possible_batch_sizes(training):
 
 def choose_batch_size(model, collator, longest, training, sizes):
     """Split the clips of an update into steps of the largest of `sizes` that fits the GPU with clips like `longest`."""
-    import torch
-
     clips = training.per_device_train_batch_size * training.gradient_accumulation_steps
     for size in sizes:
-        batch = collator([longest] * size)
-        fits = size == sizes[-1] or step_fits(model, model_inputs(batch, collator.extractor, training.device), training)
-        if training.world_size > 1:
-            fits = torch.tensor(int(fits), device=training.device)
-            torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)
-        if fits:
+        if agreed(size == sizes[-1] or step_fits(model, collator, [longest] * size, training), training):
             break
     training.per_device_train_batch_size, training.gradient_accumulation_steps = size, clips // size
     say(f"  {plural(clips, 'clip')} an update and device: {size} a step x {plural(clips // size, 'accumulation step')}")
