@@ -1139,8 +1139,8 @@ class AudioBytes(io.BytesIO):
         return self.tell()
 
 
-# Samples at 16 kHz read on each side of a window, more than the resampler's filter is long. Windows begin at multiples of
-# 640, and with a margin of such a multiple at a sample of every common rate.
+# Samples at 16 kHz read on each side of a window, more than the resampler's filter is long. Windows begin at multiples
+# of 640, and with a margin of such a multiple at a sample of every common rate.
 RESAMPLING_MARGIN = 3 * 640
 
 
