@@ -3130,6 +3130,7 @@ class TensorBoardTexts:
     def on_evaluate(self, args, state, control, **kwargs):
         if self.tb_writer is not None:
             self.tb_writer.add_text("eval/transcriptions", self.dev.samples, state.global_step)
+            self.tb_writer.flush()  # a run that is killed does not write them again
 
 
 class ProgressLines:
