@@ -1398,8 +1398,8 @@ def check_disk(corpus, todo, splits, accents, num_proc):
     need, free = disk_needed(corpus, todo, splits, accents, num_proc)[0], shutil.disk_usage(corpus.data_dir).free
     if need > free:
         raise RunError(
-            f"preparing {len(todo)} archives needs {need / 1e9:.1f} GB in {corpus.data_dir} and {free / 1e9:.1f} GB "
-            f"are free: "
+            f"preparing {plural(len(todo), 'archive')} needs {need / 1e9:.1f} GB in {corpus.data_dir} and "
+            f"{free / 1e9:.1f} GB are free: "
             "choose another --data_dir, fewer --accents, or a lower --num_proc"
         )
 
@@ -1524,8 +1524,8 @@ class TrainingStream:
         archives = corpus.archives("train", accents)
         if len(archives) < training.world_size:
             raise UsageError(
-                f"--streaming has {len(archives)} training archives for {training.world_size} processes; use fewer, "
-                f"or leave it out"
+                f"--streaming has {plural(len(archives), 'training archive')} for {training.world_size} processes; "
+                "use fewer, or leave it out"
             )
         mine = balanced_shares(archives, corpus.files, training.world_size)[training.process_index]
         self.workers = min(training.dataloader_num_workers, len(mine))
@@ -2740,7 +2740,7 @@ def read_score_file(path):
         raise UsageError(f"--score_file: {error}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--score_file {path} is neither JSON lines nor CSV ({one_line(error)})") from error
-    notes = [f"{path}: {note}" for note in notes]
+    notes = [f"{Path(path).name}: {note}" for note in notes]
     rows, texts, before = [], [], []
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict):
@@ -3140,6 +3140,7 @@ class TensorBoardTexts:
     def on_evaluate(self, args, state, control, **kwargs):
         if self.tb_writer is not None:
             self.tb_writer.add_text("eval/transcriptions", self.dev.samples, state.global_step)
+            self.tb_writer.flush()  # a run that is killed does not write them again
 
 
 class ProgressLines:
@@ -3149,7 +3150,7 @@ class ProgressLines:
         if not state.is_world_process_zero or self.training_bar is None:
             return
         if "loss" in logs:
-            skipped = f", {logs['skipped_updates']} updates skipped" if logs.get("skipped_updates") else ""
+            skipped = f", {plural(count, 'update')} skipped" if (count := logs.get("skipped_updates")) else ""
             speed, wait = logs["audio_seconds_per_second"], logs["data_wait_percent"]
             speed = f"{speed:.0f} audio s/s, {wait:.0f} % waiting for data"
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed}{skipped}")
@@ -3195,10 +3196,10 @@ def fit_schedule(training, clips):
     defaults = {item.name: item.default for item in dataclasses.fields(CommonTrainingArguments)}
     if updates < training.eval_steps == defaults["eval_steps"] and training.save_steps == defaults["save_steps"]:
         training.eval_steps = training.save_steps = max(1, updates // 5)
-        say(f"  {updates} updates in all: evaluating and saving every {training.eval_steps}")
+        say(f"  {plural(updates, 'update')} in all: evaluating and saving every {training.eval_steps}")
     if updates < 2 * training.warmup_steps and training.warmup_steps == defaults["warmup_steps"]:
         training.warmup_steps = max(1, updates // 10)
-        say(f"  {updates} updates in all: warming up over {training.warmup_steps}")
+        say(f"  {plural(updates, 'update')} in all: warming up over {training.warmup_steps}")
     return updates
 
 
@@ -3590,14 +3591,14 @@ def dry_run(args, training, corpus, accents):
     fetched = 0 if corpus.folder else sum(corpus.files[path][0] for _, path in todo)
     peak, kept = disk_needed(corpus, todo, splits, accents, args.num_proc)
     say(
-        f"  to fetch {fetched / 1e9:.2f} GB in {len(todo)} archives; to keep {kept / 1e9:.2f} GB in {args.data_dir}, "
-        f"at the peak {peak / 1e9:.2f} GB"
+        f"  to fetch {fetched / 1e9:.2f} GB in {plural(len(todo), 'archive')}; to keep {kept / 1e9:.2f} GB in "
+        f"{args.data_dir}, at the peak {peak / 1e9:.2f} GB"
     )
     updates, an_epoch = planned_updates(training, train)
     say(
-        f"  {updates:,} updates, {an_epoch:,} an epoch, of {training.per_device_train_batch_size} clips x "
-        f"{training.gradient_accumulation_steps} "
-        f"accumulation steps x {training.world_size} devices"
+        f"  {plural(updates, 'update')}, {an_epoch:,} an epoch, of "
+        f"{plural(training.per_device_train_batch_size, 'clip')} x "
+        f"{plural(training.gradient_accumulation_steps, 'accumulation step')} x {plural(training.world_size, 'device')}"
     )
     return 0
 

@@ -111,6 +111,26 @@ def test_a_run_killed_at_a_moment_ends_as_if_it_had_not_been(folder, straight, m
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "moment, losses, evaluations",
+    [
+        (("script.ProgressLines", "on_log", 5), [1, 2, 3, 4], [2]),
+        (("script.CTCTraining", "_save_checkpoint", 1), [1, 2], [2]),
+    ],
+)
+def test_what_a_killed_run_has_logged_is_in_tensorboard(folder, tmp_path, moment, losses, evaluations):
+    """Killed right after a loss, and right after an evaluation, which writes texts too."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    killed = run_at(folder, moment, tmp_path / "out", flags=["--skip_baseline"])
+    assert killed.returncode == -signal.SIGKILL
+    events = EventAccumulator(str(tmp_path / "out/runs")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == losses
+    assert [event.step for event in events.Scalars("eval/wer")] == evaluations
+    assert [event.step for event in events.Tensors("eval/transcriptions/text_summary")] == evaluations
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number, moment", [(signal.SIGTERM, "in a step"), (signal.SIGINT, "in an evaluation")])
 def test_a_signal_leaves_a_checkpoint_to_go_on_from(folder, straight, number, moment):
     output = folder / f"signal-{number}"
@@ -345,6 +365,34 @@ def test_a_signal_to_the_launcher_leaves_a_checkpoint_to_go_on_from(folder, tmp_
     done = run_at(folder, ("script", "no_moment", 0), output, launcher=TWO_PROCESSES, flags=IN_TWO)
     assert done.returncode == 0 and "checkpoint-5, update 5 of 8" in done.stdout, done.stderr
     assert kills.result(output) == kills.result(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_no_process_leaves_before_a_checkpoint_is_complete(folder, tmp_path):
+    """The second process writes its part late, the first one the list of all parts: neither may go ahead alone."""
+    stop = f"""import atexit, time
+    save, write = transformers.Trainer._save_rng_state, script.write_text
+    manifest = "{tmp_path}/out/checkpoint-1/" + script.MANIFEST
+
+    def save_late(*inputs):
+        if os.environ["RANK"] == "1":
+            time.sleep(3)
+        save(*inputs)
+
+    def write_late(path, text):
+        if str(path) == manifest:
+            time.sleep(3)
+        write(path, text)
+
+    transformers.Trainer._save_rng_state, script.write_text = save_late, write_late
+    note = lambda: open("{tmp_path}/" + os.environ["RANK"], "w").write(str(os.path.exists(manifest)))
+    atexit.register(note)
+    os.kill(os.getpid(), signal.SIGTERM)"""
+    moment = ("script.CTCTraining", "training_step", 1)
+    stopped = run_at(folder, moment, tmp_path / "out", stop, TWO_PROCESSES, [*IN_TWO, "--skip_baseline"])
+    assert "checkpoint-1 written" in stopped.stdout, stopped.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["True", "True"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(load_json(tmp_path / "out/checkpoint-1" / MANIFEST))
 
 
 @pytest.mark.slow

@@ -126,8 +126,18 @@ def test_the_metrics_have_the_keys_that_programs_read(demo):
         for kind, groups in system["groups"].items():
             assert sum(group["clips"] for group in groups.values()) == system["clips"], kind
     assert metrics["delta"]["wer"] == pytest.approx(metrics["finetuned"]["wer"] - metrics["baseline"]["wer"])
-    assert metrics["config"]["training"]["max_steps"] > 0 and metrics["config"]["model"] == str(MODEL)
+    assert metrics["config"]["training"]["max_steps"] > 0 and metrics["config"]["model"] == MODEL.name
     assert {"torch", "transformers", "datasets"} <= set(metrics["versions"])
+
+
+@pytest.mark.slow
+def test_what_people_publish_names_no_folder_of_the_machine(demo):
+    """The demo's model and corpus are given as absolute paths."""
+    for path in (*demo.results.glob("*.*"), *demo.final.glob("*.md"), *demo.final.glob("*.json")):
+        content = path.read_bytes()
+        assert not [folder for folder in (MODEL.parent, demo.folder) if str(folder).encode() in content], path
+    card = (demo.final / "README.md").read_text()
+    assert f"# {MODEL.name} adapted" in card and f"Fine-tuned on {CORPUS.name}, " in card
 
 
 @pytest.mark.slow
@@ -635,6 +645,17 @@ def test_an_unknown_accent_is_refused_with_the_nearest_names(tmp_path, run):
     status, _, errors = run("--dry_run", *FIXTURE_FLAGS, "--data_dir", tmp_path, "--accents", "igbo", "yorba")
     assert status == 2
     assert all(part in error_line(errors) for part in ("--accents", "'yorba'", "yoruba")) and "igbo" not in errors
+
+
+def test_an_absolute_path_is_cut_to_its_name_in_what_is_published(tmp_path, run):
+    (tmp_path / "texts.csv").write_bytes("text,pred_text\nNo caf\u00e9,no\n".encode("latin-1"))
+    status, _, errors = run("--score_file", tmp_path / "texts.csv", f"--output_dir={tmp_path}")
+    assert status == 0 and "texts.csv" in errors
+    for name in ("metrics.json", "report.md"):
+        content = (tmp_path / "results" / name).read_text()
+        assert "texts.csv" in content and str(tmp_path) not in content, name
+    command = load_json(tmp_path / "results/metrics.json")["config"]["command"]
+    assert command == f"python finetune_medasr.py --score_file texts.csv --output_dir={tmp_path.name}"
 
 
 @pytest.mark.parametrize("flags, status", [(["--domains", "clinicl"], 2), (["--help"], 0)])
