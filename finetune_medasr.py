@@ -649,41 +649,43 @@ def hub_advice(error, repo, kind):
     from huggingface_hub import constants, errors, get_token
 
     terms = f"accept its terms at {constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
-    if isinstance(error, errors.GatedRepoError) and get_token() is None:
-        return f"is gated and you are not logged in: {terms}, then run 'hf auth login' (or set HF_TOKEN)"
-    if isinstance(error, errors.GatedRepoError):
-        account = "the account that 'hf auth whoami' names"
-        return f"is gated and your account has no access to it: {terms} with {account}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"is not on the Hub, or is private: check --{kind}, or run 'hf auth login'"
-    if isinstance(error, errors.HFValidationError):
-        return f"is neither a local folder nor a Hub id of the form owner/name: check --{kind}"
-    if isinstance(error, (errors.RevisionNotFoundError, errors.RevisionResolutionError)):
-        return f"has no such revision: check --{kind}_revision"
+    denied = f"your account has no access to it: {terms} with the account that 'hf auth whoami' names"
+    anonymous = f"you are not logged in: {terms}, then run 'hf auth login' (or set HF_TOKEN)"
+    absent = f"is not on this machine and {constants.ENDPOINT} cannot be reached"
+    unreachable = errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.ConnectError
+    no_revision = errors.RevisionNotFoundError, errors.RevisionResolutionError
+    meanings = (  # some exceptions are kinds of others below them
+        (errors.GatedRepoError, f"is gated and {anonymous if get_token() is None else denied}"),
+        (errors.RepositoryNotFoundError, f"is not on the Hub, or is private: check --{kind}, or run 'hf auth login'"),
+        (errors.HFValidationError, f"is neither a local folder nor a Hub id of the form owner/name: check --{kind}"),
+        (no_revision, f"has no such revision: check --{kind}_revision"),
+        (unreachable, f"{absent}: go online, or give --{kind} a local folder"),
+        (errors.EntryNotFoundError, f"lacks a file that it should have ({one_line(error)}): check --{kind}_revision"),
+    )
+    for exceptions, meaning in meanings:
+        if isinstance(error, exceptions):
+            return meaning
     if getattr(getattr(error, "response", None), "status_code", None) == 401:
         return "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
-    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.ConnectError)):
-        problem = f"is not on this machine and {constants.ENDPOINT} cannot be reached"
-        return f"{problem}: go online, or give --{kind} a local folder"
-    if isinstance(error, errors.EntryNotFoundError):
-        return f"lacks a file that it should have ({one_line(error)}): check --{kind}_revision"
     return f"could not be read ({one_line(error)}): run the same command again, what is finished is kept"
 
 
-def check_model_access(args):
-    """Raise RunError if the model cannot be had: its first file on the Hub is where a gated or missing model shows."""
+def model_source(args):
+    """The folder or Hub id of the model; raises RunError if its first file, where a gated model shows, is not there."""
     from huggingface_hub import hf_hub_download
 
     folder = Path(args.model).expanduser()
-    for pattern in ("config.json", "*.safetensors") if folder.is_dir() else ():
+    if not folder.is_dir():
+        with explained_hub_errors(args.model, "model"):
+            hf_hub_download(args.model, "config.json", revision=args.model_revision)
+        return args.model
+    for pattern in ("config.json", "*.safetensors"):
         if not any(folder.glob(pattern)):
             raise RunError(
                 f"model {args.model} has no {pattern}: give a folder with a model's config.json, its weights as "
                 "safetensors (others can hold code and are not loaded) and its processor"
             )
-    if not folder.is_dir():
-        with explained_hub_errors(args.model, "model"):
-            hf_hub_download(args.model, "config.json", revision=args.model_revision)
+    return str(folder)
 
 
 def not_finite(model):
@@ -694,40 +696,33 @@ def not_finite(model):
     return ""
 
 
-def load_processor_and_model(args):
-    """The processor and the float32 CTC model that `args.model` names; raises RunError that says what to do."""
+def load_processor_and_model(args, trains=False):
+    """The processor and the float32 CTC model that `args.model` names; raises RunError that says what to do.
+
+    Raises UsageError if the run `trains` and the model is of a kind that cannot be trained.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCTC, AutoProcessor
 
-    check_model_access(args)
-    folder = Path(args.model).expanduser()
-    source = dict(
-        pretrained_model_name_or_path=str(folder) if folder.is_dir() else args.model,
-        revision=args.model_revision,
-        trust_remote_code=False,  # by default it asks on the terminal
-    )
+    source, revision = model_source(args), args.model_revision
+    # trust_remote_code: by default it asks on the terminal. use_safetensors: a pickle runs what it holds.
+    options = dict(dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    refusals = OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError
     try:
-        processor = AutoProcessor.from_pretrained(**source)
-        # safetensors alone: a pickle runs what it holds.
-        model, loading = AutoModelForCTC.from_pretrained(
-            **source, dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
-        if "trust_remote_code" in str(error):
-            raise RunError(f"model {args.model} needs code of its own, and no code of a model is run") from error
+        processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model, loading = AutoModelForCTC.from_pretrained(source, revision=revision, trust_remote_code=False, **options)
+    except refusals as error:
         problem = f"cannot be loaded as a CTC model with its processor ({one_line(error)})"
+        if "trust_remote_code" in str(error):
+            problem = "needs code of its own, and no code of a model is run"
         raise RunError(f"model {args.model} {problem}") from error
     if problem := model_problem(processor, model, loading):
         raise RunError(f"model {args.model} {problem}; it cannot be used")
+    if trains and model.config.model_type != "lasr_ctc":
+        raise UsageError(
+            f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be "
+            "fine-tuned; any CTC model can be scored with --eval_only"
+        )
     return processor, model
 
 
@@ -759,31 +754,21 @@ def model_problem(processor, model, loading):
     return ""
 
 
-def hub_api():
-    from huggingface_hub import HfApi
-
-    return HfApi()
-
-
-@contextlib.contextmanager
-def explained_upload(training, advice="run 'hf auth login' with a token that may write"):
-    """The name that --push_to_hub means; turns the Hub client's exceptions into one line. Once, not once a process."""
+def push_to_hub(training, final=None):
+    """Make the repository that --push_to_hub means, and upload the folder `final`, if given, in one commit."""
     import httpx2
+    from huggingface_hub import create_repo, upload_folder
 
     name = training.hub_model_id or Path(training.output_dir).resolve().name
+    sending = f"the model is complete in {final}, 'hf upload' sends it"
+    advice = sending if final else "run 'hf auth login' with a token that may write"
     try:
-        yield name
+        repo = create_repo(name, private=training.hub_private_repo, exist_ok=True)
+        if final:
+            upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message="Upload the final model")
+            say(f"uploaded to {repo}")
     except (httpx2.HTTPError, OSError, ValueError) as error:
         raise RunError(f"--push_to_hub: {name} cannot be written on the Hub ({one_line(error)}): {advice}") from error
-
-
-def push_to_hub(training, final):
-    """Upload the complete folder of the final model, in one commit."""
-    with explained_upload(training, f"the model is complete in {final}, 'hf upload' sends it") as name:
-        repo = hub_api().create_repo(name, private=training.hub_private_repo, exist_ok=True)
-        message = "Upload the final model"
-        hub_api().upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message=message)
-        say(f"uploaded to {repo}")
 
 
 RETRIES = 6  # drops of a connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
@@ -891,6 +876,7 @@ class Corpus:
 
     `files` maps each path in the repository to [its size in bytes, its sha256 on the Hub or its time of change in a
     folder]; `stamps` each archive of a folder to what `files` said of it and its transcripts when it was converted.
+    `chosen` are the folders of the accents that a run is of, None for all.
     """
 
     name: str
@@ -900,47 +886,47 @@ class Corpus:
     keep_archives: bool
     files: dict[str, list] = field(default_factory=dict)
     stamps: dict[str, list] = field(default_factory=dict)
+    chosen: set[str] | None = None
 
-    def find(self, pattern, split, accents=None):
-        """[(accent folder, path)] of a split's files that match `pattern`, only of `accents` if given."""
-        pattern = re.compile(pattern.format(accent="([^/]+)", split=split))
-        matches = [match for match in map(pattern.fullmatch, sorted(self.files)) if match]
-        return [(match[1], match[0]) for match in matches if accents is None or match[1] in accents]
+    def find(self, pattern, splits):
+        """The paths of `splits` that match `pattern`, whose groups are the accent and the split."""
+        found = [match for match in map(re.compile(pattern).fullmatch, sorted(self.files)) if match]
+        chosen = [match for match in found if self.chosen is None or match[1] in self.chosen]
+        return [match[0] for split in splits for match in chosen if match[2] == split]
 
-    def archives(self, split, accents=None):
-        return self.find(r"audio/{accent}/{split}/[^/]+\.tar\.gz", split, accents)
+    def archives(self, *splits):
+        return self.find(r"audio/([^/]+)/([^/]+)/[^/]+\.tar\.gz", splits)
 
-    def transcript_files(self, split, accents=None):
-        return self.find(r"transcripts/{accent}/{split}\.csv", split, accents)
+    def tables(self, *splits):
+        """The paths of the transcripts."""
+        return self.find(r"transcripts/([^/]+)/([^/]+)\.csv", splits)
 
-    def accents(self):
-        return sorted({path.split("/")[1] for path in self.files if re.match(r"(audio|transcripts)/[^/]+/", path)})
+    def size(self, paths):
+        """Bytes of files of the repository."""
+        return sum(self.files[path][0] for path in paths)
 
     def prepared_path(self, archive):
         return self.data_dir / archive.split("/")[2] / (Path(archive).name.removesuffix(".tar.gz") + ".arrow")
 
-    def unprepared(self, splits, accents):
-        """[(accent folder, path)] of the archives of `splits` that are not converted yet."""
-        archives = [item for split in splits for item in self.archives(split, accents)]
-        return [item for item in archives if not self.prepared_path(item[1]).exists() or self.changed(item)]
+    def stamp(self, archive):
+        _, accent, split, _ = archive.split("/")
+        return [self.files[archive], self.files.get(f"transcripts/{accent}/{split}.csv")]
 
-    def stamp(self, item):
-        accent, path = item
-        return [self.files[path], self.files.get(f"transcripts/{accent}/{path.split('/')[2]}.csv")]
+    def unprepared(self, archives):
+        """Those of `archives` that are not converted, or have changed since then, they or their transcripts."""
+        return [
+            path
+            for path in archives
+            if not self.prepared_path(path).exists() or self.stamps.get(path, self.stamp(path)) != self.stamp(path)
+        ]
 
-    def changed(self, item):
-        """Whether an archive of a folder, or its transcripts, have changed since they were converted."""
-        return bool(self.folder) and self.stamps.get(item[1], self.stamp(item)) != self.stamp(item)
-
-    def write_source(self, items=()):
-        """Note down what the prepared files come from, `items` (accent folder, archive) converted as they are now."""
-        self.stamps |= {
-            item[1]: self.stamp(item) for item in items if self.folder and self.prepared_path(item[1]).exists()
-        }
+    def write_source(self, converted=()):
+        """Note down what the prepared files come from, those of the archives `converted` as these are now."""
+        if self.folder:
+            self.stamps |= {path: self.stamp(path) for path in converted if self.prepared_path(path).exists()}
         source = {"dataset": str(self.folder or self.name), "revision": self.revision, "stamps": self.stamps}
-        write_text(
-            self.data_dir / "source.json", json.dumps({**source, "files": {} if self.folder else self.files}, indent=1)
-        )
+        source["files"] = {} if self.folder else self.files
+        write_text(self.data_dir / "source.json", json.dumps(source, indent=1))
 
     def fetch(self, path):
         """The local path of a file of the repository, downloaded if need be; raises RunError."""
@@ -973,11 +959,11 @@ class Corpus:
                 rows.setdefault(clip_key(audio_path), row)
         return rows
 
-    def fetch_transcripts(self, splits, accents):
+    def fetch_transcripts(self, splits):
         """Have every CSV of `splits` here, some hundred, so several at once; warns of defects."""
         from concurrent.futures import ThreadPoolExecutor
 
-        paths = [path for split in splits for _, path in self.transcript_files(split, accents)]
+        paths = self.tables(*splits)
         with ThreadPoolExecutor(8) as pool:
             for path, local in zip(paths, pool.map(self.fetch, paths)):
                 for note in read_transcripts(local)[1]:
@@ -1020,24 +1006,21 @@ def read_transcripts(path, columns=(("transcript",), ("audio_paths", "audio_path
     broken = []
     while start < len(lines):
         # Strict: otherwise an unclosed quote may join two rows into one with the right number of cells.
-        reader, done = csv.reader(lines[start:], delimiter=delimiter, quoting=quoting, strict=True), 0
+        rest = map(lines.__getitem__, range(start, len(lines)))
+        reader = csv.reader(rest, delimiter=delimiter, quoting=quoting, strict=True)
         try:
-            for cells in reader:
-                if len(cells) not in (0, len(names)) and reader.line_num - done > 1:
-                    raise csv.Error("a quote that is not closed")
-                rows += [dict(zip(names, cells))] if cells else []
-                done = reader.line_num
-            break
+            cells = next(reader)
+            closed = reader.line_num == 1 or len(cells) in (0, len(names))
         except csv.Error:
-            line = lines[start + done]
-            cells = next(csv.reader([line], delimiter=delimiter, quoting=quoting), [])
-            if reader.line_num - done > 1 or len(cells) != len(names):
-                # A quote that is not closed: its line is taken as it stands, and reading goes on behind it.
-                broken.append(start + done + 1)
-                cells = [cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)]
-                quoting = csv.QUOTE_NONE if len(broken) > MENDED_QUOTES else quoting
-            rows.append(dict(zip(names, cells)))
-            start += done + 1
+            cells = next(csv.reader(lines[start : start + 1], delimiter=delimiter, quoting=quoting), [])
+            closed = reader.line_num == 1 and len(cells) == len(names)
+        if not closed:
+            # A quote that is not: its line is taken as it stands, and reading goes on behind it.
+            broken.append(start + 1)
+            cells = [cell.strip('"') for cell in lines[start].rstrip("\r\n").split(delimiter)]
+            quoting = csv.QUOTE_NONE if len(broken) > MENDED_QUOTES else quoting
+        rows += [dict(zip(names, cells))] if cells else []
+        start += reader.line_num if closed else 1
     if broken:
         notes.append(f"{plural(len(broken), 'unclosed quote')}, the first in line {broken[0]}: read as they stand")
     return rows, notes
@@ -1049,51 +1032,48 @@ def open_corpus(args):
     folder = folder.resolve() if folder.is_dir() else None
     revision = args.dataset_revision or (DEFAULT_DATASET_REVISION if args.dataset == DEFAULT_DATASET else None)
     corpus = Corpus(args.dataset, revision, folder, Path(args.data_dir).expanduser(), args.keep_archives)
-    source = {"dataset": str(folder or args.dataset), "revision": revision}
-    stored = read_json(corpus.data_dir / "source.json")
-    if stored and {key: stored.get(key) for key in source} != source:
+    stored = read_json(corpus.data_dir / "source.json") or {}
+    held, asked = [stored.get("dataset"), stored.get("revision")], [str(folder or args.dataset), revision]
+    if stored and held != asked:
         raise UsageError(
-            f"--data_dir {args.data_dir} holds audio of {stored['dataset']} at revision {stored['revision']}, not of "
-            f"{source['dataset']} at {revision}; choose another --data_dir"
+            f"--data_dir {args.data_dir} holds audio of {held[0]} at revision {held[1]}, not of {asked[0]} at "
+            f"{asked[1]}; choose another --data_dir"
         )
     if folder:
-        corpus.files = {
-            path.relative_to(folder).as_posix(): [path.stat().st_size, path.stat().st_mtime_ns]
-            for path in files_of(folder)
-        }
+        corpus.files = list_folder(folder)
     elif stored and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         corpus.files = stored["files"]  # a commit never changes: no network is needed to go on
     else:
         corpus.files = list_hub_files(args.dataset, revision)
-    if not corpus.archives("(?:train|dev|test)"):
-        raise RunError(
-            f"{args.dataset} has no audio/<accent>/<split>/*.tar.gz: it is not in the layout of {DEFAULT_DATASET}"
-        )
-    corpus.stamps = (stored or {}).get("stamps", {})
+    if not corpus.archives(*SPLITS):
+        layout = f"it is not in the layout of {DEFAULT_DATASET}"
+        raise RunError(f"{args.dataset} has no audio/<accent>/<split>/*.tar.gz: {layout}")
+    corpus.stamps = stored.get("stamps", {})
     corpus.write_source()
+    corpus.chosen = chosen_accents(corpus, args.accents)
     return corpus
 
 
-def files_of(folder):
-    """The files under a folder; raises RunError for a part of it that cannot be read, which rglob would pass over."""
+def list_folder(folder):
+    """{path: [size in bytes, time of change]} of a folder; RunError where rglob would pass over a part."""
 
     def refuse(error):
         raise RunError(f"{folder} cannot be read ({one_line(error)})") from error
 
     paths = [Path(parent) / name for parent, _, names in os.walk(folder, onerror=refuse) for name in names]
-    return [path for path in paths if path.is_file()]
+    found = [(path.relative_to(folder).as_posix(), path.stat()) for path in paths if path.is_file()]
+    return {path: [status.st_size, status.st_mtime_ns] for path, status in found}
 
 
 def list_hub_files(name, revision):
     """{path: [size in bytes, sha256 or None]} of a dataset repository, in one call."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import list_repo_tree
     from huggingface_hub.hf_api import RepoFile
 
     with explained_hub_errors(name, "dataset"):
-        tree = HfApi().list_repo_tree(name, recursive=True, revision=revision, repo_type="dataset")
-        return {
-            item.path: [item.size, item.lfs.sha256 if item.lfs else None] for item in tree if isinstance(item, RepoFile)
-        }
+        tree = list_repo_tree(name, recursive=True, revision=revision, repo_type="dataset")
+        files = [item for item in tree if isinstance(item, RepoFile)]
+    return {file.path: [file.size, file.lfs.sha256 if file.lfs else None] for file in files}
 
 
 def read_json(path):
@@ -1121,7 +1101,7 @@ def write_text(path, text):
 
 def chosen_accents(corpus, accents):
     """The folders of the accents named by the user (None: all); raises UsageError with the nearest names."""
-    known = corpus.accents()
+    known = sorted({path.split("/")[1] for path in corpus.files if re.match(r"(audio|transcripts)/[^/]+/", path)})
     for accent in accents or []:
         if slugify(accent) not in known:
             near = difflib.get_close_matches(slugify(accent), known, n=3, cutoff=0.5)
@@ -1139,6 +1119,21 @@ class AudioBytes(io.BytesIO):
         return self.tell()
 
 
+@contextlib.contextmanager
+def open_audio(source):
+    """A soundfile.SoundFile of encoded audio, bytes or a path; raises ValueError, also for what it raises in use."""
+    import soundfile
+
+    try:
+        # Opened here: soundfile refuses names that are not UTF-8.
+        stream = AudioBytes(source) if isinstance(source, bytes) else open(source, "rb")
+        with stream, soundfile.SoundFile(stream) as file:
+            yield file
+    except (soundfile.SoundFileError, OSError) as error:
+        # libsndfile's own words: the exception's text holds a memory address, by which no prepared file may differ.
+        raise ValueError(getattr(error, "error_string", None) or one_line(error)) from error
+
+
 # Samples at 16 kHz read on each side of a window, more than the resampler's filter is long. Windows begin at multiples
 # of 640, and with a margin of such a multiple at a sample of every common rate.
 RESAMPLING_MARGIN = 3 * 640
@@ -1150,26 +1145,17 @@ def decode_audio(source, start=0, stop=None):
     Only what is asked for is decoded: a window of an hour costs what a window of a minute does.
     """
     import librosa
-    import soundfile
 
-    try:
-        # Opened here: soundfile refuses names that are not UTF-8.
-        with (
-            AudioBytes(source) if isinstance(source, bytes) else open(source, "rb") as stream,
-            soundfile.SoundFile(stream) as file,
-        ):
-            rate = file.samplerate
-            margin = 0 if rate == SAMPLE_RATE else RESAMPLING_MARGIN
-            first, last = max(0, start - margin), None if stop is None else stop + margin
-            first_frame = round(first * rate / SAMPLE_RATE)
-            count = file.frames - first_frame if last is None else round(last * rate / SAMPLE_RATE) - first_frame
-            if count * max(file.channels, SAMPLE_RATE / rate) * 4 > CLIP_BYTES_LIMIT:
-                raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
-            file.seek(min(first_frame, file.frames))
-            samples = file.read(count, dtype="float32", always_2d=True).mean(axis=1)
-    except (soundfile.SoundFileError, OSError) as error:
-        # libsndfile's own words: the exception's text holds a memory address, by which no prepared file may differ.
-        raise ValueError(getattr(error, "error_string", None) or one_line(error)) from error
+    with open_audio(source) as file:
+        rate = file.samplerate
+        margin = 0 if rate == SAMPLE_RATE else RESAMPLING_MARGIN
+        first, last = max(0, start - margin), None if stop is None else stop + margin
+        first_frame = round(first * rate / SAMPLE_RATE)
+        count = (file.frames if last is None else round(last * rate / SAMPLE_RATE)) - first_frame
+        if count * max(file.channels, SAMPLE_RATE / rate) * 4 > CLIP_BYTES_LIMIT:
+            raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
+        file.seek(min(first_frame, file.frames))
+        samples = file.read(count, dtype="float32", always_2d=True).mean(axis=1)
     if not np.abs(samples).max(initial=0) < LOUDEST:
         raise ValueError("it holds samples that are not numbers, or absurdly large")
     if rate != SAMPLE_RATE and len(samples):
@@ -1178,14 +1164,11 @@ def decode_audio(source, start=0, stop=None):
 
 
 def audio_length(path):
-    """Samples that an audio file has at 16 kHz, from its header; raises ValueError."""
-    import soundfile
-
-    try:
-        with open(path, "rb") as stream, soundfile.SoundFile(stream) as file:
-            return int(np.ceil(file.frames * SAMPLE_RATE / file.samplerate))
-    except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError(getattr(error, "error_string", None) or one_line(error)) from error
+    """Samples that an audio file has at 16 kHz, from its header; raises ValueError, for a file without any too."""
+    with open_audio(path) as file:
+        if not file.frames:
+            raise ValueError("no audio samples")
+        return int(np.ceil(file.frames * SAMPLE_RATE / file.samplerate))
 
 
 def encode_flac(samples):
@@ -1201,26 +1184,20 @@ def clip_features():
     """The columns of a prepared file. `problem` is why a clip cannot be used, empty for a good one."""
     from datasets import Features, Value
 
-    names = ["clip", "text", "speaker", "accent", "country", "domain", "gender", "age_group", "split", "problem"]
-    return Features(
-        {"audio": Value("binary"), "num_samples": Value("int32"), **{name: Value("string") for name in names}}
-    )
+    texts = dict.fromkeys(("clip", "text", *CLIP_COLUMNS, "split", "problem"), Value("string"))
+    return Features({"audio": Value("binary"), "num_samples": Value("int32"), **texts})
 
 
 def clip_row(key, split, accent, row):
     """The columns of a prepared file but for the audio, from a row of the transcripts (None if there is none)."""
-    columns = {
-        "text": "transcript",
-        "speaker": "user_ids",
-        **{name: name for name in ("accent", "country", "domain", "gender", "age_group")},
-    }
-    clip = {name: (row or {}).get(column) or "" for name, column in columns.items()}
-    seconds = clip_seconds((row or {}).get("duration"))
+    cells = {name: cell for name, cell in (row or {}).items() if cell}
     return {
-        **clip,
-        "accent": clip["accent"] or accent,
-        "num_samples": int(seconds * SAMPLE_RATE),
         "clip": key,
+        "text": cells.get("transcript", ""),
+        "speaker": cells.get("user_ids", ""),
+        "accent": cells.get("accent", accent),
+        **{name: cells.get(name, "") for name in ("country", "domain", "gender", "age_group")},
+        "num_samples": int(clip_seconds(cells.get("duration")) * SAMPLE_RATE),
         "split": split,
         "problem": "",
     }
@@ -1228,19 +1205,15 @@ def clip_row(key, split, accent, row):
 
 def make_clip(key, split, accent, row, audio=None, problem=""):
     """One row of a prepared file; its length is that of the audio itself, 0 with a `problem`."""
-    samples = np.zeros(0, np.float32)
+    samples = ()
     if not problem:
         try:
             samples = decode_audio(audio)
             problem = "" if len(samples) else "no audio samples"
         except ValueError as error:
             problem = f"undecodable audio ({error})"
-    return {
-        **clip_row(key, split, accent, row),
-        "audio": b"" if problem else encode_flac(samples),
-        "num_samples": len(samples),
-        "problem": problem,
-    }
+    flac = b"" if problem else encode_flac(samples)
+    return {**clip_row(key, split, accent, row), "audio": flac, "num_samples": len(samples), "problem": problem}
 
 
 class Header(tarfile.TarInfo):
@@ -1289,10 +1262,10 @@ def archive_members(stream):
 DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
 
 
-def archive_clips(corpus, accent, archive, stream):
+def archive_clips(corpus, archive, stream):
     """Yield the row of each clip of an archive that is read from `stream`; damage ends it with a row that says so."""
-    split, count, seen = archive.split("/")[2], 0, set()
-    rows = corpus.transcripts(accent, split)
+    _, accent, split, _ = archive.split("/")
+    rows, count, seen = corpus.transcripts(accent, split), 0, set()
     try:
         for name, audio, problem in archive_members(stream):
             key = clip_key(name)
@@ -1301,16 +1274,11 @@ def archive_clips(corpus, accent, archive, stream):
             yield make_clip(key, split, accent, rows.get(key), audio, problem)
             count += 1
     except DAMAGE as error:
-        yield make_clip(
-            archive,
-            split,
-            accent,
-            None,
-            problem=f"damaged archive ({one_line(error)}): {plural(count, 'clip')} of it kept",
-        )
+        problem = f"damaged archive ({one_line(error)}): {plural(count, 'clip')} of it kept"
+        yield make_clip(archive, split, accent, None, problem=problem)
 
 
-def prepare_archive(corpus, accent, archive):
+def prepare_archive(corpus, archive):
     """Convert one archive to its prepared file, complete or absent; returns (clips, hours) of it. Raises RunError."""
     from datasets.arrow_writer import ArrowWriter
 
@@ -1324,7 +1292,7 @@ def prepare_archive(corpus, accent, archive):
             open(local, "rb") as stream,
             ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer,
         ):
-            for clip in archive_clips(corpus, accent, archive, stream):
+            for clip in archive_clips(corpus, archive, stream):
                 writer.write(clip)
                 clips, samples = clips + 1, samples + clip["num_samples"]
             writer.finalize()
@@ -1353,22 +1321,23 @@ def start_worker(connection):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def disk_needed(corpus, todo, splits, accents, num_proc):
+def disk_needed(corpus, todo, splits, num_proc):
     """(bytes that preparing `todo` needs at its peak, bytes that stay), from the durations in the transcripts."""
-    share = sum(corpus.files[path][0] for _, path in todo) / max(
-        1, sum(corpus.files[path][0] for split in splits for _, path in corpus.archives(split, accents))
-    )
-    stays = share * sum(hours(transcript_rows(corpus, split, accents)) for split in splits) * FLAC_BYTES_AN_HOUR
-    sizes = sorted((corpus.files[path][0] for _, path in todo), reverse=True)
-    in_flight = 0 if corpus.folder else sum(sizes if corpus.keep_archives else sizes[:num_proc])
-    return stays + in_flight, stays + (in_flight if corpus.keep_archives else 0)
+    share = corpus.size(todo) / max(1, corpus.size(corpus.archives(*splits)))
+    stays = share * sum(hours(transcript_rows(corpus, split)) for split in splits) * FLAC_BYTES_AN_HOUR
+    if corpus.folder:
+        return stays, stays
+    if corpus.keep_archives:
+        return (stays + corpus.size(todo),) * 2
+    sizes = sorted((corpus.files[path][0] for path in todo), reverse=True)
+    return stays + sum(sizes[:num_proc]), stays
 
 
-def transcript_rows(corpus, split, accents):
+def transcript_rows(corpus, split):
     """The rows of a split as its transcripts announce them, without audio."""
     return [
         clip_row(key, split, accent, row)
-        for accent, _ in corpus.transcript_files(split, accents)
+        for accent in [path.split("/")[1] for path in corpus.tables(split)]
         for key, row in corpus.transcripts(accent, split).items()
     ]
 
@@ -1385,26 +1354,7 @@ def clip_seconds(cell):
         return 0.0
 
 
-def clear_leftovers(corpus, prepared):
-    """Delete what a killed preparation left: half-written files, and the archives of finished ones (`prepared`)."""
-    for stale in corpus.data_dir.glob("*/*.tmp"):
-        stale.unlink()
-    for _, archive in prepared:
-        corpus.release(archive)
-
-
-def check_disk(corpus, todo, splits, accents, num_proc):
-    """Raise RunError if the archives in `todo` cannot be prepared in the space that is free."""
-    need, free = disk_needed(corpus, todo, splits, accents, num_proc)[0], shutil.disk_usage(corpus.data_dir).free
-    if need > free:
-        raise RunError(
-            f"preparing {plural(len(todo), 'archive')} needs {need / 1e9:.1f} GB in {corpus.data_dir} and "
-            f"{free / 1e9:.1f} GB are free: "
-            "choose another --data_dir, fewer --accents, or a lower --num_proc"
-        )
-
-
-def prepare_corpus(corpus, splits, accents, args):
+def prepare_corpus(corpus, splits, args):
     """Convert every archive that the run needs and that is not converted yet; raises RunError when some could not be.
 
     Several processes may call this at once: one works, the others wait at the lock, without a time-out.
@@ -1412,33 +1362,37 @@ def prepare_corpus(corpus, splits, accents, args):
     from filelock import FileLock
 
     with FileLock(corpus.data_dir / "prepare.lock"):
-        corpus.fetch_transcripts(SPLITS if args.streaming else splits, accents)
-        check_selection(args, corpus, accents)
-        todo = corpus.unprepared(splits, accents)
-        clear_leftovers(corpus, {item for split in splits for item in corpus.archives(split, accents)}.difference(todo))
-        if todo:
-            check_disk(corpus, todo, splits, accents, args.num_proc)
-            # The largest first, so that none is left alone at the end.
-            todo.sort(key=lambda item: -corpus.files[item[1]][0])
-            for _, path in todo:
-                corpus.prepared_path(path).unlink(missing_ok=True)  # of a changed archive
-            failures = prepare_archives(corpus, todo, args.num_proc)
-            corpus.write_source(todo)
-            if failures:
-                raise RunError(
-                    f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready; the first: "
-                    f"{failures[0]}"
-                )
+        corpus.fetch_transcripts(SPLITS if args.streaming else splits)
+        check_selection(args, corpus)
+        archives = corpus.archives(*splits)
+        todo = corpus.unprepared(archives)
+        # What a killed preparation left: half-written files, and the archives of finished ones.
+        for stale in corpus.data_dir.glob("*/*.tmp"):
+            stale.unlink()
+        for archive in set(archives).difference(todo):
+            corpus.release(archive)
+        if not todo:
+            return
+        need, _ = disk_needed(corpus, todo, splits, args.num_proc)
+        free = shutil.disk_usage(corpus.data_dir).free
+        if need > free:
+            raise RunError(
+                f"preparing {plural(len(todo), 'archive')} needs {need / 1e9:.1f} GB in {corpus.data_dir} and "
+                f"{free / 1e9:.1f} GB are free: choose another --data_dir, fewer --accents, or a lower --num_proc"
+            )
+        prepare_archives(corpus, todo, args.num_proc)
 
 
 def prepare_archives(corpus, todo, num_proc):
-    """Convert archives [(accent, path)] in parallel, with a progress bar; returns the errors of those that failed."""
+    """Convert archives in parallel, with a progress bar; raises RunError when some could not be."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
 
     from tqdm import tqdm
 
+    for archive in todo:
+        corpus.prepared_path(archive).unlink(missing_ok=True)  # of a changed archive
     clips, spoken_hours, failures = 0, 0.0, []
     # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
     context = multiprocessing.get_context("spawn")
@@ -1448,68 +1402,64 @@ def prepare_archives(corpus, todo, num_proc):
         ProcessPoolExecutor(min(num_proc, len(todo)), context, start_worker, (theirs,)) as pool,
         contextlib.closing(ours),  # however this ends, the workers end with it
     ):
-        jobs = [pool.submit(prepare_archive, corpus, accent, path) for accent, path in todo]
-        try:
-            for job in as_completed(jobs):
-                try:
-                    more_clips, more_hours = job.result()
-                    clips, spoken_hours = clips + more_clips, spoken_hours + more_hours
-                except RunError as error:
-                    failures.append(error)
-                bar.set_postfix_str(f"{clips:,} clips, {spoken_hours:.2f} h")
-                bar.update()
-        except BrokenProcessPool as error:
-            raise RunError(
-                "a process that prepares audio was killed, most likely for want of memory: run the same command again "
-                "with a lower --num_proc"
-            ) from error
-    return failures
+        # The largest first, so that none is left alone at the end.
+        largest_first = sorted(todo, key=lambda archive: -corpus.files[archive][0])
+        for job in as_completed([pool.submit(prepare_archive, corpus, archive) for archive in largest_first]):
+            try:
+                more_clips, more_hours = job.result()
+                clips, spoken_hours = clips + more_clips, spoken_hours + more_hours
+            except RunError as error:
+                failures.append(error)
+            except BrokenProcessPool as error:
+                raise RunError(
+                    "a process that prepares audio was killed, most likely for want of memory: run the same command "
+                    "again with a lower --num_proc"
+                ) from error
+            bar.set_postfix_str(f"{clips:,} clips, {spoken_hours:.2f} h")
+            bar.update()
+    corpus.write_source(todo)
+    if failures:
+        failed = f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready"
+        raise RunError(f"{failed}; the first: {failures[0]}")
 
 
-def load_split(corpus, split, accents):
+def load_split(corpus, split):
     """(Dataset of every clip of a split, rows of transcripts without audio): memory-mapped, nothing copied."""
     from datasets import Dataset, concatenate_datasets
 
-    parts = [Dataset.from_file(str(corpus.prepared_path(path))) for _, path in corpus.archives(split, accents)]
+    parts = [Dataset.from_file(str(corpus.prepared_path(path))) for path in corpus.archives(split)]
     empty = Dataset.from_dict({name: [] for name in clip_features()}, features=clip_features())
-    clips = concatenate_datasets(parts) if parts else empty
-    found, missing = set(clips["clip"]), []
-    for accent, _ in corpus.transcript_files(split, accents):
-        rows = corpus.transcripts(accent, split)
-        missing += [
-            make_clip(key, split, accent, row, problem="no audio") for key, row in rows.items() if key not in found
-        ]
-    return clips, missing
+    clips = concatenate_datasets(parts or [empty])
+    found, rows = set(clips["clip"]), transcript_rows(corpus, split)
+    return clips, [{**row, "num_samples": 0, "problem": "no audio"} for row in rows if row["clip"] not in found]
 
 
 def balanced_shares(archives, sizes, count):
     """`archives` dealt out to `count` shares of nearly equal bytes: the largest first, each to the smallest share."""
     shares = [[] for _ in range(count)]
-    for archive in sorted(archives, key=lambda archive: -sizes[archive[1]][0]):
-        min(shares, key=lambda share: sum(sizes[path][0] for _, path in share)).append(archive)
+    for archive in sorted(archives, key=lambda archive: -sizes[archive][0]):
+        min(shares, key=lambda share: sum(sizes[path][0] for path in share)).append(archive)
     return shares
 
 
-def streamed_archive(corpus, accent, path):
-    """Yield the rows of a prepared file for each clip of an archive, straight from the Hub or folder, kept nowhere."""
-    with explained_hub_errors(corpus.name, "dataset"):
-        local = corpus.folder and corpus.folder / path
-        with open(local, "rb") if local else io.BufferedReader(HubStream(corpus, path), 1 << 20) as stream:
-            yield from archive_clips(corpus, accent, path, stream)
-
-
 def streamed_clips(shares, corpus, args, check, seed, turn, skipped_file):
-    """Yield the training clips of the archives in `shares`, one pass, in an order of the `turn`.
+    """Yield the training clips of the archives in `shares`, straight from there, one pass in an order of the `turn`.
 
     Runs in the DataLoader's workers, each with shares of its own. What cannot be used is added to `skipped_file`.
     """
     archives = sorted(itertools.chain.from_iterable(shares))
     for index in np.random.default_rng((seed, turn)).permutation(len(archives)):
-        for clip in streamed_archive(corpus, *archives[index]):
-            if reason := check([clip])[0]:
-                append_skipped(skipped_file, clip, reason)
-            elif wanted(clip, args):
-                yield clip
+        archive = archives[index]
+        local = corpus.folder and corpus.folder / archive
+        with (
+            explained_hub_errors(corpus.name, "dataset"),
+            open(local, "rb") if local else io.BufferedReader(HubStream(corpus, archive), 1 << 20) as stream,
+        ):
+            for clip in archive_clips(corpus, archive, stream):
+                if reason := check([clip])[0]:
+                    append_skipped(skipped_file, clip, reason)
+                elif wanted(clip, args):
+                    yield clip
 
 
 class TrainingStream:
@@ -1520,38 +1470,27 @@ class TrainingStream:
     others, so nothing comes again before all of the process's share was seen.
     """
 
-    def __init__(self, corpus, accents, args, check, training, seed):
-        archives = corpus.archives("train", accents)
+    def __init__(self, corpus, args, check, training, seed):
+        archives = corpus.archives("train")
         if len(archives) < training.world_size:
-            raise UsageError(
-                f"--streaming has {plural(len(archives), 'training archive')} for {training.world_size} processes; "
-                "use fewer, or leave it out"
-            )
+            found = f"{plural(len(archives), 'training archive')} for {training.world_size} processes"
+            raise UsageError(f"--streaming has {found}; use fewer, or leave it out")
         mine = balanced_shares(archives, corpus.files, training.world_size)[training.process_index]
         self.workers = min(training.dataloader_num_workers, len(mine))
-        self.arguments = {
-            "corpus": corpus,
-            "args": args,
-            "check": check,
-            "seed": seed,
-            "skipped_file": skipped_path(training),
-        }
         # datasets deals the items of a list out to the workers.
-        self.arguments["shares"] = balanced_shares(mine, corpus.files, max(1, self.workers))
-
-    def one_pass(self, turn):
-        """An IterableDataset over this process's share, shuffled through a buffer."""
-        from datasets import IterableDataset
-
-        stream = IterableDataset.from_generator(streamed_clips, clip_features(), {**self.arguments, "turn": turn})
-        return stream.shuffle(seed=self.arguments["seed"] + turn, buffer_size=SHUFFLE_CLIPS)
+        shares = balanced_shares(mine, corpus.files, max(1, self.workers))
+        self.arguments = dict(shares=shares, corpus=corpus, args=args, check=check, seed=seed)
+        self.arguments["skipped_file"] = skipped_path(training)
 
     def __iter__(self):
+        from datasets import IterableDataset
         from torch.utils.data import DataLoader
 
         for turn in itertools.count():
             batch, self.loader_options["collate_fn"].epoch = None, turn
-            for batch in DataLoader(self.one_pass(turn), num_workers=self.workers, **self.loader_options):
+            clips = IterableDataset.from_generator(streamed_clips, clip_features(), {**self.arguments, "turn": turn})
+            clips = clips.shuffle(seed=self.arguments["seed"] + turn, buffer_size=SHUFFLE_CLIPS)
+            for batch in DataLoader(clips, num_workers=self.workers, **self.loader_options):
                 yield batch
             if batch is None:
                 raise RunError(f"no training clip of the stream can be used: see {self.arguments['skipped_file']}")
@@ -1564,6 +1503,11 @@ class Selection:
     clips: object
     rows: list[dict]
     skipped: list[dict]
+
+    @functools.cached_property
+    def reasons(self):
+        """{reason without its detail: clips left out for it}"""
+        return Counter(re.split(r"[:(]", row["reason"])[0].strip() for row in self.skipped)
 
 
 def wanted(row, args):
@@ -1578,18 +1522,17 @@ def select_clips(clips, missing, args, check, max_samples, seed):
     `check(rows)` gives the reason against each clip, or "". The result is ordered by falling length, so that the
     longest batch comes first when scoring.
     """
-    rows = clips.select_columns([name for name in clips.column_names if name != "audio"]).to_list() + missing
+    rows = clips.remove_columns("audio").to_list() + missing
     # A damaged archive or a file without a transcript has no domain to ask for.
     asked_for = [index for index, row in enumerate(rows) if wanted(row, args) or not row["domain"]]
-    kept, skipped, seen = [], [], set()
+    kept, skipped = {}, []  # {name: index} of clips
     for index, reason in zip(asked_for, check([rows[index] for index in asked_for])):
-        row = rows[index]
-        reason = reason or ("a second copy" if row["clip"] in seen else "")
-        if reason:
-            skipped.append(skipped_row(row, reason))
+        clip = rows[index]["clip"]
+        if reason := reason or ("a second copy" if clip in kept else ""):
+            skipped.append(skipped_row(rows[index], reason))
         else:
-            seen.add(row["clip"])
-            kept.append(index)
+            kept[clip] = index
+    kept = list(kept.values())
     if max_samples and max_samples < len(kept):
         kept = np.random.default_rng(seed).permutation(kept)[:max_samples].tolist()
     kept.sort(key=lambda index: (-rows[index]["num_samples"], rows[index]["clip"]))
@@ -1604,11 +1547,7 @@ SKIPPED_COLUMNS = ("split", "clip", "reason", "accent", "seconds", "text")
 
 
 def skipped_row(row, reason):
-    return {
-        **{name: row[name] for name in ("split", "clip", "accent", "text")},
-        "reason": reason,
-        "seconds": round(row["num_samples"] / SAMPLE_RATE, 2),
-    }
+    return {**row, "reason": reason, "seconds": round(row["num_samples"] / SAMPLE_RATE, 2)}
 
 
 def csv_lines(rows):
@@ -1616,10 +1555,10 @@ def csv_lines(rows):
 
     csv puts no quotes around a carriage return, at which a spreadsheet begins another row.
     """
-    buffer = io.StringIO()
-    formula = re.compile(r"^(?=[=+\-@\t\r\n＝＋－＠])")
-    safe = [{name: formula.sub("'", str(cell)).replace("\r", " ") for name, cell in row.items()} for row in rows]
-    csv.DictWriter(buffer, SKIPPED_COLUMNS, lineterminator="\n").writerows(safe)
+    buffer, formula = io.StringIO(), re.compile(r"^(?=[=+\-@\t\r\n＝＋－＠])")
+    safe = lambda cell: formula.sub("'", str(cell)).replace("\r", " ")  # noqa: E731
+    lines = csv.writer(buffer, lineterminator="\n")
+    lines.writerows([safe(row[column]) for column in SKIPPED_COLUMNS] for row in rows)
     return buffer.getvalue()
 
 
@@ -1632,11 +1571,6 @@ def append_skipped(path, clip, reason):
                 file.write(line)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({one_line(error)}): {ROOM_ADVICE}") from error
-
-
-def reason_kind(reason):
-    """A reason without its detail, to count by."""
-    return re.split(r"[:(]", reason)[0].strip()
 
 
 # ---------------------------------------------------------------- text
@@ -3525,14 +3459,11 @@ def transcribe_files(args, training):
     for path in args.transcribe:
         try:
             found[path] = audio_length(path)
-            if not found[path]:
-                raise ValueError("no audio samples")
         except ValueError as error:
             problems[path] = str(error)
-    names = [path for path in args.transcribe if path not in problems]
+    names = [path for path in args.transcribe if path in found]
     training.disable_tqdm = True
-    lengths = [found[name] for name in names]
-    clips = [{"audio": name} for name in names]
+    lengths, clips = [found[name] for name in names], [{"audio": name} for name in names]
     texts, unreadable, _ = transcribe_clips(model, processor, clips, lengths, args, training)
     problems |= {names[row]: problem for row, problem in unreadable.items()}
     for path, problem in problems.items():
@@ -3552,60 +3483,47 @@ def score_file(args, training):
     before = baseline_texts and score_texts(rows, baseline_texts, None)
     if not any(row["speaker"] for row in rows):
         notes.append("No row names its speaker: each clip counts as one, which makes the intervals too narrow.")
-    folder = Path(training.output_dir) / "results"
+    folder, title = Path(training.output_dir) / "results", f"Scores of {Path(args.score_file).name}"
     config = public({"command": args.command, "score_file": args.score_file})
     data = {"test": {"clips": len(rows), "hours": round(hours(rows), 4), "left_out": left_out}}
-    write_results(
-        folder,
-        config,
-        data,
-        before or scored,
-        scored if before else None,
-        f"Scores of {Path(args.score_file).name}",
-        notes,
-    )
+    write_results(folder, config, data, before or scored, scored if before else None, title, notes)
     say(f"\nresults: {folder}")
     return 0
 
 
-def dry_run(args, training, corpus, accents):
+def dry_run(args, training, corpus):
     """Say what a run would do, from the transcripts alone: clips, hours and speakers, downloads, disk and updates."""
-    corpus.fetch_transcripts(SPLITS, accents)
+    corpus.fetch_transcripts(SPLITS)
     train = 0
     for split in SPLITS:
-        rows = [row for row in transcript_rows(corpus, split, accents) if wanted(row, args)]
+        rows = [row for row in transcript_rows(corpus, split) if wanted(row, args)]
         if split == "train":
             rows = [row for row in rows if row["num_samples"] <= args.max_train_seconds * SAMPLE_RATE]
             train = min(len(rows), args.max_train_samples or len(rows))
         say(split_line(split, rows))
         if not rows:
             refuse_empty(split, rows)
-        for accent, count in Counter(row["accent"] for row in rows).most_common():
-            own = [row for row in rows if row["accent"] == accent]
-            say(
-                f"    {accent:<24}{plural(count, 'clip'):>14}{hours(own):>9.2f} "
-                f"h{plural(totals(own)['speakers'], 'speaker'):>16}"
-            )
-    splits = splits_to_prepare(args)
-    todo = corpus.unprepared(splits, accents)
-    fetched = 0 if corpus.folder else sum(corpus.files[path][0] for _, path in todo)
-    peak, kept = disk_needed(corpus, todo, splits, accents, args.num_proc)
+        for accent, _ in Counter(row["accent"] for row in rows).most_common():
+            say(f"    {accent:<24}{size_columns([row for row in rows if row['accent'] == accent])}")
+    splits = splits_of(args, on_disk=True)
+    todo = corpus.unprepared(corpus.archives(*splits))
+    fetched = 0 if corpus.folder else corpus.size(todo)
+    peak, kept = (size / 1e9 for size in disk_needed(corpus, todo, splits, args.num_proc))
     say(
-        f"  to fetch {fetched / 1e9:.2f} GB in {plural(len(todo), 'archive')}; to keep {kept / 1e9:.2f} GB in "
-        f"{args.data_dir}, at the peak {peak / 1e9:.2f} GB"
+        f"  to fetch {fetched / 1e9:.2f} GB in {plural(len(todo), 'archive')}; to keep {kept:.2f} GB in "
+        f"{args.data_dir}, at the peak {peak:.2f} GB"
     )
     updates, an_epoch = planned_updates(training, train)
-    say(
-        f"  {plural(updates, 'update')}, {an_epoch:,} an epoch, of "
-        f"{plural(training.per_device_train_batch_size, 'clip')} x "
-        f"{plural(training.gradient_accumulation_steps, 'accumulation step')} x {plural(training.world_size, 'device')}"
-    )
+    sizes = (training.per_device_train_batch_size, "clip"), (training.gradient_accumulation_steps, "accumulation step")
+    steps = " x ".join(plural(*size) for size in (*sizes, (training.world_size, "device")))
+    say(f"  {plural(updates, 'update')}, {an_epoch:,} an epoch, of {steps}")
     return 0
 
 
-def splits_to_prepare(args):
-    """The splits whose audio has to lie on the disk; a stream keeps none of the training audio."""
-    return ("test",) if args.eval_only else SPLITS[1:] if args.streaming else SPLITS
+def splits_of(args, on_disk=False):
+    """The splits of a run; with `on_disk` those whose audio has to lie there: a stream keeps none of the training's."""
+    splits = ("test",) if args.eval_only else SPLITS
+    return tuple(split for split in splits if not (on_disk and args.streaming and split == "train"))
 
 
 def totals(rows):
@@ -3613,98 +3531,63 @@ def totals(rows):
     return {"clips": len(rows), "hours": round(hours(rows), 4), "speakers": len(people), "accents": len(spoken)}
 
 
+def size_columns(rows):
+    """How much `rows` are, in columns."""
+    speakers = plural(totals(rows)["speakers"], "speaker")
+    return f"{plural(len(rows), 'clip'):>14}{hours(rows):>9.2f} h{speakers:>16}"
+
+
 def split_line(split, rows):
-    found = totals(rows)
-    people, accents = plural(found["speakers"], "speaker"), plural(found["accents"], "accent")
-    return f"  {split:<5}{plural(found['clips'], 'clip'):>14}{hours(rows):>9.2f} h{people:>16}{accents:>12}"
+    return f"  {split:<5}{size_columns(rows)}{plural(totals(rows)['accents'], 'accent'):>12}"
 
 
-def refuse_empty(split, rows, skipped=()):
-    """Raise RunError, with what is known of the cause, if a split has no clip, or none of dev or test has a word."""
-    reasons = Counter(reason_kind(row["reason"]) for row in skipped if row["split"] == split)
-    why = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common())
+def refuse_empty(split, rows, reasons=None):
+    """Raise RunError, with the `reasons` of its `Selection`, if a split has no clip, or none of dev or test a word."""
     if not rows:
-        raise RunError(f"no {split} clip is left: " + (why or "these --accents, --domains and --countries have none"))
+        why = ", ".join(f"{count:,} x {reason}" for reason, count in (reasons or Counter()).most_common())
+        raise RunError(f"no {split} clip is left: {why or 'these --accents, --domains and --countries have none'}")
     if split != "train" and not any(normalize_wer(row["text"]) for row in rows):
         raise RunError(f"no {split} transcript has a word to score: {plural(len(rows), 'clip')} of punctuation")
 
 
-def select_splits(args, corpus, accents, splits, check, training):
+def select_splits(args, corpus, check, training):
     """{split: Selection}; says what was left out and writes skipped_clips.csv. Raises RunError for an empty split."""
     limits = {"train": args.max_train_samples, "dev": args.max_eval_samples, "test": args.max_test_samples}
     selections = {}
-    for split in splits:
+    for split in splits_of(args, on_disk=args.prepare_only):
         if args.streaming and split == "train":
-            rows = [row for row in transcript_rows(corpus, split, accents) if wanted(row, args)]
+            rows = [row for row in transcript_rows(corpus, split) if wanted(row, args)]
             selections[split] = Selection(None, rows, [])
         else:
-            clips = load_split(corpus, split, accents)
+            clips = load_split(corpus, split)
             selections[split] = select_clips(*clips, args, check, limits[split], training.seed)
         say(split_line(split, selections[split].rows))
     skipped = [row for selection in selections.values() for row in selection.skipped]
     if training.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
         write_text(skipped_path(training), ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
-    counts = Counter((row["split"], reason_kind(row["reason"])) for row in skipped)
-    for (split, reason), count in sorted(counts.items()):
-        say(f"  left out of {split}: {count:,} x {reason}")
+    for split in sorted(selections):
+        for reason, count in sorted(selections[split].reasons.items()):
+            say(f"  left out of {split}: {count:,} x {reason}")
     if skipped:
         say(f"  each one is named in {skipped_path(training)}")
     for split, selection in sorted(selections.items(), key=lambda item: not item[1].skipped):  # what is known first
         # Not every accent has every split: what is only prepared may lack one.
         if not args.prepare_only or selection.skipped or not any(other.rows for other in selections.values()):
-            refuse_empty(split, selection.rows, skipped)
+            refuse_empty(split, selection.rows, selection.reasons)
     return selections
 
 
-def check_selection(args, corpus, accents):
+def check_selection(args, corpus):
     """Refuse, before any audio is converted, what the transcripts show to be without a clip."""
-    splits = splits_to_prepare(args) + (("train",) if args.streaming else ())
-    rows = {split: transcript_rows(corpus, split, accents) for split in splits}
-    known = {row["country"] for split in splits for row in rows[split]}
+    rows = {split: transcript_rows(corpus, split) for split in splits_of(args)}
+    known = {row["country"] for split in rows for row in rows[split]}
     unknown = {code.upper() for code in args.countries or []} - known
     if unknown and known:
-        raise UsageError(
-            f"--countries has '{min(unknown)}', of which no clip is; the countries are {', '.join(sorted(known))}"
-        )
-    for split in splits:
+        countries = ", ".join(sorted(known))
+        raise UsageError(f"--countries has '{min(unknown)}', of which no clip is; the countries are {countries}")
+    for split in rows:
         if rows[split] and not args.prepare_only:
             refuse_empty(split, [row for row in rows[split] if wanted(row, args)])
-
-
-def data_summary(selections, encoder):
-    """The "data" of metrics.json."""
-    summary = {
-        split: {
-            **totals(selection.rows),
-            "skipped": dict(Counter(reason_kind(row["reason"]) for row in selection.skipped)),
-        }
-        for split, selection in selections.items()
-    }
-    return {**summary, "characters_dropped_from_labels": dict(encoder.dropped)}
-
-
-def write_down(model, processor, selection, args, training):
-    """The model's text of each clip of a selection."""
-    lengths = [row["num_samples"] for row in selection.rows]
-    with spending("scoring"):
-        return transcribe_clips(model, processor, selection.clips, lengths, args, training)[0]
-
-
-def window_note(selection, args):
-    longer = sum(row["num_samples"] > args.window_seconds * SAMPLE_RATE for row in selection.rows)
-    scored = f"{plural(longer, 'clip')} over {args.window_seconds:g} s scored in overlapping windows"
-    return f"{scored}; none left out for its length."
-
-
-def load_model_to_use(args, trains):
-    """The processor and model of a run; raises UsageError for one that `trains` cannot be."""
-    processor, model = load_processor_and_model(args)
-    if trains and model.config.model_type != "lasr_ctc":
-        raise UsageError(
-            f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be "
-            "fine-tuned; any CTC model can be scored with --eval_only"
-        )
-    return processor, model
 
 
 def run(args, training):
@@ -3717,47 +3600,48 @@ def run(args, training):
         return transcribe_files(args, training)
     set_seed(training.seed)
     trains = not (args.prepare_only or args.eval_only or args.dry_run)
+    pushes = trains and args.push_to_hub and training.process_index == 0
     state = open_run(args, training) if trains else None
     if state and (status := show_finished(state, training)) is not None:
-        if args.push_to_hub and training.process_index == 0:
+        if pushes:
             push_to_hub(training, Path(training.output_dir) / "final")
         return status
     checkpoint = checkpoint_to_resume(training) if trains else None
     say(f"corpus: {args.dataset}")
-    if trains or args.eval_only:
-        check_model_access(args)
-    if trains and args.push_to_hub and training.process_index == 0:
-        with explained_upload(training) as name:
-            hub_api().create_repo(name, private=training.hub_private_repo, exist_ok=True)
     # Before the audio: what cannot be used should not be found out after hours of preparation.
-    processor, model = load_model_to_use(args, trains) if trains or args.eval_only else (None, None)
+    processor, model = load_processor_and_model(args, trains) if trains or args.eval_only else (None, None)
+    if pushes:
+        push_to_hub(training)
     corpus = open_corpus(args)
-    accents = chosen_accents(corpus, args.accents)
     if args.dry_run:
-        return dry_run(args, training, corpus, accents)
-    prepare_corpus(corpus, splits_to_prepare(args), accents, args)
+        return dry_run(args, training, corpus)
+    prepare_corpus(corpus, splits_of(args, on_disk=True), args)
     if args.prepare_only:
-        problems = lambda rows: [row["problem"] for row in rows]  # noqa: E731
-        select_splits(args, corpus, accents, splits_to_prepare(args), problems, training)
+        select_splits(args, corpus, lambda rows: [row["problem"] for row in rows], training)
         say(f"  ready in {args.data_dir}")
         return 0
-    job = Job(args, training, processor, model, corpus, accents)
+    job = Job(args, training, processor, model, corpus)
     return job.fit_and_score(state, checkpoint) if trains else job.score()
 
 
 class Job:
     """A loaded model and prepared audio, on the way to results and a final model."""
 
-    def __init__(self, args, training, processor, model, corpus, accents):
-        self.args, self.training, self.processor, self.model = args, training, processor, model
-        self.corpus, self.accents = corpus, accents
+    def __init__(self, args, training, processor, model, corpus):
+        self.args, self.training, self.corpus = args, training, corpus
+        self.processor, self.model = processor, model
         self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
         self.check = ClipCheck(model, processor.feature_extractor, self.encoder, args.max_train_seconds)
-        splits = ("test",) if args.eval_only else SPLITS
-        self.selections = select_splits(args, corpus, accents, splits, self.check, training)
+        self.selections = select_splits(args, corpus, self.check, training)
         self.test = self.selections["test"]
         self.output = Path(training.output_dir)
         self.is_first = training.process_index == 0
+
+    def write_down(self, model):
+        """The model's text of each test clip."""
+        lengths = [row["num_samples"] for row in self.test.rows]
+        with spending("scoring"):
+            return transcribe_clips(model, self.processor, self.test.clips, lengths, self.args, self.training)[0]
 
     def score_texts(self, texts):
         seen = None if self.args.eval_only else {row["accent"] for row in self.selections["train"].rows}
@@ -3766,14 +3650,17 @@ class Job:
     def write_results(self, baseline, finetuned, history=()):
         args = self.args
         config = public({**vars(args), "training": json.loads(self.training.to_json_string())})
-        data = data_summary(self.selections, self.encoder)
-        title, notes = f"{public(args.model)} on {public(args.dataset)}", [window_note(self.test, args)]
+        data = {split: {**totals(part.rows), "skipped": part.reasons} for split, part in self.selections.items()}
+        data["characters_dropped_from_labels"] = self.encoder.dropped
+        longer = sum(row["num_samples"] > args.window_seconds * SAMPLE_RATE for row in self.test.rows)
+        scored = f"{plural(longer, 'clip')} over {args.window_seconds:g} s scored in overlapping windows"
+        title, notes = f"{public(args.model)} on {public(args.dataset)}", [f"{scored}; none left out for its length."]
         return write_results(self.output / "results", config, data, baseline, finetuned, title, notes, history)
 
     def score(self):
         """--eval_only; returns the exit status."""
         say(f"scoring {self.args.model} on the test split")
-        scored = self.score_texts(write_down(self.model, self.processor, self.test, self.args, self.training))
+        scored = self.score_texts(self.write_down(self.model))
         if self.is_first:
             self.write_results(scored, None)
             say(f"\nresults: {self.output / 'results'}")
@@ -3781,14 +3668,13 @@ class Job:
 
     def score_baseline(self, state):
         """The `Scored` of the untouched model, whose texts an earlier start of this run may have left in `state`."""
-        rows = self.test.rows
-        if not state.baseline or set(state.baseline) != {row["clip"] for row in rows}:
+        clips = [row["clip"] for row in self.test.rows]
+        if not state.baseline or set(state.baseline) != set(clips):
             say(f"scoring {self.args.model} as it is on the test split")
-            texts = write_down(self.model, self.processor, self.test, self.args, self.training)
-            state.baseline = {row["clip"]: text for row, text in zip(rows, texts)}
+            state.baseline = dict(zip(clips, self.write_down(self.model)))
             if self.is_first:
                 state.save()
-        baseline = self.score_texts([state.baseline[row["clip"]] for row in rows])
+        baseline = self.score_texts([state.baseline[clip] for clip in clips])
         say(f"  WER {percent(baseline.scores['wer'])} before training")
         return baseline
 
@@ -3800,7 +3686,7 @@ class Job:
         # Another seed after a resumption: the stream starts anew, and should not start with the same clips.
         seed = self.training.seed + updates_done(checkpoint)
         stream = mixed(TrainingStream, IterableDataset)
-        return stream(self.corpus, self.accents, self.args, self.check, self.training, seed)
+        return stream(self.corpus, self.args, self.check, self.training, seed)
 
     def fit_and_score(self, state, checkpoint):
         """The main job; returns the exit status."""
@@ -3817,7 +3703,7 @@ class Job:
         # Without the wrapper that autocasts: before and after are scored alike, in float32.
         tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         share_weights(tuned, self.training)
-        finetuned = self.score_texts(write_down(tuned, self.processor, self.test, self.args, self.training))
+        finetuned = self.score_texts(self.write_down(tuned))
         if self.is_first:
             self.finish(state, trainer, baseline, finetuned)
         return 0
@@ -3844,7 +3730,7 @@ def write_test_scores_to_tensorboard(output, metrics, step):
 
     with SummaryWriter(str(output / "runs")) as writer:
         for system in ("baseline", "finetuned"):
-            for name in ("wer", "wer_spoken", "wer_paper", "wer_raw", "cer") if metrics[system] else ():
+            for name in RATES if metrics[system] else ():
                 writer.add_scalar(f"test_{system}/{name}", metrics[system][name], step)
         picture = matplotlib.image.imread(output / "results" / "wer_by_accent.png")
         writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")

@@ -90,8 +90,8 @@ def train_on_cpu(folder, options):
     args, training = finetune_medasr.parse_arguments([*flags, "--report_to", "none", "--dataloader_num_workers", "0"])
     processor, model = finetune_medasr.load_processor_and_model(args)
     corpus = finetune_medasr.open_corpus(args)
-    finetune_medasr.prepare_corpus(corpus, ("dev",), None, args)
-    clips = finetune_medasr.load_split(corpus, "dev", None)
+    finetune_medasr.prepare_corpus(corpus, ("dev",), args)
+    clips = finetune_medasr.load_split(corpus, "dev")
     dev = finetune_medasr.select_clips(*clips, args, lambda rows: [""] * len(rows), 4, training.seed)
     train = finetune_medasr.select_clips(*clips, args, lambda rows: [""] * len(rows), options.batch_size, training.seed)
     encoder = finetune_medasr.LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")
@@ -400,7 +400,7 @@ def opened(folder, *more):
     check = finetune_medasr.ClipCheck(model, processor.feature_extractor, encoder, args.max_train_seconds)
     corpus, selections = finetune_medasr.open_corpus(args), {}
     for split in ("train", "dev"):
-        clips = finetune_medasr.load_split(corpus, split, None)
+        clips = finetune_medasr.load_split(corpus, split)
         selections[split] = finetune_medasr.select_clips(*clips, args, check, None, 0)
     return args, training, processor, model, encoder, selections
 

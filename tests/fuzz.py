@@ -201,7 +201,7 @@ def check_csv(table):
         corpus = script.Corpus("corpus", None, folder, folder / "audio", False, {"transcripts/damara/dev.csv": [1, 1]})
         try:
             rows, notes = script.read_transcripts(path)
-            prepared = script.transcript_rows(corpus, "dev", None)
+            prepared = script.transcript_rows(corpus, "dev")
         except script.RunError as error:
             assert expected is None and "\n" not in str(error)
             return
@@ -317,7 +317,7 @@ def check_archive(archive):
         corpus = script.Corpus(
             "corpus", None, folder, folder / "prepared", False, {"transcripts/damara/dev.csv": [1, 1]}
         )
-        clips, hours = script.prepare_archive(corpus, "damara", name)
+        clips, hours = script.prepare_archive(corpus, name)
         assert set(folder.rglob("*")) - before == {
             folder / "prepared",
             *folder.glob("prepared/dev"),

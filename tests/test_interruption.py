@@ -43,7 +43,7 @@ MOMENTS = {  # name: (owner, function, which call)
     "in a step": ("script.CTCTraining", "training_step", 6),
     "while a checkpoint is written": ("transformers.Trainer", "_save_optimizer_and_scheduler", 2),
     "in an evaluation": ("script.DevSet", "rates", 2),
-    "in the final scoring": ("script", "write_down", 2),
+    "in the final scoring": ("script.Job", "write_down", 2),
     "while final/ is saved": ("script", "write_model_card", 1),
 }
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"

@@ -615,9 +615,8 @@ from torch.utils.data import IterableDataset
 count, *flags = sys.argv[1:]
 args, training = script.parse_arguments(flags)
 script.write_text(script.skipped_path(training), "")
-corpus = script.open_corpus(args)
-accents = script.chosen_accents(corpus, args.accents)
-stream = script.mixed(script.TrainingStream, IterableDataset)(corpus, accents, args, lambda rows: [""], training, 0)
+corpus, problems = script.open_corpus(args), lambda rows: [row["problem"] for row in rows]
+stream = script.mixed(script.TrainingStream, IterableDataset)(corpus, args, problems, training, 0)
 stream.loader_options = {"batch_size": 1, "collate_fn": lambda rows: rows}
 for clip, in itertools.islice(stream, int(count)):
     print(json.dumps({"clip": clip["clip"], "text": clip["text"], "bytes": len(clip["audio"]),
