@@ -649,13 +649,13 @@ def hub_advice(error, repo, kind):
     from huggingface_hub import constants, errors, get_token
 
     terms = f"accept its terms at {constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
-    denied = f"your account has no access to it: {terms} with the account that 'hf auth whoami' names"
-    anonymous = f"you are not logged in: {terms}, then run 'hf auth login' (or set HF_TOKEN)"
+    denied = f"is gated and your account has no access to it: {terms} with the account that 'hf auth whoami' names"
+    anonymous = f"is gated and you are not logged in: {terms}, then run 'hf auth login' (or set HF_TOKEN)"
     absent = f"is not on this machine and {constants.ENDPOINT} cannot be reached"
     unreachable = errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.ConnectError
     no_revision = errors.RevisionNotFoundError, errors.RevisionResolutionError
     meanings = (  # some exceptions are kinds of others below them
-        (errors.GatedRepoError, f"is gated and {anonymous if get_token() is None else denied}"),
+        (errors.GatedRepoError, anonymous if get_token() is None else denied),
         (errors.RepositoryNotFoundError, f"is not on the Hub, or is private: check --{kind}, or run 'hf auth login'"),
         (errors.HFValidationError, f"is neither a local folder nor a Hub id of the form owner/name: check --{kind}"),
         (no_revision, f"has no such revision: check --{kind}_revision"),

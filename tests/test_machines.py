@@ -453,8 +453,8 @@ def test_processes_and_their_workers_have_shares_of_nearly_equal_bytes(tmp_path)
     seen, loads = [], []
     for rank in range(2):
         place = SimpleNamespace(world_size=2, process_index=rank, dataloader_num_workers=2, output_dir=str(tmp_path))
-        stream = script.mixed(script.TrainingStream, IterableDataset)(corpus, None, args, None, place, 0)
-        shares = [[path for _, path in share] for share in stream.arguments["shares"]]
+        stream = script.mixed(script.TrainingStream, IterableDataset)(corpus, args, None, place, 0)
+        shares = [list(share) for share in stream.arguments["shares"]]
         loads.append([sum(files[path][0] for path in share) for share in shares])
         seen += sum(shares, [])
     assert loads == [[800, 200], [500, 500]] and sorted(seen) == sorted(files)
