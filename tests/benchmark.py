@@ -346,17 +346,16 @@ def benchmark_prepare(options):
 WORDS = "the patient has a fever and no cough give two hundred milligrams twice a day for seven days".split()
 
 
-def make_prepared_corpus(folder, train_clips, seconds=None):
-    """A corpus as --prepare_only leaves it: clips of AfriSpeech-200's lengths (of `seconds` each if given), with speech
-    if they are few, and 100 archives of training clips if they are many.
+def make_prepared_corpus(folder, train_clips, seconds=None, silent=False):
+    """A corpus as --prepare_only leaves it: clips of AfriSpeech-200's lengths (of `seconds` each if given), with speech,
+    or `silent` ones, whose audio takes no room, of 100 archives.
     """
     import numpy as np
     from datasets.arrow_writer import ArrowWriter
 
     generator, speech = np.random.default_rng(0), np.concatenate(list(itertools.islice(fixture_speech(), 100)))
-    silent = finetune_medasr.encode_flac(np.zeros(1600, np.float32))
-    many, number = train_clips > 2000, 0
-    accents = [f"accent{index}" for index in range(100 if many else 1)]
+    silence, number = finetune_medasr.encode_flac(np.zeros(1600, np.float32)), 0
+    accents = [f"accent{index}" for index in range(100 if silent else 1)]
     for split, accent in [("train", accent) for accent in accents] + [("dev", "accent0"), ("test", "accent0")]:
         out = folder / "audio_16khz" / split / f"{split}_{accent}_0.arrow"
         archive = folder / "corpus" / "audio" / accent / split / f"{split}_{accent}_0.tar.gz"
@@ -375,7 +374,7 @@ def make_prepared_corpus(folder, train_clips, seconds=None):
                 length = seconds or float(np.clip(generator.lognormal(np.log(8.4), 0.7), 1, 30))
                 count, number = round(length * finetune_medasr.SAMPLE_RATE), number + 1
                 start = generator.integers(len(speech) - count)
-                audio = silent if many else finetune_medasr.encode_flac(speech[start : start + count])
+                audio = silence if silent else finetune_medasr.encode_flac(speech[start : start + count])
                 text = " ".join(generator.choice(WORDS, round(2.2 * length)))
                 key = f"session-{number:08d}/{number:032x}.wav"
                 row = {"audio_paths": key, "transcript": text, "duration": f"{length:.3f}", "accent": accent}
@@ -460,12 +459,20 @@ def measure_data_path(folder, options):
         return usual_collator(usual.__getitems__(indices))
 
     audio = [clip["audio"] for clip in clips.select(indices)]
-    decode = lambda: [finetune_medasr.decode_audio(data) for data in audio]  # noqa: E731
+
+    def decode():
+        return [finetune_medasr.decode_audio(data) for data in audio]
+
+    def extract():
+        options = dict(padding="longest", return_attention_mask=True, return_tensors="pt")
+        return extractor(decode(), sampling_rate=finetune_medasr.SAMPLE_RATE, **options)
+
     torch.testing.assert_close(ours()["input_features"].shape, theirs()["input_features"].shape)
-    a, b, c = paired(5 if options.quick else 20, ours, theirs, decode)
+    a, b, c, d = paired(5 if options.quick else 20, ours, theirs, decode, extract)
     return [
         ("finished file to padded batch, ms a clip of 10 s", 1e3 * a / 8, 1e3 * b / 8, b / a),
         ("  of it FLAC to samples", 1e3 * c / 8, None, None),
+        ("  with LasrFeatureExtractor instead of the script's log-mels", 1e3 * d / 8, None, None),
     ]
 
 
@@ -529,8 +536,8 @@ def measure_start(folder, options):
     """From the command to one update with 58,000 prepared clips, beyond what a few clips take."""
     flags = "--max_steps 1 --eval_strategy no --save_strategy no --load_best_model_at_end false --report_to none"
     found = {"few": [], "many": []}
-    for name, count in (("few", 64), ("many", 58_000)):
-        make_prepared_corpus(folder / name, count)
+    for name, count in (("few", 100), ("many", 58_000)):
+        make_prepared_corpus(folder / name, count, silent=True)
     for name in ["few", "many"] * (1 if options.quick else 3):
         command = [sys.executable, finetune_medasr.__file__, *corpus_flags(folder / name), *flags.split()]
         found[name].append(measured(command, folder / name / "out"))
@@ -539,7 +546,7 @@ def measure_start(folder, options):
     grouped, shuffled = padding_of(clips, 8)
     grouped32, shuffled32 = padding_of(clips, 32)
     return [
-        ("start with 58,000 clips beyond that with 64, s", many["wall"] - few["wall"], None, None),
+        ("start with 58,000 clips beyond that with 100, s", many["wall"] - few["wall"], None, None),
         ("  memory beyond it, MB", (many["memory"] - few["memory"]) / 1e6, None, None),
         ("  the pickled training clips, MB", len(pickle.dumps(clips.clips)) / 1e6, None, None),
         ("padding in batches of 8, % (random order beside it)", grouped, shuffled, shuffled / grouped),
