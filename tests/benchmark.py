@@ -347,7 +347,7 @@ WORDS = "the patient has a fever and no cough give two hundred milligrams twice 
 
 
 def make_prepared_corpus(folder, train_clips, seconds=None, silent=False):
-    """A corpus as --prepare_only leaves it: clips of AfriSpeech-200's lengths (of `seconds` each if given), with speech,
+    """A corpus as --prepare_only leaves it: clips of AfriSpeech-200's lengths (or of `seconds` each), with speech,
     or `silent` ones, whose audio takes no room, of 100 archives.
     """
     import numpy as np
