@@ -3412,21 +3412,24 @@ def train_model(trainer, checkpoint, updates, state):
         if trainer.mark is not None:
             raise
         raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
-    except (RunError, Stopped):
+    except (RunError, Stopped, torch.OutOfMemoryError) as error:
         if trainer.args.process_index == 0 and not trainer.args.disable_tqdm:
             print(file=sys.stderr)  # the message does not belong behind the progress bar
+        if isinstance(error, torch.OutOfMemoryError):
+            raise RunError(full_memory(trainer, state)) from error
         raise
-    except torch.OutOfMemoryError as error:
-        batch, steps = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
-        advice = f"try --per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps {steps * 2}, "
-        if trainer.args.auto_train_batch and batch > 1:
-            state.batch_limit = batch // 2
-            state.save()
-            advice = f"the same command goes on with {batch // 2} a step and {steps * 2} accumulation steps; or try "
-        raise RunError(
-            f"the GPU's memory is full with {plural(batch, 'clip')} a step: {advice}--gradient_checkpointing, or a "
-            "lower --max_train_seconds"
-        ) from error
+
+
+def full_memory(trainer, state):
+    """What to do where a training step has filled the GPU's memory; with auto, noted down for the next start."""
+    batch, steps = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+    advice = f"try --per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps {steps * 2}, "
+    if trainer.args.auto_train_batch and batch > 1:
+        state.batch_limit = batch // 2
+        state.save()
+        advice = f"the same command goes on with {batch // 2} a step and {steps * 2} accumulation steps; or try "
+    advice += "--gradient_checkpointing, or a lower --max_train_seconds"
+    return f"the GPU's memory is full with {plural(batch, 'clip')} a step: {advice}"
 
 
 def where_time_went(trainer):
