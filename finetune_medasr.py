@@ -1666,9 +1666,12 @@ class LabelEncoder:
 
     def __call__(self, texts):
         """Label ids, a list of int, of each transcript."""
-        all_ids = self.tokenizer([self.fold(text) for text in texts], add_special_tokens=False).input_ids
-        unknown = self.tokenizer.unk_token_id
-        return [[token for token in ids if token != unknown and token < self.vocab_size] for ids in all_ids]
+        unknown, labels = self.tokenizer.unk_token_id, []
+        for start in range(0, len(texts), 1_000):  # the tokenizer keeps a kilobyte and more for each text of a call
+            folded = [self.fold(text) for text in texts[start : start + 1_000]]
+            all_ids = self.tokenizer(folded, add_special_tokens=False).input_ids
+            labels += [[token for token in ids if token != unknown and token < self.vocab_size] for ids in all_ids]
+        return labels
 
 
 def normalize_wer(text):
