@@ -1955,6 +1955,19 @@ class Span:
 
 
 @dataclass
+class Emissions:
+    """What a model says of a clip or window: the most probable `ids` of each of its frames and their natural
+    `log_probs`, both (frames, how many were asked for), the most probable first.
+    """
+
+    ids: np.ndarray
+    log_probs: np.ndarray
+
+    def __getitem__(self, frames):
+        return Emissions(self.ids[frames], self.log_probs[frames])
+
+
+@dataclass
 class Windows:
     """The spans of a dataset's clips, decoded when asked for; `problem` is why one cannot be."""
 
@@ -2047,11 +2060,20 @@ def eval_budget(model, extractor, window_seconds, training):
     return agreed(min(seconds, EVAL_BUDGET_SECONDS[1]) * SAMPLE_RATE, training)
 
 
-def transcribe_clips(model, processor, clips, num_samples, args, training, encoder=None):
-    """(the greedy text of each clip, {clip: why it cannot be read}, the mean CTC loss), by all processes together.
+def best_path(emissions):
+    """The id of each frame of a clip, blanks and repeats included: the most probable one."""
+    return emissions.ids[:, 0].tolist()
 
-    `clips` holds encoded audio, `num_samples` its lengths at 16 kHz. With an `encoder` of their labels there is a loss,
-    of the clips that need no windows; otherwise it is 0.
+
+def clip_text(processor, emissions):
+    return decode_ids(processor, best_path(emissions))
+
+
+def emit_clips(model, processor, clips, num_samples, args, training, encoder=None, count=1):
+    """(the `Emissions` of each clip, {clip: why it cannot be read}, the mean CTC loss), by all processes together.
+
+    `clips` holds encoded audio, `num_samples` its lengths at 16 kHz; of each frame the `count` most probable ids are
+    kept. With an `encoder` of their labels there is a loss, of the clips that need no windows; otherwise it is 0.
     """
     import torch
     from accelerate.utils import gather_object
@@ -2082,32 +2104,36 @@ def transcribe_clips(model, processor, clips, num_samples, args, training, encod
             if not whole:
                 batch.pop("labels", None)
             problems |= {spans[index].row: text for index, text in zip(indices, batch.pop("problems")) if text}
-            ids, batch_loss = run_batch(model, extractor, batch, training.device)
+            emitted, batch_loss = run_batch(model, extractor, batch, training.device, count)
             loss, counted = loss + batch_loss, counted + len(indices) * whole
-            for index, row_ids in zip(indices, ids):
-                span = spans[index]
-                pieces.append((span.row, span.start, row_ids[span.first : span.last]))
+            for span, emissions in zip(map(spans.__getitem__, indices), emitted):
+                pieces.append((span.row, span.start, emissions[span.first : span.last]))
             bar.update(len(indices))
         share = (pieces, problems, loss, counted)
         shares = gather_object([share]) if training.world_size > 1 else [share]
         if stopped := STOP_SIGNALS.among_all(training):
             raise Stopped(stopped)
-    joined = {row: [] for row in range(len(num_samples))}
-    for row, _, ids in sorted(piece for share in shares for piece in share[0]):
-        joined[row] += ids
-    texts = [decode_ids(processor, joined[row]) for row in range(len(num_samples))]
+    joined = [[] for _ in num_samples]
+    for row, _, emissions in sorted((piece for share in shares for piece in share[0]), key=lambda piece: piece[:2]):
+        joined[row].append(emissions)
+    joined = [
+        Emissions(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "log_probs")))
+        for parts in joined
+    ]
     problems = {row: text for share in shares for row, text in share[1].items()}
-    return texts, problems, sum(share[2] for share in shares) / max(1, sum(share[3] for share in shares))
+    return joined, problems, sum(share[2] for share in shares) / max(1, sum(share[3] for share in shares))
 
 
-def run_batch(model, extractor, batch, device):
-    """(greedy ids, a list a clip; the sum of the clips' losses) of a batch, halved where it does not fit on the GPU."""
+def run_batch(model, extractor, batch, device, count=1):
+    """(the `Emissions` of each clip, the sum of their losses) of a batch, halved where it does not fit on the GPU."""
     import torch
 
     size = len(next(iter(batch.values())))
     try:
         output = model(**model_inputs(batch, extractor, device))
-        return output.logits.argmax(-1).tolist(), float(output.loss) * size if "labels" in batch else 0.0
+        best = output.logits.float().log_softmax(-1).topk(min(count, output.logits.shape[-1]))
+        ids, log_probs = best.indices.int().cpu().numpy(), best.values.cpu().numpy()
+        return list(map(Emissions, ids, log_probs)), float(output.loss) * size if "labels" in batch else 0.0
     except torch.OutOfMemoryError as error:
         if size == 1:
             raise RunError(
@@ -2115,12 +2141,12 @@ def run_batch(model, extractor, batch, device):
                 "--use_cpu true"
             ) from error
     torch.cuda.empty_cache()
-    ids, loss = [], 0.0
+    emitted, loss = [], 0.0
     for part in (slice(0, size // 2), slice(size // 2, None)):
         halved = {name: value[part] for name, value in batch.items()}
-        more_ids, more_loss = run_batch(model, extractor, halved, device)
-        ids, loss = ids + more_ids, loss + more_loss
-    return ids, loss
+        more, more_loss = run_batch(model, extractor, halved, device, count)
+        emitted, loss = emitted + more, loss + more_loss
+    return emitted, loss
 
 
 # ---------------------------------------------------------------- scores
@@ -2839,8 +2865,8 @@ class DevSet:
         """Loss and rates of `model`, with the clips written down as the test clips are."""
         lengths = [row["num_samples"] for row in self.selection.rows]
         clips = self.selection.clips
-        texts, _, loss = transcribe_clips(model, self.processor, clips, lengths, self.args, training, self.encoder)
-        return {"loss": loss, **self.rates(texts)}
+        emitted, _, loss = emit_clips(model, self.processor, clips, lengths, self.args, training, self.encoder)
+        return {"loss": loss, **self.rates([clip_text(self.processor, emissions) for emissions in emitted])}
 
     def rates(self, texts):
         """WER and CER, all and WER by domain, of a text for each clip."""
@@ -3470,12 +3496,13 @@ def transcribe_files(args, training):
     names = [path for path in args.transcribe if path in found]
     training.disable_tqdm = True
     lengths, clips = [found[name] for name in names], [{"audio": name} for name in names]
-    texts, unreadable, _ = transcribe_clips(model, processor, clips, lengths, args, training)
+    emitted, unreadable, _ = emit_clips(model, processor, clips, lengths, args, training)
     problems |= {names[row]: problem for row, problem in unreadable.items()}
     for path, problem in problems.items():
         print(f"{PROGRAM}: error: {path} cannot be read as audio: {problem}", file=sys.stderr)
-    for name, text in zip(names, texts):
+    for name, emissions in zip(names, emitted):
         if name not in problems:
+            text = clip_text(processor, emissions)
             print(text if len(args.transcribe) == 1 else f"{name}\t{text}")
     return 1 if problems else 0
 
@@ -3647,7 +3674,8 @@ class Job:
         """The model's text of each test clip."""
         lengths = [row["num_samples"] for row in self.test.rows]
         with spending("scoring"):
-            return transcribe_clips(model, self.processor, self.test.clips, lengths, self.args, self.training)[0]
+            emitted = emit_clips(model, self.processor, self.test.clips, lengths, self.args, self.training)[0]
+        return [clip_text(self.processor, emissions) for emissions in emitted]
 
     def score_texts(self, texts):
         seen = None if self.args.eval_only else {row["accent"] for row in self.selections["train"].rows}
