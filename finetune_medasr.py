@@ -2986,6 +2986,11 @@ class CTCTraining:
             )
         return norm
 
+    @property
+    def calmer(self):
+        """What to do against numbers that are not finite."""
+        return "use --bf16, or lower --learning_rate" if self.args.fp16 else "lower --learning_rate"
+
     def _run_epoch(self, **options):
         """Nothing, where a run that is gone on with is at its end already: the Trainer would make one more update."""
         if self.state.global_step >= self.state.max_steps:
@@ -3007,18 +3012,22 @@ class CTCTraining:
 
     def _save_checkpoint(self, model, trial):
         """A checkpoint that is complete once its MANIFEST is there, and never one of a model that is not finite."""
+        from transformers.trainer_utils import rotate_checkpoints
+
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if broken := not_finite(self.model):
-            raise RunError(
-                f"the model is not finite at update {self.state.global_step}, in {broken}: lower --learning_rate"
-            )
+            raise RunError(f"the model is not finite at update {self.state.global_step}, in {broken}: {self.calmer}")
         (folder / MANIFEST).unlink(missing_ok=True)
+        # Older ones are deleted here, when this one is complete: the Trainer does it before.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         with spending("saving"), explained_checkpoint(f"{folder} cannot be written", ROOM_ADVICE, folder):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            self.args.save_total_limit = limit
             if self.args.should_save:
                 sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
                 write_text(folder / MANIFEST, json.dumps(sizes, indent=1))
+                rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -3033,10 +3042,8 @@ class CTCTraining:
             self._save_checkpoint(self.model, None)  # from which the evaluation is made up for
             raise
         if not np.isfinite(scores["loss"]):
-            advice = "use --bf16, or lower --learning_rate" if self.args.fp16 else "lower --learning_rate"
-            raise RunError(
-                f"the dev loss is not finite at update {self.state.global_step}: {advice}; earlier checkpoints are good"
-            )
+            step = self.state.global_step
+            raise RunError(f"the dev loss is not finite at update {step}: {self.calmer}; earlier checkpoints are good")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(self.dev.selection.rows))
         self.log(metrics)
