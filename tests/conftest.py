@@ -1,6 +1,7 @@
 """What several test files run once: the demo, the Hub's copy of the small corpus, the program as a user starts it."""
 
 import csv
+import functools
 import io
 import json
 import os
@@ -12,8 +13,10 @@ import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import kills
 import pytest
 import soundfile
+from warm import WarmStarts, run_ranks
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parent / "finetune_medasr.py"
@@ -91,6 +94,20 @@ def hub_corpus(tmp_path_factory):
     from loopback_hub import hub_copy
 
     return hub_copy(CORPUS, tmp_path_factory.mktemp("hub") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """Starts the program, offline, in a process of its own each time."""
+    with WarmStarts(kills.ENV) as warm:
+        yield warm
+
+
+@pytest.fixture(scope="session")
+def run_two(warm):
+    """run_two(flag, ...) -> the two processes of a run, as a cluster starts them, without torchrun."""
+    with WarmStarts(kills.ENV) as second:
+        yield functools.partial(run_ranks, (warm, second))
 
 
 @pytest.fixture(scope="session")

@@ -65,18 +65,24 @@ def run_with_kills(data_dir, output, generator, kills, longest):
         return made
 
 
-def survive(folder, kills, seed=0):
-    """(kills survived, runs finished), all with the undisturbed run's result; raises AssertionError for another one."""
-    generator, made, runs = random.Random(seed), 0, 0
-    subprocess.run(command(folder / "audio", folder / "straight"), env=ENV, check=True, capture_output=True)
+def run_straight(data_dir, output):
+    """The seconds of a run that nothing disturbs."""
     start = time.monotonic()
-    subprocess.run(command(folder / "audio", folder / "timed"), env=ENV, check=True, capture_output=True)
-    longest = time.monotonic() - start
+    subprocess.run(command(data_dir, output), env=ENV, check=True, capture_output=True)
+    return time.monotonic() - start
+
+
+def survive(folder, straight, longest, kills, seed=0):
+    """(kills survived, runs finished), all with the result of the undisturbed run in `straight`; else AssertionError.
+
+    A run is killed up to `longest` seconds after its start.
+    """
+    generator, made, runs = random.Random(seed), 0, 0
     while made < kills:
         output = folder / f"killed-{runs}"
         made += run_with_kills(folder / "audio", output, generator, min(4, kills - made), longest)
         runs += 1
-        assert result(output) == result(folder / "straight"), f"{output} ended otherwise after {made} kills"
+        assert result(output) == result(straight), f"{output} ended otherwise after {made} kills"
     return made, runs
 
 
@@ -104,12 +110,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        made, runs = survive(Path(folder), options.kills, options.seed)
+        folder = Path(folder)
+        run_straight(folder / "audio", folder / "straight")  # prepares the audio too
+        seconds = run_straight(folder / "audio", folder / "timed")
+        made, runs = survive(folder, folder / "straight", seconds, options.kills, options.seed)
         print(f"{made} kills in {runs} runs: all ended with the undisturbed run's weights, texts and scores")
         generator = random.Random(options.seed)
         stops = [
-            seconds_to_stop(Path(folder) / "audio", Path(folder) / f"stopped-{count}", count, generator)
-            for count in range(1, 6)
+            seconds_to_stop(folder / "audio", folder / f"stopped-{count}", count, generator) for count in range(1, 6)
         ]
         print(f"SIGTERM to exit in {len(stops)} runs: {min(stops):.1f} to {max(stops):.1f} s")
 

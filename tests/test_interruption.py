@@ -35,8 +35,7 @@ def at(owner, name, count):
         return original(*inputs, **options)
     setattr(owner, name, replaced)
 
-if {count}:
-    at({owner}, "{name}", {count})
+at({owner}, "{name}", {count})
 sys.exit(script.main(sys.argv[1:]))
 """
 MOMENTS = {  # name: (owner, function, which call)
@@ -49,16 +48,6 @@ MOMENTS = {  # name: (owner, function, which call)
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
-def run_at(folder, moment, output, action=KILL, launcher=(sys.executable,), flags=()):
-    """The process of a run in which `action` happens at a moment."""
-    owner, name, count = moment
-    program = folder / "moment.py"
-    program.write_text(AT_A_MOMENT.format(owner=owner, name=name, count=count, action=action))
-    env = {**kills.ENV, "PYTHONPATH": str(kills.SCRIPT.parent)}
-    arguments = kills.command(folder / "audio", output, *flags)[2:]
-    return run_script(*arguments, cwd=folder, env=env, script=program, launcher=launcher)
-
-
 @pytest.fixture(scope="module")
 def folder(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupted")
@@ -66,20 +55,44 @@ def folder(demo, tmp_path_factory):
     return folder
 
 
-def again(folder, output, *flags):
-    """(exit status, stdout, stderr) of the same command in a process of its own."""
-    done = subprocess.run(
-        kills.command(folder / "audio", output, *flags), env=kills.ENV, capture_output=True, text=True, timeout=300
-    )
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture(scope="module")
+def again(folder, warm):
+    """again(output, flag, ...) -> (exit status, stdout, stderr) of the same command in a process of its own."""
+
+    def again(output, *flags):
+        done = warm.run(*kills.command(folder / "audio", output, *flags)[2:])
+        return done.returncode, done.stdout, done.stderr
+
+    return again
 
 
 @pytest.fixture(scope="module")
-def straight(folder):
-    """The output folder of a run that nothing disturbs, SpecAugment and dropout on."""
-    status, _, errors = again(folder, folder / "straight")
-    assert status == 0, errors
-    return folder / "straight"
+def run_at(folder, warm):
+    """run_at(moment, output) -> the process of a run in which `action` happens at a moment, or those of `start`."""
+
+    def run_at(moment, output, action=KILL, start=warm.run, flags=()):
+        owner, name, count = moment
+        program = folder / "moment.py"
+        program.write_text(AT_A_MOMENT.format(owner=owner, name=name, count=count, action=action))
+        return start(*kills.command(folder / "audio", output, *flags)[2:], program=program, cwd=folder)
+
+    return run_at
+
+
+def with_torchrun(*arguments, program, cwd):
+    env = {**kills.ENV, "PYTHONPATH": str(kills.SCRIPT.parent)}
+    return run_script(*arguments, cwd=cwd, env=env, script=program, launcher=TWO_PROCESSES)
+
+
+@pytest.fixture(scope="module")
+def timed(folder):
+    """(output folder, seconds) of a run that nothing disturbs, SpecAugment and dropout on, in a Python of its own."""
+    return folder / "straight", kills.run_straight(folder / "audio", folder / "straight")
+
+
+@pytest.fixture(scope="module")
+def straight(timed):
+    return timed[0]
 
 
 def modified(output):
@@ -90,19 +103,20 @@ def modified(output):
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_do_not_change_the_result(demo, tmp_path):
-    shutil.copytree(demo.audio, tmp_path / "audio")
-    assert kills.survive(tmp_path, 3, seed=1)[0] == 3
+def test_kills_at_random_moments_do_not_change_the_result(folder, timed, tmp_path):
+    """In Pythons of their own: the first moments are those of the imports."""
+    (tmp_path / "audio").symlink_to(folder / "audio")
+    assert kills.survive(tmp_path, *timed, kills=3, seed=1)[0] == 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_killed_at_a_moment_ends_as_if_it_had_not_been(folder, straight, moment):
+def test_a_run_killed_at_a_moment_ends_as_if_it_had_not_been(folder, straight, moment, again, run_at):
     output = folder / moment.replace("/", "").replace(" ", "-")
-    killed = run_at(folder, MOMENTS[moment], output)
+    killed = run_at(MOMENTS[moment], output)
     assert killed.returncode == -signal.SIGKILL
     assert not (output / "final").exists(), "a half-written folder has its name"
-    status, out, errors = again(folder, output)
+    status, out, errors = again(output)
     assert status == 0, errors
     assert kills.result(output) == kills.result(straight)
     assert "as it is on the test split" not in out, "the baseline was there already"
@@ -128,11 +142,11 @@ def test_an_older_checkpoint_stays_until_the_next_is_complete(folder, tmp_path):
         (("script.CTCTraining", "_save_checkpoint", 1), [1, 2], [2]),
     ],
 )
-def test_what_a_killed_run_has_logged_is_in_tensorboard(folder, tmp_path, moment, losses, evaluations):
+def test_what_a_killed_run_has_logged_is_in_tensorboard(tmp_path, moment, losses, evaluations, run_at):
     """Killed right after a loss, and right after an evaluation, which writes texts too."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    killed = run_at(folder, moment, tmp_path / "out", flags=["--skip_baseline"])
+    killed = run_at(moment, tmp_path / "out", flags=["--skip_baseline"])
     assert killed.returncode == -signal.SIGKILL
     events = EventAccumulator(str(tmp_path / "out/runs")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == losses
@@ -142,14 +156,14 @@ def test_what_a_killed_run_has_logged_is_in_tensorboard(folder, tmp_path, moment
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, moment", [(signal.SIGTERM, "in a step"), (signal.SIGINT, "in an evaluation")])
-def test_a_signal_leaves_a_checkpoint_to_go_on_from(folder, straight, number, moment):
+def test_a_signal_leaves_a_checkpoint_to_go_on_from(folder, straight, number, moment, again, run_at):
     output = folder / f"signal-{number}"
-    stopped = run_at(folder, MOMENTS[moment], output, f"os.kill(os.getpid(), {int(number)})")
+    stopped = run_at(MOMENTS[moment], output, f"os.kill(os.getpid(), {int(number)})")
     assert stopped.returncode == 128 + number
     message = error_line(stopped.stderr)
     assert signal.Signals(number).name in message and "the same command goes on" in message
     assert not (output / "final").exists()
-    status, out, errors = again(folder, output)
+    status, out, errors = again(output)
     assert status == 0 and re.search(r"going on from \S+, update \d of 8", out), errors
     assert kills.result(output) == kills.result(straight)
 
@@ -171,23 +185,23 @@ def test_a_stopped_run_exits_in_seconds(folder):
 
 
 @pytest.mark.slow
-def test_a_finished_run_says_so_and_touches_nothing(folder, straight):
+def test_a_finished_run_says_so_and_touches_nothing(straight, again):
     before = modified(straight)
     start = time.monotonic()
-    status, out, errors = again(folder, straight)
+    status, out, errors = again(straight)
     assert (status, errors) == (0, "") and time.monotonic() - start < 30
     assert "finished" in out and "| WER " in out
     assert modified(straight) == before
 
 
 @pytest.mark.slow
-def test_more_updates_go_on_and_overwrite_starts_anew(folder, straight):
+def test_more_updates_go_on_and_overwrite_starts_anew(folder, straight, again):
     output = folder / "more"
     shutil.copytree(straight, output)
-    status, out, _ = again(folder, output, "--max_steps", "10")
+    status, out, _ = again(output, "--max_steps", "10")
     assert status == 0 and re.search(r"checkpoint-8, update 8 of 10", out)
     assert load_json(output / "checkpoint-10/trainer_state.json")["global_step"] == 10
-    status, out, _ = again(folder, output, "--overwrite_output_dir")
+    status, out, _ = again(output, "--overwrite_output_dir")
     assert status == 0 and "going on" not in out
     assert kills.result(output) == kills.result(straight)
     assert not (output / "checkpoint-10").exists()
@@ -234,14 +248,14 @@ def test_a_missing_or_cut_file_of_a_checkpoint_is_named(straight, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_newest_complete_checkpoint_is_taken(folder, straight):
+def test_the_newest_complete_checkpoint_is_taken(folder, straight, again):
     output = folder / "damaged"
     shutil.copytree(straight, output)
     shutil.rmtree(output / "final")
     (output / "checkpoint-8/optimizer.pt").unlink()
     weights = (output / "checkpoint-6/model.safetensors").read_bytes()
     (output / "checkpoint-6/model.safetensors").write_bytes(weights[:1000])
-    status, out, errors = again(folder, output)
+    status, out, errors = again(output)
     assert status == 0, errors
     assert "checkpoint-8 is left aside: optimizer.pt is missing" in errors
     assert "checkpoint-6 is left aside: model.safetensors is cut" in errors
@@ -250,13 +264,13 @@ def test_the_newest_complete_checkpoint_is_taken(folder, straight):
 
 
 @pytest.mark.slow
-def test_a_moved_output_folder_keeps_its_best_model(folder, straight):
+def test_a_moved_output_folder_keeps_its_best_model(folder, straight, again):
     output = folder / "elsewhere"
     shutil.copytree(straight, output)
     shutil.rmtree(output / "final")
     hidden = straight.rename(folder / "hidden")
     try:
-        status, _, errors = again(folder, output)
+        status, _, errors = again(output)
     finally:
         hidden.rename(straight)
     assert status == 0, errors
@@ -264,7 +278,7 @@ def test_a_moved_output_folder_keeps_its_best_model(folder, straight):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(folder, straight):
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(folder, straight, again):
     """A limit on the size of files, between that of the weights and that of the optimizer's state."""
     output = folder / "full"
     limited = ["bash", "-c", 'ulimit -f 4500; exec "$0" "$@"', sys.executable]
@@ -273,7 +287,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(folder, str
     message = error_line(done.stderr)
     assert "checkpoint-2 cannot be written" in message and "free some disk" in message
     assert not list(output.glob("checkpoint-*")) and not (output / "final").exists()
-    assert again(folder, output)[0] == 0
+    assert again(output)[0] == 0
     assert kills.result(output) == kills.result(straight)
 
 
@@ -291,29 +305,29 @@ FULL_MOMENTS = {  # what is written then: (owner, function, which call)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", FULL_MOMENTS)
-def test_a_disk_that_is_full_from_a_moment_on_is_named(folder, straight, moment):
+def test_a_disk_that_is_full_from_a_moment_on_is_named(folder, straight, moment, again, run_at):
     """From then on no file can grow, as on a full disk; afterwards there is room again."""
     output = folder / f"full-{list(FULL_MOMENTS).index(moment)}"
     action = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
-    full = run_at(folder, FULL_MOMENTS[moment], output, action)
+    full = run_at(FULL_MOMENTS[moment], output, action)
     assert full.returncode == 1
     message = error_line(full.stderr)
     assert "cannot be written" in message and "free some disk; the same command goes on" in message
     left = [path for path in output.rglob("*") if re.search("[.](tmp|partial)$", path.name)]
     assert not left, "what is half-written takes room"
-    status, _, errors = again(folder, output)
+    status, _, errors = again(output)
     assert status == 0, errors
     assert kills.result(output) == kills.result(straight)
 
 
 @pytest.mark.slow
-def test_a_run_that_filled_the_memory_goes_on_with_half_the_clips_a_step(folder, tmp_path):
+def test_a_run_that_filled_the_memory_goes_on_with_half_the_clips_a_step(tmp_path, again, run_at):
     flags = ["--per_device_train_batch_size", "auto", "--save_steps", "2"]
     full = "import torch; raise torch.OutOfMemoryError('CUDA out of memory')"
-    done = run_at(folder, ("script.CTCTraining", "training_step", 5), tmp_path / "out", full, flags=flags)
+    done = run_at(("script.CTCTraining", "training_step", 5), tmp_path / "out", full, flags=flags)
     message = error_line(done.stderr)
     assert done.returncode == 1 and "the same command goes on with 4 a step and 2 accumulation steps" in message
-    status, out, errors = again(folder, tmp_path / "out", *flags)
+    status, out, errors = again(tmp_path / "out", *flags)
     assert status == 0, errors
     assert re.search(r"going on from \S+, update 4 of 8", out)
     assert "8 clips an update and device: 4 a step x 2 accumulation steps" in out
@@ -334,9 +348,9 @@ def test_a_model_that_is_not_finite_is_never_saved(folder, tmp_path, steps, capf
 
 
 @pytest.mark.slow
-def test_the_clips_of_a_gradient_that_is_not_finite_are_named(folder, tmp_path):
+def test_the_clips_of_a_gradient_that_is_not_finite_are_named(tmp_path, run_at):
     spoil = "script.CTCTraining._get_grad_norm.__globals__['np'].isfinite = lambda value: False"
-    done = run_at(folder, ("script.CTCTraining", "training_step", 4), tmp_path / "out", spoil)
+    done = run_at(("script.CTCTraining", "training_step", 4), tmp_path / "out", spoil)
     assert done.returncode == 1
     message = error_line(done.stderr)
     assert "the gradient is not finite at update 4" in message
@@ -347,38 +361,38 @@ IN_TWO = ["--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
 
 
 @pytest.mark.slow
-def test_when_one_process_fails_all_end_with_its_message(folder, tmp_path):
+def test_when_one_process_fails_all_end_with_its_message(tmp_path, run_at):
     (tmp_path / "failed").mkdir()
     fail = f"""if os.environ["RANK"] == "1":
         import time
         open("{tmp_path}/failed/" + str(time.time()), "w")
         raise script.RunError("the second process cannot go on")"""
     moment = ("script.CTCTraining", "training_step", 2)
-    done = run_at(folder, moment, tmp_path / "out", fail, TWO_PROCESSES, [*IN_TWO, "--skip_baseline"])
+    done = run_at(moment, tmp_path / "out", fail, with_torchrun, [*IN_TWO, "--skip_baseline"])
     assert done.returncode != 0 and time.time() - float(os.listdir(tmp_path / "failed")[0]) < 60
     assert "error (process 1): the second process cannot go on" in done.stderr
     assert "unexpected" not in done.stderr, "the others say no more than that one is gone"
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_launcher_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
+def test_a_signal_to_the_launcher_leaves_a_checkpoint_to_go_on_from(folder, tmp_path, run_at, run_two):
     """As Slurm sends it: to the launcher, which passes it on, and to a process itself."""
-    done = run_at(folder, ("script", "no_moment", 0), tmp_path / "straight", launcher=TWO_PROCESSES, flags=IN_TWO)
-    assert done.returncode == 0, done.stderr
+    straight = kills.command(folder / "audio", tmp_path / "straight", *IN_TWO)[2:]
+    assert [done.returncode for done in run_two(*straight)] == [0, 0]
     stop = """if os.environ["RANK"] == "0":
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getppid(), signal.SIGTERM)"""
     moment, output = ("script.CTCTraining", "training_step", 5), tmp_path / "stopped"
-    stopped = run_at(folder, moment, output, stop, TWO_PROCESSES, IN_TWO)
+    stopped = run_at(moment, output, stop, with_torchrun, IN_TWO)
     assert "error: stopped by SIGTERM: the same command goes on" in stopped.stderr
     assert "checkpoint-5 written" in stopped.stdout and not checkpoint_problem(output / "checkpoint-5")
-    done = run_at(folder, ("script", "no_moment", 0), output, launcher=TWO_PROCESSES, flags=IN_TWO)
-    assert done.returncode == 0 and "checkpoint-5, update 5 of 8" in done.stdout, done.stderr
+    done, second = run_two(*kills.command(folder / "audio", output, *IN_TWO)[2:])
+    assert (done.returncode, second.returncode) == (0, 0) and "checkpoint-5, update 5 of 8" in done.stdout, done.stderr
     assert kills.result(output) == kills.result(tmp_path / "straight")
 
 
 @pytest.mark.slow
-def test_no_process_leaves_before_a_checkpoint_is_complete(folder, tmp_path):
+def test_no_process_leaves_before_a_checkpoint_is_complete(tmp_path, run_at, run_two):
     """The second process writes its part late, the first one the list of all parts: neither may go ahead alone."""
     stop = f"""import atexit, time
     save, write = transformers.Trainer._save_rng_state, script.write_text
@@ -399,7 +413,7 @@ def test_no_process_leaves_before_a_checkpoint_is_complete(folder, tmp_path):
     atexit.register(note)
     os.kill(os.getpid(), signal.SIGTERM)"""
     moment = ("script.CTCTraining", "training_step", 1)
-    stopped = run_at(folder, moment, tmp_path / "out", stop, TWO_PROCESSES, [*IN_TWO, "--skip_baseline"])
+    stopped, _ = run_at(moment, tmp_path / "out", stop, run_two, [*IN_TWO, "--skip_baseline"])
     assert "checkpoint-1 written" in stopped.stdout, stopped.stderr
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["True", "True"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(load_json(tmp_path / "out/checkpoint-1" / MANIFEST))
