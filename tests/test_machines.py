@@ -11,13 +11,12 @@ import pickle
 import re
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, MODEL, TWO_PROCESSES, error_line, load_json, load_predictions, run_script
+from conftest import CORPUS, MODEL, error_line, load_json, load_predictions
 from helpers import label_encoder, make_selection, noise, parse, random_model, small_processor
 from transformers import TrainerCallback, TrainingArguments
 
@@ -296,22 +295,21 @@ sys.exit(script.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_two_processes_draw_each_clip_once_an_epoch_across_an_interruption(demo, tmp_path):
+def test_two_processes_draw_each_clip_once_an_epoch_across_an_interruption(demo, tmp_path, run_two):
     """Four updates an epoch; stopped after six, in the second epoch, and resumed for the rest of three."""
     flags = f"""--model {MODEL} --dataset {CORPUS} --data_dir {demo.audio} --use_cpu true --ddp_backend gloo
         --skip_baseline --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --eval_steps 6 --save_steps 6
         --logging_steps 1 --max_train_samples 16 --max_eval_samples 2 --max_test_samples 2
         --dataloader_num_workers 0 --warmup_steps 2""".split()
     (tmp_path / "recorded.py").write_text(RECORDED)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(script.__file__).parent)}
     drawn = {}
     for name, runs in (("straight", [["12"]]), ("stopped", [["6"], ["12", "--resume_from_checkpoint", "true"]])):
         folder = tmp_path / name
         folder.mkdir()
         for max_steps, *more in runs:
             arguments = [*flags, "--max_steps", max_steps, "--output_dir", "out", *more]
-            done = run_script(*arguments, cwd=folder, launcher=TWO_PROCESSES, env=env, script=tmp_path / "recorded.py")
-            assert done.returncode == 0, done.stderr[-3000:]
+            for done in run_two(*arguments, program=tmp_path / "recorded.py", cwd=folder):
+                assert done.returncode == 0, done.stderr[-3000:]
         drawn[name] = [[], []]
         for rank, resumed in itertools.product(range(2), (False, True)[: len(runs)]):
             lines = (folder / f"drawn-{rank}-{resumed}.txt").read_text().splitlines()
@@ -336,20 +334,17 @@ def model_with(folder, **encoder_config):
     return folder
 
 
-def run_in_processes(demo, output, model, launcher, *flags):
-    """A short run that ends well, of sizes that neither batches nor processes divide."""
+def short_run(demo, output, model, *flags):
+    """The command line of a run of sizes that neither batches nor processes divide."""
     common = f"""--model {model} --dataset {CORPUS} --data_dir {demo.audio} --output_dir {output} --use_cpu true
         --skip_baseline --eval_steps 6 --save_steps 6 --max_steps 6 --logging_steps 1 --warmup_steps 2
         --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --max_train_samples 17 --max_eval_samples 3
-        --max_test_samples 5 --dataloader_num_workers 0 --learning_rate 1e-3""".split()
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = run_script(*common, *flags, cwd=output.parent, launcher=launcher, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+        --max_test_samples 5 --dataloader_num_workers 0 --learning_rate 1e-3 --ddp_backend gloo""".split()
+    return [*common, *flags]
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_path):
+def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_path, warm, run_two):
     """One process takes the batches of both by accumulation, so that BatchNorm normalises each batch by itself in both.
 
     Its running statistics, which training does not read, are those of the first process's batches, and left out here.
@@ -358,8 +353,9 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_pat
 
     model = model_with(tmp_path / "model", dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, layerdrop=0.0)
     flags = ["--no_spec_augment", "--max_train_samples", 24, "--max_steps", 8, "--eval_steps", 8, "--save_steps", 8]
-    run_in_processes(demo, tmp_path / "two", model, TWO_PROCESSES, *flags, "--ddp_backend", "gloo")
-    run_in_processes(demo, tmp_path / "one", model, [sys.executable], *flags, "--gradient_accumulation_steps", 2)
+    both = run_two(*short_run(demo, tmp_path / "two", model, *flags))
+    alone = warm.run(*short_run(demo, tmp_path / "one", model, *flags, "--gradient_accumulation_steps", 2))
+    assert [done.returncode for done in (*both, alone)] == [0, 0, 0], both[0].stderr + alone.stderr
     histories = [
         load_json(tmp_path / name / "checkpoint-8/trainer_state.json")["log_history"] for name in ("one", "two")
     ]
@@ -376,12 +372,14 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--gradient_checkpointing"]])
-def test_two_processes_with_uneven_shares_write_everything_once(demo, tmp_path, flags):
+def test_two_processes_with_uneven_shares_write_everything_once(demo, tmp_path, warm, run_two, flags):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     model = model_with(tmp_path / "model", layerdrop=0.5)
-    done = run_in_processes(demo, tmp_path / "out", model, TWO_PROCESSES, "--ddp_backend", "gloo", *flags)
-    assert done.stdout.count("model: ") == 1 and "Warning" not in done.stderr
+    both = run_two(*short_run(demo, tmp_path / "out", model, *flags))
+    out, errors = "".join(done.stdout for done in both), "".join(done.stderr for done in both)
+    assert [done.returncode for done in both] == [0, 0], errors
+    assert out.count("model: ") == 1 and "Warning" not in errors
     clips = [row["audio_filepath"] for row in load_predictions(tmp_path / "out/results")]
     assert len(clips) == len(set(clips)) == load_json(tmp_path / "out/results/metrics.json")["finetuned"]["clips"] == 5
     events = [EventAccumulator(str(path)).Reload() for path in (tmp_path / "out/runs").glob("events*")]
@@ -391,9 +389,9 @@ def test_two_processes_with_uneven_shares_write_everything_once(demo, tmp_path, 
     ]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert len((tmp_path / "out/results/skipped_clips.csv").read_text().splitlines()) > 1
-    transcribed = run_script("--eval_only", "--model", "out/final", "--dataset", CORPUS, "--data_dir", demo.audio,
-                             "--output_dir", "again", "--max_test_samples", 5, "--use_cpu", "true",
-                             "--dataloader_num_workers", 0, cwd=tmp_path)  # fmt: skip
+    transcribed = warm.run("--eval_only", "--model", "out/final", "--dataset", CORPUS, "--data_dir", demo.audio,
+                           "--output_dir", "again", "--max_test_samples", 5, "--use_cpu", "true",
+                           "--dataloader_num_workers", 0, cwd=tmp_path)  # fmt: skip
     assert transcribed.returncode == 0, transcribed.stderr
     texts = [[row["pred_text"] for row in load_predictions(tmp_path / name / "results")] for name in ("out", "again")]
     assert texts[0] == texts[1]
