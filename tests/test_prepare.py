@@ -22,6 +22,7 @@ import pytest
 import soundfile
 from conftest import SCRIPT, error_line
 from loopback_hub import DATASET, FIXTURES, LoopbackHub
+from warm import WarmStarts
 
 SMALL = ["--accents", "damara", "akan (fante)", "luo, swahili"]  # 6 archives of 2 to 16 MB
 
@@ -42,19 +43,21 @@ def output_of(data_dir):
     return data_dir.with_name(data_dir.name + "-output")
 
 
-def environment(tmp_path, hub=None, **extra):
-    """Variables for a subprocess that sees `hub` alone, or no network at all."""
-    if hub:
-        return hub.env(tmp_path, **extra)
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf_home"), **extra}
-
-
 def run(data_dir, *flags, env):
     return subprocess.run(command(data_dir, *flags), env=env, capture_output=True, text=True, timeout=300)
 
 
+def preparation(data_dir, *flags):
+    """The flags of a preparation."""
+    return [*command(data_dir, "--prepare_only", "--num_proc", 2)[2:], *flags]
+
+
 def prepare(data_dir, *flags, env):
-    return run(data_dir, "--prepare_only", "--num_proc", 2, *flags, env=env)
+    """One in a Python of its own, whose environment is not that of `warm`."""
+    return subprocess.run(
+        [*command(data_dir)[:2], *map(str, preparation(data_dir, *flags))],
+        env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
 
 
 def files_below(folder, pattern):
@@ -123,21 +126,33 @@ def spoken_rows(corpus):
 
 
 @pytest.fixture(scope="module")
-def prepared(hub_corpus, tmp_path_factory):
-    """An undisturbed preparation of the whole corpus, its Hub still there."""
-    folder = tmp_path_factory.mktemp("prepared")
+def the_hub(hub_corpus):
     with LoopbackHub(datasets={DATASET: hub_corpus}) as hub:
-        result = prepare(folder / "audio", env=hub.env(folder))
-        assert result.returncode == 0, result.stderr
-        yield SimpleNamespace(
-            hub=hub, corpus=hub_corpus, data_dir=folder / "audio", result=result, digests=digests(folder / "audio")
-        )
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def warm(the_hub, tmp_path_factory):
+    """Starts the program, for which there is no network but the Hub."""
+    with WarmStarts(the_hub.env(tmp_path_factory.mktemp("home"))) as warm:
+        yield warm
+
+
+@pytest.fixture(scope="module")
+def prepared(the_hub, warm, hub_corpus, tmp_path_factory):
+    """An undisturbed preparation of the whole corpus, its Hub still there."""
+    data_dir = tmp_path_factory.mktemp("prepared") / "audio"
+    result = warm.run(*preparation(data_dir))
+    assert result.returncode == 0, result.stderr
+    return SimpleNamespace(hub=the_hub, corpus=hub_corpus, data_dir=data_dir, result=result, digests=digests(data_dir))
 
 
 @pytest.fixture
-def hub(hub_corpus):
-    with LoopbackHub(datasets={DATASET: hub_corpus}) as hub:
-        yield hub
+def hub(the_hub):
+    """The Hub as it is at first."""
+    the_hub.clear_faults()
+    the_hub.requests.clear()
+    return the_hub
 
 
 # ---- A preparation that nothing disturbs -----------------------------------------------------------------------------
@@ -212,7 +227,7 @@ def test_what_cannot_be_used_is_named(prepared):
     assert f"named in {output_of(prepared.data_dir) / 'results' / 'skipped_clips.csv'}" in prepared.result.stdout
 
 
-def test_another_selection_of_a_prepared_corpus_needs_no_network(prepared):
+def test_another_selection_of_a_prepared_corpus_needs_no_network(prepared, warm):
     before = len(prepared.hub.requests)
     flags = [
         "--accents",
@@ -227,13 +242,14 @@ def test_another_selection_of_a_prepared_corpus_needs_no_network(prepared):
         "--max_train_seconds",
         5,
     ]
-    result = prepare(prepared.data_dir, *flags, env=prepared.hub.env(prepared.data_dir.parent))
+    result = warm.run(*preparation(prepared.data_dir, *flags))
     assert result.returncode == 0, result.stderr
     assert prepared.hub.requests[before:] == []
     assert digests(prepared.data_dir) == prepared.digests
 
 
 def test_kept_archives_and_files_of_the_users_cache(prepared, hub, hub_corpus, tmp_path):
+    """In a cache of its own: the others' has no archive."""
     env = hub.env(tmp_path)
     script = "import sys, huggingface_hub as h\n"
     script += "print(h.hf_hub_download(*sys.argv[1:3], repo_type='dataset', revision=sys.argv[3]))"
@@ -267,17 +283,12 @@ def test_kept_archives_and_files_of_the_users_cache(prepared, hub, hub_corpus, t
     assert (digest(cached), cached.stat().st_mtime_ns) == before
 
 
-def test_dry_run_fetches_no_archive_and_counts_their_bytes(hub, hub_corpus, tmp_path):
-    result = run(
-        tmp_path / "audio", "--dry_run", "--accents", "igbo", "swahili", "yoruba", "zulu", env=hub.env(tmp_path)
-    )
+def test_dry_run_fetches_no_archive_and_counts_their_bytes(hub, warm, hub_corpus, tmp_path):
+    accents = ["igbo", "swahili", "yoruba", "zulu"]
+    result = warm.run(*command(tmp_path / "audio", "--dry_run", "--accents", *accents)[2:])
     assert result.returncode == 0, result.stderr
     assert hub.count("*.tar.gz") == 0
-    wanted = [
-        path
-        for accent in ("igbo", "swahili", "yoruba", "zulu")
-        for path in archives(hub_corpus, f"*_{accent}_*").values()
-    ]
+    wanted = [path for accent in accents for path in archives(hub_corpus, f"*_{accent}_*").values()]
     total = sum(path.stat().st_size for path in wanted)
     assert f"to fetch {total / 1e9:.2f} GB in {len(wanted)} archives" in result.stdout
 
@@ -306,8 +317,8 @@ def test_transcripts_of_a_dry_run_are_not_used_for_another_corpus(hub_corpus, tm
         assert result.returncode == 2 and "choose another --data_dir" in error_line(result.stderr)
 
 
-def test_a_folder_with_another_corpus_is_refused(prepared, tmp_path):
-    result = prepare(prepared.data_dir, "--dataset", FIXTURES / "corpus", env=environment(tmp_path))
+def test_a_folder_with_another_corpus_is_refused(prepared, warm):
+    result = warm.run(*preparation(prepared.data_dir, "--dataset", FIXTURES / "corpus"))
     assert result.returncode == 2
     assert all(part in error_line(result.stderr) for part in (str(FIXTURES / "corpus"), DATASET, "--data_dir"))
     assert digests(prepared.data_dir) == prepared.digests
@@ -340,65 +351,6 @@ def test_a_full_disk_is_foreseen(hub, tmp_path):
 
 
 # ---- Kills -----------------------------------------------------------------------------------------------------------
-
-LAUNCHER = """
-import json, os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import finetune_medasr
-finetune_medasr.parse_arguments([])  # imports what every run imports, as workers do themselves
-for line in sys.stdin:
-    argv, output = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        os.setsid()
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for target in (1, 2):
-            os.dup2(file, target)
-        os.dup2(nothing, 0)
-        status = finetune_medasr.main(argv)
-        sys.stdout.flush()
-        os._exit(status)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Launcher:
-    """Starts the program over and over, each time as a new process and group, without the seconds of imports."""
-
-    def __init__(self, hub, folder):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, str(SCRIPT)],
-            env=hub.env(folder),
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self.output = folder / "printed.txt"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.stdin.close()
-        self.process.wait(60)
-        self.process.stdout.close()
-
-    def start(self, data_dir, *flags):
-        """The process id of a started run, which is its group's too."""
-        argv = [*command(data_dir, *flags)[2:], "--prepare_only"]
-        self.process.stdin.write(json.dumps([argv, str(self.output)]) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def wait(self):
-        """Its exit status, minus the signal for one that was killed."""
-        return int(self.process.stdout.readline())
-
-    def printed(self):
-        return self.output.read_text()
 
 
 def has_ended(pid):
@@ -441,15 +393,15 @@ def work_done(data_dir):
     return done
 
 
-def finish_what_was_begun(launcher, hub, data_dir, *flags):
+def finish_what_was_begun(warm, hub, data_dir, *flags):
     """One more run, which must succeed and fetch only the bytes that earlier ones did not reach."""
     reached = {
         path.name.removesuffix(".partial"): path.stat().st_size for path in files_below(data_dir, "*.tar.gz.partial")
     }
     whole = {path.name for path in files_below(data_dir, "*.tar.gz")}
     asked = len(hub.requests)
-    launcher.start(data_dir, *flags)
-    assert launcher.wait() == 0, launcher.printed()
+    done = warm.run(*preparation(data_dir, *flags))
+    assert done.returncode == 0, done.stderr
     starts = {}
     for request in hub.requests[asked:]:
         starts.setdefault(request.path.split("/")[-1], first_byte(request))
@@ -458,29 +410,29 @@ def finish_what_was_begun(launcher, hub, data_dir, *flags):
     return reached
 
 
-def kill_and_finish(prepared, tmp_path, whole_group, rounds=5, kills=3):
+def kill_and_finish(prepared, tmp_path, whole_group, rounds=2, kills=3):
     """Kill `kills` times in each of `rounds` preparations at random moments, finish each, and compare."""
     generator = random.Random(whole_group)
     flags = [*SMALL, "--num_proc", "1" if whole_group else "2"]
     tmp_path.mkdir()
     partial_work = killed = 0
-    with LoopbackHub(datasets={DATASET: prepared.corpus}) as hub, Launcher(hub, tmp_path) as launcher:
+    with LoopbackHub(datasets={DATASET: prepared.corpus}) as hub, WarmStarts(hub.env(tmp_path)) as warm:
         hub.fault("*.tar.gz", "slow", 12_000_000)  # so that kills fall into downloads too
         for number in range(rounds):
             data_dir = tmp_path / f"audio-{number}"
             for _ in range(kills):
                 before = work_done(data_dir)
-                pid = launcher.start(data_dir, *flags)
+                pid = warm.start(*preparation(data_dir, *flags))
                 wait_until(lambda it=(data_dir, before, pid): work_done(it[0]) != it[1] or has_ended(it[2]))
                 time.sleep(generator.uniform(0, 1.5))
                 try:
                     (os.killpg if whole_group else os.kill)(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
-                killed += launcher.wait() == -signal.SIGKILL
+                killed += warm.wait().returncode == -signal.SIGKILL
                 assert group_is_gone(pid), "a worker outlived the program"
                 partial_work += bool(unfinished(data_dir))
-            finish_what_was_begun(launcher, hub, data_dir, *flags)
+            finish_what_was_begun(warm, hub, data_dir, *flags)
             assert digests(data_dir) == small_ones(prepared.digests)
             assert unfinished(data_dir) == [] and files_below(data_dir, "*.tar.gz") == []
     assert killed >= rounds * kills // 2
@@ -493,25 +445,25 @@ def test_preparation_goes_on_after_kills_of_the_program_or_of_its_whole_group(pr
         list(pool.map(lambda whole: kill_and_finish(prepared, tmp_path / f"group-{whole}", whole), (False, True)))
 
 
-def test_an_interrupted_preparation_says_so_and_goes_on(prepared, tmp_path):
+def test_an_interrupted_preparation_says_so_and_goes_on(prepared, hub, warm, tmp_path):
     data_dir = tmp_path / "audio"
-    with LoopbackHub(datasets={DATASET: prepared.corpus}) as hub, Launcher(hub, tmp_path) as launcher:
-        hub.fault("*.tar.gz", "slow", 2_000_000)
-        pid = launcher.start(data_dir, *SMALL, "--num_proc", "2")
-        wait_until(lambda: unfinished_bytes(data_dir) > 2_000_000)
-        os.killpg(pid, signal.SIGINT)  # as Ctrl-C does
-        assert launcher.wait() == 130
-        assert group_is_gone(pid)
-        assert "Traceback" not in launcher.printed(), launcher.printed()
-        assert re.search(
-            r"^finetune_medasr.py: error: stopped by SIGINT: the same command goes on", launcher.printed(), re.MULTILINE
-        )
-        hub.clear_faults()
-        assert finish_what_was_begun(launcher, hub, data_dir, *SMALL, "--num_proc", "2")
+    hub.fault("*.tar.gz", "slow", 2_000_000)
+    pid = warm.start(*preparation(data_dir, *SMALL, "--num_proc", "2"))
+    wait_until(lambda: unfinished_bytes(data_dir) > 2_000_000)
+    os.killpg(pid, signal.SIGINT)  # as Ctrl-C does
+    stopped = warm.wait()
+    assert stopped.returncode == 130
+    assert group_is_gone(pid)
+    assert "Traceback" not in stopped.stderr, stopped.stderr
+    assert re.search(
+        r"^finetune_medasr.py: error: stopped by SIGINT: the same command goes on", stopped.stderr, re.MULTILINE
+    )
+    hub.clear_faults()
+    assert finish_what_was_begun(warm, hub, data_dir, *SMALL, "--num_proc", "2")
     assert digests(data_dir) == small_ones(prepared.digests)
 
 
-def test_a_worker_killed_for_want_of_memory_is_explained(prepared, tmp_path):
+def test_a_worker_killed_for_want_of_memory_is_explained(prepared, hub, warm, tmp_path):
     data_dir = tmp_path / "audio"
     flags = ["--accents", "akan-fante", "--num_proc", "1"]
 
@@ -526,18 +478,16 @@ def test_a_worker_killed_for_want_of_memory_is_explained(prepared, tmp_path):
             if b"spawn_main" in text and os.getpgid(int(path.name)) == pid
         ]
 
-    with LoopbackHub(datasets={DATASET: prepared.corpus}) as hub, Launcher(hub, tmp_path) as launcher:
-        hub.fault("*.tar.gz", "slow", 1_000_000)
-        pid = launcher.start(data_dir, *flags)
-        wait_until(lambda: files_below(data_dir, "*.tar.gz.partial"))
-        os.kill(workers(pid)[0], signal.SIGKILL)  # as the kernel does
-        assert launcher.wait() == 1
-        assert group_is_gone(pid)
-        assert re.search(r"^finetune_medasr.py: error: .*--num_proc", launcher.printed(), re.MULTILINE), (
-            launcher.printed()
-        )
-        hub.clear_faults()
-        finish_what_was_begun(launcher, hub, data_dir, *flags)
+    hub.fault("*.tar.gz", "slow", 1_000_000)
+    pid = warm.start(*preparation(data_dir, *flags))
+    wait_until(lambda: files_below(data_dir, "*.tar.gz.partial"))
+    os.kill(workers(pid)[0], signal.SIGKILL)  # as the kernel does
+    ended = warm.wait()
+    assert ended.returncode == 1
+    assert group_is_gone(pid)
+    assert re.search(r"^finetune_medasr.py: error: .*--num_proc", ended.stderr, re.MULTILINE), ended.stderr
+    hub.clear_faults()
+    finish_what_was_begun(warm, hub, data_dir, *flags)
     assert digests(data_dir) == of_accents(prepared.digests, "akan-fante")
 
 
@@ -573,12 +523,12 @@ def test_preparation_gets_through_a_bad_connection(prepared, hub, tmp_path):
             reached = first_byte(request) + request.sent
 
 
-def test_archives_that_cannot_be_had_do_not_stop_the_others(prepared, hub, tmp_path):
+def test_archives_that_cannot_be_had_do_not_stop_the_others(prepared, hub, warm, tmp_path):
     bad = {"test_damara_0": "corrupt", "test_akan-fante_0": "missing", "test_luo-swahili_0": "truncate"}
     for name, kind in bad.items():
         hub.fault(f"*/{name}.tar.gz", kind)
     data_dir = tmp_path / "audio"
-    result = prepare(data_dir, *SMALL, env=hub.env(tmp_path))
+    result = warm.run(*preparation(data_dir, *SMALL))
     assert result.returncode == 1
     assert "3 of 6 archives could not be prepared" in error_line(result.stderr)
     assert any(f"{name}.tar.gz" in error_line(result.stderr) for name in bad)
@@ -589,15 +539,15 @@ def test_archives_that_cannot_be_had_do_not_stop_the_others(prepared, hub, tmp_p
     assert len(gets(hub, "test_damara_0")) == 2, "a corrupt archive is fetched once more"
     hub.clear_faults()
     asked = len(hub.requests)
-    result = prepare(data_dir, *SMALL, env=hub.env(tmp_path))
+    result = warm.run(*preparation(data_dir, *SMALL))
     assert result.returncode == 0, result.stderr
     assert digests(data_dir) == small_ones(prepared.digests)
     assert {request.path.split("/")[-1] for request in hub.requests[asked:]} == {f"{name}.tar.gz" for name in bad}
 
 
-def test_a_busy_hub_is_given_the_time_that_it_asks_for(prepared, hub, tmp_path):
+def test_a_busy_hub_is_given_the_time_that_it_asks_for(prepared, hub, warm, tmp_path):
     hub.fault("*/train_damara_0.tar.gz", "status", 429, times=1, headers={"Retry-After": "3"})
-    result = prepare(tmp_path / "audio", "--accents", "damara", env=hub.env(tmp_path))
+    result = warm.run(*preparation(tmp_path / "audio", "--accents", "damara"))
     assert result.returncode == 0, result.stderr
     refused, served = gets(hub, "train_damara_0")
     assert (refused.status, served.status) == (429, 206)
@@ -653,7 +603,7 @@ def test_each_streamed_clip_comes_once_a_pass_despite_dropped_connections(prepar
 
 
 @pytest.mark.slow
-def test_training_from_a_stream_keeps_no_training_audio(prepared, hub, tmp_path):
+def test_training_from_a_stream_keeps_no_training_audio(prepared, hub, warm, tmp_path):
     hub.fault("*/train_swahili_0.tar.gz", "drop_after", 4_000_000, times=2)
     data_dir = tmp_path / "audio"
     flags = [
@@ -685,7 +635,7 @@ def test_training_from_a_stream_keeps_no_training_audio(prepared, hub, tmp_path)
         "--model",
         FIXTURES / "model",
     ]
-    result = run(data_dir, *flags, env=hub.env(tmp_path))
+    result = warm.run(*command(data_dir, *flags)[2:])
     assert result.returncode == 0, result.stderr
     expected = of_accents(prepared.digests, "damara", "swahili")
     assert digests(data_dir) == {
@@ -701,8 +651,8 @@ def test_training_from_a_stream_keeps_no_training_audio(prepared, hub, tmp_path)
     assert all(np.isfinite(entry["loss"]) for entry in state["log_history"] if "loss" in entry)
 
 
-def test_streaming_needs_to_know_when_to_stop(tmp_path):
-    result = run(tmp_path / "audio", "--streaming", env=environment(tmp_path))
+def test_streaming_needs_to_know_when_to_stop(tmp_path, warm):
+    result = warm.run(*command(tmp_path / "audio", "--streaming")[2:])
     assert result.returncode == 2
     assert "--max_steps" in error_line(result.stderr)
     assert not (tmp_path / "audio").exists()
