@@ -17,6 +17,7 @@ import soundfile
 import yaml
 from conftest import MODEL, SCRIPT, error_line, load_json
 from helpers import label_encoder, make_selection, noise, small_processor
+from warm import WarmStarts
 
 import finetune_medasr as script
 from finetune_medasr import MANIFEST, main
@@ -41,15 +42,13 @@ def found_tokens(folder, *printed):
     return [(name, token) for name, data in contents.items() for token in TOKENS.values() if token.encode() in data]
 
 
-def run_with_tokens(folder, *arguments, **env):
-    """The process of a run in `folder`, with tokens in the environment and in the file of `hf auth login`."""
-    home = folder.parent / f"{folder.name}-home"
-    home.mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def with_tokens(tmp_path_factory):
+    """Starts the program with tokens in the environment and in the file of `hf auth login`."""
+    home = tmp_path_factory.mktemp("home")
     (home / "token").write_text(TOKENS["file"])
-    env = {**kills.ENV, "HF_HOME": str(home), "HF_TOKEN": TOKENS["environment"], **env}
-    return subprocess.run(
-        list(map(str, [sys.executable, SCRIPT, *arguments])), env=env, cwd=folder, capture_output=True, text=True
-    )
+    with WarmStarts({**kills.ENV, "HF_HOME": str(home), "HF_TOKEN": TOKENS["environment"]}) as starts:
+        yield starts
 
 
 GIVEN = {
@@ -59,7 +58,7 @@ GIVEN = {
 
 
 @pytest.fixture(scope="module")
-def finished(demo, tmp_path_factory):
+def finished(demo, tmp_path_factory, with_tokens):
     """{way to give a token: the folder of a complete run with it, what the run printed}."""
     runs = {}
     for way, flags in GIVEN.items():
@@ -67,7 +66,7 @@ def finished(demo, tmp_path_factory):
         (folder.parent / "run.yaml").write_text(f"hub_token: {TOKENS['yaml']}\n")
         settings = [] if flags else [folder.parent / "run.yaml"]
         arguments = kills.command(demo.audio, folder / "out", *flags)[2:]
-        done = run_with_tokens(folder, *settings, *arguments)
+        done = with_tokens.run(*settings, *arguments, cwd=folder)
         assert done.returncode == 0, done.stderr
         runs[way] = folder, done.stdout, done.stderr
     return runs
@@ -96,16 +95,14 @@ def test_no_file_and_no_line_of_a_run_holds_a_token(finished, way):
     ],
     ids=lambda flags: " ".join(flags)[:24],
 )
-def test_no_message_of_a_refused_run_holds_a_token(tmp_path, flags):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/kept").touch()
+def test_no_message_of_a_refused_run_holds_a_token(tmp_path, with_tokens, flags):
+    (tmp_path / "kept").touch()
     model = [] if "--model" in flags else ["--model", MODEL]
-    done = run_with_tokens(
-        tmp_path / "run", "--output_dir", "out", "--data_dir", "audio", "--use_cpu", "true", *model, *flags
-    )
+    folders = ["--output_dir", "out", "--data_dir", "audio"]
+    done = with_tokens.run(*folders, "--use_cpu", "true", *model, *flags, cwd=tmp_path)
     assert done.returncode in (1, 2), done.stdout
     assert error_line(done.stderr)
-    assert found_tokens(tmp_path / "run", done.stdout, done.stderr) == []
+    assert found_tokens(tmp_path, done.stdout, done.stderr) == []
 
 
 @pytest.mark.parametrize(
@@ -180,21 +177,20 @@ def hostile_model(folder, changes):
 
 @pytest.mark.parametrize("known", [True, False], ids=["a known class", "an unknown class"])
 @pytest.mark.parametrize("name", AUTO_MAPS)
-def test_no_code_of_a_model_is_run(tmp_path, name, known):
+def test_no_code_of_a_model_is_run(tmp_path, name, known, monkeypatch, capfd):
     """Not even where the terminal says yes to a question of the libraries."""
     unknown = {"config.json": {"model_type": "evil"}, "tokenizer_config.json": {"tokenizer_class": "Evil"},
                "processor_config.json": {"processor_class": "Evil"}}  # fmt: skip
     model = hostile_model(tmp_path / "model", {name: {"auto_map": AUTO_MAPS[name], **({} if known else unknown[name])}})
     clip = tmp_path / "clip.wav"
     soundfile.write(clip, noise(1.0), 16_000)
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--transcribe", clip, "--model", model, "--use_cpu", "true"],
-        env=kills.ENV, input="y\ny\ny\n", capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert not (model / "canary").exists() and "[y/N]" not in done.stdout
-    assert done.returncode in (0, 1) and "unexpected" not in done.stderr
-    if done.returncode:
-        assert "no code of a model is run" in error_line(done.stderr) or not known
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\ny\n"))
+    status = main(["--transcribe", str(clip), "--model", str(model), "--use_cpu", "true"])
+    out, errors = capfd.readouterr()
+    assert not (model / "canary").exists() and "[y/N]" not in out
+    assert status in (0, 1) and "unexpected" not in errors
+    if status:
+        assert "no code of a model is run" in error_line(errors) or not known
 
 
 def test_weights_in_a_pickle_are_not_loaded(tmp_path, capfd):
