@@ -448,7 +448,7 @@ def rows_of(accent, names, split="train"):
 
 
 @pytest.fixture(scope="module")
-def horrors(tmp_path_factory):
+def horrors(tmp_path_factory, warm):
     """One whole run, in a process of its own, on a corpus in which next to everything is bad."""
     folder = tmp_path_factory.mktemp("horrors")
     corpus = folder / "corpus"
@@ -467,7 +467,7 @@ def horrors(tmp_path_factory):
     flags = f"""--dataset {corpus} --data_dir audio --output_dir out --model {MODEL} --max_steps 1 --num_proc 2
         --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --eval_steps 1 --save_steps 1 --skip_baseline
         --dataloader_num_workers 0 --use_cpu true""".split()
-    done = run_script(*flags, cwd=folder, env=OFFLINE)
+    done = warm.run(*flags, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     from datasets import Dataset
 
