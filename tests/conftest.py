@@ -29,10 +29,6 @@ TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", 
 sys.path.insert(0, str(HERE.parent))  # so that `pytest tests` finds the script as `python -m pytest tests` does
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: end-to-end runs that take from ten seconds to some minutes")
-
-
 def run_script(*arguments, cwd, env=None, launcher=(sys.executable,), timeout=900, script=SCRIPT):
     """The finished process of `python finetune_medasr.py ARGUMENTS`, its output as text."""
     command = [*launcher, script, *arguments]
