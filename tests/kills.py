@@ -33,9 +33,13 @@ def command(data_dir, output, *more):
 
 
 def result(output):
-    """What a run has to end with: checksums of its weights and texts, and its scores."""
+    """What a run has to end with: checksums of its weights and texts, and its scores.
+
+    The last checkpoint's weights too: the best ones, in final/, may be older than what is to be seen.
+    """
     metrics = json.loads((output / "results" / "metrics.json").read_text())
-    files = (output / "final" / "model.safetensors", output / "results" / "predictions_test.jsonl")
+    names = ("final/model.safetensors", "checkpoint-8/model.safetensors", "results/predictions_test.jsonl")
+    files = [output / name for name in names]
     sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     return [*sums, *(metrics[name] for name in ("baseline", "finetuned", "delta"))]
 
