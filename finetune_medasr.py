@@ -6,7 +6,7 @@
     python finetune_medasr.py --accents yoruba igbo --domains clinical  # a part of it
     python finetune_medasr.py run.yaml --learning_rate 1e-5             # a YAML file, flags on top of it
     python finetune_medasr.py --eval_only --model ./medasr-afrispeech-200/final
-    python finetune_medasr.py --transcribe visit.wav --model ./medasr-afrispeech-200/final
+    python finetune_medasr.py --transcribe visit.wav recordings/        # with the model that a run has made
     torchrun --nproc_per_node 8 finetune_medasr.py
 
 The path of the data: archives of the Hub repository -> 16 kHz mono FLAC in memory-mapped Arrow files -> length-grouped
@@ -24,6 +24,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import glob
 import gzip
 import hashlib
 import html
@@ -37,8 +38,11 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import sys
 import tarfile
+import tempfile
+import textwrap
 import time
 import unicodedata
 import zlib
@@ -92,6 +96,17 @@ def warn(text):
         print(f"{PROGRAM}: warning: {' '.join(redact(text).split())}", file=sys.stderr)
 
 
+def tell(text):
+    """A line on stderr beside the output, once, not once a process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(redact(text), file=sys.stderr, flush=True)
+
+
+def printable(name):
+    """The name of a file, which need not be text, as some."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def one_line(error):
     """An exception as one short line."""
     text = " ".join(str(error).split())
@@ -132,6 +147,8 @@ def redact(text):
 
 class Stopped(KeyboardInterrupt):
     """A signal that ends the program, where it may: exit status 128 and its number."""
+
+    advice = "the same command goes on from here"
 
 
 LAUNCHER_SECONDS = 5  # in which torchrun or Slurm passes on a signal that the processes have got themselves
@@ -267,7 +284,16 @@ class ScriptArguments:
     score_file: str | None = flag(
         None, "write the report for any system's texts: JSON lines or CSV with text and pred_text"
     )
-    transcribe: list[str] | None = flag(None, "print the text of these audio files, then stop")
+    transcribe: list[str] | None = flag(
+        None, "print the text of these audio files, folders, patterns or - for standard input, then stop"
+    )
+    transcript_format: Literal["text", "json", "srt", "vtt"] = flag(
+        "text", "write --transcribe's texts plain, with each word's time and confidence, or as subtitles"
+    )
+    transcript_dir: str | None = flag(None, "write --transcribe's texts into this folder, a file for each")
+    format_dictation: bool = flag(
+        False, "write dictated {period}, {comma}, {new paragraph} of --transcribe's texts as what they stand for"
+    )
     demo: bool = flag(False, "run the whole job on the small model and corpus in tests/fixtures, offline")
 
 
@@ -415,6 +441,14 @@ def parse_arguments(argv):
         make_parser(ScriptArguments, TrainingArguments).print_help()
         raise SystemExit(0)
     given = {token.partition("=")[0][2:].replace("-", "_") for token in rest if token.startswith("--")}
+    own = Path(common.output_dir).expanduser() / "final"
+    if (
+        script.transcribe
+        and (own / "config.json").is_file()
+        and not any(re.match("--model(=|$)", token) for token in argv)
+    ):
+        script.model = str(own)
+        tell(f"transcribing with {own}; --model chooses another")
     for problem in refusals(script, common, given):
         raise UsageError(problem)
     return script, make_training_arguments(vars(common), rest, script)
@@ -461,7 +495,8 @@ def made_by_a_run(path, output_dir):
 def folder_refusals(script, common):
     """Yield folders that cannot be written to, and those that a run would delete with what it makes itself."""
     output, resumed = common.output_dir, common.resume_from_checkpoint
-    for name, folder in (("output_dir", output), ("data_dir", script.data_dir)):
+    folders = ("output_dir", output), ("data_dir", script.data_dir), ("transcript_dir", script.transcript_dir)
+    for name, folder in folders if script.transcript_dir is not None else folders[:2]:
         path = Path(folder).expanduser().absolute()
         found = next(parent for parent in (path, *path.parents) if parent.exists())
         if not folder.strip():
@@ -527,10 +562,13 @@ def refusals(script, common, given):
             yield f"--{name} is empty; give a folder or a Hub id such as {DEFAULT_MODEL}"
         if re.match(r"[./~]", value) and not Path(value).expanduser().is_dir():
             yield f"--{name} is {value}: there is no such folder; give a folder or a Hub id such as {DEFAULT_MODEL}"
-    for name, paths in (("transcribe", script.transcribe or []), ("score_file", [script.score_file])):
-        for path in paths:
-            if path is not None and not Path(path).is_file():
-                yield f"--{name} is {path}: there is no such file"
+    if script.score_file is not None and not Path(script.score_file).is_file():
+        yield f"--score_file is {script.score_file}: there is no such file"
+    if script.transcribe:
+        find_recordings(script)
+    for name in ("transcript_format", "transcript_dir", "format_dictation"):
+        if not script.transcribe and settings[name] not in ("text", None, False):
+            yield f"--{name} is of use with --transcribe only"
 
 
 def make_training_arguments(common, rest, script):
@@ -1137,6 +1175,7 @@ def open_audio(source):
 # Samples at 16 kHz read on each side of a window, more than the resampler's filter is long. Windows begin at multiples
 # of 640, and with a margin of such a multiple at a sample of every common rate.
 RESAMPLING_MARGIN = 3 * 640
+MOST_FRAMES = 2**40  # more is how libsndfile says that it does not know
 
 
 def decode_audio(source, start=0, stop=None):
@@ -1164,11 +1203,27 @@ def decode_audio(source, start=0, stop=None):
 
 
 def audio_length(path):
-    """Samples that an audio file has at 16 kHz, from its header; raises ValueError, for a file without any too."""
+    """(samples that an audio file has at 16 kHz, seconds that its header promises beyond them); raises ValueError.
+
+    A header may name no length, as of a stream, or that of a recording that was cut off: the last sample is tried, and
+    if it is not there all are counted. Raises it for a file without any sample too.
+    """
+    import soundfile
+
     with open_audio(path) as file:
-        if not file.frames:
-            raise ValueError("no audio samples")
-        return int(np.ceil(file.frames * SAMPLE_RATE / file.samplerate))
+        rate, promised = file.samplerate, file.frames
+        with contextlib.suppress(soundfile.SoundFileError):
+            file.seek(promised - 1)
+            if promised and len(file.read(1)) == 1:
+                return int(np.ceil(promised * SAMPLE_RATE / rate)), 0
+    with open_audio(path) as file, contextlib.suppress(soundfile.SoundFileError):
+        count, block = 0, max(1, 2**20 // file.channels)
+        while found := len(file.read(block, dtype="float32")):
+            count += found
+    if not count:
+        raise ValueError("no audio samples")
+    unknown = promised > MOST_FRAMES
+    return int(np.ceil(count * SAMPLE_RATE / rate)), 0 if unknown else (promised - count) / rate
 
 
 def encode_flac(samples):
@@ -2069,7 +2124,7 @@ def clip_text(processor, emissions):
     return decode_ids(processor, best_path(emissions))
 
 
-def emit_clips(model, processor, clips, num_samples, args, training, encoder=None, count=1):
+def emit_clips(model, processor, clips, num_samples, args, training, encoder=None, count=1, doing="scoring"):
     """(the `Emissions` of each clip, {clip: why it cannot be read}, the mean CTC loss), by all processes together.
 
     `clips` holds encoded audio, `num_samples` its lengths at 16 kHz; of each frame the `count` most probable ids are
@@ -2095,7 +2150,7 @@ def emit_clips(model, processor, clips, num_samples, args, training, encoder=Non
     )
     silent = training.process_index > 0 or training.disable_tqdm
     pieces, problems, loss, counted = [], {}, 0.0, 0
-    bar = tqdm(total=sum(map(len, mine)), desc="scoring", unit="clip", disable=silent)
+    bar = tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=silent)
     with torch.inference_mode(), bar, STOP_SIGNALS.deferring():
         for indices, batch in zip(mine, loader):
             if STOP_SIGNALS.number:
@@ -2147,6 +2202,268 @@ def run_batch(model, extractor, batch, device, count=1):
         more, more_loss = run_batch(model, extractor, halved, device, count)
         emitted, loss = emitted + more, loss + more_loss
     return emitted, loss
+
+
+# ---------------------------------------------------------------- transcripts
+
+
+@dataclass
+class Word:
+    """A word of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames."""
+
+    text: str
+    start: float
+    end: float
+    probability: float
+
+
+def frame_seconds(model, extractor):
+    """(seconds where the first frame of the logits begins, and that one frame lasts).
+
+    The first sees the shortest clip; in the middle of what it sees lies what it stands for. 0.0525 and 0.04 for MedASR.
+    """
+    step = model.config.inputs_to_logits_ratio * getattr(extractor, "hop_length", 1)
+    return (shortest_clip(model, extractor) - step) / 2 / SAMPLE_RATE, step / SAMPLE_RATE
+
+
+def word_frames(tokenizer, path):
+    """Lists of the frames of a clip's path of ids in which each word is written, without blanks and special tokens."""
+    skipped, between = set(tokenizer.all_special_ids), getattr(tokenizer, "word_delimiter_token", None)
+    pieces, words, before = tokenizer.convert_ids_to_tokens(path), [[]], None
+    for frame, (token, piece) in enumerate(zip(path, pieces)):
+        if piece == between or (piece.startswith("▁") and token not in (before, *skipped)):
+            words.append([])
+        if piece != between and token not in skipped:
+            words[-1].append(frame)
+        before = token
+    return [frames for frames in words if frames]
+
+
+def clip_words(processor, emissions, path, first, step):
+    """The `Word`s of a clip's `path` of ids, whose texts, joined by spaces, are `decode_ids` of it.
+
+    `first` and `step` are the `frame_seconds`.
+    """
+    found = np.where(emissions.ids == np.reshape(path, (-1, 1)), emissions.log_probs, -np.inf)
+    probabilities, words = np.exp(found.max(axis=1, initial=-np.inf)), []
+    for frames in word_frames(processor.tokenizer, path):
+        start, stop = frames[0], frames[-1] + 1
+        if text := decode_ids(processor, path[start:stop]):
+            words.append(Word(text, first + start * step, first + stop * step, float(probabilities[frames].mean())))
+    return words
+
+
+def join_words(words):
+    """The text of words, some of which may end in line breaks."""
+    return re.sub(r"(?<=\n) ", "", " ".join(word.text for word in words)).strip()
+
+
+# What MedASR writes for dictated punctuation and layout, and what it stands for.
+DICTATED = {
+    "period": ".", "full stop": ".", "comma": ",", "colon": ":", "semicolon": ";", "question mark": "?",
+    "exclamation mark": "!", "exclamation point": "!", "new line": "\n", "next line": "\n", "new paragraph": "\n\n",
+    "next paragraph": "\n\n", "hyphen": "-", "slash": "/", "open parenthesis": "(", "close parenthesis": ")",
+}  # fmt: skip
+DICTATED_TOKEN = re.compile(r"(\{(?:" + "|".join(DICTATED) + r")\})")
+
+
+def format_dictation(words):
+    """`words` with dictated punctuation and layout written at the end of the word before, without a space.
+
+    Signs that open or join take the next word too. Tokens that are not known stay as they are.
+    """
+    owners = [word for word in words for _ in word.text + " "]  # of each character
+    formatted, place, joins = [], 0, False
+    for part in DICTATED_TOKEN.split(" ".join(word.text for word in words)):
+        sign = DICTATED[part[1:-1]] if DICTATED_TOKEN.fullmatch(part) else ""
+        for match in re.finditer(r"\S+", part) if not sign else ():
+            word = dataclasses.replace(owners[place + match.start()], text=match[0])
+            if joins:
+                before = formatted.pop()
+                chance = min(before.probability, word.probability)
+                word = Word(before.text + word.text, before.start, word.end, chance)
+            formatted.append(word)
+            joins = False
+        if sign.isspace() and formatted:
+            formatted[-1].text = formatted[-1].text.rstrip("\n") + sign
+        elif sign.strip() and (sign == "(" or not formatted):
+            formatted.append(dataclasses.replace(owners[place], text=sign))
+        elif sign.strip() and not formatted[-1].text.endswith(sign):
+            formatted[-1].text += sign
+        joins = sign in ("(", "-", "/") if sign else joins
+        place += len(part)
+    return formatted
+
+
+LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0  # of subtitles, as usual in television
+LINGER_SECONDS = 0.5  # that a subtitle stays after its last word's last frame, where there is room
+PAUSE_SECONDS = 1.0  # between the written frames of two words, at which a sentence is taken to end
+
+
+def cue_lines(words):
+    """The lines of a subtitle, none longer than LINE_CHARACTERS but of a single word."""
+    return textwrap.wrap(
+        join_words(words).replace("\n", " "), LINE_CHARACTERS, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def segments(words):
+    """The words of a clip in lists, each of a subtitle, parted at pauses and line breaks and where it is full."""
+    parts = []
+    for word in words:
+        if (
+            not parts
+            or parts[-1][-1].text.endswith("\n")
+            or word.start - parts[-1][-1].end >= PAUSE_SECONDS
+            or word.end - parts[-1][0].start > CUE_SECONDS
+            or len(cue_lines([*parts[-1], word])) > CUE_LINES
+        ):
+            parts.append([])
+        parts[-1].append(word)
+    return parts
+
+
+def timestamp(seconds, decimal_mark):
+    minutes, milliseconds = divmod(round(seconds * 1000), 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}{decimal_mark}{milliseconds % 1000:03}"
+
+
+def transcript(words, kind, name=None):
+    """The words of a recording as the content of a file of `kind`, a --transcript_format.
+
+    json has the keys of Whisper's, in one line, and "file" before them if there is a `name`.
+    """
+    if kind == "text":
+        return join_words(words) + "\n"
+    parts = segments(words)
+    if kind == "json":
+        content = {"file": name} if name is not None else {}
+        content |= {"text": join_words(words), "segments": [], "language": "en"}
+        for number, part in enumerate(parts):
+            times = {"start": round(part[0].start, 3), "end": round(part[-1].end, 3)}
+            listed = [
+                {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
+                | {"probability": round(word.probability, 4)}
+                for word in part
+            ]
+            content["segments"].append({"id": number, **times, "text": join_words(part), "words": listed})
+        return json.dumps(content, ensure_ascii=False) + "\n"
+    cues, following = [], [part[0].start for part in parts[1:]] + [float("inf")]
+    for number, (part, next_start) in enumerate(zip(parts, following), start=1):
+        times = part[0].start, min(part[-1].end + LINGER_SECONDS, next_start)
+        times = " --> ".join(timestamp(seconds, "," if kind == "srt" else ".") for seconds in times)
+        lines = "\n".join(cue_lines(part))
+        cues.append(f"{number}\n{times}\n{lines}\n" if kind == "srt" else f"{times}\n{html.escape(lines, False)}\n")
+    return "\n".join(cues if kind == "srt" else ["WEBVTT\n", *cues])
+
+
+@dataclass
+class Recording:
+    """A file to transcribe: the `name` that it is called by, and its place `under` --transcript_dir, without suffix."""
+
+    name: str
+    under: str
+    path: str = ""  # what is read
+    length: int = 0  # samples at 16 kHz
+
+
+# Of the files in a folder those are taken that libsndfile can read, or that are audio which it should be said not to.
+MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov 3gp".split()
+
+
+def is_audio_name(name):
+    import soundfile
+
+    known = {kind.lower() for kind in soundfile.available_formats()} - {"raw"} | set(MORE_SUFFIXES)
+    return Path(name).suffix[1:].lower() in known and not name.startswith(".")
+
+
+def found_in(path):
+    """[(path, place below it)] of what one PATH of --transcribe stands for; raises UsageError if that is nothing."""
+    if path == "-" or (os.path.exists(path) and not os.path.isdir(path)):
+        return [(path, "stdin" if path == "-" else os.path.basename(path))]
+    if os.path.isdir(path):
+
+        def refuse(error):
+            raise UsageError(f"--transcribe is {path}, which cannot be read ({one_line(error)})")
+
+        walk = os.walk(path, onerror=refuse)
+        found = sorted(os.path.join(parent, name) for parent, _, names in walk for name in names if is_audio_name(name))
+        if not found:
+            raise UsageError(f"--transcribe is {path}: no audio file is in this folder")
+        return [(file, os.path.relpath(file, path)) for file in found]
+    matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else []
+    if not matches:
+        raise UsageError(f"--transcribe is {path}: there is no such file or folder")
+    fixed = re.split(r"[^/\\]*[*?\[]", path)[0] or "."
+    files = [found_in(match) if os.path.isdir(match) else [(match, "")] for match in matches]
+    return [(file, os.path.relpath(file, fixed)) for part in files for file, _ in part]
+
+
+def find_recordings(args):
+    """The `Recording`s of --transcribe, each once, in order; raises UsageError, also where two would be one file."""
+    found = {}
+    for path in args.transcribe:
+        for file, below in found_in(path):
+            found.setdefault(os.path.abspath(file) if file != "-" else file, (file, below))
+    kind, places = args.transcript_format, {}
+    stems = Counter(os.path.splitext(below)[0].casefold() for _, below in found.values())
+    recordings = []
+    for file, below in found.values():
+        stem = os.path.splitext(below)[0]
+        recordings.append(Recording(file, below if stems[stem.casefold()] > 1 else stem))
+        other = places.setdefault(recordings[-1].under.casefold(), file)
+        if args.transcript_dir is not None and other != file:
+            advice = "give the folder that both are in, whose parts are kept apart"
+            raise UsageError(f"--transcript_dir: {other} and {file} would both be {below}'s transcript; {advice}")
+    if kind in ("srt", "vtt") and several(args, recordings) and args.transcript_dir is None:
+        raise UsageError(f"--transcript_format {kind} of several files needs --transcript_dir: their times start anew")
+    return recordings
+
+
+def several(args, recordings):
+    """Whether the texts need their names beside them: one PATH that is a file has one text."""
+    return [recording.name for recording in recordings] != args.transcribe or len(recordings) > 1
+
+
+def spooled(recording, folder):
+    """The path of a file in `folder` with what comes through a pipe, because libsndfile seeks in what it reads."""
+    if recording.name == "-" and os.isatty(0):
+        raise ValueError("standard input is a terminal; pipe audio into it")
+    target = os.path.join(folder, "spooled")
+    with open(0 if recording.name == "-" else recording.name, "rb", closefd=recording.name != "-") as source:
+        with open(target, "wb") as file:
+            shutil.copyfileobj(source, file, 2**20)
+    if not os.path.getsize(target):
+        raise ValueError("nothing came")
+    return target
+
+
+PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
+
+
+def recording_parts(recordings, folder, seconds, report):
+    """Yield lists of `recordings` of about `seconds` of audio together, those that cannot be read left to report()."""
+    part = []
+    for recording in recordings:
+        try:
+            piped = recording.name == "-" or stat.S_ISFIFO(os.stat(recording.name).st_mode)
+            recording.path = spooled(recording, folder) if piped else recording.name
+            recording.length, missing = audio_length(recording.path)
+        except (ValueError, OSError) as error:
+            if is_full_disk(error):
+                raise
+            report(recording, error)
+            continue
+        if missing > 0:
+            have = recording.length / SAMPLE_RATE
+            warn(f"{recording.name} ends after {have:,.1f} s, {missing:,.1f} s before what its header says")
+        part.append(recording)
+        if sum(recording.length for recording in part) >= seconds * SAMPLE_RATE:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 # ---------------------------------------------------------------- scores
@@ -2778,6 +3095,24 @@ class Float32(Guarded):
 
         with torch.autocast([*inputs, *options.values()][0].device.type, enabled=False):
             return super().forward(*map(widen, inputs), **{name: widen(value) for name, value in options.items()})
+
+
+class BFloat16(Guarded):
+    """A model that computes in bfloat16 where autocast takes that for good enough; its inputs are made outside."""
+
+    def forward(self, *inputs, **options):
+        import torch
+
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return super().forward(*inputs, **options)
+
+
+def use_bfloat16(model, training):
+    """Compute in bfloat16 where a GPU can; MedASR's activations overflow float16."""
+    import torch
+
+    if training.device.type == "cpu" or torch.cuda.is_bf16_supported():
+        BFloat16.guard(model)
 
 
 class FiniteStatistics(Guarded):
@@ -3492,26 +3827,68 @@ def share_weights(model, training):
 
 
 def transcribe_files(args, training):
-    """Print the text of each file of --transcribe, name unreadable ones on stderr; returns the exit status."""
+    """Print or write the text of each file of --transcribe, name unreadable ones on stderr; returns the exit status."""
+    recordings, started = find_recordings(args), time.monotonic()
     processor, model = load_processor_and_model(args)
-    found, problems = {}, {}
-    for path in args.transcribe:
-        try:
-            found[path] = audio_length(path)
-        except ValueError as error:
-            problems[path] = str(error)
-    names = [path for path in args.transcribe if path in found]
-    training.disable_tqdm = True
-    lengths, clips = [found[name] for name in names], [{"audio": name} for name in names]
-    emitted, unreadable, _ = emit_clips(model, processor, clips, lengths, args, training)
-    problems |= {names[row]: problem for row, problem in unreadable.items()}
-    for path, problem in problems.items():
-        print(f"{PROGRAM}: error: {path} cannot be read as audio: {problem}", file=sys.stderr)
-    for name, emissions in zip(names, emitted):
-        if name not in problems:
-            text = clip_text(processor, emissions)
-            print(text if len(args.transcribe) == 1 else f"{name}\t{text}")
-    return 1 if problems else 0
+    if training.bf16 or training.fp16:
+        use_bfloat16(model, training)
+    loaded = time.monotonic()
+    job = Transcription(args, training, processor, model, several(args, recordings))
+    training.disable_tqdm = not sys.stderr.isatty()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in recording_parts(recordings, folder, PART_SECONDS * training.world_size, job.report):
+                job.write_down(part)
+    except Stopped as error:
+        error.advice = "what is finished is kept"
+        raise
+    except BrokenPipeError:  # `| head` has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if job.heard:
+        seconds, took = job.heard / SAMPLE_RATE, time.monotonic() - loaded
+        speed = f"{took:,.1f} s, {seconds / took:,.1f} times as fast as it was spoken"
+        tell(f"{seconds:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s")
+    return 1 if job.failed else 0
+
+
+class Transcription:
+    """A loaded model on its way through the files of --transcribe; the first of several processes writes."""
+
+    def __init__(self, args, training, processor, model, named):
+        self.args, self.training, self.processor, self.model = args, training, processor, model
+        self.named, self.frames = named, frame_seconds(model, processor.feature_extractor)
+        self.heard, self.failed = 0, 0  # samples and files
+
+    def report(self, recording, error):
+        self.failed += 1
+        tell(f"{PROGRAM}: error: {printable(recording.name)} cannot be read as audio: {one_line(error)}")
+
+    def write_down(self, part):
+        """Write the texts of the recordings of a `part`."""
+        clips, lengths = [{"audio": recording.path} for recording in part], [recording.length for recording in part]
+        emitted, unreadable, _ = emit_clips(
+            self.model, self.processor, clips, lengths, self.args, self.training, doing="transcribing"
+        )
+        for row, (recording, emissions) in enumerate(zip(part, emitted)):
+            if row in unreadable:
+                self.report(recording, unreadable[row])
+                continue
+            words = clip_words(self.processor, emissions, best_path(emissions), *self.frames)
+            self.heard += recording.length
+            if self.training.process_index == 0:
+                self.write(recording, format_dictation(words) if self.args.format_dictation else words)
+
+    def write(self, recording, words):
+        kind, folder = self.args.transcript_format, self.args.transcript_dir
+        if folder is not None:
+            suffix = "txt" if kind == "text" else kind
+            write_text(Path(folder).expanduser() / f"{recording.under}.{suffix}", transcript(words, kind))
+            return
+        text = transcript(words, kind, recording.name if self.named else None)
+        if self.named and kind == "text":  # one line a file
+            text = f"{printable(recording.name)}\t{' '.join(text.split())}\n"
+        print(text, end="", flush=True)
 
 
 def score_file(args, training):
@@ -3797,7 +4174,7 @@ def main(argv=None):
         status, message = 1, str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
     except Stopped as error:
         status, name = 128 + error.args[0], signal.Signals(error.args[0]).name
-        message = f"stopped by {name}: the same command goes on from here"
+        message = f"stopped by {name}: {error.advice}"
     except SystemExit as error:  # argparse's --help
         return error.code or 0
     except Exception as error:

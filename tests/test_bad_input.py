@@ -105,7 +105,7 @@ FLAGS = [  # (flags, what the message says)
     ("--model ~/nowhere-at-all", "--model is ~/nowhere-at-all"),
     ("--model=", "--model is empty"),
     ("--transcribe nowhere.wav", "--transcribe is nowhere.wav"),
-    ("--transcribe {corpus}", "--transcribe is .*no such file"),
+    ("--transcribe {corpus}/transcripts", "--transcribe is .*no audio file"),
     ("--score_file nowhere.csv", "--score_file is nowhere.csv"),
     ("--score_file=", "--score_file is .*no such file"),
     ("--output_dir=", "--output_dir is empty"),

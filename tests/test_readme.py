@@ -59,7 +59,8 @@ def test_a_command_is_accepted(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     Path("medasr-afrispeech-200/final").mkdir(parents=True)
     Path("run.yaml").write_text("seed: 7\n")
-    for name in ("visit.wav", "predictions.jsonl"):
+    for name in ("visit.wav", "predictions.jsonl", "recordings/monday.flac", "ward/round.mp3"):
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     words = shlex.split(command)
     args, training = parse_arguments(words[words.index("finetune_medasr.py") + 1 :] + ["--use_cpu", "true"])
@@ -173,7 +174,7 @@ def test_the_model_card_has_a_snippet_that_prints_the_same(demo, known_clip, tmp
 @pytest.mark.slow
 def test_the_transcribe_command_prints_what_was_said(after_a_run, known_clip, monkeypatch, capsys):
     monkeypatch.chdir(after_a_run)
-    (command,) = [command for command in OURS if "--transcribe" in command]
+    command = next(command for command in OURS if "--transcribe" in command)
     assert main(shlex.split(command)[2:]) == 0
     assert capsys.readouterr().out.strip() == known_clip[1]
 
