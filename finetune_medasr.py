@@ -275,9 +275,7 @@ class ScriptArguments:
         None, f"decode with this n-gram of the model's tokens (ARPA or KenLM) too; auto: {LM_FILE} of the model"
     )
     lm_weight: float = flag(0.5, "what a natural log-probability of --lm counts beside one of the model")
-    lm_word_score: float = flag(
-        1.5, "what each token adds to a text's score, against the short texts that --lm prefers"
-    )
+    lm_word_score: float = flag(1.5, "what each token adds to a text's score: --lm alone prefers short ones")
     lm_beam: int = flag(8, "hypotheses that the search with --lm keeps at each frame")
     tune_lm: bool = flag(False, "choose --lm_weight and --lm_word_score on dev before the test clips are scored")
     demo: bool = flag(False, "run the whole job on the small model and corpus in tests/fixtures, offline")
@@ -494,6 +492,8 @@ def folder_refusals(script, common):
 
 def lm_refusals(script):
     """Yield what cannot work with a language model."""
+    from importlib.util import find_spec
+
     if not np.isfinite(script.lm_word_score):
         yield f"--lm_word_score is {script.lm_word_score:g}; it must be a finite number"
     if script.tune_lm and not script.lm:
@@ -502,6 +502,8 @@ def lm_refusals(script):
         yield "--tune_lm needs the dev clips of a corpus: use it with --eval_only, and what it finds with --transcribe"
     if script.lm and script.score_file:
         yield "--lm needs a model to decode, and --score_file has texts alone; leave one of them out"
+    if script.lm and not find_spec("flashlight"):
+        yield "--lm needs a package that is not installed: pip install flashlight-text"
     if script.lm not in (None, "auto") and not Path(script.lm).is_file():
         yield f"--lm is {script.lm}: there is no such file; give an n-gram in ARPA or KenLM format, or auto"
 
@@ -2218,14 +2220,14 @@ class Prefix:
 class LanguageModel:
     """A KenLM n-gram of tokens. Each token adds weight x its natural log-probability + word_score to a text's score.
 
-    `words` are the n-gram's names for ids. `emitted` says for each id what it counts as, shape (ids,): itself, or the
-    blank, where it is a special token, which no text shows.
+    `words` are the numbers of the ids' names in the n-gram. `counts_as` has for each id itself, or the blank where it is
+    a special token, which no text shows; shape (ids,).
     """
 
     name: str
     kenlm: object
     words: list[int]
-    emitted: np.ndarray
+    counts_as: np.ndarray
     blank: int
     weight: float
     word_score: float
@@ -2259,7 +2261,7 @@ def beam_search(emissions, lm):
     A prefix beam search (Graves & Jaitly 2014) in Python: flashlight's decoder knows no score for a token and asks a
     language model that adds one for every id of every frame, which took ten times as long.
     """
-    ids, log_probs = lm.emitted[emissions.ids].tolist(), emissions.log_probs.tolist()
+    ids, log_probs = lm.counts_as[emissions.ids].tolist(), emissions.log_probs.tolist()
     counts = np.maximum(1, (emissions.log_probs >= lm.min_log_prob).sum(axis=1)).tolist()
     # (text, id of the last frame) -> (score, the ids so far as nested pairs); the last id tells repeats from doubles.
     hypotheses = {(lm.start(), lm.blank): (0.0, ())}
@@ -2342,44 +2344,46 @@ def silent_stderr():
         os.close(kept)
 
 
-def load_lm(args, processor, vocab_size):
-    """The `LanguageModel` of --lm for the model's tokens, None without the flag; raises RunError that says what to do."""
-    if not args.lm:
-        return None
+def open_kenlm(path, words):
+    """The n-gram in a file, which scores the numbers of these `words`; raises RunError."""
+    if problem := lm_file_problem(path):
+        raise RunError(f"--lm {path} {problem}")
     try:
         from flashlight.lib.text.decoder.kenlm import KenLM
         from flashlight.lib.text.dictionary import Dictionary
-    except ImportError as error:
-        raise RunError(
-            f"--lm needs a package that is not here ({one_line(error)}): pip install flashlight-text"
-        ) from error
-    path = lm_path(args)
-    if problem := lm_file_problem(path):
-        raise RunError(f"--lm {path} {problem}")
-    tokenizer = processor.tokenizer
-    pieces = tokenizer.convert_ids_to_tokens(range(vocab_size))
-    blank, special = tokenizer.pad_token_id, set(tokenizer.all_special_tokens) | {None}
-    texts = {id: piece for id, piece in enumerate(pieces) if piece not in special and id != blank}
-    spellings = [{id: spell(piece) for id, piece in texts.items()} for spell in LM_SPELLINGS]
-    entries = list(dict.fromkeys([LM_NONSENSE, *LM_WORDS, *spellings[0].values(), *spellings[1].values()]))
-    try:
+
         with silent_stderr():
-            kenlm = KenLM(str(path), Dictionary(entries))
-    except (RuntimeError, ValueError, MemoryError) as error:
+            return KenLM(str(path), Dictionary(words))
+    except (RuntimeError, ValueError, MemoryError, ImportError) as error:
+        # KenLM says first in which of its source files.
         what = re.sub(r"^.* threw \w+( because `.*?')?\.", "", " ".join(str(error).split()))
-        raise RunError(f"--lm {path} cannot be loaded: {redact(what)[:300].strip()}") from error
-    index = {entry: number for number, entry in enumerate(entries)}
-    known = known_words(kenlm, index)
+        raise RunError(f"--lm {path} cannot be loaded: {what.strip()[:300]}") from error
+
+
+def load_lm(args, processor, vocab_size):
+    """The `LanguageModel` of --lm for the model's tokens, None without the flag; raises RunError."""
+    if not args.lm:
+        return None
+    path, tokenizer = lm_path(args), processor.tokenizer
+    blank, special = tokenizer.pad_token_id, {None, *tokenizer.all_special_tokens}
+    pieces = dict(enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size))))
+    pieces = {id: piece for id, piece in pieces.items() if piece not in special and id != blank}
+    spellings = [{id: spell(piece) for id, piece in pieces.items()} for spell in LM_SPELLINGS]
+    words = list(dict.fromkeys([LM_NONSENSE, *LM_WORDS, *itertools.chain(*(names.values() for names in spellings))]))
+    numbers = {word: number for number, word in enumerate(words)}
+    kenlm = open_kenlm(path, words)
+    known = known_words(kenlm, numbers)
     spelling = max(spellings, key=lambda names: len(known & set(names.values())))
-    pieces = set(spelling.values())
-    if problem := vocabulary_problem(known, pieces):
-        raise RunError(f"--lm {path} {problem}")
-    if len(known & pieces) < 0.9 * len(pieces):
-        warn(f"--lm {path} knows only {len(known & pieces):,} of the model's {len(pieces):,} tokens")
-    words = [index[spelling.get(id, LM_NONSENSE)] for id in range(vocab_size)]
-    emitted = np.array([id if id in texts else blank for id in range(vocab_size)])
+    check_lm_vocabulary(path, known, set(spelling.values()))
     return LanguageModel(
-        Path(path).name, kenlm, words, emitted, blank, args.lm_weight, args.lm_word_score, args.lm_beam
+        name=Path(path).name,
+        kenlm=kenlm,
+        words=[numbers[spelling.get(id, LM_NONSENSE)] for id in range(vocab_size)],
+        counts_as=np.array([id if id in pieces else blank for id in range(vocab_size)]),
+        blank=blank,
+        weight=args.lm_weight,
+        word_score=args.lm_word_score,
+        beam=args.lm_beam,
     )
 
 
@@ -2389,21 +2393,24 @@ LM_NONSENSE = "no/such/piece"
 LM_WORDS = ["the", "and", "with", "that", "from", "this", "THE", "AND", "WITH", "THAT", "FROM", "THIS"]
 
 
-def known_words(kenlm, index):
+def known_words(kenlm, numbers):
     """Those of the words {word: its number} that an n-gram knows: it gives another probability than to nonsense."""
     start = kenlm.start(False)
-    unknown = kenlm.score(start, index[LM_NONSENSE])[1]
-    return {word for word, number in index.items() if kenlm.score(start, number)[1] != unknown}
+    unknown = kenlm.score(start, numbers[LM_NONSENSE])[1]
+    return {word for word, number in numbers.items() if kenlm.score(start, number)[1] != unknown}
 
 
-def vocabulary_problem(known, pieces):
-    """Why an n-gram that knows the words `known` cannot score texts of `pieces`, "" if it can."""
+def check_lm_vocabulary(path, known, pieces):
+    """Raise RunError if an n-gram that knows the words `known` cannot score texts of `pieces`, warn if not all."""
     found = len(known & pieces)
+    share = f"{found:,} of the model's {len(pieces):,} tokens"
     if words := [word for word in LM_WORDS if word in known - pieces]:
-        return f"knows whole words, such as '{words[0]}': it must be an n-gram of the model's tokens, not of words"
+        what = f"knows whole words, such as '{words[0]}'"
+        raise RunError(f"--lm {path} {what}: it must be an n-gram of the model's tokens, not of words")
     if found < len(pieces) / 2:
-        return f"knows {found:,} of the model's {len(pieces):,} tokens: it is for another tokenizer"
-    return ""
+        raise RunError(f"--lm {path} knows {share}: it is for another tokenizer")
+    if found < 0.9 * len(pieces):
+        warn(f"--lm {path} knows only {share}")
 
 
 TUNING_CLIPS = 500  # of dev at the most: the search is run some thirty times
@@ -4006,6 +4013,8 @@ def run(args, training):
     # Before the audio: what cannot be used should not be found out after hours of preparation.
     processor, model = load_processor_and_model(args, trains) if trains or args.eval_only else (None, None)
     lm = load_lm(args, processor, model.config.vocab_size) if model else None
+    if lm:
+        say(f"language model: {lm.name}")
     if pushes:
         push_to_hub(training)
     corpus = open_corpus(args)
@@ -4096,7 +4105,7 @@ class Job:
         return 0
 
     def score_baseline(self, state):
-        """{system: Scored} of the untouched model, whose texts an earlier start of this run may have left in `state`."""
+        """{system: Scored} of the untouched model, whose texts an earlier start of the run may have left in `state`."""
         clips, asked = [row["clip"] for row in self.test.rows], lm_asked(self.args)
         if not state.baseline_lm or state.baseline_lm["asked"] != asked:
             state.baseline_lm = None
@@ -4114,7 +4123,7 @@ class Job:
         if self.lm:
             self.lm_settings["baseline"] = state.baseline_lm["lm"]
         systems = self.score_texts({name: [texts[clip] for clip in clips] for name, texts in kept.items()})
-        for (system, scored), how in zip(systems.items(), ("", " with the language model")):
+        for scored, how in zip(systems.values(), ("", " with the language model")):
             say(f"  WER {percent(scored.scores['wer'])} before training{how}")
         return systems
 
