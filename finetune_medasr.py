@@ -2220,8 +2220,8 @@ class Prefix:
 class LanguageModel:
     """A KenLM n-gram of tokens. Each token adds weight x its natural log-probability + word_score to a text's score.
 
-    `words` are the numbers of the ids' names in the n-gram. `counts_as` has for each id itself, or the blank where it is
-    a special token, which no text shows; shape (ids,).
+    `words` are the numbers of the ids' names in the n-gram; `counts_as` (ids,) each id itself, or the blank where it is
+    a special token, which no text shows.
     """
 
     name: str
