@@ -45,8 +45,9 @@ def estimate(sentences, vocabulary, order):
     """
     counts = count_ngrams(sentences, order)
     del counts[0][("<s>",)]
-    words = [*vocabulary, "</s>", "<unk>"]
-    counts[0].update({(word,): 0 for word in words})
+    # A word of the vocabulary that no sentence has is likelier than one outside of it.
+    shares = dict.fromkeys([*vocabulary, "</s>"], 1.0) | {"<unk>": 0.1}
+    counts[0].update({(word,): 0 for word in shares})
     probabilities, back_off = {}, {}
     for ngrams in counts:
         followers = defaultdict(list)
@@ -56,7 +57,7 @@ def estimate(sentences, vocabulary, order):
             total = sum(count for _, count in found)
             back_off[context] = DISCOUNT * sum(count > 0 for _, count in found) / total
             for ngram, count in found:
-                lower = probabilities[ngram[1:]] if context else 1 / len(words)
+                lower = probabilities[ngram[1:]] if context else shares[ngram[0]] / sum(shares.values())
                 probabilities[ngram] = max(count - DISCOUNT, 0) / total + back_off[context] * lower
     return probabilities, back_off
 

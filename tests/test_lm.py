@@ -11,7 +11,17 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import CORPUS, MODEL, TWO_PROCESSES, error_line, load_json, load_predictions, run_script, write_wav
+from conftest import (
+    CORPUS,
+    MODEL,
+    TWO_PROCESSES,
+    corpus_audio,
+    error_line,
+    load_json,
+    load_predictions,
+    run_script,
+    write_wav,
+)
 from helpers import parse, small_processor
 from loopback_hub import MODEL as HUB_MODEL
 from loopback_hub import LoopbackHub
@@ -250,7 +260,7 @@ def test_auto_is_asked_of_the_hub(arpa, tmp_path):
     shutil.copytree(MODEL, with_lm)
     shutil.copy(arpa, with_lm / "lm_6.kenlm")
     shutil.copytree(MODEL, tmp_path / "local")
-    write_wav(tmp_path / "clip.wav", load_clip_name())
+    write_wav(tmp_path / "clip.wav", min(corpus_audio("test")))
     command = ["--transcribe", "clip.wav", "--use_cpu", "true", "--lm", "auto", "--model"]
     with LoopbackHub({HUB_MODEL: with_lm, "clinic/other": MODEL}, {}) as hub:
         env = hub.env(tmp_path)
@@ -260,15 +270,11 @@ def test_auto_is_asked_of_the_hub(arpa, tmp_path):
         done = run_script(*command, "clinic/other", cwd=tmp_path, env=env)
         assert done.returncode == 1
         assert error_line(done.stderr) == "--lm auto: model clinic/other has no lm_6.kenlm; give --lm a file"
-    done = run_script(*command, "local", cwd=tmp_path, env={**env, "HF_HOME": str(tmp_path / "empty")})
+    done = run_script(
+        *command, "local", cwd=tmp_path, env={**env, "HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
+    )
     assert done.returncode == 1
     assert "lm_6.kenlm of google/medasr; give --lm a file" in error_line(done.stderr)
-
-
-def load_clip_name():
-    from conftest import corpus_audio
-
-    return min(corpus_audio("test"))
 
 
 # ---------------------------------------------------------------- what is refused
@@ -318,7 +324,7 @@ def file_of(kind, path, arpa):
 def test_a_file_that_is_no_model_of_tokens_is_refused(kind, message, run, arpa, tmp_path):
     path = tmp_path / "bad.lm"
     file_of(kind, path, arpa)
-    write_wav(tmp_path / "clip.wav", load_clip_name())
+    write_wav(tmp_path / "clip.wav", min(corpus_audio("test")))
     status, out, err = run("--transcribe", tmp_path / "clip.wav", "--model", MODEL, "--lm", path)
     assert (status, out) == (1, "")
     assert message in error_line(err) and "/tmp/pip-req" not in err
@@ -327,7 +333,7 @@ def test_a_file_that_is_no_model_of_tokens_is_refused(kind, message, run, arpa, 
 def test_few_tokens_left_unknown_are_warned_of(run, arpa, tmp_path):
     pieces = small_processor().tokenizer.convert_ids_to_tokens(range(4, 140))
     words_arpa(tmp_path / "part.arpa", pieces)
-    write_wav(tmp_path / "clip.wav", load_clip_name())
+    write_wav(tmp_path / "clip.wav", min(corpus_audio("test")))
     status, _, err = run("--transcribe", tmp_path / "clip.wav", "--model", MODEL, "--lm", tmp_path / "part.arpa")
     assert status == 0
     assert "warning" in err and "knows only 136 of the model's 168 tokens" in err

@@ -46,7 +46,7 @@ def table(first_column):
 
 def test_the_two_commands_that_set_up_are_there_to_copy():
     assert f"pip install -r requirements.txt && {DEMO_COMMAND}" in commands()
-    assert "pip install -r requirements.txt pytest hypothesis && python -m pytest tests" in commands()
+    assert "pip install -r requirements.txt pytest hypothesis flashlight-text && python -m pytest tests" in commands()
 
 
 def test_no_placeholder_is_left():
