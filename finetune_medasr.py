@@ -32,6 +32,7 @@ import html.entities
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -60,6 +61,8 @@ DEFAULT_MODEL = "google/medasr"
 DEFAULT_DATASET = "intronhealth/afrispeech-200"
 # Earlier revisions of the repository leave out the transcripts of dev and test.
 DEFAULT_DATASET_REVISION = "b538c6e111914a812af28ff677f8cffc9b404b7d"
+
+LM_FILE = "lm_6.kenlm"  # in MedASR's repository: a 6-gram of its tokenizer's pieces
 
 SAMPLE_RATE = 16_000  # Hz, what MedASR's feature extractor expects
 SPLITS = ("train", "dev", "test")
@@ -294,6 +297,13 @@ class ScriptArguments:
     format_dictation: bool = flag(
         False, "write dictated {period}, {comma}, {new paragraph} of --transcribe's texts as what they stand for"
     )
+    lm: str | None = flag(
+        None, f"decode with this n-gram of the model's tokens (ARPA or KenLM) too; auto: {LM_FILE} of the model"
+    )
+    lm_weight: float = flag(0.5, "what a natural log-probability of --lm counts beside one of the model")
+    lm_word_score: float = flag(1.5, "what each token adds to a text's score: --lm alone prefers short ones")
+    lm_beam: int = flag(8, "hypotheses that the search with --lm keeps at each frame")
+    tune_lm: bool = flag(False, "choose --lm_weight and --lm_word_score on dev before the test clips are scored")
     demo: bool = flag(False, "run the whole job on the small model and corpus in tests/fixtures, offline")
 
 
@@ -459,8 +469,8 @@ BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
 BOUNDS = {
     "above 0": """max_train_seconds window_seconds max_train_samples max_eval_samples max_test_samples num_proc
         learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
-        num_train_epochs eval_steps save_steps logging_steps""",
-    "0 or more": "early_stopping_patience warmup_steps dataloader_num_workers save_total_limit seed",
+        num_train_epochs eval_steps save_steps logging_steps lm_beam""",
+    "0 or more": "lm_weight early_stopping_patience warmup_steps dataloader_num_workers save_total_limit seed",
 }
 MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")
 STRATEGIES = {"eval_strategy", "save_strategy", "load_best_model_at_end"}  # the Trainer checks them itself
@@ -515,6 +525,24 @@ def folder_refusals(script, common):
             yield f"--overwrite_output_dir would delete --{name} {value}; choose another --output_dir"
 
 
+def lm_refusals(script):
+    """Yield what cannot work with a language model."""
+    from importlib.util import find_spec
+
+    if not np.isfinite(script.lm_word_score):
+        yield f"--lm_word_score is {script.lm_word_score:g}; it must be a finite number"
+    if script.tune_lm and not script.lm:
+        yield "--tune_lm needs --lm: there is nothing to tune without a language model"
+    if script.tune_lm and script.transcribe:
+        yield "--tune_lm needs the dev clips of a corpus: use it with --eval_only, and what it finds with --transcribe"
+    if script.lm and script.score_file:
+        yield "--lm needs a model to decode, and --score_file has texts alone; leave one of them out"
+    if script.lm and not find_spec("flashlight"):
+        yield "--lm needs a package that is not installed: pip install flashlight-text"
+    if script.lm not in (None, "auto") and not Path(script.lm).is_file():
+        yield f"--lm is {script.lm}: there is no such file; give an n-gram in ARPA or KenLM format, or auto"
+
+
 def refusals(script, common, given):
     """Yield what cannot work, each in a line that names the flag, the value found and the valid ones.
 
@@ -554,6 +582,7 @@ def refusals(script, common, given):
         chosen = [name for name in names if settings[name]]
         if len(chosen) > 1:
             yield f"--{chosen[0]} and --{chosen[1]} cannot be used together; choose one"
+    yield from lm_refusals(script)
     if script.streaming and common.max_steps <= 0:
         yield "--streaming needs --max_steps: a stream has no length, so its epochs cannot be counted"
     for name in ("model", "dataset"):
@@ -2115,13 +2144,25 @@ def eval_budget(model, extractor, window_seconds, training):
     return agreed(min(seconds, EVAL_BUDGET_SECONDS[1]) * SAMPLE_RATE, training)
 
 
-def best_path(emissions):
-    """The id of each frame of a clip, blanks and repeats included: the most probable one."""
-    return emissions.ids[:, 0].tolist()
+def best_path(emissions, lm=None):
+    """The id of each frame of a clip, blanks and repeats included: the most probable one, or the search's with `lm`."""
+    return beam_search(emissions, lm)[0] if lm else emissions.ids[:, 0].tolist()
 
 
-def clip_text(processor, emissions):
-    return decode_ids(processor, best_path(emissions))
+def clip_text(processor, emissions, lm=None):
+    return decode_ids(processor, best_path(emissions, lm))
+
+
+def clip_texts(processor, emitted, lm, training):
+    """The text of each clip with `lm`, of which each process searches its share: it takes longer than the model."""
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
+
+    mine = range(training.process_index, len(emitted), training.world_size)
+    silent = training.process_index > 0 or training.disable_tqdm
+    bar = tqdm(mine, desc="language model", unit="clip", disable=silent)
+    texts = [(index, clip_text(processor, emitted[index], lm)) for index in bar]
+    return [text for _, text in sorted(gather_object(texts) if training.world_size > 1 else texts)]
 
 
 def emit_clips(model, processor, clips, num_samples, args, training, encoder=None, count=1, doing="scoring"):
@@ -2430,7 +2471,7 @@ def spooled(recording, folder):
     """The path of a file in `folder` with what comes through a pipe, because libsndfile seeks in what it reads."""
     if recording.name == "-" and os.isatty(0):
         raise ValueError("standard input is a terminal; pipe audio into it")
-    target = os.path.join(folder, "spooled")
+    target = os.path.join(folder, str(len(os.listdir(folder))))
     with open(0 if recording.name == "-" else recording.name, "rb", closefd=recording.name != "-") as source:
         with open(target, "wb") as file:
             shutil.copyfileobj(source, file, 2**20)
@@ -2464,6 +2505,261 @@ def recording_parts(recordings, folder, seconds, report):
             part = []
     if part:
         yield part
+
+
+# ---------------------------------------------------------------- language model
+
+LM_CANDIDATES = 16  # the most probable ids of a frame, which the search chooses from
+
+
+def candidates(lm):
+    """How many ids of a frame are needed to write it down with `lm`, or without (None)."""
+    return LM_CANDIDATES if lm else 1
+
+
+# pyctcdecode's defaults: less probable ids of a frame are left out, hypotheses so far behind the best one too.
+MIN_LOG_PROB, MAX_BEHIND = -5.0, 10.0
+KENLM_MAGIC = b"mmap lm http://kheafield.com/code"
+
+
+class Prefix:
+    """A text so far: the language model's `state` after it, what its last token has `added` to the score, and
+    {token: `longer` text} of those that were tried.
+    """
+
+    __slots__ = ("state", "added", "longer")
+
+    def __init__(self, state, added=0.0):
+        self.state, self.added, self.longer = state, added, {}
+
+
+@dataclass
+class LanguageModel:
+    """A KenLM n-gram of tokens. Each token adds weight x its natural log-probability + word_score to a text's score.
+
+    `words` are the numbers of the ids' names in the n-gram; `counts_as` (ids,) each id itself, or the blank where it is
+    a special token, which no text shows.
+    """
+
+    name: str
+    kenlm: object
+    words: list[int]
+    counts_as: np.ndarray
+    blank: int
+    weight: float
+    word_score: float
+    beam: int
+    min_log_prob: float = MIN_LOG_PROB
+    max_behind: float = MAX_BEHIND
+
+    @property
+    def settings(self):
+        """ "lm" of metrics.json."""
+        return {name: getattr(self, name) for name in ("name", "weight", "word_score", "beam")}
+
+    def start(self):
+        return Prefix(self.kenlm.start(False))
+
+    def extend(self, prefix, token):
+        longer = prefix.longer.get(token)
+        if longer is None:
+            state, log10 = self.kenlm.score(prefix.state, self.words[token])
+            longer = prefix.longer[token] = Prefix(state, self.weight * log10 * math.log(10) + self.word_score)
+        return longer
+
+    def end(self, prefix):
+        """What the end of the text adds to its score."""
+        return self.weight * self.kenlm.finish(prefix.state)[1] * math.log(10)
+
+
+def beam_search(emissions, lm):
+    """(the id of each frame, the score) of the best text: the log of its alignments' summed probability + lm's part.
+
+    A prefix beam search (Graves & Jaitly 2014) in Python: flashlight's decoder knows no score for a token and asks a
+    language model that adds one for every id of every frame, which took ten times as long.
+    """
+    ids, log_probs = lm.counts_as[emissions.ids].tolist(), emissions.log_probs.tolist()
+    counts = np.maximum(1, (emissions.log_probs >= lm.min_log_prob).sum(axis=1)).tolist()
+    # (text, id of the last frame) -> (score, the ids so far as nested pairs); the last id tells repeats from doubles.
+    hypotheses = {(lm.start(), lm.blank): (0.0, ())}
+    for frame_ids, frame_log_probs, count in zip(ids, log_probs, counts):
+        grown = {}
+        for (prefix, last), (score, path) in hypotheses.items():
+            for token, log_prob in zip(frame_ids[:count], frame_log_probs):
+                if token == lm.blank or token == last:
+                    add_hypothesis(grown, (prefix, token), score + log_prob, (path, token))
+                else:
+                    longer = lm.extend(prefix, token)
+                    add_hypothesis(grown, (longer, token), score + log_prob + longer.added, (path, token))
+        best = sorted(grown.items(), key=lambda item: -item[1][0])[: lm.beam]
+        hypotheses = {key: item for key, item in best if item[0] >= best[0][1][0] - lm.max_behind}
+    ended = {}
+    for (prefix, _), (score, path) in hypotheses.items():
+        add_hypothesis(ended, prefix, score + lm.end(prefix), path)
+    score, path = max(ended.values(), key=lambda item: item[0])
+    frames = []
+    while path:
+        path, token = path
+        frames.append(token)
+    return frames[::-1], score
+
+
+def add_hypothesis(hypotheses, key, score, path):
+    """Sum the probabilities of two alignments of one text, and keep the path of the more probable one."""
+    if known := hypotheses.get(key):
+        (high, path), (low, _) = (known, (score, path)) if known[0] >= score else ((score, path), known)
+        score = high + math.log1p(math.exp(low - high))
+    hypotheses[key] = score, path
+
+
+def lm_path(args):
+    """The file that --lm means, fetched if need be; raises RunError."""
+    from huggingface_hub import errors, hf_hub_download
+
+    folder = Path(args.model).expanduser()
+    if args.lm != "auto":
+        return args.lm
+    if (folder / LM_FILE).is_file():
+        return str(folder / LM_FILE)
+    # A fine-tuned model's folder has none: MedASR's serves it too.
+    repo, revision = (DEFAULT_MODEL, None) if folder.is_dir() else (args.model, args.model_revision)
+    try:
+        with explained_hub_errors(repo, "model"):
+            return hf_hub_download(repo, LM_FILE, revision=revision)
+    except RunError as error:
+        if isinstance(error.__cause__, errors.RemoteEntryNotFoundError):
+            raise RunError(f"--lm auto: model {repo} has no {LM_FILE}; give --lm a file") from error
+        raise RunError(f"--lm auto looks for {LM_FILE} of {repo}; give --lm a file, or: {error}") from error
+
+
+def lm_file_problem(path):
+    """Why `path` is no n-gram that KenLM reads, "" if it begins like one."""
+    try:
+        head = open(path, "rb").read(1 << 16)
+        if head[:2] == b"\x1f\x8b":
+            head = gzip.open(path).read(1 << 16)
+    except (OSError, EOFError, zlib.error) as error:
+        return f"cannot be read ({one_line(error)})"
+    lines = (line.strip() for line in head.split(b"\n") if line.strip() and not line.startswith(b"#"))
+    if not head:
+        return "is empty"
+    if not head.startswith(KENLM_MAGIC) and next(lines, b"") != b"\\data\\":
+        return "is no language model: it begins neither as ARPA (\\data\\) nor as KenLM's binary format"
+    return ""
+
+
+@contextlib.contextmanager
+def silent_stderr():
+    """KenLM draws on stderr while it reads an ARPA file."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def open_kenlm(path, words):
+    """The n-gram in a file, which scores the numbers of these `words`; raises RunError."""
+    if problem := lm_file_problem(path):
+        raise RunError(f"--lm {path} {problem}")
+    try:
+        from flashlight.lib.text.decoder.kenlm import KenLM
+        from flashlight.lib.text.dictionary import Dictionary
+
+        with silent_stderr():
+            return KenLM(str(path), Dictionary(words))
+    except (RuntimeError, ValueError, MemoryError, ImportError) as error:
+        # KenLM says first in which of its source files.
+        what = re.sub(r"^.* threw \w+( because `.*?')?\.", "", " ".join(str(error).split()))
+        raise RunError(f"--lm {path} cannot be loaded: {what.strip()[:300]}") from error
+
+
+def load_lm(args, processor, vocab_size):
+    """The `LanguageModel` of --lm for the model's tokens, None without the flag; raises RunError."""
+    if not args.lm:
+        return None
+    path, tokenizer = lm_path(args), processor.tokenizer
+    blank, special = tokenizer.pad_token_id, {None, *tokenizer.all_special_tokens}
+    pieces = dict(enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size))))
+    pieces = {id: piece for id, piece in pieces.items() if piece not in special and id != blank}
+    spellings = [{id: spell(piece) for id, piece in pieces.items()} for spell in LM_SPELLINGS]
+    words = list(dict.fromkeys([LM_NONSENSE, *LM_WORDS, *itertools.chain(*(names.values() for names in spellings))]))
+    numbers = {word: number for number, word in enumerate(words)}
+    kenlm = open_kenlm(path, words)
+    known = known_words(kenlm, numbers)
+    spelling = max(spellings, key=lambda names: len(known & set(names.values())))
+    check_lm_vocabulary(path, known, set(spelling.values()))
+    return LanguageModel(
+        name=Path(path).name,
+        kenlm=kenlm,
+        words=[numbers[spelling.get(id, LM_NONSENSE)] for id in range(vocab_size)],
+        counts_as=np.array([id if id in pieces else blank for id in range(vocab_size)]),
+        blank=blank,
+        weight=args.lm_weight,
+        word_score=args.lm_word_score,
+        beam=args.lm_beam,
+    )
+
+
+# How an n-gram's file writes a tokenizer's piece: as it is, or as pyctcdecode's users have to (MedASR's lm_6.kenlm).
+LM_SPELLINGS = (str, lambda piece: piece.replace("\u2581", "#"))
+LM_NONSENSE = "no/such/piece"
+LM_WORDS = ["the", "and", "with", "that", "from", "this", "THE", "AND", "WITH", "THAT", "FROM", "THIS"]
+
+
+def known_words(kenlm, numbers):
+    """Those of the words {word: its number} that an n-gram knows: it gives another probability than to nonsense."""
+    start = kenlm.start(False)
+    unknown = kenlm.score(start, numbers[LM_NONSENSE])[1]
+    return {word for word, number in numbers.items() if kenlm.score(start, number)[1] != unknown}
+
+
+def check_lm_vocabulary(path, known, pieces):
+    """Raise RunError if an n-gram that knows the words `known` cannot score texts of `pieces`, warn if not all."""
+    found = len(known & pieces)
+    share = f"{found:,} of the model's {len(pieces):,} tokens"
+    if words := [word for word in LM_WORDS if word in known - pieces]:
+        what = f"knows whole words, such as '{words[0]}'"
+        raise RunError(f"--lm {path} {what}: it must be an n-gram of the model's tokens, not of words")
+    if found < len(pieces) / 2:
+        raise RunError(f"--lm {path} knows {share}: it is for another tokenizer")
+    if found < 0.9 * len(pieces):
+        warn(f"--lm {path} knows only {share}")
+
+
+TUNING_CLIPS = 500  # of dev at the most: the search is run some thirty times
+TUNING_WEIGHTS, TUNING_WORD_SCORES = (0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)
+
+
+def tuned_lm(lm, emitted, references, processor, training):
+    """(`lm` with the weight and word score of the lowest WER, a dict of what was tried): a grid, then half its steps
+    around the best of it, the smaller values among equals.
+    """
+    references, tried = list(map(normalize_wer, references)), {}
+
+    def rates(pairs):
+        for weight, word_score in pairs:
+            if weight >= 0 and (weight, word_score) not in tried:
+                trial = dataclasses.replace(lm, weight=weight, word_score=word_score)
+                texts = clip_texts(processor, emitted, trial, training)
+                tried[weight, word_score] = rate(error_counts(references, list(map(normalize_wer, texts))))
+        return min(tried, key=lambda pair: (tried[pair], *pair))
+
+    greedy = [normalize_wer(clip_text(processor, emissions)) for emissions in emitted]
+    weight, word_score = rates([(0.0, 0.0), *itertools.product(TUNING_WEIGHTS, TUNING_WORD_SCORES)])
+    around = itertools.product((weight - 0.1, weight, weight + 0.1), (word_score - 0.25, word_score, word_score + 0.25))
+    weight, word_score = rates([(round(weight, 2), round(word_score, 2)) for weight, word_score in around])
+    record = {
+        **dataclasses.replace(lm, weight=weight, word_score=word_score).settings,
+        "clips": len(references),
+        "wer": tried[weight, word_score],
+        "wer_greedy": rate(error_counts(references, greedy)),
+        "tried": [[*pair, wer] for pair, wer in tried.items()],
+    }
+    return dataclasses.replace(lm, weight=weight, word_score=word_score), record
 
 
 # ---------------------------------------------------------------- scores
@@ -2594,7 +2890,7 @@ class Scored:
 
     @functools.cached_property
     def scores(self):
-        """ "baseline" or "finetuned" of metrics.json."""
+        """What metrics.json has of a system."""
         return for_each_group(self.groups, self.scores_of)
 
     def scores_of(self, chosen):
@@ -2630,6 +2926,27 @@ def score_texts(rows, texts, train_accents):
     counts["cer"] = error_counts(*plain, characters=True)
     groups = {kind: np.array([group_name(row, kind, train_accents) for row in rows]) for kind in GROUP_KINDS}
     return Scored(rows, texts, plain, counts, groups)
+
+
+# What is scored on one set of clips, and its name in tables: the greedy text and that with the language model, of the
+# model before and after. Results are made of a dict with some of these, each `Scored` (or its scores).
+SYSTEMS = {
+    "baseline": "before",
+    "finetuned": "fine-tuned",
+    "baseline_lm": "before, LM",
+    "finetuned_lm": "fine-tuned, LM",
+}
+
+
+def before_and_after(systems, kind=""):
+    """(the baseline's, the fine-tuned model's) of `systems`, greedy or, with the kind "_lm", with it; None for none."""
+    return systems.get("baseline" + kind), systems.get("finetuned" + kind)
+
+
+def last_of(systems, kind=""):
+    """The fine-tuned model's of `systems`, else the baseline's, else None."""
+    before, after = before_and_after(systems, kind)
+    return after or before
 
 
 def compare(baseline, finetuned):
@@ -2717,10 +3034,13 @@ def markdown_table(header, rows):
     return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows] + [""]
 
 
-def group_table(kind, before, after, delta):
-    """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *."""
-    rows = []
-    for name, now in sorted((after or before)["groups"][kind].items(), key=lambda item: -item[1]["words"]):
+def group_table(kind, scores, delta):
+    """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *.
+
+    `scores` are {system: its scores}.
+    """
+    rows, before, with_lm = [], scores.get("baseline"), last_of(scores, "_lm")
+    for name, now in sorted(last_of(scores)["groups"][kind].items(), key=lambda item: -item[1]["words"]):
         low, high = map(percent, now["wer_ci95"])
         rows.append(
             [
@@ -2730,9 +3050,11 @@ def group_table(kind, before, after, delta):
                 percent(now["wer"]),
                 f"[{low}, {high}]" if now["words"] else "-",
                 points(delta["groups"][kind][name]) if delta and now["words"] else "-",
+                *([percent(with_lm["groups"][kind][name]["wer"])] if with_lm else []),
             ]
         )
     columns = ["clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"]
+    columns += ["WER, LM"] if with_lm else []
     return markdown_table([kind.replace("_", " "), *columns], rows)
 
 
@@ -2747,9 +3069,9 @@ def group_summary(kind, after):
     return f"{average}; the worst is {markdown_text(worst)}, {percent(large[worst])}."
 
 
-def error_sections(baseline, finetuned):
+def error_sections(systems):
     """Markdown lines on what goes wrong: recalls, commonest errors, clips that got worse, empty and runaway outputs."""
-    last = finetuned or baseline
+    (baseline, finetuned), last = before_and_after(systems), last_of(systems)
     recall, errors = word_errors(last)
     before = word_errors(baseline)[0] if finetuned and baseline else {}
     lines = ["## What goes wrong\n", "Recall, the share of the reference's words that come out right:\n"]
@@ -2784,21 +3106,25 @@ RATE_LABELS = {
 }
 
 
-def summary_table(baseline, finetuned):
-    """Markdown lines: every rate before and after, all clips."""
-    rows = []
+def summary_table(scores):
+    """Markdown lines: every rate before and after, all clips; `scores` are {system: its scores}."""
+    rows, kinds = [], ["", "_lm"] if last_of(scores, "_lm") else [""]
     for name, label in RATE_LABELS.items():
-        then, now = (scores and scores[name] for scores in (baseline, finetuned))
-        rows.append([label, percent(then), percent(now), "-" if None in (then, now) else f"{100 * (now - then):+.1f}"])
-    return markdown_table(["rate", "before", "fine-tuned", "change, points"], rows)
+        cells = [label]
+        for kind in kinds:
+            then, now = (system and system[name] for system in before_and_after(scores, kind))
+            cells += [percent(then), percent(now), "-" if None in (then, now) else f"{100 * (now - then):+.1f}"]
+        rows.append(cells)
+    labels = [[*before_and_after(SYSTEMS, kind), "change, points"] for kind in kinds]
+    return markdown_table(["rate", *itertools.chain(*labels)], rows)
 
 
-def report_lines(title, baseline, finetuned, delta, notes, pictures):
+def report_lines(title, systems, delta, notes, pictures):
     """results/report.md as lines."""
-    last = (finetuned or baseline).scores
-    before, after = baseline and baseline.scores, finetuned and finetuned.scores
+    scores = {name: scored.scores for name, scored in systems.items()}
+    last = last_of(scores)
     sizes = ", ".join(plural(last[f"{noun}s"], noun) for noun in ("clip", "speaker", "word"))
-    lines = [f"# {markdown_text(title)}\n", f"{sizes}. All rates are corpus-level.\n", *summary_table(before, after)]
+    lines = [f"# {markdown_text(title)}\n", f"{sizes}. All rates are corpus-level.\n", *summary_table(scores)]
     if delta:
         shares = ("probability_of_improvement", "clips_better", "clips_equal", "clips_worse")
         improvement, better, equal, worse = (percent(delta[share]) for share in shares)
@@ -2811,11 +3137,11 @@ def report_lines(title, baseline, finetuned, delta, notes, pictures):
     lines += [markdown_text(note) + "\n" for note in notes]
     lines += [f"![{label}]({name})\n" for name, label in pictures.items()]
     for kind in GROUP_KINDS:
-        lines += [f"## By {kind.replace('_', ' ')}\n", *group_table(kind, before, after, delta)]
+        lines += [f"## By {kind.replace('_', ' ')}\n", *group_table(kind, scores, delta)]
         lines.append(group_summary(kind, last) + "\n")
     limits = f"{MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words"
     lines.append(f"\\* under {limits}: not ranked and not in the macro average.\n")
-    return lines + error_sections(baseline, finetuned)
+    return lines + error_sections(systems)
 
 
 @contextlib.contextmanager
@@ -2834,12 +3160,12 @@ def picture(path, height, **settings):
     pyplot.close(figure)
 
 
-def draw_pictures(folder, baseline, finetuned, history):
+def draw_pictures(folder, systems, history):
     """PNGs beside the report: {file name: label} of those that the data allows."""
-    systems = {name: scored.scores for name, scored in (("before", baseline), ("fine-tuned", finetuned)) if scored}
+    greedy = {SYSTEMS[name]: scored.scores for name, scored in systems.items() if not name.endswith("_lm")}
     pictures = {"wer_by_accent.png": "WER by accent", "wer_by_duration.png": "WER by duration of the clip"}
     for (name, label), kind in zip(pictures.items(), ("accent", "duration")):
-        draw_groups(folder / name, label, kind, systems)
+        draw_groups(folder / name, label, kind, greedy)
     evaluations = [(entry["step"], 100 * entry["eval_wer"]) for entry in history if "eval_wer" in entry]
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     if evaluations:
@@ -2885,20 +3211,26 @@ def library_versions():
 CLIP_COLUMNS = ("speaker", "accent", "country", "domain", "gender", "age_group")
 
 
-def prediction_lines(baseline, finetuned):
+def prediction_lines(systems):
     """One JSON object a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
-    last = finetuned or baseline
+    last, kinds = last_of(systems), ["", "_lm"] if last_of(systems, "_lm") else [""]
     for index, row in enumerate(last.rows):
         entry = {
             "audio_filepath": row["clip"],
             "duration": row["num_samples"] and round(row["num_samples"] / SAMPLE_RATE, 3),
             "text": row["text"],
-            "pred_text": last.texts[index],
-            "baseline_text": baseline.texts[index] if finetuned and baseline else None,
+            **{f"pred_text{kind}": last_of(systems, kind).texts[index] for kind in kinds},
+            **{f"baseline_text{kind}": baseline_text(systems, kind, index) for kind in kinds},
             **{name: row[name] for name in CLIP_COLUMNS},
             "wer": rate(last.counts["wer"][index : index + 1]),
         }
         yield json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def baseline_text(systems, kind, index):
+    """The baseline's text of a clip, beside the fine-tuned model's; None if there are not both."""
+    baseline, finetuned = before_and_after(systems, kind)
+    return baseline.texts[index] if baseline and finetuned else None
 
 
 @contextlib.contextmanager
@@ -2919,11 +3251,12 @@ def complete_folder(target, keep=False):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_results(target, config, data, baseline, finetuned, title, notes=(), history=()):
+def write_results(target, config, data, systems, title, notes=(), history=(), lm=None):
     """metrics.json, predictions_test.jsonl, report.md and its pictures into the folder `target`, all or none.
 
-    Returns the metrics.
+    `systems` are {name of SYSTEMS: Scored}, `lm` the settings of a language model. Returns the metrics.
     """
+    baseline, finetuned = before_and_after(systems)
     metrics = {
         "config": config,
         "versions": library_versions(),
@@ -2932,19 +3265,22 @@ def write_results(target, config, data, baseline, finetuned, title, notes=(), hi
         "finetuned": finetuned and finetuned.scores,
         "delta": compare(baseline, finetuned) if baseline and finetuned else None,
     }
+    if lm:
+        before, after = before_and_after(systems, "_lm")
+        metrics |= {"baseline_lm": before and before.scores, "finetuned_lm": after and after.scores, "lm": lm}
     with complete_folder(Path(target), keep=True) as folder:
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
-        write_text(folder / "predictions_test.jsonl", "".join(prediction_lines(baseline, finetuned)))
-        pictures = draw_pictures(folder, baseline, finetuned, history)
-        lines = report_lines(title, baseline, finetuned, metrics["delta"], notes, pictures)
+        write_text(folder / "predictions_test.jsonl", "".join(prediction_lines(systems)))
+        pictures = draw_pictures(folder, systems, history)
+        lines = report_lines(title, systems, metrics["delta"], notes, pictures)
         write_text(folder / "report.md", "\n".join(lines) + "\n")
     show_scores(metrics)
     return metrics
 
 
 def show_scores(metrics):
-    before, after, delta = metrics["baseline"], metrics["finetuned"], metrics["delta"]
-    say("\n".join(["", *summary_table(before, after), *group_table("domain", before, after, delta)]))
+    scores = {name: metrics[name] for name in SYSTEMS if metrics.get(name)}
+    say("\n".join(["", *summary_table(scores), *group_table("domain", scores, metrics["delta"])]))
 
 
 def write_model_card(final, results, args, metrics):
@@ -2990,7 +3326,7 @@ audio, _ = librosa.load("visit.wav", sr=16000)
 ids = model.generate(**processor(audio, sampling_rate=16000))
 print(processor.batch_decode(ids, skip_special_tokens=True)[0])
 ```
-
+{lm_paragraph(metrics, args)}
 The base model's terms (Health AI Developer Foundations) hold for this derivative too; AfriSpeech-200 is
 CC-BY-NC-SA-4.0, for non-commercial use. Not a medical device: a person checks every transcript that a decision rests
 on.
@@ -3002,6 +3338,21 @@ Made with `{args.command}`; {versions}.
     write_text(final / "README.md", card + report.replace("# ", "## ", 1))
     for picture in results.glob("*.png"):
         shutil.copy(picture, final)
+
+
+def lm_paragraph(metrics, args):
+    """The model card's lines on decoding with the language model that the test clips were scored with, if any."""
+    if not metrics.get("finetuned_lm"):
+        return ""
+    lm, rates = metrics["lm"], (percent(metrics[system]["wer"]) for system in ("finetuned", "finetuned_lm"))
+    flags = {"lm": public(args.lm), "lm_weight": lm["weight"], "lm_word_score": lm["word_score"], "lm_beam": lm["beam"]}
+    return f"""
+This is the greedy text (WER {next(rates)}). With the language model {markdown_text(lm["name"])} (WER {next(rates)}):
+
+```
+{shlex.join(["python", PROGRAM, "--transcribe", "visit.wav", "--model", "final", *as_flags(flags)])}
+```
+"""
 
 
 def read_score_file(path):
@@ -3693,21 +4044,27 @@ IDENTITY = """model model_revision dataset dataset_revision accents domains coun
 TRAINING_IDENTITY = "learning_rate seed".split()
 NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
 GOAL = "max_steps num_train_epochs".split()  # may change from one start of a run to the next
+LM_FLAGS = "lm lm_weight lm_word_score lm_beam tune_lm".split()  # so may these: the texts are made again
+RUN_NOTES = "baseline baseline_lm reached batch_limit".split()
 
 
 @dataclass
 class RunState:
-    """What a run notes down in `<output_dir>/run.json`: what it is of, the baseline's texts, what it reached."""
+    """What a run notes down in `<output_dir>/run.json`: what it is of, the baseline's texts, what it reached.
+
+    `baseline_lm` has those with a language model: "asked" (its file and flags), "lm" (what was used), "texts".
+    """
 
     path: Path
     identity: dict
     goal: dict
     baseline: dict | None = None  # clip -> text
     reached: dict | None = None  # the goal of the run that finished
+    baseline_lm: dict | None = None
     batch_limit: int | None = None  # clips a step that still fit, where more have filled the GPU's memory
 
     def save(self):
-        content = {name: getattr(self, name) for name in ("identity", "baseline", "reached", "batch_limit")}
+        content = {name: getattr(self, name) for name in ("identity", *RUN_NOTES)}
         write_text(self.path, json.dumps(content, ensure_ascii=False, indent=1))
 
 
@@ -3715,6 +4072,14 @@ def weights_mark(name):
     """A checksum of the beginning of a local model's weights, which tells two models in folders of one name apart."""
     file = Path(name).expanduser() / "model.safetensors"
     return zlib.crc32(file.open("rb").read(1 << 20)) if file.is_file() else None
+
+
+def lm_asked(args):
+    """What of the command line makes the texts with a language model; {} without one."""
+    if not args.lm:
+        return {}
+    size = Path(args.lm).stat().st_size if args.lm != "auto" else None
+    return public({**{name: getattr(args, name) for name in LM_FLAGS}, "lm_bytes": size})
 
 
 def open_run(args, training):
@@ -3730,6 +4095,7 @@ def open_run(args, training):
     identity |= {name: getattr(training, name) for name in TRAINING_IDENTITY}
     identity = public({**identity, "weights": weights_mark(args.model), "clips_an_update": clips_an_update(training)})
     goal = {**{name: getattr(training, name) for name in GOAL}, "early_stopping_patience": args.early_stopping_patience}
+    goal |= lm_asked(args)
     state = RunState(output / "run.json", identity, goal)
     stored = None if args.overwrite_output_dir else read_json(state.path)
     if stored is None:
@@ -3742,7 +4108,8 @@ def open_run(args, training):
             f"{stored['identity'].get(name)}, not {identity[name]}; choose another --output_dir, "
             "or --overwrite_output_dir to start anew"
         )
-    state.baseline, state.reached, state.batch_limit = (stored[name] for name in ("baseline", "reached", "batch_limit"))
+    for name in RUN_NOTES:
+        setattr(state, name, stored.get(name))
     return state
 
 
@@ -3829,11 +4196,14 @@ def share_weights(model, training):
 def transcribe_files(args, training):
     """Print or write the text of each file of --transcribe, name unreadable ones on stderr; returns the exit status."""
     recordings, started = find_recordings(args), time.monotonic()
+    if "-" in args.transcribe and training.world_size > 1:
+        raise UsageError("--transcribe - cannot be read by several processes; start it without torchrun")
     processor, model = load_processor_and_model(args)
     if training.bf16 or training.fp16:
         use_bfloat16(model, training)
+    lm = load_lm(args, processor, model.config.vocab_size)
+    job = Transcription(args, training, processor, model, lm, several(args, recordings))
     loaded = time.monotonic()
-    job = Transcription(args, training, processor, model, several(args, recordings))
     training.disable_tqdm = not sys.stderr.isatty()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -3855,8 +4225,8 @@ def transcribe_files(args, training):
 class Transcription:
     """A loaded model on its way through the files of --transcribe; the first of several processes writes."""
 
-    def __init__(self, args, training, processor, model, named):
-        self.args, self.training, self.processor, self.model = args, training, processor, model
+    def __init__(self, args, training, processor, model, lm, named):
+        self.args, self.training, self.processor, self.model, self.lm = args, training, processor, model, lm
         self.named, self.frames = named, frame_seconds(model, processor.feature_extractor)
         self.heard, self.failed = 0, 0  # samples and files
 
@@ -3867,16 +4237,17 @@ class Transcription:
     def write_down(self, part):
         """Write the texts of the recordings of a `part`."""
         clips, lengths = [{"audio": recording.path} for recording in part], [recording.length for recording in part]
+        options = dict(count=candidates(self.lm), doing="transcribing")
         emitted, unreadable, _ = emit_clips(
-            self.model, self.processor, clips, lengths, self.args, self.training, doing="transcribing"
+            self.model, self.processor, clips, lengths, self.args, self.training, **options
         )
         for row, (recording, emissions) in enumerate(zip(part, emitted)):
             if row in unreadable:
                 self.report(recording, unreadable[row])
                 continue
-            words = clip_words(self.processor, emissions, best_path(emissions), *self.frames)
             self.heard += recording.length
             if self.training.process_index == 0:
+                words = clip_words(self.processor, emissions, best_path(emissions, self.lm), *self.frames)
                 self.write(recording, format_dictation(words) if self.args.format_dictation else words)
 
     def write(self, recording, words):
@@ -3903,7 +4274,8 @@ def score_file(args, training):
     folder, title = Path(training.output_dir) / "results", f"Scores of {Path(args.score_file).name}"
     config = public({"command": args.command, "score_file": args.score_file})
     data = {"test": {"clips": len(rows), "hours": round(hours(rows), 4), "left_out": left_out}}
-    write_results(folder, config, data, before or scored, scored if before else None, title, notes)
+    systems = {"baseline": before, "finetuned": scored} if before else {"baseline": scored}
+    write_results(folder, config, data, systems, title, notes)
     say(f"\nresults: {folder}")
     return 0
 
@@ -3939,7 +4311,7 @@ def dry_run(args, training, corpus):
 
 def splits_of(args, on_disk=False):
     """The splits of a run; with `on_disk` those whose audio has to lie there: a stream keeps none of the training's."""
-    splits = ("test",) if args.eval_only else SPLITS
+    splits = SPLITS[1 if args.tune_lm else 2 :] if args.eval_only else SPLITS
     return tuple(split for split in splits if not (on_disk and args.streaming and split == "train"))
 
 
@@ -4027,6 +4399,9 @@ def run(args, training):
     say(f"corpus: {args.dataset}")
     # Before the audio: what cannot be used should not be found out after hours of preparation.
     processor, model = load_processor_and_model(args, trains) if trains or args.eval_only else (None, None)
+    lm = load_lm(args, processor, model.config.vocab_size) if model else None
+    if lm:
+        say(f"language model: {lm.name}")
     if pushes:
         push_to_hub(training)
     corpus = open_corpus(args)
@@ -4037,16 +4412,17 @@ def run(args, training):
         select_splits(args, corpus, lambda rows: [row["problem"] for row in rows], training)
         say(f"  ready in {args.data_dir}")
         return 0
-    job = Job(args, training, processor, model, corpus)
+    job = Job(args, training, processor, model, corpus, lm)
     return job.fit_and_score(state, checkpoint) if trains else job.score()
 
 
 class Job:
     """A loaded model and prepared audio, on the way to results and a final model."""
 
-    def __init__(self, args, training, processor, model, corpus):
+    def __init__(self, args, training, processor, model, corpus, lm=None):
         self.args, self.training, self.corpus = args, training, corpus
-        self.processor, self.model = processor, model
+        self.processor, self.model, self.lm = processor, model, lm
+        self.lm_settings = {}  # of the systems that were written down
         self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
         self.check = ClipCheck(model, processor.feature_extractor, self.encoder, args.max_train_seconds)
         self.selections = select_splits(args, corpus, self.check, training)
@@ -4054,47 +4430,89 @@ class Job:
         self.output = Path(training.output_dir)
         self.is_first = training.process_index == 0
 
-    def write_down(self, model):
-        """The model's text of each test clip."""
-        lengths = [row["num_samples"] for row in self.test.rows]
+    def emit(self, model, split):
+        lengths, clips = [row["num_samples"] for row in split.rows], split.clips
+        options = dict(count=candidates(self.lm))
+        return emit_clips(model, self.processor, clips, lengths, self.args, self.training, **options)[0]
+
+    def write_down(self, model, system):
+        """{system: the model's text of each test clip}, and with a language model also {system_lm: those with it}."""
+        if self.args.tune_lm:
+            self.tune_lm(model)
         with spending("scoring"):
-            emitted = emit_clips(model, self.processor, self.test.clips, lengths, self.args, self.training)[0]
-        return [clip_text(self.processor, emissions) for emissions in emitted]
+            emitted = self.emit(model, self.test)
+            texts = {system: [clip_text(self.processor, emissions) for emissions in emitted]}
+            if self.lm:
+                texts[f"{system}_lm"] = clip_texts(self.processor, emitted, self.lm, self.training)
+                self.lm_settings[system] = self.lm.settings
+        return texts
+
+    def tune_lm(self, model):
+        """Take the weight and word score of the lowest dev WER, and note in results/lm.json what was tried."""
+        dev = self.selections["dev"]
+        chosen = range(0, len(dev.rows), math.ceil(len(dev.rows) / TUNING_CLIPS))
+        dev = Selection(dev.clips.select(chosen), [dev.rows[index] for index in chosen], [])
+        say(f"choosing --lm_weight and --lm_word_score on {plural(len(dev.rows), 'dev clip')}")
+        with spending("tuning the language model"):
+            references = [row["text"] for row in dev.rows]
+            self.lm, record = tuned_lm(self.lm, self.emit(model, dev), references, self.processor, self.training)
+        if self.is_first:
+            write_text(self.output / "results" / "lm.json", json.dumps(record, indent=1))
+        weights = f"--lm_weight {self.lm.weight:g} --lm_word_score {self.lm.word_score:g}"
+        say(f"  {weights}: dev WER {percent(record['wer'])}, greedy {percent(record['wer_greedy'])}")
 
     def score_texts(self, texts):
+        """{system: Scored} of {system: its text of each test clip}."""
         seen = None if self.args.eval_only else {row["accent"] for row in self.selections["train"].rows}
-        return score_texts(self.test.rows, texts, seen)
+        return {system: score_texts(self.test.rows, its_texts, seen) for system, its_texts in texts.items()}
 
-    def write_results(self, baseline, finetuned, history=()):
-        args = self.args
+    def write_results(self, systems, history=()):
+        args, lm = self.args, last_of(self.lm_settings)
         config = public({**vars(args), "training": json.loads(self.training.to_json_string())})
         data = {split: {**totals(part.rows), "skipped": part.reasons} for split, part in self.selections.items()}
         data["characters_dropped_from_labels"] = self.encoder.dropped
         longer = sum(row["num_samples"] > args.window_seconds * SAMPLE_RATE for row in self.test.rows)
         scored = f"{plural(longer, 'clip')} over {args.window_seconds:g} s scored in overlapping windows"
         title, notes = f"{public(args.model)} on {public(args.dataset)}", [f"{scored}; none left out for its length."]
-        return write_results(self.output / "results", config, data, baseline, finetuned, title, notes, history)
+        if lm:
+            notes.append("LM: {name}, weight {weight:g}, word score {word_score:g}, beam {beam}.".format(**lm))
+            before = self.lm_settings.get("baseline", lm)
+            if before != lm:  # each model is tuned by itself
+                notes.append("LM before: weight {weight:g}, word score {word_score:g}.".format(**before))
+                lm = {**lm, "baseline": before}
+        return write_results(self.output / "results", config, data, systems, title, notes, history, lm)
 
     def score(self):
         """--eval_only; returns the exit status."""
         say(f"scoring {self.args.model} on the test split")
-        scored = self.score_texts(self.write_down(self.model))
+        systems = self.score_texts(self.write_down(self.model, "baseline"))
         if self.is_first:
-            self.write_results(scored, None)
+            self.write_results(systems)
             say(f"\nresults: {self.output / 'results'}")
         return 0
 
     def score_baseline(self, state):
-        """The `Scored` of the untouched model, whose texts an earlier start of this run may have left in `state`."""
-        clips = [row["clip"] for row in self.test.rows]
-        if not state.baseline or set(state.baseline) != set(clips):
+        """{system: Scored} of the untouched model, whose texts an earlier start of the run may have left in `state`."""
+        clips, asked = [row["clip"] for row in self.test.rows], lm_asked(self.args)
+        if not state.baseline_lm or state.baseline_lm["asked"] != asked:
+            state.baseline_lm = None
+        kept = {"baseline": state.baseline, "baseline_lm": state.baseline_lm and state.baseline_lm["texts"]}
+        kept = {name: texts for name, texts in kept.items() if name == "baseline" or self.lm}
+        if any(not texts or set(texts) != set(clips) for texts in kept.values()):
             say(f"scoring {self.args.model} as it is on the test split")
-            state.baseline = dict(zip(clips, self.write_down(self.model)))
+            written = self.write_down(self.model, "baseline")
+            kept = {name: dict(zip(clips, texts)) for name, texts in written.items()}
+            state.baseline = kept["baseline"]
+            if self.lm:
+                state.baseline_lm = {"asked": asked, "lm": self.lm.settings, "texts": kept["baseline_lm"]}
             if self.is_first:
                 state.save()
-        baseline = self.score_texts([state.baseline[clip] for clip in clips])
-        say(f"  WER {percent(baseline.scores['wer'])} before training")
-        return baseline
+        if self.lm:
+            self.lm_settings["baseline"] = state.baseline_lm["lm"]
+        systems = self.score_texts({name: [texts[clip] for clip in clips] for name, texts in kept.items()})
+        for scored, how in zip(systems.values(), ("", " with the language model")):
+            say(f"  WER {percent(scored.scores['wer'])} before training{how}")
+        return systems
 
     def training_clips(self, checkpoint):
         if not self.args.streaming:
@@ -4111,7 +4529,7 @@ class Job:
         if self.is_first:
             state.save()
         self.training.batch_limit = state.batch_limit
-        baseline = None if self.args.skip_baseline else self.score_baseline(state)
+        baseline = {} if self.args.skip_baseline else self.score_baseline(state)
         say("training")
         updates = fit_schedule(self.training, len(self.selections["train"].rows))
         dev = DevSet(self.selections["dev"], self.processor, self.encoder, self.args)
@@ -4121,14 +4539,14 @@ class Job:
         # Without the wrapper that autocasts: before and after are scored alike, in float32.
         tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         share_weights(tuned, self.training)
-        finetuned = self.score_texts(self.write_down(tuned))
+        finetuned = self.score_texts(self.write_down(tuned, "finetuned"))
         if self.is_first:
-            self.finish(state, trainer, baseline, finetuned)
+            self.finish(state, trainer, baseline | finetuned)
         return 0
 
-    def finish(self, state, trainer, baseline, finetuned):
+    def finish(self, state, trainer, systems):
         """Write the final model, its results and its card, each complete or not at all."""
-        metrics = self.write_results(baseline, finetuned, trainer.state.log_history)
+        metrics = self.write_results(systems, trainer.state.log_history)
         with spending("saving"), complete_folder(self.output / "final") as final:
             trainer.save_model(str(final))
             write_model_card(final, self.output / "results", self.args, metrics)
@@ -4147,8 +4565,8 @@ def write_test_scores_to_tensorboard(output, metrics, step):
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(output / "runs")) as writer:
-        for system in ("baseline", "finetuned"):
-            for name in RATES if metrics[system] else ():
+        for system in SYSTEMS:
+            for name in RATES if metrics.get(system) else ():
                 writer.add_scalar(f"test_{system}/{name}", metrics[system][name], step)
         picture = matplotlib.image.imread(output / "results" / "wer_by_accent.png")
         writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")

@@ -46,7 +46,8 @@ def table(first_column):
 
 def test_the_two_commands_that_set_up_are_there_to_copy():
     assert f"pip install -r requirements.txt && {DEMO_COMMAND}" in commands()
-    assert "pip install -r requirements.txt pytest pytest-xdist hypothesis && python -m pytest tests" in commands()
+    packages = "pytest pytest-xdist hypothesis flashlight-text"
+    assert f"pip install -r requirements.txt {packages} && python -m pytest tests" in commands()
 
 
 def test_no_placeholder_is_left():
