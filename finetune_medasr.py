@@ -4,13 +4,15 @@
     python finetune_medasr.py --demo                                    # the whole job in small, offline, in minutes
     python finetune_medasr.py                                           # MedASR on all of AfriSpeech-200
     python finetune_medasr.py --accents yoruba igbo --domains clinical  # a part of it
+    python finetune_medasr.py --dataset ./recordings --data_dir ./16khz # your own recordings
     python finetune_medasr.py run.yaml --learning_rate 1e-5             # a YAML file, flags on top of it
     python finetune_medasr.py --eval_only --model ./medasr-afrispeech-200/final
     python finetune_medasr.py --transcribe visit.wav --model ./medasr-afrispeech-200/final
     torchrun --nproc_per_node 8 finetune_medasr.py
 
-The path of the data: archives of the Hub repository -> 16 kHz mono FLAC in memory-mapped Arrow files -> length-grouped
-batches of log-mels -> LasrForCTC -> greedy CTC text -> word error rates by group -> report, TensorBoard, model card.
+The path of the data: archives of the Hub repository, or your own recordings -> 16 kHz mono FLAC in memory-mapped Arrow
+files -> length-grouped batches of log-mels -> LasrForCTC -> greedy CTC text -> word error rates by group -> report,
+TensorBoard, model card.
 
 torch, transformers and datasets are imported inside the functions that use them: they take seconds to load, and --help,
 usage errors and the worker processes that convert audio should not wait for them.
@@ -965,7 +967,9 @@ class Corpus:
     def fetch(self, path):
         """The local path of a file of the repository, downloaded if need be; raises RunError."""
         target = self.local_path(path)
-        if not self.folder and not target.exists():
+        if not self.folder and not (target.exists() and target.stat().st_size == self.files[path][0]):
+            target = self.data_dir / "hub" / path
+            target.unlink(missing_ok=True)  # of another version
             with explained_hub_errors(self.name, "dataset"):
                 download(self, path, target)
         return target
@@ -1673,15 +1677,15 @@ def choose_columns(names, text_column, table):
     return {"transcript": texts[0], **{ours: names[0] for ours, names in matches.items() if names}}
 
 
-def own_row(key, cells, columns):
-    """`clip_row` of a row of somebody's table, whose `split` is "" where neither a column nor the path names it."""
+def own_row(key, split, cells, columns):
+    """`clip_row` of a row of somebody's table, with the split that a column of it names, or else `split`."""
     known = {ours: cells.get(column) for ours, column in columns.items()}
     # JSON can hold halves of characters, which no file can.
     known = {
         ours: "" if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
         for ours, cell in known.items()
     }
-    return clip_row(key, split_in(known.get("split", "")) or split_in(key), "", known)
+    return clip_row(key, split_in(known.get("split", "")) or split, "", known)
 
 
 def read_metadata(path):
@@ -1863,14 +1867,14 @@ class Recordings(Corpus):
                 key, problem = (key, "") if row["file_name"].strip() else (f"{table}, row {number}", "no file_name")
                 if key not in self.files:
                     problem = problem or ("refused: its path climbs out of the folder" if outside else "no audio")
-                rows.setdefault(key, {**own_row(key, row, columns), "problem": problem})
+                split = split_in(table) or split_in(key)
+                rows.setdefault(key, {**own_row(key, split, row, columns), "problem": problem})
         if not any(not row["problem"] for row in rows.values()):
-            raise RunError(
-                f"{tables[0]} names no file that is there among {plural(len(rows), 'row')}, such as {[*rows][:1]}"
-            )
+            count = plural(len(rows), "row")
+            raise RunError(f"{tables[0]} names no file that is there among {count}, such as {next(iter(rows))}")
         for path in self.files:
             if RECORDING.fullmatch(path) and path not in rows:
-                rows[path] = {**own_row(path, {}, {}), "problem": "no transcript"}
+                rows[path] = {**own_row(path, split_in(path), {}, {}), "problem": "no transcript"}
         by_split = {}
         for row in rows.values():
             by_split.setdefault(row["split"], []).append(row)
@@ -1955,8 +1959,7 @@ class Recordings(Corpus):
                 column: labels[column][cell] if column in labels and cell is not None else cell
                 for column, cell in row.items()
             }
-            rows.append({**own_row(key, row, columns)})
-            rows[-1]["split"] = split or split_in(str(row.get(columns.get("split")) or ""))
+            rows.append(own_row(key, split, row, columns))
         return rows
 
     def parquet_audio(self, path):
@@ -3104,6 +3107,7 @@ def write_model_card(final, results, args, metrics):
 
     on_hub = lambda name: re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()  # noqa: E731
     model, dataset = public(args.model), public(args.dataset)
+    data, is_own = metrics["data"], metrics["data"]["layout"] == "recordings"
     source = {"name": "AfriSpeech-200" if dataset == DEFAULT_DATASET else dataset, "type": dataset, "split": "test"}
     rates = {name: round(100 * metrics["finetuned"][name], 2) for name in RATES}
     result = {
@@ -3114,23 +3118,24 @@ def write_model_card(final, results, args, metrics):
     header = {
         "language": "en",
         **({"base_model": model} if on_hub(args.model) else {}),
-        **({"datasets": [dataset]} if on_hub(args.dataset) else {}),
+        **({"datasets": [dataset.partition(":")[0]]} if on_hub(args.dataset.partition(":")[0]) else {}),
         "pipeline_tag": "automatic-speech-recognition",
         "library_name": "transformers",
-        "tags": ["medical", "african-accents", "ctc"],
+        "tags": ["medical", *([] if is_own else ["african-accents"]), "ctc"],
         "license": "other",
         "license_name": "health-ai-developer-foundations",
         "license_link": "https://developers.google.com/health-ai-developer-foundations/terms",
-        "model-index": [{"name": "medasr-afrispeech-200", "results": [result]}],
+        "model-index": [{"name": "medasr-own-data" if is_own else "medasr-afrispeech-200", "results": [result]}],
     }
-    train = metrics["data"]["train"]
+    train = data["train"]
+    new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     card = f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
-# {markdown_text(model)} adapted to African-accented English
+# {markdown_text(model)} adapted to {markdown_text(dataset) if is_own else "African-accented English"}
 
 Fine-tuned on {markdown_text(dataset)}, {plural(train["clips"], "clip")} and {train["hours"]:.1f} hours,
-by `{PROGRAM}`. The scores below are of its test split, whose speakers are not in training.
+by `{PROGRAM}`. The scores below are of its test split{", whose speakers are not in training" * bool(new_speakers)}.
 
 ```python
 import librosa
@@ -3142,9 +3147,9 @@ ids = model.generate(**processor(audio, sampling_rate=16000))
 print(processor.batch_decode(ids, skip_special_tokens=True)[0])
 ```
 
-The base model's terms (Health AI Developer Foundations) hold for this derivative too; AfriSpeech-200 is
-CC-BY-NC-SA-4.0, for non-commercial use. Not a medical device: a person checks every transcript that a decision rests
-on.
+The base model's terms (Health AI Developer Foundations) hold for this derivative too, and those of the data:
+{"see where it comes from" if is_own else "AfriSpeech-200 is CC-BY-NC-SA-4.0, for non-commercial use"}.
+Not a medical device: a person checks every transcript that a decision rests on.
 
 Made with `{args.command}`; {versions}.
 
