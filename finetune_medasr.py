@@ -955,23 +955,25 @@ class Corpus:
         """The folder, or the Hub id with its configuration, that the prepared files come from."""
         return str(self.folder or self.name + (f":{self.config}" if self.config else ""))
 
-    def local_path(self, path):
-        """Where a file of the repository lies on this machine, or would when it is downloaded."""
+    def find_local(self, path):
+        """Where a file of the repository lies on this machine, None if it does not, or is of another version."""
         if self.folder:
             return self.folder / path
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(self.name, path, repo_type="dataset", revision=self.revision)
-        return Path(cached) if isinstance(cached, str) else self.data_dir / "hub" / path
+        places = [*([Path(cached)] if isinstance(cached, str) else []), self.data_dir / "hub" / path]
+        return next((place for place in places if place.exists() and place.stat().st_size == self.files[path][0]), None)
 
     def fetch(self, path):
         """The local path of a file of the repository, downloaded if need be; raises RunError."""
-        target = self.local_path(path)
-        if not self.folder and not (target.exists() and target.stat().st_size == self.files[path][0]):
-            target = self.data_dir / "hub" / path
-            target.unlink(missing_ok=True)  # of another version
-            with explained_hub_errors(self.name, "dataset"):
-                download(self, path, target)
+        if local := self.find_local(path):
+            return local
+        target = self.data_dir / "hub" / path
+        if target.exists() and target.stat().st_size != self.files[path][0]:
+            target.unlink()  # another process may just have fetched the right one
+        with explained_hub_errors(self.name, "dataset"):
+            download(self, path, target)
         return target
 
     def release(self, path):
@@ -1922,11 +1924,10 @@ class Recordings(Corpus):
         """A pyarrow ParquetFile of the local file, or of as much of the Hub's as is asked for."""
         import pyarrow.parquet
 
-        local = self.local_path(path)
-        remote = not self.folder and not local.exists()
+        local = self.find_local(path)
         with (
-            explained_hub_errors(self.name, "dataset") if remote else contextlib.nullcontext(),
-            io.BufferedReader(HubStream(self, path), 1 << 16) if remote else open(local, "rb") as stream,
+            contextlib.nullcontext() if local else explained_hub_errors(self.name, "dataset"),
+            open(local, "rb") if local else io.BufferedReader(HubStream(self, path), 1 << 16) as stream,
             pyarrow.parquet.ParquetFile(stream) as file,
         ):
             yield file
