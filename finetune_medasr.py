@@ -4,13 +4,15 @@
     python finetune_medasr.py --demo                                    # the whole job in small, offline, in minutes
     python finetune_medasr.py                                           # MedASR on all of AfriSpeech-200
     python finetune_medasr.py --accents yoruba igbo --domains clinical  # a part of it
+    python finetune_medasr.py --dataset ./recordings --data_dir ./16khz # your own recordings
     python finetune_medasr.py run.yaml --learning_rate 1e-5             # a YAML file, flags on top of it
     python finetune_medasr.py --eval_only --model ./medasr-afrispeech-200/final
     python finetune_medasr.py --transcribe visit.wav recordings/        # with the model that a run has made
     torchrun --nproc_per_node 8 finetune_medasr.py
 
-The path of the data: archives of the Hub repository -> 16 kHz mono FLAC in memory-mapped Arrow files -> length-grouped
-batches of log-mels -> LasrForCTC -> greedy CTC text -> word error rates by group -> report, TensorBoard, model card.
+The path of the data: archives of the Hub repository, or your own recordings -> 16 kHz mono FLAC in memory-mapped Arrow
+files -> length-grouped batches of log-mels -> LasrForCTC -> greedy CTC text -> word error rates by group -> report,
+TensorBoard, model card.
 
 torch, transformers and datasets are imported inside the functions that use them: they take seconds to load, and --help,
 usage errors and the worker processes that convert audio should not wait for them.
@@ -252,10 +254,14 @@ class ScriptArguments:
 
     model: str = flag(DEFAULT_MODEL, "Hub id or local folder of the model")
     model_revision: str | None = flag(None, "branch, tag or commit of the model")
-    dataset: str = flag(DEFAULT_DATASET, "Hub id of the corpus, or a local folder in the Hub repository's layout")
+    dataset: str = flag(
+        DEFAULT_DATASET,
+        "Hub id (owner/name or owner/name:config) or local folder: AfriSpeech-200's layout, or your own",
+    )
     dataset_revision: str | None = flag(
         None, f"commit of the corpus; for AfriSpeech-200 {DEFAULT_DATASET_REVISION[:7]} is pinned"
     )
+    text_column: str | None = flag(None, "the column of your own recordings' texts, where the program cannot tell")
     data_dir: str = flag("./afrispeech-200-16khz", "where the prepared 16 kHz audio is kept")
     accents: list[str] | None = flag(None, "only these accents, e.g. yoruba 'akan (fante)'")
     domains: list[str] | None = flag(None, "only these domains: clinical, general")
@@ -861,6 +867,19 @@ class HubStream(io.RawIOBase):
     def readable(self):
         return True
 
+    def seekable(self):
+        return True
+
+    def tell(self):
+        return self.position
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        if position != self.position:
+            self.connection.close()
+            self.position, self.chunks, self.rest = position, None, b""
+        return position
+
     def _connect(self):
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
@@ -943,8 +962,12 @@ class Corpus:
 
     `files` maps each path in the repository to [its size in bytes, its sha256 on the Hub or its time of change in a
     folder]; `stamps` each archive of a folder to what `files` said of it and its transcripts when it was converted.
-    `chosen` are the folders of the accents that a run is of, None for all.
+    `chosen` are the folders of the accents that a run is of, None for all. `made` are the splits that the program made
+    itself, which AfriSpeech-200 needs none of.
     """
+
+    layout = "archives"
+    made = ()
 
     name: str
     revision: str | None
@@ -954,6 +977,7 @@ class Corpus:
     files: dict[str, list] = field(default_factory=dict)
     stamps: dict[str, list] = field(default_factory=dict)
     chosen: set[str] | None = None
+    config: str = ""
 
     def find(self, pattern, splits):
         """The paths of `splits` that match `pattern`, whose groups are the accent and the split."""
@@ -989,25 +1013,34 @@ class Corpus:
 
     def write_source(self, converted=()):
         """Note down what the prepared files come from, those of the archives `converted` as these are now."""
-        if self.folder:
-            self.stamps |= {path: self.stamp(path) for path in converted if self.prepared_path(path).exists()}
-        source = {"dataset": str(self.folder or self.name), "revision": self.revision, "stamps": self.stamps}
+        self.stamps |= {path: self.stamp(path) for path in converted if self.prepared_path(path).exists()}
+        source = {"dataset": self.identity(), "revision": self.revision, "stamps": self.stamps}
         source["files"] = {} if self.folder else self.files
         write_text(self.data_dir / "source.json", json.dumps(source, indent=1))
 
-    def fetch(self, path):
-        """The local path of a file of the repository, downloaded if need be; raises RunError."""
+    def identity(self):
+        """The folder, or the Hub id with its configuration, that the prepared files come from."""
+        return str(self.folder or self.name + (f":{self.config}" if self.config else ""))
+
+    def find_local(self, path):
+        """Where a file of the repository lies on this machine, None if it does not, or is of another version."""
         if self.folder:
             return self.folder / path
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(self.name, path, repo_type="dataset", revision=self.revision)
-        if isinstance(cached, str):
-            return Path(cached)
+        places = [*([Path(cached)] if isinstance(cached, str) else []), self.data_dir / "hub" / path]
+        return next((place for place in places if place.exists() and place.stat().st_size == self.files[path][0]), None)
+
+    def fetch(self, path):
+        """The local path of a file of the repository, downloaded if need be; raises RunError."""
+        if local := self.find_local(path):
+            return local
         target = self.data_dir / "hub" / path
-        if not target.exists():
-            with explained_hub_errors(self.name, "dataset"):
-                download(self, path, target)
+        if target.exists() and target.stat().st_size != self.files[path][0]:
+            target.unlink()  # another process may just have fetched the right one
+        with explained_hub_errors(self.name, "dataset"):
+            download(self, path, target)
         return target
 
     def release(self, path):
@@ -1025,6 +1058,34 @@ class Corpus:
             if audio_path := row.get("audio_paths") or row.get("audio_path"):
                 rows.setdefault(clip_key(audio_path), row)
         return rows
+
+    def rows(self, split):
+        """The rows of a split as its transcripts announce them, without audio."""
+        return [
+            clip_row(key, split, accent, row)
+            for accent in [path.split("/")[1] for path in self.tables(split)]
+            for key, row in self.transcripts(accent, split).items()
+        ]
+
+    def accents(self):
+        """The folders of the accents."""
+        return {path.split("/")[1] for path in self.files if re.match(r"(audio|transcripts)/[^/]+/", path)}
+
+    def make_splits(self, splits, seed):
+        """AfriSpeech-200 has all of them."""
+
+    def part(self, archive):
+        """What a worker process needs to convert an archive."""
+        return self
+
+    def clips(self, archive):
+        """Yield the rows of an archive's prepared file."""
+        with open(self.fetch(archive), "rb") as stream:
+            yield from archive_clips(self, archive, stream)
+
+    def split_clips(self, clips, split):
+        """Those of the prepared `clips`, a Dataset, that are of a split and of the accents chosen."""
+        return clips
 
     def fetch_transcripts(self, splits):
         """Have every CSV of `splits` here, some hundred, so several at once; warns of defects."""
@@ -1098,9 +1159,10 @@ def open_corpus(args):
     folder = Path(args.dataset).expanduser()
     folder = folder.resolve() if folder.is_dir() else None
     revision = args.dataset_revision or (DEFAULT_DATASET_REVISION if args.dataset == DEFAULT_DATASET else None)
-    corpus = Corpus(args.dataset, revision, folder, Path(args.data_dir).expanduser(), args.keep_archives)
+    name, _, config = (args.dataset, "", "") if folder else args.dataset.partition(":")
+    corpus = Corpus(name, revision, folder, Path(args.data_dir).expanduser(), args.keep_archives, config=config)
     stored = read_json(corpus.data_dir / "source.json") or {}
-    held, asked = [stored.get("dataset"), stored.get("revision")], [str(folder or args.dataset), revision]
+    held, asked = [stored.get("dataset"), stored.get("revision")], [corpus.identity(), revision]
     if stored and held != asked:
         raise UsageError(
             f"--data_dir {args.data_dir} holds audio of {held[0]} at revision {held[1]}, not of {asked[0]} at "
@@ -1111,11 +1173,13 @@ def open_corpus(args):
     elif stored and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         corpus.files = stored["files"]  # a commit never changes: no network is needed to go on
     else:
-        corpus.files = list_hub_files(args.dataset, revision)
-    if not corpus.archives(*SPLITS):
-        layout = f"it is not in the layout of {DEFAULT_DATASET}"
-        raise RunError(f"{args.dataset} has no audio/<accent>/<split>/*.tar.gz: {layout}")
+        corpus.files = list_hub_files(name, revision)
     corpus.stamps = stored.get("stamps", {})
+    if not corpus.archives(*SPLITS):
+        corpus = open_recordings(corpus, args)
+    elif config or args.text_column:
+        what = f"--text_column is {args.text_column}" if args.text_column else f"--dataset names '{config}'"
+        raise UsageError(f"{what}; {name} is in AfriSpeech-200's layout, which has none to choose: leave it out")
     corpus.write_source()
     corpus.chosen = chosen_accents(corpus, args.accents)
     return corpus
@@ -1168,11 +1232,13 @@ def write_text(path, text):
 
 def chosen_accents(corpus, accents):
     """The folders of the accents named by the user (None: all); raises UsageError with the nearest names."""
-    known = sorted({path.split("/")[1] for path in corpus.files if re.match(r"(audio|transcripts)/[^/]+/", path)})
+    known = sorted(corpus.accents())
     for accent in accents or []:
         if slugify(accent) not in known:
             near = difflib.get_close_matches(slugify(accent), known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"the accents are {', '.join(known)}"
+            hint = (
+                f"did you mean {' or '.join(near)}?" if near else f"the accents are {', '.join(known) or 'not given'}"
+            )
             raise UsageError(f"--accents has '{accent}', which {corpus.name} does not have; {hint}")
     return {slugify(accent) for accent in accents} if accents else None
 
@@ -1288,7 +1354,12 @@ def clip_row(key, split, accent, row):
 
 
 def make_clip(key, split, accent, row, audio=None, problem=""):
-    """One row of a prepared file; its length is that of the audio itself, 0 with a `problem`."""
+    """One row of a prepared file, from a row of the transcripts (None if there is none)."""
+    return with_audio(clip_row(key, split, accent, row), audio, problem)
+
+
+def with_audio(row, audio, problem=""):
+    """One row of a prepared file, from that of `clip_row`; its length is the audio's own, 0 with a `problem`."""
     samples = ()
     if not problem:
         try:
@@ -1297,7 +1368,7 @@ def make_clip(key, split, accent, row, audio=None, problem=""):
         except ValueError as error:
             problem = f"undecodable audio ({error})"
     flac = b"" if problem else encode_flac(samples)
-    return {**clip_row(key, split, accent, row), "audio": flac, "num_samples": len(samples), "problem": problem}
+    return {**row, "audio": flac, "num_samples": len(samples), "problem": problem}
 
 
 class Header(tarfile.TarInfo):
@@ -1370,13 +1441,9 @@ def prepare_archive(corpus, archive):
     partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     clips, samples = 0, 0
     try:
-        local = corpus.fetch(archive)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            open(local, "rb") as stream,
-            ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer,
-        ):
-            for clip in archive_clips(corpus, archive, stream):
+        with ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer:
+            for clip in corpus.clips(archive):
                 writer.write(clip)
                 clips, samples = clips + 1, samples + clip["num_samples"]
             writer.finalize()
@@ -1408,22 +1475,14 @@ def start_worker(connection):
 def disk_needed(corpus, todo, splits, num_proc):
     """(bytes that preparing `todo` needs at its peak, bytes that stay), from the durations in the transcripts."""
     share = corpus.size(todo) / max(1, corpus.size(corpus.archives(*splits)))
-    stays = share * sum(hours(transcript_rows(corpus, split)) for split in splits) * FLAC_BYTES_AN_HOUR
+    stays = share * sum(hours(corpus.rows(split)) for split in splits) * FLAC_BYTES_AN_HOUR
+    stays = stays or corpus.size(todo)  # of recordings whose durations nobody noted down
     if corpus.folder:
         return stays, stays
     if corpus.keep_archives:
         return (stays + corpus.size(todo),) * 2
     sizes = sorted((corpus.files[path][0] for path in todo), reverse=True)
     return stays + sum(sizes[:num_proc]), stays
-
-
-def transcript_rows(corpus, split):
-    """The rows of a split as its transcripts announce them, without audio."""
-    return [
-        clip_row(key, split, accent, row)
-        for accent in [path.split("/")[1] for path in corpus.tables(split)]
-        for key, row in corpus.transcripts(accent, split).items()
-    ]
 
 
 def hours(rows):
@@ -1488,7 +1547,8 @@ def prepare_archives(corpus, todo, num_proc):
     ):
         # The largest first, so that none is left alone at the end.
         largest_first = sorted(todo, key=lambda archive: -corpus.files[archive][0])
-        for job in as_completed([pool.submit(prepare_archive, corpus, archive) for archive in largest_first]):
+        jobs = [pool.submit(prepare_archive, corpus.part(archive), archive) for archive in largest_first]
+        for job in as_completed(jobs):
             try:
                 more_clips, more_hours = job.result()
                 clips, spoken_hours = clips + more_clips, spoken_hours + more_hours
@@ -1513,9 +1573,10 @@ def load_split(corpus, split):
 
     parts = [Dataset.from_file(str(corpus.prepared_path(path))) for path in corpus.archives(split)]
     empty = Dataset.from_dict({name: [] for name in clip_features()}, features=clip_features())
-    clips = concatenate_datasets(parts or [empty])
-    found, rows = set(clips["clip"]), transcript_rows(corpus, split)
-    return clips, [{**row, "num_samples": 0, "problem": "no audio"} for row in rows if row["clip"] not in found]
+    clips = corpus.split_clips(concatenate_datasets(parts or [empty]), split)
+    found, rows = set(clips["clip"]), corpus.rows(split)
+    missing = [row for row in rows if row["clip"] not in found]
+    return clips, [{**row, "num_samples": 0, "problem": row["problem"] or "no audio"} for row in missing]
 
 
 def balanced_shares(archives, sizes, count):
@@ -1608,7 +1669,8 @@ def select_clips(clips, missing, args, check, max_samples, seed):
     """
     rows = clips.remove_columns("audio").to_list() + missing
     # A damaged archive or a file without a transcript has no domain to ask for.
-    asked_for = [index for index, row in enumerate(rows) if wanted(row, args) or not row["domain"]]
+    nameless = lambda row: row["problem"] and not row["domain"]  # noqa: E731
+    asked_for = [index for index, row in enumerate(rows) if wanted(row, args) or nameless(row)]
     kept, skipped = {}, []  # {name: index} of clips
     for index, reason in zip(asked_for, check([rows[index] for index in asked_for])):
         clip = rows[index]["clip"]
@@ -1655,6 +1717,410 @@ def append_skipped(path, clip, reason):
                 file.write(line)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({one_line(error)}): {ROOM_ADVICE}") from error
+
+
+# ---------------------------------------------------------------- own recordings
+
+TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription")
+# What `clip_row` knows a cell as -> the names that its column may have in other people's tables.
+OWN_COLUMNS = {
+    "user_ids": ("speaker", "speaker_id", "user_ids", "user_id", "client_id"),
+    "accent": ("accent", "accents"),
+    "country": ("country",),
+    "gender": ("gender", "sex"),
+    "age_group": ("age_group", "age"),
+    "domain": ("domain",),
+    "duration": ("duration", "seconds"),
+    "split": ("split",),
+}
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("dev", "validation", "valid", "val"), "dev"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+METADATA = re.compile(r"(.*/)?metadata\.(csv|jsonl)")
+RECORDING = re.compile(r".*\.(wav|flac|mp3|ogg|oga|opus|m4a|aac|aif|aiff|wma|webm)", re.IGNORECASE)
+GROUP_CLIPS = 256  # recordings of a folder that are converted to one prepared file
+
+
+def split_in(path):
+    """The split that a folder of a path, or a word of its file's name, stands for; "" if none does."""
+    *folders, name = path.lower().split("/")
+    return next((SPLIT_NAMES[word] for word in [*folders, *re.split("[^a-z]+", name)] if word in SPLIT_NAMES), "")
+
+
+def choose_columns(names, text_column, table):
+    """{what `clip_row` knows a cell as: its column among `names`}; raises UsageError without one column of texts."""
+    found = f"its columns are {', '.join(names) or 'none'}"
+    if text_column and text_column not in names:
+        raise UsageError(f"--text_column is {text_column}, which {table} does not have; {found}")
+    texts = [text_column] if text_column else [name for name in names if name.lower() in TEXT_COLUMNS]
+    if len(texts) != 1:
+        problem = f"both {' and '.join(texts)}" if texts else f"no column {' or '.join(TEXT_COLUMNS)}"
+        raise UsageError(f"{table} has {problem}; name the column of the texts with --text_column: {found}")
+    lower = {name.lower(): name for name in reversed(names)}
+    matches = {ours: [lower[name] for name in theirs if name in lower] for ours, theirs in OWN_COLUMNS.items()}
+    return {"transcript": texts[0], **{ours: names[0] for ours, names in matches.items() if names}}
+
+
+def own_row(key, split, cells, columns):
+    """`clip_row` of a row of somebody's table, with the split that a column of it names, or else `split`."""
+    known = {ours: cells.get(column) for ours, column in columns.items()}
+    # JSON can hold halves of characters, which no file can.
+    known = {
+        ours: "" if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
+        for ours, cell in known.items()
+    }
+    return clip_row(key, split_in(known.get("split", "")) or split, "", known)
+
+
+def read_metadata(path):
+    """The rows of a metadata.csv or metadata.jsonl, a dict each; raises RunError."""
+    if path.suffix == ".csv":
+        rows, notes = read_transcripts(path, (("file_name",),))
+    else:
+        text, notes = read_text(path)
+        try:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{path} is not lines of JSON ({one_line(error)})") from error
+        if wrong := [row for row in rows if not isinstance(row, dict) or not isinstance(row.get("file_name"), str)]:
+            keys = ", ".join(wrong[0]) if isinstance(wrong[0], dict) else type(wrong[0]).__name__
+            raise RunError(f"{path} has {plural(len(wrong), 'row')} without a file_name, the first with {keys}")
+    for note in notes:
+        warn(f"{path}: {note}")
+    return rows
+
+
+def readme_settings(path):
+    """The YAML at the head of a dataset's README.md, a dict."""
+    import yaml
+
+    head = re.match(r"---\s*\n(.*?)\n---", read_text(path)[0], re.DOTALL)
+    try:
+        settings = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError as error:
+        raise RunError(f"{path} does not begin with YAML ({one_line(error)})") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def file_patterns(config):
+    """[(split, pattern of paths)] of one of the `configs` in a README.md; "" for a split that has no name."""
+    files = config.get("data_files") or f"{config.get('data_dir') or ''}*".lstrip("./")
+    if isinstance(files, dict):
+        files = [{"split": split, "path": path} for split, path in files.items()]
+    pairs = []
+    for item in [files] if isinstance(files, str) else files:
+        split, paths = (item.get("split", ""), item["path"]) if isinstance(item, dict) else ("", item)
+        pairs += [(split, path.removeprefix("./")) for path in ([paths] if isinstance(paths, str) else paths)]
+    return pairs
+
+
+def divide_speakers(sizes, splits, seed):
+    """{speaker: split} of those drawn for `splits`, for each about a tenth of the clips; `sizes` are {speaker: clips}.
+
+    The order is one of checksums, so that more recordings later move few speakers.
+    """
+    left = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
+    assignment = {}
+    for split in splits:
+        room, drawn = sum(sizes.values()) // 10, []
+        for speaker in left:
+            if sizes[speaker] <= room:
+                drawn.append(speaker)
+                room -= sizes[speaker]
+        drawn = drawn or [min(left, key=sizes.get)]
+        left = [speaker for speaker in left if speaker not in drawn]
+        assignment |= dict.fromkeys(drawn, split)
+    return assignment
+
+
+@dataclass
+class Recordings(Corpus):
+    """Somebody's recordings, on the Hub or in a local folder: parquet files, or audio files with metadata beside them.
+
+    Its archives are the parquet files, or else groups of audio files, which have entries in `files` too; `listed` holds
+    the `own_row` of each clip of an archive. Splits that are missing are `made` of the train split by `assignment`,
+    {speaker: split}; `unnamed` is the split of the clips that name none.
+    """
+
+    text_column: str | None = None
+    listed: dict[str, list] = field(default_factory=dict)
+    made: tuple = ()
+    assignment: dict[str, str] = field(default_factory=dict)
+    unnamed: str = ""
+
+    layout = "recordings"
+
+    def archives(self, *splits):
+        return [name for name, rows in self.listed.items() if any(self.split_of(row) in splits for row in rows)]
+
+    def prepared_path(self, archive):
+        from urllib.parse import quote
+
+        return self.data_dir / "clips" / f"{quote(archive, safe='')}.arrow"
+
+    def stamp(self, archive):
+        return [self.files[archive], self.text_column]
+
+    def accents(self):
+        return {slugify(row["accent"]) for rows in self.listed.values() for row in rows} - {""}
+
+    def fetch_transcripts(self, splits):
+        """They are `listed`."""
+
+    def part(self, archive):
+        rows = self.listed[archive]
+        needed = {path: self.files[path] for path in (archive, *(row["clip"] for row in rows)) if path in self.files}
+        return dataclasses.replace(self, files=needed, stamps={}, listed={archive: rows}, assignment={})
+
+    def release(self, archive):
+        for path in [archive] if archive.endswith(".parquet") else [row["clip"] for row in self.listed[archive]]:
+            super().release(path)
+
+    # ---- splits
+
+    def split_of(self, row):
+        given = row["split"] or self.unnamed
+        return self.assignment.get(row["speaker"], given) if given == "train" else given
+
+    def problem_of(self, row):
+        """Why a clip cannot be used, as far as its row tells, "" if it can."""
+        no_speaker = self.assignment and self.split_of(row) == "train" and not row["speaker"]
+        return row["problem"] or ("no speaker to make a split by" if no_speaker else "")
+
+    def is_chosen(self, row, split):
+        """Whether a clip is of a split and of the --accents; one with a problem may have no accent to ask for."""
+        accent = slugify(row["accent"])
+        return self.split_of(row) == split and (
+            self.chosen is None or accent in self.chosen or bool(row["problem"] and not accent)
+        )
+
+    def rows(self, split):
+        return [
+            {**row, "split": split, "problem": self.problem_of(row)}
+            for rows in self.listed.values()
+            for row in rows
+            if self.is_chosen(row, split)
+        ]
+
+    def split_clips(self, clips, split):
+        rows = clips.remove_columns("audio").to_list()
+        usable = [self.is_chosen(row, split) and self.problem_of(row) == row["problem"] for row in rows]
+        clips = clips.remove_columns("split").add_column("split", [split] * len(rows))
+        return clips.select(np.flatnonzero(usable), keep_in_memory=True)
+
+    def make_splits(self, splits, seed):
+        """Draw speakers of the train split for dev and test, where `splits` need one that is missing."""
+        rows = [row for rows in self.listed.values() for row in rows]
+        named = {row["split"] for row in rows} - {""}
+        self.unnamed = "" if named else "train"
+        if lost := [row for row in rows if not self.split_of(row)]:
+            warn(f"{plural(len(lost), 'clip')}, such as {lost[0]['clip']}, of no split that is named: left out")
+        found = {self.split_of(row) for row in rows}
+        if not set(splits) - found:
+            return
+        if "train" not in found:
+            raise RunError(f"{self.identity()} has no train split; it has {' and '.join(sorted(named))}")
+        made = tuple(split for split in ("dev", "test") if split not in found)
+        what = f"{self.identity()} has no {' and no '.join(made)} split"
+        given = "give it in train, dev and test folders or in a column split"
+        sizes = Counter(row["speaker"] for row in rows if row["speaker"] and self.split_of(row) == "train")
+        if not sizes:
+            advice = "and no column speaker, speaker_id, user_ids or client_id to make one by: name the speakers"
+            raise RunError(f"{what}, {advice}, or {given}")
+        if len(sizes) <= len(made):
+            raise RunError(f"{what}, and {plural(len(sizes), 'speaker')} cannot be divided to make it: {given}")
+        self.made, self.assignment = made, divide_speakers(sizes, made, seed)
+        say(f"  {self.made_note(seed)}")
+
+    def made_note(self, seed):
+        return f"{' and '.join(self.made)} made of the train split by speaker, by --seed {seed}"
+
+    # ---- audio files with metadata
+
+    def list_folder(self, tables):
+        """List the clips of the audio files that `tables`, paths of metadata, and the folders hold, group by group."""
+        rows = {}
+        for table in tables:
+            cells = read_metadata(self.fetch(table))
+            columns = choose_columns(
+                list(dict.fromkeys(name for row in cells for name in row)), self.text_column, table
+            )
+            for number, row in enumerate(cells, start=1):
+                key = os.path.normpath(os.path.join(os.path.dirname(table), row["file_name"]))
+                outside = key.startswith(("/", "../"))
+                key, problem = (key, "") if row["file_name"].strip() else (f"{table}, row {number}", "no file_name")
+                if key not in self.files:
+                    problem = problem or ("refused: its path climbs out of the folder" if outside else "no audio")
+                split = split_in(table) or split_in(key)
+                rows.setdefault(key, {**own_row(key, split, row, columns), "problem": problem})
+        if not any(not row["problem"] for row in rows.values()):
+            count = plural(len(rows), "row")
+            raise RunError(f"{tables[0]} names no file that is there among {count}, such as {next(iter(rows))}")
+        for path in self.files:
+            if RECORDING.fullmatch(path) and path not in rows:
+                rows[path] = {**own_row(path, split_in(path), {}, {}), "problem": "no transcript"}
+        by_split = {}
+        for row in rows.values():
+            by_split.setdefault(row["split"], []).append(row)
+        for split, members in sorted(by_split.items()):
+            for number in range(0, len(members), GROUP_CLIPS):
+                self.add_group(
+                    f"{split or 'clips'}-{number // GROUP_CLIPS:05d}", members[number : number + GROUP_CLIPS]
+                )
+
+    def add_group(self, name, rows):
+        files = [self.files.get(row["clip"]) for row in rows]
+        mark = hashlib.sha256(json.dumps([rows, files]).encode()).hexdigest()
+        self.listed[name], self.files[name] = rows, [sum(file[0] for file in files if file), mark]
+
+    # ---- parquet
+
+    def parquet_files(self):
+        """{path: split, "" for none that is named} of the parquet files of the configuration; raises UsageError."""
+        import fnmatch
+
+        settings = readme_settings(self.fetch("README.md")) if "README.md" in self.files else {}
+        try:
+            configs = {config["config_name"]: file_patterns(config) for config in settings.get("configs") or []}
+            default = [config["config_name"] for config in settings.get("configs") or [] if config.get("default")]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise RunError(f"README.md of {self.name} has configs that cannot be read ({one_line(error)})") from error
+        name = self.config or next((name for name in (*default, "default") if name in configs), "")
+        if name and name not in configs:
+            raise UsageError(
+                f"--dataset names '{name}'; the configurations of {self.name} are {', '.join(configs) or 'none'}"
+            )
+        if not name and len(configs) > 1:
+            example = f"choose one, as {self.name}:{next(iter(configs))}"
+            raise UsageError(f"--dataset {self.name} has the configurations {', '.join(configs)}: {example}")
+        patterns = configs[name or next(iter(configs))] if configs else [("", "*")]
+        return {
+            path: split_in(split) if split else split_in(path)
+            for path in sorted(self.files)
+            for split, pattern in reversed(patterns)
+            if path.endswith(".parquet") and fnmatch.fnmatch(path, pattern)
+        }
+
+    @contextlib.contextmanager
+    def open_parquet(self, path):
+        """A pyarrow ParquetFile of the local file, or of as much of the Hub's as is asked for."""
+        import pyarrow.parquet
+
+        local = self.find_local(path)
+        with (
+            contextlib.nullcontext() if local else explained_hub_errors(self.name, "dataset"),
+            open(local, "rb") if local else io.BufferedReader(HubStream(self, path), 1 << 16) as stream,
+            pyarrow.parquet.ParquetFile(stream) as file,
+        ):
+            yield file
+
+    def list_parquet(self, splits):
+        """List the clips of parquet files, {path: split}: of those not converted, what is no audio is read."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(8) as pool:
+            self.listed = dict(zip(splits, pool.map(self.parquet_rows, splits, splits.values())))
+
+    def parquet_rows(self, path, split):
+        from datasets import Dataset
+
+        if not self.unprepared([path]):
+            return Dataset.from_file(str(self.prepared_path(path))).remove_columns("audio").to_list()
+        try:
+            with self.open_parquet(path) as file:
+                names = [name for name in file.schema_arrow.names if name != (audio := audio_column(file, path))]
+                columns = choose_columns(names, self.text_column, path)
+                cells = file.read([*columns.values(), f"{audio}.path"]).to_pylist()
+                labels = class_names(file)
+        except DAMAGED_PARQUET as error:
+            return [{**clip_row(path, split, "", None), "problem": f"damaged file ({one_line(error)})"}]
+        rows = []
+        for number, row in enumerate(cells):
+            name = os.path.basename((row.pop(audio, None) or {}).get("path") or "")
+            key = f"{path.removesuffix('.parquet')}/{number:05d}{'-' if name else ''}{name}"
+            row = {
+                column: labels[column][cell] if column in labels and cell is not None else cell
+                for column, cell in row.items()
+            }
+            rows.append(own_row(key, split, row, columns))
+        return rows
+
+    def parquet_audio(self, path):
+        """Yield the encoded audio of each row, None where there is none; raises ValueError for damage."""
+        try:
+            with self.open_parquet(path) as file:
+                for batch in file.iter_batches(batch_size=50, columns=[audio_column(file, path)]):
+                    yield from ((cell or {}).get("bytes") for cell in batch.column(0).to_pylist())
+        except DAMAGED_PARQUET as error:
+            raise ValueError(one_line(error)) from error
+
+    # ---- conversion
+
+    def clips(self, archive):
+        rows, damage = self.listed[archive], ""
+        if archive.endswith(".parquet"):
+            self.fetch(archive)
+            audio = self.parquet_audio(archive)
+        else:
+            audio = (self.fetch(row["clip"]) for row in rows if not row["problem"])
+        for row in rows:
+            problem, encoded = row["problem"] or damage, None
+            if not problem:
+                try:
+                    encoded = next(audio, None)
+                    problem = "" if encoded else "no audio"
+                except ValueError as error:
+                    problem = damage = f"damaged file ({error})"
+            yield with_audio(row, encoded, problem)
+
+
+DAMAGED_PARQUET = (OSError, ValueError, NotImplementedError)  # pyarrow's own exceptions are kinds of these
+
+
+def audio_column(file, path):
+    """The column of a parquet file that holds audio, structs of bytes and path; raises RunError."""
+    import pyarrow
+
+    fields = [item for item in file.schema_arrow if pyarrow.types.is_struct(item.type)]
+    names = [item.name for item in fields if item.type.get_field_index("bytes") >= 0]
+    names = ["audio"] if "audio" in names else names
+    if len(names) != 1:
+        problem = f"more than one: {', '.join(names)}" if names else "no audio column (of bytes and path)"
+        raise RunError(f"{path} has {problem}; its columns are {', '.join(file.schema_arrow.names)}")
+    return names[0]
+
+
+def class_names(file):
+    """{column: names of its numbers} of a parquet file that `datasets` wrote, for columns of classes."""
+    try:
+        features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def open_recordings(corpus, args):
+    """The `Recordings` in the files of a corpus that is not in AfriSpeech-200's layout; raises RunError, UsageError."""
+    own = Recordings(**vars(corpus), text_column=args.text_column)
+    if args.streaming:
+        raise UsageError(f"--streaming is for AfriSpeech-200's layout, which {own.name} is not in; leave it out")
+    if any(path.endswith(".parquet") for path in own.files):
+        own.list_parquet(own.parquet_files())
+    elif tables := [path for path in sorted(own.files) if METADATA.fullmatch(path)]:
+        if own.config:
+            raise UsageError(f"--dataset names '{own.config}'; {own.name} has no configurations: leave it out")
+        own.list_folder(tables)
+    if not own.listed:
+        found = (
+            f"it has {plural(len(own.files), 'file')}{''.join(f', such as {path}' for path in sorted(own.files)[:1])}"
+        )
+        raise RunError(
+            f"{own.identity()} has no audio/<accent>/<split>/*.tar.gz, no metadata.csv or metadata.jsonl beside "
+            f"recordings and no parquet files: {found}"
+        )
+    return own
 
 
 # ---------------------------------------------------------------- text
@@ -2860,7 +3326,13 @@ MIN_GROUP_SPEAKERS, MIN_GROUP_WORDS = 5, 500
 def group_name(row, kind, train_accents):
     """The name of the group of `kind` that a clip belongs to."""
     if kind == "seen_accent":
-        return "unknown" if train_accents is None else "seen" if row["accent"] in train_accents else "unseen"
+        return (
+            "unknown"
+            if train_accents is None or not row["accent"]
+            else "seen"
+            if row["accent"] in train_accents
+            else "unseen"
+        )
     if kind == "duration" and row["num_samples"] is not None:
         return next(name for name, end in DURATIONS.items() if row["num_samples"] < end * SAMPLE_RATE)
     return row.get(kind) or "unknown"
@@ -3289,6 +3761,7 @@ def write_model_card(final, results, args, metrics):
 
     on_hub = lambda name: re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()  # noqa: E731
     model, dataset = public(args.model), public(args.dataset)
+    data, is_own = metrics["data"], metrics["data"]["layout"] == "recordings"
     source = {"name": "AfriSpeech-200" if dataset == DEFAULT_DATASET else dataset, "type": dataset, "split": "test"}
     rates = {name: round(100 * metrics["finetuned"][name], 2) for name in RATES}
     result = {
@@ -3299,23 +3772,24 @@ def write_model_card(final, results, args, metrics):
     header = {
         "language": "en",
         **({"base_model": model} if on_hub(args.model) else {}),
-        **({"datasets": [dataset]} if on_hub(args.dataset) else {}),
+        **({"datasets": [dataset.partition(":")[0]]} if on_hub(args.dataset.partition(":")[0]) else {}),
         "pipeline_tag": "automatic-speech-recognition",
         "library_name": "transformers",
-        "tags": ["medical", "african-accents", "ctc"],
+        "tags": ["medical", *([] if is_own else ["african-accents"]), "ctc"],
         "license": "other",
         "license_name": "health-ai-developer-foundations",
         "license_link": "https://developers.google.com/health-ai-developer-foundations/terms",
-        "model-index": [{"name": "medasr-afrispeech-200", "results": [result]}],
+        "model-index": [{"name": "medasr-own-data" if is_own else "medasr-afrispeech-200", "results": [result]}],
     }
-    train = metrics["data"]["train"]
+    train = data["train"]
+    new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     card = f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
-# {markdown_text(model)} adapted to African-accented English
+# {markdown_text(model)} adapted to {markdown_text(dataset) if is_own else "African-accented English"}
 
 Fine-tuned on {markdown_text(dataset)}, {plural(train["clips"], "clip")} and {train["hours"]:.1f} hours,
-by `{PROGRAM}`. The scores below are of its test split, whose speakers are not in training.
+by `{PROGRAM}`. The scores below are of its test split{", whose speakers are not in training" * bool(new_speakers)}.
 
 ```python
 import librosa
@@ -3327,9 +3801,9 @@ ids = model.generate(**processor(audio, sampling_rate=16000))
 print(processor.batch_decode(ids, skip_special_tokens=True)[0])
 ```
 {lm_paragraph(metrics, args)}
-The base model's terms (Health AI Developer Foundations) hold for this derivative too; AfriSpeech-200 is
-CC-BY-NC-SA-4.0, for non-commercial use. Not a medical device: a person checks every transcript that a decision rests
-on.
+The base model's terms (Health AI Developer Foundations) hold for this derivative too, and those of the data:
+{"see where it comes from" if is_own else "AfriSpeech-200 is CC-BY-NC-SA-4.0, for non-commercial use"}.
+Not a medical device: a person checks every transcript that a decision rests on.
 
 Made with `{args.command}`; {versions}.
 
@@ -4039,7 +4513,7 @@ def checkpoint_to_resume(training):
 
 
 # What a run is of: with another of these, what is in --output_dir is of no use.
-IDENTITY = """model model_revision dataset dataset_revision accents domains countries max_train_seconds
+IDENTITY = """model model_revision dataset dataset_revision text_column accents domains countries max_train_seconds
     max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds""".split()
 TRAINING_IDENTITY = "learning_rate seed".split()
 NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
@@ -4262,6 +4736,13 @@ class Transcription:
         print(text, end="", flush=True)
 
 
+def speaker_note(rows):
+    """What the report has to say of intervals for clips without speakers, in a list."""
+    if any(row["speaker"] for row in rows):
+        return []
+    return ["No clip names its speaker: each one counts as a speaker of its own, which makes the intervals too narrow."]
+
+
 def score_file(args, training):
     """The whole report for the texts in --score_file, made by any system; returns the exit status."""
     rows, texts, baseline_texts, notes, left_out = read_score_file(args.score_file)
@@ -4269,8 +4750,7 @@ def score_file(args, training):
         warn(note)
     scored = score_texts(rows, texts, None)
     before = baseline_texts and score_texts(rows, baseline_texts, None)
-    if not any(row["speaker"] for row in rows):
-        notes.append("No row names its speaker: each clip counts as one, which makes the intervals too narrow.")
+    notes += speaker_note(rows)
     folder, title = Path(training.output_dir) / "results", f"Scores of {Path(args.score_file).name}"
     config = public({"command": args.command, "score_file": args.score_file})
     data = {"test": {"clips": len(rows), "hours": round(hours(rows), 4), "left_out": left_out}}
@@ -4285,7 +4765,7 @@ def dry_run(args, training, corpus):
     corpus.fetch_transcripts(SPLITS)
     train = 0
     for split in SPLITS:
-        rows = [row for row in transcript_rows(corpus, split) if wanted(row, args)]
+        rows = [row for row in corpus.rows(split) if wanted(row, args)]
         if split == "train":
             rows = [row for row in rows if row["num_samples"] <= args.max_train_seconds * SAMPLE_RATE]
             train = min(len(rows), args.max_train_samples or len(rows))
@@ -4316,14 +4796,15 @@ def splits_of(args, on_disk=False):
 
 
 def totals(rows):
-    people, spoken = {row["speaker"] for row in rows}, {row["accent"] for row in rows}
+    people, spoken = ({row[name] for row in rows} - {""} for name in ("speaker", "accent"))
     return {"clips": len(rows), "hours": round(hours(rows), 4), "speakers": len(people), "accents": len(spoken)}
 
 
 def size_columns(rows):
     """How much `rows` are, in columns."""
     speakers = plural(totals(rows)["speakers"], "speaker")
-    return f"{plural(len(rows), 'clip'):>14}{hours(rows):>9.2f} h{speakers:>16}"
+    known = not rows or any(row["num_samples"] for row in rows)  # own tables may not tell, before audio is converted
+    return f"{plural(len(rows), 'clip'):>14}{f'{hours(rows):.2f}' if known else '?':>9} h{speakers:>16}"
 
 
 def split_line(split, rows):
@@ -4345,7 +4826,7 @@ def select_splits(args, corpus, check, training):
     selections = {}
     for split in splits_of(args, on_disk=args.prepare_only):
         if args.streaming and split == "train":
-            rows = [row for row in transcript_rows(corpus, split) if wanted(row, args)]
+            rows = [row for row in corpus.rows(split) if wanted(row, args)]
             selections[split] = Selection(None, rows, [])
         else:
             clips = load_split(corpus, split)
@@ -4359,6 +4840,8 @@ def select_splits(args, corpus, check, training):
             say(f"  left out of {split}: {count:,} x {reason}")
     if skipped:
         say(f"  each one is named in {skipped_path(training)}")
+    for note in shared_speaker_notes(selections):
+        warn(note)
     for split, selection in sorted(selections.items(), key=lambda item: not item[1].skipped):  # what is known first
         # Not every accent has every split: what is only prepared may lack one.
         if not args.prepare_only or selection.skipped or not any(other.rows for other in selections.values()):
@@ -4366,13 +4849,27 @@ def select_splits(args, corpus, check, training):
     return selections
 
 
+def shared_speakers(selections):
+    """{split: speakers of it who are in train too}"""
+    people = {split: {row["speaker"] for row in selection.rows} - {""} for split, selection in selections.items()}
+    trained = people.pop("train", set())
+    return {split: len(found & trained) for split, found in people.items() if found & trained}
+
+
+def shared_speaker_notes(selections):
+    return [
+        f"{plural(count, 'speaker')} of {split} in train too: its scores are not those of new speakers."
+        for split, count in shared_speakers(selections).items()
+    ]
+
+
 def check_selection(args, corpus):
     """Refuse, before any audio is converted, what the transcripts show to be without a clip."""
-    rows = {split: transcript_rows(corpus, split) for split in splits_of(args)}
+    rows = {split: corpus.rows(split) for split in splits_of(args)}
     known = {row["country"] for split in rows for row in rows[split]}
     unknown = {code.upper() for code in args.countries or []} - known
     if unknown and known:
-        countries = ", ".join(sorted(known))
+        countries = ", ".join(sorted(known - {""})) or "not given"
         raise UsageError(f"--countries has '{min(unknown)}', of which no clip is; the countries are {countries}")
     for split in rows:
         if rows[split] and not args.prepare_only:
@@ -4405,6 +4902,7 @@ def run(args, training):
     if pushes:
         push_to_hub(training)
     corpus = open_corpus(args)
+    corpus.make_splits(splits_of(args), training.seed)
     if args.dry_run:
         return dry_run(args, training, corpus)
     prepare_corpus(corpus, splits_of(args, on_disk=True), args)
@@ -4470,10 +4968,15 @@ class Job:
         args, lm = self.args, last_of(self.lm_settings)
         config = public({**vars(args), "training": json.loads(self.training.to_json_string())})
         data = {split: {**totals(part.rows), "skipped": part.reasons} for split, part in self.selections.items()}
-        data["characters_dropped_from_labels"] = self.encoder.dropped
+        data |= {"made_splits": list(self.corpus.made), "speakers_in_train_too": shared_speakers(self.selections)}
+        data |= {"layout": self.corpus.layout, "characters_dropped_from_labels": self.encoder.dropped}
         longer = sum(row["num_samples"] > args.window_seconds * SAMPLE_RATE for row in self.test.rows)
         scored = f"{plural(longer, 'clip')} over {args.window_seconds:g} s scored in overlapping windows"
-        title, notes = f"{public(args.model)} on {public(args.dataset)}", [f"{scored}; none left out for its length."]
+        title = f"{public(args.model)} on {public(args.dataset)}"
+        notes = [f"{scored}; none left out for its length.", *speaker_note(self.test.rows)]
+        notes += shared_speaker_notes(self.selections)
+        if self.corpus.made:
+            notes.append(f"{self.corpus.made_note(self.training.seed)}.")
         if lm:
             notes.append("LM: {name}, weight {weight:g}, word score {word_score:g}, beam {beam}.".format(**lm))
             before = self.lm_settings.get("baseline", lm)

@@ -201,7 +201,7 @@ def check_csv(table):
         corpus = script.Corpus("corpus", None, folder, folder / "audio", False, {"transcripts/damara/dev.csv": [1, 1]})
         try:
             rows, notes = script.read_transcripts(path)
-            prepared = script.transcript_rows(corpus, "dev")
+            prepared = corpus.rows("dev")
         except script.RunError as error:
             assert expected is None and "\n" not in str(error)
             return

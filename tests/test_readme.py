@@ -59,6 +59,7 @@ def test_a_command_is_accepted(tmp_path, monkeypatch, command):
     """With the files it names there; it is not run. --use_cpu, because without a GPU --bf16 is refused."""
     monkeypatch.chdir(tmp_path)
     Path("medasr-afrispeech-200/final").mkdir(parents=True)
+    Path("recordings").mkdir()
     Path("run.yaml").write_text("seed: 7\n")
     for name in ("visit.wav", "predictions.jsonl", "recordings/monday.flac", "ward/round.mp3"):
         Path(name).parent.mkdir(exist_ok=True)
