@@ -286,6 +286,9 @@ class ScriptArguments:
     )
     num_proc: int | None = flag(None, "processes that prepare audio; all cores if not given")
     keep_archives: bool = flag(False, "keep the downloaded archives after they are converted")
+    also_score: list[str] | None = flag(
+        None, "score these test sets too, each a Hub dataset or a folder, before and after: what the model forgets"
+    )
     streaming: bool = flag(False, "train on audio straight from the Hub, keeping none of it; needs --max_steps")
     prepare_only: bool = flag(False, "download and convert the audio, then stop")
     dry_run: bool = flag(False, "say what a run would do: clips, hours, disk, updates; no audio is fetched")
@@ -591,8 +594,13 @@ def refusals(script, common, given):
     yield from lm_refusals(script)
     if script.streaming and common.max_steps <= 0:
         yield "--streaming needs --max_steps: a stream has no length, so its epochs cannot be counted"
-    for name in ("model", "dataset"):
-        value = settings[name]
+    if script.also_score and (script.score_file or script.transcribe):
+        yield "--also_score is of use in a run and with --eval_only, not with --score_file or --transcribe"
+    for name in further_names(script):
+        if name in SPLITS or further_names(script).count(name) > 1:
+            yield f"--also_score has '{name}', which names a split or is there twice; give it another path"
+    named = [(name, settings[name]) for name in ("model", "dataset")]
+    for name, value in named + [("also_score", value) for value in script.also_score or ()]:
         if not value.strip():
             yield f"--{name} is empty; give a folder or a Hub id such as {DEFAULT_MODEL}"
         if re.match(r"[./~]", value) and not Path(value).expanduser().is_dir():
@@ -1071,7 +1079,7 @@ class Corpus:
         """The folders of the accents."""
         return {path.split("/")[1] for path in self.files if re.match(r"(audio|transcripts)/[^/]+/", path)}
 
-    def make_splits(self, splits, seed):
+    def make_splits(self, splits, seed, unnamed="train"):
         """AfriSpeech-200 has all of them."""
 
     def part(self, archive):
@@ -1910,11 +1918,14 @@ class Recordings(Corpus):
         clips = clips.remove_columns("split").add_column("split", [split] * len(rows))
         return clips.select(np.flatnonzero(usable), keep_in_memory=True)
 
-    def make_splits(self, splits, seed):
-        """Draw speakers of the train split for dev and test, where `splits` need one that is missing."""
+    def make_splits(self, splits, seed, unnamed="train"):
+        """Draw speakers of the train split for dev and test, where `splits` need one that is missing.
+
+        Where no clip names a split, all are of the `unnamed` one.
+        """
         rows = [row for rows in self.listed.values() for row in rows]
         named = {row["split"] for row in rows} - {""}
-        self.unnamed = "" if named else "train"
+        self.unnamed = "" if named else unnamed
         if lost := [row for row in rows if not self.split_of(row)]:
             warn(f"{plural(len(lost), 'clip')}, such as {lost[0]['clip']}, of no split that is named: left out")
         found = {self.split_of(row) for row in rows}
@@ -3591,28 +3602,46 @@ def summary_table(scores):
     return markdown_table(["rate", *itertools.chain(*labels)], rows)
 
 
-def report_lines(title, systems, delta, notes, pictures):
-    """results/report.md as lines."""
-    scores = {name: scored.scores for name, scored in systems.items()}
-    last = last_of(scores)
-    sizes = ", ".join(plural(last[f"{noun}s"], noun) for noun in ("clip", "speaker", "word"))
-    lines = [f"# {markdown_text(title)}\n", f"{sizes}. All rates are corpus-level.\n", *summary_table(scores)]
-    if delta:
-        shares = ("probability_of_improvement", "clips_better", "clips_equal", "clips_worse")
-        improvement, better, equal, worse = (percent(delta[share]) for share in shares)
-        change = f"WER changes by {points(delta)} points (95 % interval over speakers, paired)"
-        change += f"; probability of improvement {improvement}. {better} of the clips are better"
-        lines.append(f"{change}, {equal} equal, {worse} worse.\n")
-    else:
+def change_line(metrics):
+    """A sentence on the WER of a `metrics_of`, or on its change, with its interval."""
+    last, delta = last_of(scores_in(metrics)), metrics["delta"]
+    if not delta:
         low, high = map(percent, last["wer_ci95"])
-        lines.append(f"WER {percent(last['wer'])}, 95 % interval over speakers {low} to {high}.\n")
+        return f"WER {percent(last['wer'])}, 95 % interval over speakers {low} to {high}."
+    shares = ("probability_of_improvement", "clips_better", "clips_equal", "clips_worse")
+    improvement, better, equal, worse = (percent(delta[share]) for share in shares)
+    change = f"WER changes by {points(delta)} points (95 % interval over speakers, paired)"
+    change += f"; probability of improvement {improvement}. {better} of the clips are better"
+    return f"{change}, {equal} equal, {worse} worse."
+
+
+def score_lines(metrics):
+    """Markdown lines on one test set: its size, its rates, their change."""
+    scores = scores_in(metrics)
+    sizes = ", ".join(plural(last_of(scores)[f"{noun}s"], noun) for noun in ("clip", "speaker", "word"))
+    return [f"{sizes}. All rates are corpus-level.\n", *summary_table(scores), change_line(metrics) + "\n"]
+
+
+def group_lines(metrics, heading, fewest=1):
+    """Markdown lines: a table of each kind of groups, where there are at least `fewest`."""
+    lines, scores = [], scores_in(metrics)
+    for kind in GROUP_KINDS:
+        if len(last_of(scores)["groups"][kind]) >= fewest:
+            lines += [f"{heading} By {kind.replace('_', ' ')}\n", *group_table(kind, scores, metrics["delta"])]
+            lines.append(group_summary(kind, last_of(scores)) + "\n")
+    return lines
+
+
+def report_lines(title, systems, metrics, notes, pictures):
+    """results/report.md as lines."""
+    lines = [f"# {markdown_text(title)}\n", *score_lines(metrics)]
     lines += [markdown_text(note) + "\n" for note in notes]
     lines += [f"![{label}]({name})\n" for name, label in pictures.items()]
-    for kind in GROUP_KINDS:
-        lines += [f"## By {kind.replace('_', ' ')}\n", *group_table(kind, scores, delta)]
-        lines.append(group_summary(kind, last) + "\n")
+    lines += group_lines(metrics, "##")
     limits = f"{MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words"
     lines.append(f"\\* under {limits}: not ranked and not in the macro average.\n")
+    for name, part in metrics.get("also", {}).items():
+        lines += [f"## Also scored: {markdown_text(name)}\n", *score_lines(part), *group_lines(part, "###", 2)]
     return lines + error_sections(systems)
 
 
@@ -3723,36 +3752,50 @@ def complete_folder(target, keep=False):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_results(target, config, data, systems, title, notes=(), history=(), lm=None):
-    """metrics.json, predictions_test.jsonl, report.md and its pictures into the folder `target`, all or none.
-
-    `systems` are {name of SYSTEMS: Scored}, `lm` the settings of a language model. Returns the metrics.
-    """
+def metrics_of(systems):
+    """What metrics.json has of one test set: the scores of its {name of SYSTEMS: Scored}, and "delta"."""
     baseline, finetuned = before_and_after(systems)
     metrics = {
-        "config": config,
-        "versions": library_versions(),
-        "data": data,
         "baseline": baseline and baseline.scores,
         "finetuned": finetuned and finetuned.scores,
         "delta": compare(baseline, finetuned) if baseline and finetuned else None,
     }
-    if lm:
+    if last_of(systems, "_lm"):
         before, after = before_and_after(systems, "_lm")
-        metrics |= {"baseline_lm": before and before.scores, "finetuned_lm": after and after.scores, "lm": lm}
+        metrics |= {"baseline_lm": before and before.scores, "finetuned_lm": after and after.scores}
+    return metrics
+
+
+def write_results(target, config, data, scored, title, notes=(), history=(), lm=None):
+    """metrics.json, predictions_test.jsonl, report.md and its pictures into the folder `target`, all or none.
+
+    `scored` are {"test" and the names of --also_score: {name of SYSTEMS: Scored}}, `lm` the settings of a language
+    model. Returns the metrics.
+    """
+    systems, parts = scored["test"], {name: metrics_of(systems) for name, systems in scored.items()}
+    metrics = {"config": config, "versions": library_versions(), "data": data, **parts.pop("test")}
+    metrics |= {name: value for name, value in (("lm", lm), ("also", parts)) if value}
     with complete_folder(Path(target), keep=True) as folder:
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
-        write_text(folder / "predictions_test.jsonl", "".join(prediction_lines(systems)))
+        for name, its_systems in scored.items():
+            write_text(folder / f"predictions_{slugify(name)}.jsonl", "".join(prediction_lines(its_systems)))
         pictures = draw_pictures(folder, systems, history)
-        lines = report_lines(title, systems, metrics["delta"], notes, pictures)
+        lines = report_lines(title, systems, metrics, notes, pictures)
         write_text(folder / "report.md", "\n".join(lines) + "\n")
     show_scores(metrics)
     return metrics
 
 
+def scores_in(metrics):
+    """{name of SYSTEMS: its scores} of a `metrics_of`."""
+    return {name: metrics[name] for name in SYSTEMS if metrics.get(name)}
+
+
 def show_scores(metrics):
-    scores = {name: metrics[name] for name in SYSTEMS if metrics.get(name)}
+    scores = scores_in(metrics)
     say("\n".join(["", *summary_table(scores), *group_table("domain", scores, metrics["delta"])]))
+    for name, part in metrics.get("also", {}).items():
+        say("\n".join([f"{name}: {change_line(part)}", *summary_table(scores_in(part))]))
 
 
 def write_model_card(final, results, args, metrics):
@@ -3762,13 +3805,17 @@ def write_model_card(final, results, args, metrics):
     on_hub = lambda name: re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()  # noqa: E731
     model, dataset = public(args.model), public(args.dataset)
     data, is_own = metrics["data"], metrics["data"]["layout"] == "recordings"
-    source = {"name": "AfriSpeech-200" if dataset == DEFAULT_DATASET else dataset, "type": dataset, "split": "test"}
-    rates = {name: round(100 * metrics["finetuned"][name], 2) for name in RATES}
-    result = {
-        "task": {"type": "automatic-speech-recognition"},
-        "dataset": source,
-        "metrics": [{"type": name.partition("_")[0], "name": name, "value": value} for name, value in rates.items()],
-    }
+    results_index = [
+        {
+            "task": {"type": "automatic-speech-recognition"},
+            "dataset": {"name": "AfriSpeech-200" if name == DEFAULT_DATASET else name, "type": name, "split": "test"},
+            "metrics": [
+                {"type": rate.partition("_")[0], "name": rate, "value": round(100 * part["finetuned"][rate], 2)}
+                for rate in RATES
+            ],
+        }
+        for name, part in {dataset: metrics, **metrics.get("also", {})}.items()
+    ]
     header = {
         "language": "en",
         **({"base_model": model} if on_hub(args.model) else {}),
@@ -3779,7 +3826,7 @@ def write_model_card(final, results, args, metrics):
         "license": "other",
         "license_name": "health-ai-developer-foundations",
         "license_link": "https://developers.google.com/health-ai-developer-foundations/terms",
-        "model-index": [{"name": "medasr-own-data" if is_own else "medasr-afrispeech-200", "results": [result]}],
+        "model-index": [{"name": "medasr-own-data" if is_own else "medasr-afrispeech-200", "results": results_index}],
     }
     train = data["train"]
     new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
@@ -4569,7 +4616,7 @@ def open_run(args, training):
     identity |= {name: getattr(training, name) for name in TRAINING_IDENTITY}
     identity = public({**identity, "weights": weights_mark(args.model), "clips_an_update": clips_an_update(training)})
     goal = {**{name: getattr(training, name) for name in GOAL}, "early_stopping_patience": args.early_stopping_patience}
-    goal |= lm_asked(args)
+    goal |= lm_asked(args) | ({"also_score": further_names(args)} if args.also_score else {})
     state = RunState(output / "run.json", identity, goal)
     stored = None if args.overwrite_output_dir else read_json(state.path)
     if stored is None:
@@ -4755,7 +4802,7 @@ def score_file(args, training):
     config = public({"command": args.command, "score_file": args.score_file})
     data = {"test": {"clips": len(rows), "hours": round(hours(rows), 4), "left_out": left_out}}
     systems = {"baseline": before, "finetuned": scored} if before else {"baseline": scored}
-    write_results(folder, config, data, systems, title, notes)
+    write_results(folder, config, data, {"test": systems}, title, notes)
     say(f"\nresults: {folder}")
     return 0
 
@@ -4820,8 +4867,31 @@ def refuse_empty(split, rows, reasons=None):
         raise RunError(f"no {split} transcript has a word to score: {plural(len(rows), 'clip')} of punctuation")
 
 
-def select_splits(args, corpus, check, training):
-    """{split: Selection}; says what was left out and writes skipped_clips.csv. Raises RunError for an empty split."""
+def further_names(args):
+    """The names of the test sets of --also_score in results."""
+    return [public(name) for name in args.also_score or ()]
+
+
+def open_further(args, training):
+    """{name: (arguments, Corpus)} of --also_score, whose prepared audio has folders of its own under --data_dir."""
+    further = {}
+    for name, dataset in zip(further_names(args), args.also_score or ()):
+        say(f"also scored: {name}")
+        chosen = dict.fromkeys(("dataset_revision", "accents", "domains", "countries", "text_column"))
+        data_dir = str(Path(args.data_dir) / "also" / slugify(name))
+        own = dict(dataset=dataset, data_dir=data_dir, streaming=False, eval_only=True)
+        own = dataclasses.replace(args, **chosen, **own)
+        corpus = open_corpus(own)
+        corpus.make_splits(("test",), training.seed, unnamed="test")
+        further[name] = own, corpus
+    return further
+
+
+def select_splits(args, corpus, check, training, further):
+    """{split, or name of --also_score: Selection}; says what was left out and writes skipped_clips.csv.
+
+    Raises RunError for an empty split.
+    """
     limits = {"train": args.max_train_samples, "dev": args.max_eval_samples, "test": args.max_test_samples}
     selections = {}
     for split in splits_of(args, on_disk=args.prepare_only):
@@ -4832,6 +4902,11 @@ def select_splits(args, corpus, check, training):
             clips = load_split(corpus, split)
             selections[split] = select_clips(*clips, args, check, limits[split], training.seed)
         say(split_line(split, selections[split].rows))
+    for name, (own, its_corpus) in further.items():
+        part = select_clips(*load_split(its_corpus, "test"), own, check, args.max_test_samples, training.seed)
+        part.skipped = [{**row, "split": name} for row in part.skipped]
+        selections[name] = part
+        say(split_line(name, part.rows))
     skipped = [row for selection in selections.values() for row in selection.skipped]
     if training.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
         write_text(skipped_path(training), ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
@@ -4851,7 +4926,8 @@ def select_splits(args, corpus, check, training):
 
 def shared_speakers(selections):
     """{split: speakers of it who are in train too}"""
-    people = {split: {row["speaker"] for row in selection.rows} - {""} for split, selection in selections.items()}
+    found = {split: selections[split].rows for split in SPLITS if split in selections}
+    people = {split: {row["speaker"] for row in rows} - {""} for split, rows in found.items()}
     trained = people.pop("train", set())
     return {split: len(found & trained) for split, found in people.items() if found & trained}
 
@@ -4905,26 +4981,29 @@ def run(args, training):
     corpus.make_splits(splits_of(args), training.seed)
     if args.dry_run:
         return dry_run(args, training, corpus)
+    further = open_further(args, training)
     prepare_corpus(corpus, splits_of(args, on_disk=True), args)
+    for own, its_corpus in further.values():
+        prepare_corpus(its_corpus, ("test",), own)
     if args.prepare_only:
-        select_splits(args, corpus, lambda rows: [row["problem"] for row in rows], training)
+        select_splits(args, corpus, lambda rows: [row["problem"] for row in rows], training, further)
         say(f"  ready in {args.data_dir}")
         return 0
-    job = Job(args, training, processor, model, corpus, lm)
+    job = Job(args, training, processor, model, corpus, further, lm)
     return job.fit_and_score(state, checkpoint) if trains else job.score()
 
 
 class Job:
     """A loaded model and prepared audio, on the way to results and a final model."""
 
-    def __init__(self, args, training, processor, model, corpus, lm=None):
+    def __init__(self, args, training, processor, model, corpus, further, lm=None):
         self.args, self.training, self.corpus = args, training, corpus
         self.processor, self.model, self.lm = processor, model, lm
         self.lm_settings = {}  # of the systems that were written down
         self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
         self.check = ClipCheck(model, processor.feature_extractor, self.encoder, args.max_train_seconds)
-        self.selections = select_splits(args, corpus, self.check, training)
-        self.test = self.selections["test"]
+        self.selections = select_splits(args, corpus, self.check, training, further)
+        self.tests = {name: self.selections[name] for name in ("test", *further)}
         self.output = Path(training.output_dir)
         self.is_first = training.process_index == 0
 
@@ -4934,11 +5013,15 @@ class Job:
         return emit_clips(model, self.processor, clips, lengths, self.args, self.training, **options)[0]
 
     def write_down(self, model, system):
-        """{system: the model's text of each test clip}, and with a language model also {system_lm: those with it}."""
+        """{system: the model's text of each clip of `tests`}, and with a language model {system_lm: those with it}."""
+        from datasets import concatenate_datasets
+
         if self.args.tune_lm:
             self.tune_lm(model)
         with spending("scoring"):
-            emitted = self.emit(model, self.test)
+            parts = self.tests.values()
+            rows = [row for part in parts for row in part.rows]
+            emitted = self.emit(model, Selection(concatenate_datasets([part.clips for part in parts]), rows, []))
             texts = {system: [clip_text(self.processor, emissions) for emissions in emitted]}
             if self.lm:
                 texts[f"{system}_lm"] = clip_texts(self.processor, emitted, self.lm, self.training)
@@ -4960,20 +5043,24 @@ class Job:
         say(f"  {weights}: dev WER {percent(record['wer'])}, greedy {percent(record['wer_greedy'])}")
 
     def score_texts(self, texts):
-        """{system: Scored} of {system: its text of each test clip}."""
+        """{test set: {system: Scored}} of {system: its text of each clip of `tests`}."""
         seen = None if self.args.eval_only else {row["accent"] for row in self.selections["train"].rows}
-        return {system: score_texts(self.test.rows, its_texts, seen) for system, its_texts in texts.items()}
+        scored, start = {}, 0
+        for name, part in self.tests.items():
+            chosen = slice(start, start := start + len(part.rows))
+            scored[name] = {system: score_texts(part.rows, written[chosen], seen) for system, written in texts.items()}
+        return scored
 
-    def write_results(self, systems, history=()):
+    def write_results(self, scored, history=()):
         args, lm = self.args, last_of(self.lm_settings)
         config = public({**vars(args), "training": json.loads(self.training.to_json_string())})
         data = {split: {**totals(part.rows), "skipped": part.reasons} for split, part in self.selections.items()}
         data |= {"made_splits": list(self.corpus.made), "speakers_in_train_too": shared_speakers(self.selections)}
         data |= {"layout": self.corpus.layout, "characters_dropped_from_labels": self.encoder.dropped}
-        longer = sum(row["num_samples"] > args.window_seconds * SAMPLE_RATE for row in self.test.rows)
-        scored = f"{plural(longer, 'clip')} over {args.window_seconds:g} s scored in overlapping windows"
+        longer = sum(row["num_samples"] > args.window_seconds * SAMPLE_RATE for row in self.selections["test"].rows)
+        windows = f"{plural(longer, 'clip')} over {args.window_seconds:g} s scored in overlapping windows"
         title = f"{public(args.model)} on {public(args.dataset)}"
-        notes = [f"{scored}; none left out for its length.", *speaker_note(self.test.rows)]
+        notes = [f"{windows}; none left out for its length.", *speaker_note(self.selections["test"].rows)]
         notes += shared_speaker_notes(self.selections)
         if self.corpus.made:
             notes.append(f"{self.corpus.made_note(self.training.seed)}.")
@@ -4983,20 +5070,22 @@ class Job:
             if before != lm:  # each model is tuned by itself
                 notes.append("LM before: weight {weight:g}, word score {word_score:g}.".format(**before))
                 lm = {**lm, "baseline": before}
-        return write_results(self.output / "results", config, data, systems, title, notes, history, lm)
+        return write_results(self.output / "results", config, data, scored, title, notes, history, lm)
 
     def score(self):
         """--eval_only; returns the exit status."""
         say(f"scoring {self.args.model} on the test split")
-        systems = self.score_texts(self.write_down(self.model, "baseline"))
+        scored = self.score_texts(self.write_down(self.model, "baseline"))
         if self.is_first:
-            self.write_results(systems)
+            self.write_results(scored)
             say(f"\nresults: {self.output / 'results'}")
         return 0
 
     def score_baseline(self, state):
-        """{system: Scored} of the untouched model, whose texts an earlier start of the run may have left in `state`."""
-        clips, asked = [row["clip"] for row in self.test.rows], lm_asked(self.args)
+        """`score_texts` of the untouched model, whose texts an earlier start of the run may have left in `state`."""
+        asked = lm_asked(self.args)
+        tests = {"" if name == "test" else f"{name}: ": part for name, part in self.tests.items()}
+        clips = [f"{prefix}{row['clip']}" for prefix, part in tests.items() for row in part.rows]
         if not state.baseline_lm or state.baseline_lm["asked"] != asked:
             state.baseline_lm = None
         kept = {"baseline": state.baseline, "baseline_lm": state.baseline_lm and state.baseline_lm["texts"]}
@@ -5012,10 +5101,12 @@ class Job:
                 state.save()
         if self.lm:
             self.lm_settings["baseline"] = state.baseline_lm["lm"]
-        systems = self.score_texts({name: [texts[clip] for clip in clips] for name, texts in kept.items()})
-        for scored, how in zip(systems.values(), ("", " with the language model")):
-            say(f"  WER {percent(scored.scores['wer'])} before training{how}")
-        return systems
+        scored = self.score_texts({name: [texts[clip] for clip in clips] for name, texts in kept.items()})
+        for name, systems in scored.items():
+            place = "" if name == "test" else f" on {name}"
+            for system, how in zip(systems.values(), ("", " with the language model")):
+                say(f"  WER {percent(system.scores['wer'])} before training{place}{how}")
+        return scored
 
     def training_clips(self, checkpoint):
         if not self.args.streaming:
@@ -5044,12 +5135,13 @@ class Job:
         share_weights(tuned, self.training)
         finetuned = self.score_texts(self.write_down(tuned, "finetuned"))
         if self.is_first:
-            self.finish(state, trainer, baseline | finetuned)
+            scored = {name: baseline.get(name, {}) | systems for name, systems in finetuned.items()}
+            self.finish(state, trainer, scored)
         return 0
 
-    def finish(self, state, trainer, systems):
+    def finish(self, state, trainer, scored):
         """Write the final model, its results and its card, each complete or not at all."""
-        metrics = self.write_results(systems, trainer.state.log_history)
+        metrics = self.write_results(scored, trainer.state.log_history)
         with spending("saving"), complete_folder(self.output / "final") as final:
             trainer.save_model(str(final))
             write_model_card(final, self.output / "results", self.args, metrics)
@@ -5068,9 +5160,10 @@ def write_test_scores_to_tensorboard(output, metrics, step):
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(output / "runs")) as writer:
-        for system in SYSTEMS:
-            for name in RATES if metrics.get(system) else ():
-                writer.add_scalar(f"test_{system}/{name}", metrics[system][name], step)
+        for label, part in {"test": metrics, **metrics.get("also", {})}.items():
+            for system in [system for system in SYSTEMS if part.get(system)]:
+                for name in [name for name in RATES if part[system][name] is not None]:
+                    writer.add_scalar(f"{slugify(label)}_{system}/{name}", part[system][name], step)
         picture = matplotlib.image.imread(output / "results" / "wer_by_accent.png")
         writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
 

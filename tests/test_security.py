@@ -276,7 +276,7 @@ def test_names_of_others_stay_names_in_the_model_card(tmp_path):
     data = {"train": {"clips": 1, "hours": 1.0}}
     results, final = tmp_path / "results", tmp_path / "final"
     final.mkdir()
-    metrics = script.write_results(results, {}, data, {"baseline": scored, "finetuned": worse}, EVIL)
+    metrics = script.write_results(results, {}, data, {"test": {"baseline": scored, "finetuned": worse}}, EVIL)
     args = script.ScriptArguments(model=EVIL, dataset=EVIL)
     args.command = "python finetune_medasr.py"
     script.write_model_card(final, results, args, metrics)
