@@ -4120,6 +4120,7 @@ class CTCTraining:
     mark = None  # which was at this time, with this much SPENT until then
     heard = 0  # samples trained on, in this process
     clips = ()  # of the update under way
+    making_up = False  # for an evaluation that was due at the checkpoint that is gone on from
     skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16 since the last log, and just now
 
     def _get_train_sampler(self, train_dataset=None):
@@ -4246,7 +4247,8 @@ class CTCTraining:
             with spending("evaluation"):
                 scores = self.dev.score(self.model, self.args)
         except Stopped:
-            self._save_checkpoint(self.model, None)  # from which the evaluation is made up for
+            if not self.making_up:
+                self._save_checkpoint(self.model, None)  # from which the evaluation is made up for
             raise
         if not np.isfinite(scores["loss"]):
             step = self.state.global_step
@@ -4284,14 +4286,16 @@ class Lifecycle:
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """After a resumption: find the best checkpoint where it is now, and make up for an evaluation that is due."""
-        if state.best_global_step:
-            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+        """After a resumption: make up for an evaluation that is due, and find the best checkpoint where it is now."""
         evaluated = any("eval_wer" in entry and entry["step"] == state.global_step for entry in state.log_history)
         due = args.eval_strategy == "steps" and state.global_step and state.global_step % state.eval_steps == 0
         if due and not evaluated:
-            control.should_evaluate = control.should_save = True
+            # Without saving: the random state of the checkpoint is restored only later.
+            control.should_evaluate = self.trainer.making_up = True
             self.trainer._maybe_log_save_evaluate(None, None, self.trainer.model_wrapped, None, 0, None, None)
+            self.trainer.making_up = False
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer.data_collator.epoch = int(state.epoch or 0)

@@ -125,10 +125,10 @@ def test_a_run_killed_at_a_moment_ends_as_if_it_had_not_been(folder, straight, m
 
 
 @pytest.mark.slow
-def test_an_older_checkpoint_stays_until_the_next_is_complete(folder, tmp_path):
+def test_an_older_checkpoint_stays_until_the_next_is_complete(run_at, tmp_path):
     """Killed when the list of its files, by which a checkpoint counts, is about to be written."""
     flags = ["--skip_baseline", "--save_total_limit", "1", "--metric_for_best_model", "loss"]  # the newest is best
-    killed = run_at(folder, ("script", "write_text", 5), tmp_path / "out", flags=flags)
+    killed = run_at(("script", "write_text", 5), tmp_path / "out", flags=flags)
     assert killed.returncode == -signal.SIGKILL
     assert checkpoint_problem(tmp_path / "out/checkpoint-4") == "it was not finished"
     assert checkpoint_problem(tmp_path / "out/checkpoint-2") == ""

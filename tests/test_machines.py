@@ -354,7 +354,10 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_pat
     model = model_with(tmp_path / "model", dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, layerdrop=0.0)
     flags = ["--no_spec_augment", "--max_train_samples", 24, "--max_steps", 8, "--eval_steps", 8, "--save_steps", 8]
     both = run_two(*short_run(demo, tmp_path / "two", model, *flags))
-    alone = warm.run(*short_run(demo, tmp_path / "one", model, *flags, "--gradient_accumulation_steps", 2))
+    single = [
+        flag for flag in short_run(demo, tmp_path / "one", model, *flags) if flag not in ("--ddp_backend", "gloo")
+    ]
+    alone = warm.run(*single, "--gradient_accumulation_steps", 2)
     assert [done.returncode for done in (*both, alone)] == [0, 0, 0], both[0].stderr + alone.stderr
     histories = [
         load_json(tmp_path / name / "checkpoint-8/trainer_state.json")["log_history"] for name in ("one", "two")

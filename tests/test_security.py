@@ -273,7 +273,8 @@ def test_names_of_others_stay_names_in_the_model_card(tmp_path):
     row = {"clip": "a/b", "text": EVIL, "num_samples": 16_000, "speaker": "s", "accent": EVIL, "country": EVIL,
            "domain": EVIL, "gender": EVIL, "age_group": EVIL}  # fmt: skip
     scored, worse = (script.score_texts([row], [text], {EVIL}) for text in (EVIL, "no"))
-    data = {"train": {"clips": 1, "hours": 1.0}}
+    data = {"train": {"clips": 1, "hours": 1.0}, "test": {"speakers": 1}, "speakers_in_train_too": {}}
+    data["layout"] = "recordings"
     results, final = tmp_path / "results", tmp_path / "final"
     final.mkdir()
     metrics = script.write_results(results, {}, data, {"test": {"baseline": scored, "finetuned": worse}}, EVIL)

@@ -15,12 +15,14 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parent.parent / "finetune_medasr.py"
 STARTER = """
-import json, os, runpy, signal, socket, sys
+import json, os, signal, socket, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 import datasets, evaluate, librosa, matplotlib.pyplot, torch.utils.tensorboard
 import finetune_medasr
+from accelerate.state import AcceleratorState
 from transformers import AutoProcessor, LasrForCTC, Trainer
 finetune_medasr.parse_arguments(["--use_cpu", "true"])  # imports the rest
+AcceleratorState._reset_state(reset_partial_state=True)  # how many processes a run has is its own affair
 channel = socket.socket(fileno=int(sys.argv[1]))
 while True:
     message, outputs, *_ = socket.recv_fds(channel, 65_536, 2)
@@ -38,7 +40,9 @@ while True:
         folder, variables, *sys.argv = json.loads(message)
         os.chdir(folder)
         os.environ.update(variables)
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        main = vars(sys.modules["__main__"])  # not a module of its own: exceptions of worker processes name this one
+        main["__file__"] = sys.argv[0]
+        exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), main)
         sys.exit()
     for output in outputs:
         os.close(output)
