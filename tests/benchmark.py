@@ -4,6 +4,7 @@
     python tests/benchmark.py gpu       # float16 and bfloat16 at MedASR's size and activation range, 50 updates each
     python tests/benchmark.py prepare   # converting an archive of 300 MB, and the usual way: unpack, then datasets.map
     python tests/benchmark.py speed     # data path, start, training, evaluation, long audio; --quick in two minutes
+    python tests/benchmark.py trials    # what makes a better adapted model, on the demo's corpus: 5 runs a seed
 
 Figures are ratios or come from one run on one machine; run them on yours.
 """
@@ -27,6 +28,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+
+import trials  # noqa: E402
 
 import finetune_medasr  # noqa: E402
 
@@ -716,6 +719,10 @@ def main():
     speed.add_argument("--quick", action="store_true", help="fewer repetitions")
     speed.add_argument("--only", default="", help="one part, e.g. data_path")
     speed.set_defaults(run=benchmark_speed)
+    tried = commands.add_parser("trials", help="averaged checkpoints, speed perturbation and freezing, by WER")
+    tried.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    tried.add_argument("--results", type=Path, help="JSON lines to go on from, and to add to")
+    tried.set_defaults(run=trials.run_trials)
     usual = commands.add_parser("usual", help="the way that 'prepare' compares with; it runs this itself")
     usual.add_argument("corpus", type=Path)
     usual.add_argument("out", type=Path)
