@@ -66,11 +66,11 @@ def freeze(layers):
 
 
 TRIALS = {
-    "the program's own way": lambda job, trainer: None,
-    "speed 0.9, 1.0, 1.1": perturb_speed,
+    "as it is": lambda job, trainer: None,
+    "speed perturbed": perturb_speed,
     "subsampler frozen": freeze(0),
-    "subsampler and 1 of 4 layers frozen": freeze(1),
-    "subsampler and 2 of 4 layers frozen": freeze(2),
+    "subsampler, 1 of 4 layers frozen": freeze(1),
+    "subsampler, 2 of 4 layers frozen": freeze(2),
 }
 BASE = next(iter(TRIALS))
 
@@ -146,7 +146,7 @@ def run_trial(name, seed, folder):
     TRIALS[name](job, trainer)
     trainer.train()
     found[name] = scores(job, trainer.model, us_english)
-    averaged = f"{name}, best {AVERAGED} checkpoints averaged"
+    averaged = f"{name}; best {AVERAGED} averaged"
     return found | {averaged: scores(job, average(job, trainer), us_english)}
 
 
@@ -164,35 +164,35 @@ def difference(values, base):
 
 def table(results):
     """Markdown of {(system, seed): {set: WER}}: the WERs, and their differences to the base on the same seeds."""
-    systems, seeds = list(dict.fromkeys(system for system, _ in results)), {seed for _, seed in results}
-    seeds = sorted(seed for seed in seeds if all((system, seed) in results for system in systems))
     rows = []
-    for system in systems:
+    for system in dict.fromkeys(system for system, _ in results):
+        seeds = [seed for name, seed in results if name == system and (BASE, seed) in results]
         wers = {name: [results[system, seed][name] for seed in seeds] for name in SETS}
         base = {name: [results[BASE, seed][name] for seed in seeds] for name in SETS}
         changes = ["" if system in ("before", BASE) else difference(wers[name], base[name]) for name in SETS]
-        rows.append([system, *(with_spread(wers[name], ".1f") for name in SETS), *changes])
-    header = [f"WER in %, {len(seeds)} seeds", *SETS.values(), *(f"{label}, change" for label in SETS.values())]
+        rows.append([system, len(seeds), *(with_spread(wers[name], ".1f") for name in SETS), *changes])
+    header = ["WER in %", "seeds", *SETS.values(), *(f"{label}, change" for label in SETS.values())]
     return finetune_medasr.markdown_table(header, rows)
 
 
-def known_results(path):
-    """{(system, seed): {set: WER}}, in the order of the trials."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    entries = sorted(map(json.loads, lines), key=lambda entry: list(TRIALS).index(entry["trial"]))
-    return {(system, entry["seed"]): wers for entry in entries for system, wers in entry["found"].items()}
+def known_results(path, names):
+    """{(system, seed): {set: WER}} of the trials `names`, in their order."""
+    entries = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+    chosen = [entry for name in names for entry in entries if entry["trial"] == name]
+    return {(system, entry["seed"]): wers for entry in chosen for system, wers in entry["found"].items()}
 
 
 def run_trials(options):
     """Each trial with each seed, but for those that `options.results` holds already; prints the table."""
     path = options.results or Path(tempfile.mkdtemp()) / "trials.jsonl"
+    names = [name for name in TRIALS if name == BASE or options.only in name]
     for seed in options.seeds:
-        for name in TRIALS:
-            if (name, seed) in known_results(path):
+        for name in names:
+            if (name, seed) in known_results(path, [name]):
                 continue
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
                 found = run_trial(name, seed, Path(folder))
             with path.open("a") as file:
                 file.write(json.dumps({"trial": name, "seed": seed, "found": found}) + "\n")
-    print("\n".join(table(known_results(path))))
+    print("\n".join(table(known_results(path, names))))
     return 0
