@@ -2118,7 +2118,10 @@ def open_recordings(corpus, args):
     if args.streaming:
         raise UsageError(f"--streaming is for AfriSpeech-200's layout, which {own.name} is not in; leave it out")
     if any(path.endswith(".parquet") for path in own.files):
-        own.list_parquet(own.parquet_files())
+        files = own.parquet_files()
+        # A corpus may be large beside its test split.
+        only_test = args.eval_only and not args.tune_lm and "test" in files.values()
+        own.list_parquet({path: split for path, split in files.items() if split == "test" or not only_test})
     elif tables := [path for path in sorted(own.files) if METADATA.fullmatch(path)]:
         if own.config:
             raise UsageError(f"--dataset names '{own.config}'; {own.name} has no configurations: leave it out")

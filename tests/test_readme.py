@@ -60,6 +60,7 @@ def test_a_command_is_accepted(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     Path("medasr-afrispeech-200/final").mkdir(parents=True)
     Path("recordings").mkdir()
+    Path("dictation-us").mkdir()
     Path("run.yaml").write_text("seed: 7\n")
     for name in ("visit.wav", "predictions.jsonl", "recordings/monday.flac", "ward/round.mp3"):
         Path(name).parent.mkdir(exist_ok=True)
