@@ -1260,6 +1260,23 @@ class AudioBytes(io.BytesIO):
         return self.tell()
 
 
+# Of the files in a folder those are taken that libsndfile can read, or that are audio which it should be said not to.
+MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov 3gp".split()
+
+
+@functools.cache
+def audio_suffixes():
+    import soundfile
+
+    return {kind.lower() for kind in soundfile.available_formats()} - {"raw"} | set(MORE_SUFFIXES)
+
+
+def is_audio_name(path):
+    """Whether a file is taken for audio where a folder is searched."""
+    name = os.path.basename(path)
+    return os.path.splitext(name)[1][1:].lower() in audio_suffixes() and not name.startswith(".")
+
+
 @contextlib.contextmanager
 def open_audio(source):
     """A soundfile.SoundFile of encoded audio, bytes or a path; raises ValueError, also for what it raises in use."""
@@ -1747,7 +1764,6 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 METADATA = re.compile(r"(.*/)?metadata\.(csv|jsonl)")
-RECORDING = re.compile(r".*\.(wav|flac|mp3|ogg|oga|opus|m4a|aac|aif|aiff|wma|webm)", re.IGNORECASE)
 GROUP_CLIPS = 256  # recordings of a folder that are converted to one prepared file
 
 
@@ -1970,7 +1986,7 @@ class Recordings(Corpus):
             count = plural(len(rows), "row")
             raise RunError(f"{tables[0]} names no file that is there among {count}, such as {next(iter(rows))}")
         for path in self.files:
-            if RECORDING.fullmatch(path) and path not in rows:
+            if path not in rows and is_audio_name(path):
                 rows[path] = {**own_row(path, split_in(path), {}, {}), "problem": "no transcript"}
         by_split = {}
         for row in rows.values():
@@ -2886,17 +2902,6 @@ class Recording:
     under: str
     path: str = ""  # what is read
     length: int = 0  # samples at 16 kHz
-
-
-# Of the files in a folder those are taken that libsndfile can read, or that are audio which it should be said not to.
-MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov 3gp".split()
-
-
-def is_audio_name(name):
-    import soundfile
-
-    known = {kind.lower() for kind in soundfile.available_formats()} - {"raw"} | set(MORE_SUFFIXES)
-    return Path(name).suffix[1:].lower() in known and not name.startswith(".")
 
 
 def found_in(path):

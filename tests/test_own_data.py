@@ -492,7 +492,7 @@ def test_an_audio_folder_of_the_hub_is_prepared(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     clips = prepared(tmp_path / "audio")
     assert len(clips) == 12 and not any(row["problem"] for row in clips.values())
-    assert not [path for path in (tmp_path / "audio/hub").rglob("*") if script.RECORDING.fullmatch(path.name)]
+    assert not [path for path in (tmp_path / "audio/hub").rglob("*") if script.is_audio_name(path)]
 
 
 def test_configurations_are_chosen_by_name(tmp_path):
