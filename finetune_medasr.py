@@ -3991,7 +3991,7 @@ def use_bfloat16(model, training):
     """Compute in bfloat16 where a GPU can; MedASR's activations overflow float16."""
     import torch
 
-    if training.device.type == "cpu" or torch.cuda.is_bf16_supported():
+    if training.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
         BFloat16.guard(model)
 
 
