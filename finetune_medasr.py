@@ -1124,6 +1124,11 @@ def read_text(path):
         return data.decode("cp1252", "replace"), ["it is not UTF-8 and was read as Latin-1 (Windows-1252)"]
 
 
+def json_lines(text):
+    """What each line of a text holds as JSON, but for blank ones; raises ValueError or RecursionError."""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
 def read_transcripts(path, columns=(("transcript",), ("audio_paths", "audio_path"))):
     """(rows, a dict each; notes on what was mended) of a CSV that has one of each of `columns`; raises RunError.
 
@@ -1805,7 +1810,7 @@ def read_metadata(path):
     else:
         text, notes = read_text(path)
         try:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = json_lines(text)
         except (ValueError, RecursionError) as error:
             raise RunError(f"{path} is not lines of JSON ({one_line(error)})") from error
         if wrong := [row for row in rows if not isinstance(row, dict) or not isinstance(row.get("file_name"), str)]:
@@ -3345,13 +3350,9 @@ MIN_GROUP_SPEAKERS, MIN_GROUP_WORDS = 5, 500
 def group_name(row, kind, train_accents):
     """The name of the group of `kind` that a clip belongs to."""
     if kind == "seen_accent":
-        return (
-            "unknown"
-            if train_accents is None or not row["accent"]
-            else "seen"
-            if row["accent"] in train_accents
-            else "unseen"
-        )
+        if train_accents is None or not row["accent"]:
+            return "unknown"
+        return "seen" if row["accent"] in train_accents else "unseen"
     if kind == "duration" and row["num_samples"] is not None:
         return next(name for name, end in DURATIONS.items() if row["num_samples"] < end * SAMPLE_RATE)
     return row.get(kind) or "unknown"
@@ -3895,7 +3896,7 @@ def read_score_file(path):
             entries, notes = read_transcripts(path, (("text",), ("pred_text",)))
         else:
             content, notes = read_text(path)
-            entries = [json.loads(line) for line in content.split("\n") if line.strip()]
+            entries = json_lines(content)
     except RunError as error:
         raise UsageError(f"--score_file: {error}") from error
     except (ValueError, RecursionError) as error:
