@@ -1198,13 +1198,21 @@ def open_corpus(args):
     return corpus
 
 
-def list_folder(folder):
-    """{path: [size in bytes, time of change]} of a folder; RunError where rglob would pass over a part."""
+def files_below(folder):
+    """The paths of all files in a folder and below it; raises OSError where rglob would pass over a part."""
 
     def refuse(error):
-        raise RunError(f"{folder} cannot be read ({one_line(error)})") from error
+        raise error
 
-    paths = [Path(parent) / name for parent, _, names in os.walk(folder, onerror=refuse) for name in names]
+    return [os.path.join(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names]
+
+
+def list_folder(folder):
+    """{path: [size in bytes, time of change]} of a folder; raises RunError."""
+    try:
+        paths = list(map(Path, files_below(folder)))
+    except OSError as error:
+        raise RunError(f"{folder} cannot be read ({one_line(error)})") from error
     found = [(path.relative_to(folder).as_posix(), path.stat()) for path in paths if path.is_file()]
     return {path: [status.st_size, status.st_mtime_ns] for path, status in found}
 
@@ -2914,12 +2922,10 @@ def found_in(path):
     if path == "-" or (os.path.exists(path) and not os.path.isdir(path)):
         return [(path, "stdin" if path == "-" else os.path.basename(path))]
     if os.path.isdir(path):
-
-        def refuse(error):
-            raise UsageError(f"--transcribe is {path}, which cannot be read ({one_line(error)})")
-
-        walk = os.walk(path, onerror=refuse)
-        found = sorted(os.path.join(parent, name) for parent, _, names in walk for name in names if is_audio_name(name))
+        try:
+            found = sorted(filter(is_audio_name, files_below(path)))
+        except OSError as error:
+            raise UsageError(f"--transcribe is {path}, which cannot be read ({one_line(error)})") from error
         if not found:
             raise UsageError(f"--transcribe is {path}: no audio file is in this folder")
         return [(file, os.path.relpath(file, path)) for file in found]
