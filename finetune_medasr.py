@@ -1327,7 +1327,8 @@ def decode_audio(source, start=0, stop=None):
         if count * max(file.channels, SAMPLE_RATE / rate) * 4 > CLIP_BYTES_LIMIT:
             raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
         file.seek(min(first_frame, file.frames))
-        samples = file.read(count, dtype="float32", always_2d=True).mean(axis=1)
+        samples = file.read(count, dtype="float32", always_2d=True)
+        samples = samples[:, 0] if file.channels == 1 else samples.mean(axis=1)
     if not np.abs(samples).max(initial=0) < LOUDEST:
         raise ValueError("it holds samples that are not numbers, or absurdly large")
     if rate != SAMPLE_RATE and len(samples):
@@ -2427,13 +2428,25 @@ def knows_log_mels(extractor):
     )
 
 
+MEL_BANDS = 8  # each filter spans a few of the spectrum's bins: bands of filters leave most zeros out of the product
+
+
 @functools.cache
 def mel_constants(extractor, device):
-    """(window (win_length,), mel filters (n_fft // 2 + 1, bins)) of a LasrFeatureExtractor, float32 on `device`."""
+    """The window (win_length,) of a LasrFeatureExtractor and its mel filters, float32 on `device`.
+
+    The filters come in bands: (slice of the spectrum that a band spans, with real and imaginary parts side by side;
+    weights (that many, bins)).
+    """
     import torch
 
     window = torch.hann_window(extractor.win_length, periodic=False, dtype=torch.float64)
-    return window.float().to(device), extractor.mel_filters.float().to(device)
+    filters, bands = extractor.mel_filters.float().repeat_interleave(2, 0), []
+    for band in filters.tensor_split(MEL_BANDS, 1):
+        spanned = band.any(1).nonzero()
+        span = slice(int(spanned.min()), int(spanned.max()) + 1) if len(spanned) else slice(0, 0)
+        bands.append((span, band[span].contiguous().to(device)))
+    return window.float().to(device), bands
 
 
 def log_mels(waveforms, lengths, extractor):
@@ -2444,16 +2457,17 @@ def log_mels(waveforms, lengths, extractor):
     """
     import torch
 
-    window, filters = mel_constants(extractor, waveforms.device)
+    window, bands = mel_constants(extractor, waveforms.device)
     features = []
     # On a CPU clip by clip, whose frames fit into the cache.
     for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):
         frames = part.unfold(-1, extractor.win_length, extractor.hop_length) * window
-        spectrum = torch.view_as_real(torch.fft.rfft(frames, n=extractor.n_fft))
-        power = spectrum[..., 0].square().addcmul_(spectrum[..., 1], spectrum[..., 1])
+        # Real and imaginary parts side by side: the filters sum their squares.
+        squares = torch.view_as_real(torch.fft.rfft(frames, n=extractor.n_fft)).flatten(-2).square_()
         # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
-        mels = (power.double() @ filters.double()).float() if power.is_cuda else power @ filters
-        features.append(mels.clamp_(min=1e-5).log_())
+        exact = torch.float64 if squares.is_cuda else torch.float32
+        mels = [squares[..., span].to(exact) @ band.to(exact) for span, band in bands]
+        features.append(torch.cat(mels, -1).float().clamp_(min=1e-5).log_())
     features = torch.cat(features)
     ends = torch.arange(features.shape[1], device=features.device) * extractor.hop_length + extractor.win_length
     return features, ends <= lengths[:, None]
@@ -2500,7 +2514,8 @@ class CTCCollator:
 
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         waveforms = [row["samples"] if "samples" in row else decode_audio(row["audio"]) for row in rows]
-        waveforms = [np.pad(samples, (0, max(0, self.shortest - len(samples)))) for samples in waveforms]
+        lacking = [max(0, self.shortest - len(samples)) for samples in waveforms]
+        waveforms = [np.pad(samples, (0, count)) if count else samples for samples, count in zip(waveforms, lacking)]
         lengths = [len(samples) for samples in waveforms]
         # Waveforms are padded, not features, so that padded frames come out as silence.
         if knows_log_mels(self.extractor):
