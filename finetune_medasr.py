@@ -4695,6 +4695,7 @@ TRAINER_REFUSALS = (ValueError, TypeError, ImportError, NotImplementedError)
 def train_model(trainer, checkpoint, updates, state):
     """Train, from `checkpoint` if given, and leave the best model loaded; raises RunError with what to change."""
     import torch
+    from torch._dynamo.exc import TorchDynamoException
 
     if checkpoint:
         say(f"  going on from {checkpoint}, update {updates_done(checkpoint)} of {updates}")
@@ -4705,11 +4706,13 @@ def train_model(trainer, checkpoint, updates, state):
         if trainer.mark is not None:
             raise
         raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
-    except (RunError, Stopped, torch.OutOfMemoryError) as error:
+    except (RunError, Stopped, torch.OutOfMemoryError, TorchDynamoException) as error:
         if trainer.args.process_index == 0 and not trainer.args.disable_tqdm:
             print(file=sys.stderr)  # the message does not belong behind the progress bar
         if isinstance(error, torch.OutOfMemoryError):
             raise RunError(full_memory(trainer, state)) from error
+        if isinstance(error, TorchDynamoException):
+            raise RunError(f"--torch_compile: the model cannot be compiled ({one_line(error)}): leave it out") from error
         raise
 
 

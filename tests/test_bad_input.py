@@ -786,6 +786,14 @@ def test_what_the_trainer_alone_can_judge_is_a_usage_error(again, capfd, flags, 
     assert found == 2 and re.search(f"the Trainer does not take these flags .*{message}", errors), errors
 
 
+@pytest.mark.slow
+def test_what_cannot_be_compiled_is_said_in_a_line(again, capfd):
+    """Without a package of its backend torch.compile fails as it does where a model is beyond it, but at once."""
+    found, _, errors = run(capfd, *again(*"--torch_compile_backend tvm --max_steps 1".split()))
+    assert found == 1 and "--torch_compile: the model cannot be compiled (" in errors and "tvm" in errors, errors
+    assert "leave it out" in errors and "Traceback" not in errors
+
+
 # ---------------------------------------------------------------- folders in one another
 
 
