@@ -4258,7 +4258,8 @@ class CTCTraining:
         (folder / MANIFEST).unlink(missing_ok=True)
         # Older ones are deleted here, when this one is complete: the Trainer does it before.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        with spending("saving"), explained_checkpoint(f"{folder} cannot be written", ROOM_ADVICE, folder):
+        removed = folder if self.args.should_save else None  # the other processes write into it too
+        with spending("saving"), explained_checkpoint(f"{folder} cannot be written", ROOM_ADVICE, removed):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             self.args.save_total_limit = limit
@@ -4554,13 +4555,13 @@ def explained_checkpoint(what, advice, folder=None):
     """Turn what the libraries raise for files that they cannot read or write into one line; a half-written one goes."""
     from safetensors import SafetensorError
 
+    unreadable = pickle.UnpicklingError, SafetensorError
     try:
         yield
-    except RunError:  # of write_text, which has said it
+    except (RunError, OSError, RuntimeError, ValueError, KeyError, EOFError, *unreadable) as error:
         shutil.rmtree(folder or "", ignore_errors=True)
-        raise
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        shutil.rmtree(folder or "", ignore_errors=True)
+        if isinstance(error, RunError) or LOST_PROCESS.search(str(error)):  # which say what it was themselves
+            raise
         raise RunError(f"{what} ({one_line(error)}): {advice}") from error
 
 
