@@ -253,6 +253,28 @@ def test_a_run_on_made_splits_says_so_in_its_results_and_card(tmp_path):
     assert "AfriSpeech-200" not in card and "frican" not in card
 
 
+@pytest.mark.slow
+def test_two_processes_make_the_same_splits_and_train_on_them(tmp_path, run_two):
+    folder = one_table(tmp_path / "own", splits=["train"], limit=80)
+    used = splits_used(tmp_path / "alone", folder)
+    flags = ["--model", MODEL, "--dataset", folder, "--data_dir", tmp_path / "audio", "--output_dir", tmp_path / "out"]
+    flags += "--max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --skip_baseline".split()
+    flags += ["--per_device_eval_batch_size", "2"]  # so that both have clips to score
+    done = run_two(*flags, "--use_cpu", "true", "--ddp_backend", "gloo")
+    assert [process.returncode for process in done] == [0, 0], done[1].stderr
+    assert not done[1].stdout, "the second process is silent"
+    assert load_json(tmp_path / "out/run.json")["identity"]["clips_an_update"] == 4
+    assert run(tmp_path / "alone", folder, "--eval_only", "--model", tmp_path / "out/final") == 0
+    written, alone = (
+        {row["audio_filepath"]: row["pred_text"] for row in load_predictions(place / "out/results")}
+        for place in (tmp_path, tmp_path / "alone")
+    )
+    assert written == alone
+    left_out = {row["clip"] for row in csv.DictReader((tmp_path / "out/results/skipped_clips.csv").open(newline=""))}
+    assert set(written) == used["test"][0] - left_out
+    assert load_json(tmp_path / "out/results/metrics.json")["data"]["made_splits"] == ["dev", "test"]
+
+
 def test_speakers_in_two_given_splits_are_counted_in_a_warning_and_the_results(tmp_path, capfd):
     folder = one_table(tmp_path / "own", splits=["train"], limit=40, split=lambda _, row: "")
     rows = list(csv.DictReader((folder / "metadata.csv").open(newline="", encoding="utf-8")))
