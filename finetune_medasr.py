@@ -4713,7 +4713,8 @@ def train_model(trainer, checkpoint, updates, state):
         if isinstance(error, torch.OutOfMemoryError):
             raise RunError(full_memory(trainer, state)) from error
         if isinstance(error, TorchDynamoException):
-            raise RunError(f"--torch_compile: the model cannot be compiled ({one_line(error)}): leave it out") from error
+            what = f"the model cannot be compiled ({one_line(error)})"
+            raise RunError(f"--torch_compile: {what}: leave it out") from error
         raise
 
 
