@@ -3442,7 +3442,7 @@ def score_texts(rows, texts, train_accents):
 
 
 # What is scored on one set of clips, and its name in tables: the greedy text and that with the language model, of the
-# model before and after. Results are made of a dict with some of these, each `Scored` (or its scores).
+# model before and after. Results are made of a dict with some of these, each `Scored`, and metrics with their scores.
 SYSTEMS = {
     "baseline": "before",
     "finetuned": "fine-tuned",
@@ -3452,7 +3452,7 @@ SYSTEMS = {
 
 
 def before_and_after(systems, kind=""):
-    """(the baseline's, the fine-tuned model's) of `systems`, greedy or, with the kind "_lm", with it; None for none."""
+    """(the baseline's, the fine-tuned model's) of `systems` or metrics, None for none; "_lm" for those with the LM."""
     return systems.get("baseline" + kind), systems.get("finetuned" + kind)
 
 
@@ -3460,6 +3460,11 @@ def last_of(systems, kind=""):
     """The fine-tuned model's of `systems`, else the baseline's, else None."""
     before, after = before_and_after(systems, kind)
     return after or before
+
+
+def text_kinds(systems):
+    """The endings of names in `systems`: "" of greedy texts, and "_lm" if there are texts with a language model."""
+    return ["", "_lm"] if last_of(systems, "_lm") else [""]
 
 
 def compare(baseline, finetuned):
@@ -3547,13 +3552,10 @@ def markdown_table(header, rows):
     return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows] + [""]
 
 
-def group_table(kind, scores, delta):
-    """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *.
-
-    `scores` are {system: its scores}.
-    """
-    rows, before, with_lm = [], scores.get("baseline"), last_of(scores, "_lm")
-    for name, now in sorted(last_of(scores)["groups"][kind].items(), key=lambda item: -item[1]["words"]):
+def group_table(kind, metrics):
+    """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *."""
+    rows, before, with_lm, delta = [], metrics["baseline"], last_of(metrics, "_lm"), metrics["delta"]
+    for name, now in sorted(last_of(metrics)["groups"][kind].items(), key=lambda item: -item[1]["words"]):
         low, high = map(percent, now["wer_ci95"])
         rows.append(
             [
@@ -3571,9 +3573,10 @@ def group_table(kind, scores, delta):
     return markdown_table([kind.replace("_", " "), *columns], rows)
 
 
-def group_summary(kind, after):
+def group_summary(kind, metrics):
     """One line: macro average over the groups that are large enough, and the worst of them."""
-    large = {name: scores["wer"] for name, scores in after["groups"][kind].items() if not scores["small"]}
+    groups = last_of(metrics)["groups"][kind]
+    large = {name: scores["wer"] for name, scores in groups.items() if not scores["small"]}
     if len(large) < 2:
         return f"Fewer than two groups have {MIN_GROUP_SPEAKERS} speakers and {MIN_GROUP_WORDS} words: none is ranked."
     worst = max(large, key=large.get)
@@ -3619,13 +3622,13 @@ RATE_LABELS = {
 }
 
 
-def summary_table(scores):
-    """Markdown lines: every rate before and after, all clips; `scores` are {system: its scores}."""
-    rows, kinds = [], ["", "_lm"] if last_of(scores, "_lm") else [""]
+def summary_table(metrics):
+    """Markdown lines: every rate before and after, all clips."""
+    rows, kinds = [], text_kinds(metrics)
     for name, label in RATE_LABELS.items():
         cells = [label]
         for kind in kinds:
-            then, now = (system and system[name] for system in before_and_after(scores, kind))
+            then, now = (system and system[name] for system in before_and_after(metrics, kind))
             cells += [percent(then), percent(now), "-" if None in (then, now) else f"{100 * (now - then):+.1f}"]
         rows.append(cells)
     labels = [[*before_and_after(SYSTEMS, kind), "change, points"] for kind in kinds]
@@ -3634,7 +3637,7 @@ def summary_table(scores):
 
 def change_line(metrics):
     """A sentence on the WER of a `metrics_of`, or on its change, with its interval."""
-    last, delta = last_of(scores_in(metrics)), metrics["delta"]
+    last, delta = last_of(metrics), metrics["delta"]
     if not delta:
         low, high = map(percent, last["wer_ci95"])
         return f"WER {percent(last['wer'])}, 95 % interval over speakers {low} to {high}."
@@ -3647,18 +3650,17 @@ def change_line(metrics):
 
 def score_lines(metrics):
     """Markdown lines on one test set: its size, its rates, their change."""
-    scores = scores_in(metrics)
-    sizes = ", ".join(plural(last_of(scores)[f"{noun}s"], noun) for noun in ("clip", "speaker", "word"))
-    return [f"{sizes}. All rates are corpus-level.\n", *summary_table(scores), change_line(metrics) + "\n"]
+    sizes = ", ".join(plural(last_of(metrics)[f"{noun}s"], noun) for noun in ("clip", "speaker", "word"))
+    return [f"{sizes}. All rates are corpus-level.\n", *summary_table(metrics), change_line(metrics) + "\n"]
 
 
 def group_lines(metrics, heading, fewest=1):
     """Markdown lines: a table of each kind of groups, where there are at least `fewest`."""
-    lines, scores = [], scores_in(metrics)
+    lines = []
     for kind in GROUP_KINDS:
-        if len(last_of(scores)["groups"][kind]) >= fewest:
-            lines += [f"{heading} By {kind.replace('_', ' ')}\n", *group_table(kind, scores, metrics["delta"])]
-            lines.append(group_summary(kind, last_of(scores)) + "\n")
+        if len(last_of(metrics)["groups"][kind]) >= fewest:
+            lines += [f"{heading} By {kind.replace('_', ' ')}\n", *group_table(kind, metrics)]
+            lines.append(group_summary(kind, metrics) + "\n")
     return lines
 
 
@@ -3744,24 +3746,21 @@ CLIP_COLUMNS = ("speaker", "accent", "country", "domain", "gender", "age_group")
 
 def prediction_lines(systems):
     """One JSON object a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
-    last, kinds = last_of(systems), ["", "_lm"] if last_of(systems, "_lm") else [""]
+    last, kinds = last_of(systems), text_kinds(systems)
+    texts = {f"pred_text{kind}": last_of(systems, kind).texts for kind in kinds}
+    for kind in kinds:
+        before, after = before_and_after(systems, kind)
+        texts[f"baseline_text{kind}"] = before.texts if before and after else [None] * len(last.rows)
     for index, row in enumerate(last.rows):
         entry = {
             "audio_filepath": row["clip"],
             "duration": row["num_samples"] and round(row["num_samples"] / SAMPLE_RATE, 3),
             "text": row["text"],
-            **{f"pred_text{kind}": last_of(systems, kind).texts[index] for kind in kinds},
-            **{f"baseline_text{kind}": baseline_text(systems, kind, index) for kind in kinds},
+            **{name: written[index] for name, written in texts.items()},
             **{name: row[name] for name in CLIP_COLUMNS},
             "wer": rate(last.counts["wer"][index : index + 1]),
         }
         yield json.dumps(entry, ensure_ascii=False) + "\n"
-
-
-def baseline_text(systems, kind, index):
-    """The baseline's text of a clip, beside the fine-tuned model's; None if there are not both."""
-    baseline, finetuned = before_and_after(systems, kind)
-    return baseline.texts[index] if baseline and finetuned else None
 
 
 @contextlib.contextmanager
@@ -3784,16 +3783,10 @@ def complete_folder(target, keep=False):
 
 def metrics_of(systems):
     """What metrics.json has of one test set: the scores of its {name of SYSTEMS: Scored}, and "delta"."""
-    baseline, finetuned = before_and_after(systems)
-    metrics = {
-        "baseline": baseline and baseline.scores,
-        "finetuned": finetuned and finetuned.scores,
-        "delta": compare(baseline, finetuned) if baseline and finetuned else None,
-    }
-    if last_of(systems, "_lm"):
-        before, after = before_and_after(systems, "_lm")
-        metrics |= {"baseline_lm": before and before.scores, "finetuned_lm": after and after.scores}
-    return metrics
+    before, after = before_and_after(systems)
+    names = [name + kind for kind in text_kinds(systems) for name in ("baseline", "finetuned")]
+    scores = {name: systems[name].scores if name in systems else None for name in names}
+    return {**scores, "delta": compare(before, after) if before and after else None}
 
 
 def write_results(target, config, data, scored, title, notes=(), history=(), lm=None):
@@ -3816,16 +3809,10 @@ def write_results(target, config, data, scored, title, notes=(), history=(), lm=
     return metrics
 
 
-def scores_in(metrics):
-    """{name of SYSTEMS: its scores} of a `metrics_of`."""
-    return {name: metrics[name] for name in SYSTEMS if metrics.get(name)}
-
-
 def show_scores(metrics):
-    scores = scores_in(metrics)
-    say("\n".join(["", *summary_table(scores), *group_table("domain", scores, metrics["delta"])]))
+    say("\n".join(["", *summary_table(metrics), *group_table("domain", metrics)]))
     for name, part in metrics.get("also", {}).items():
-        say("\n".join([f"{name}: {change_line(part)}", *summary_table(scores_in(part))]))
+        say("\n".join([f"{name}: {change_line(part)}", *summary_table(part)]))
 
 
 def write_model_card(final, results, args, metrics):
