@@ -2829,7 +2829,8 @@ DICTATED = {
     "exclamation mark": "!", "exclamation point": "!", "new line": "\n", "next line": "\n", "new paragraph": "\n\n",
     "next paragraph": "\n\n", "hyphen": "-", "slash": "/", "open parenthesis": "(", "close parenthesis": ")",
 }  # fmt: skip
-DICTATED_TOKEN = re.compile(r"(\{(?:" + "|".join(DICTATED) + r")\})")
+DICTATED_TOKEN = r"\{(" + "|".join(DICTATED) + r")\}"
+DICTATED_OR_WORD = re.compile(rf"{DICTATED_TOKEN}|(?:(?!{DICTATED_TOKEN})\S)+")
 
 
 def format_dictation(words):
@@ -2838,25 +2839,24 @@ def format_dictation(words):
     Signs that open or join take the next word too. Tokens that are not known stay as they are.
     """
     owners = [word for word in words for _ in word.text + " "]  # of each character
-    formatted, place, joins = [], 0, False
-    for part in DICTATED_TOKEN.split(" ".join(word.text for word in words)):
-        sign = DICTATED[part[1:-1]] if DICTATED_TOKEN.fullmatch(part) else ""
-        for match in re.finditer(r"\S+", part) if not sign else ():
-            word = dataclasses.replace(owners[place + match.start()], text=match[0])
+    formatted, joins = [], False
+    for match in DICTATED_OR_WORD.finditer(" ".join(word.text for word in words)):
+        owner, sign = owners[match.start()], DICTATED.get(match[1])
+        if not sign:
+            word = dataclasses.replace(owner, text=match[0])
             if joins:
                 before = formatted.pop()
                 chance = min(before.probability, word.probability)
                 word = Word(before.text + word.text, before.start, word.end, chance)
             formatted.append(word)
-            joins = False
-        if sign.isspace() and formatted:
-            formatted[-1].text = formatted[-1].text.rstrip("\n") + sign
-        elif sign.strip() and (sign == "(" or not formatted):
-            formatted.append(dataclasses.replace(owners[place], text=sign))
-        elif sign.strip() and not formatted[-1].text.endswith(sign):
+        elif sign.isspace():
+            if formatted:
+                formatted[-1].text = formatted[-1].text.rstrip("\n") + sign
+        elif sign == "(" or not formatted:
+            formatted.append(dataclasses.replace(owner, text=sign))
+        elif not formatted[-1].text.endswith(sign):
             formatted[-1].text += sign
-        joins = sign in ("(", "-", "/") if sign else joins
-        place += len(part)
+        joins = sign in ("(", "-", "/")
     return formatted
 
 
