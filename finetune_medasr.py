@@ -52,7 +52,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -2562,17 +2562,13 @@ class Span:
     whole: bool
 
 
-@dataclass
-class Emissions:
+class Emissions(NamedTuple):
     """What a model says of a clip or window: the most probable `ids` of each of its frames and their natural
     `log_probs`, both (frames, how many were asked for), the most probable first.
     """
 
     ids: np.ndarray
     log_probs: np.ndarray
-
-    def __getitem__(self, frames):
-        return Emissions(self.ids[frames], self.log_probs[frames])
 
 
 @dataclass
@@ -2686,7 +2682,7 @@ def clip_texts(processor, emitted, lm, training):
     silent = training.process_index > 0 or training.disable_tqdm
     bar = tqdm(mine, desc="language model", unit="clip", disable=silent)
     texts = [(index, clip_text(processor, emitted[index], lm)) for index in bar]
-    return [text for _, text in sorted(gather_object(texts) if training.world_size > 1 else texts)]
+    return [text for _, text in sorted(gather_object(texts))]
 
 
 def emit_clips(model, processor, clips, num_samples, args, training, encoder=None, count=1, doing="scoring"):
@@ -2714,34 +2710,32 @@ def emit_clips(model, processor, clips, num_samples, args, training, encoder=Non
         generator=torch.Generator(),
     )
     silent = training.process_index > 0 or training.disable_tqdm
-    pieces, problems, loss, counted = [], {}, 0.0, 0
+    pieces, loss, counted = [], 0.0, 0
     bar = tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=silent)
     with torch.inference_mode(), bar, STOP_SIGNALS.deferring():
         for indices, batch in zip(mine, loader):
             if STOP_SIGNALS.number:
                 break
-            whole = spans[indices[0]].whole
+            batch_spans, problems = [spans[index] for index in indices], batch.pop("problems")
+            whole = batch_spans[0].whole
             if not whole:
                 batch.pop("labels", None)
-            problems |= {spans[index].row: text for index, text in zip(indices, batch.pop("problems")) if text}
             emitted, batch_loss = run_batch(model, extractor, batch, training.device, count)
             loss, counted = loss + batch_loss, counted + len(indices) * whole
-            for span, emissions in zip(map(spans.__getitem__, indices), emitted):
-                pieces.append((span.row, span.start, emissions[span.first : span.last]))
+            for span, problem, emissions in zip(batch_spans, problems, emitted):
+                kept = Emissions(*(values[span.first : span.last] for values in emissions))
+                pieces.append((span.row, span.start, problem, kept))
             bar.update(len(indices))
-        share = (pieces, problems, loss, counted)
-        shares = gather_object([share]) if training.world_size > 1 else [share]
+        pieces, losses, counts = zip(*gather_object([(pieces, loss, counted)]))
         if stopped := STOP_SIGNALS.among_all(training):
             raise Stopped(stopped)
-    joined = [[] for _ in num_samples]
-    for row, _, emissions in sorted((piece for share in shares for piece in share[0]), key=lambda piece: piece[:2]):
+    joined, problems = [[] for _ in num_samples], {}
+    for row, _, problem, emissions in sorted(itertools.chain(*pieces), key=lambda piece: piece[:2]):
         joined[row].append(emissions)
-    joined = [
-        Emissions(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "log_probs")))
-        for parts in joined
-    ]
-    problems = {row: text for share in shares for row, text in share[1].items()}
-    return joined, problems, sum(share[2] for share in shares) / max(1, sum(share[3] for share in shares))
+        if problem:
+            problems[row] = problem
+    joined = [Emissions(*map(np.concatenate, zip(*parts))) for parts in joined]
+    return joined, problems, sum(losses) / max(1, sum(counts))
 
 
 def run_batch(model, extractor, batch, device, count=1):
