@@ -2685,11 +2685,12 @@ def clip_texts(processor, emitted, lm, training):
     return [text for _, text in sorted(gather_object(texts))]
 
 
-def emit_clips(model, processor, clips, num_samples, args, training, encoder=None, count=1, doing="scoring"):
+def emit_clips(model, processor, clips, num_samples, args, training, encoder=None, lm=None, doing="scoring"):
     """(the `Emissions` of each clip, {clip: why it cannot be read}, the mean CTC loss), by all processes together.
 
-    `clips` holds encoded audio, `num_samples` its lengths at 16 kHz; of each frame the `count` most probable ids are
-    kept. With an `encoder` of their labels there is a loss, of the clips that need no windows; otherwise it is 0.
+    `clips` holds encoded audio, `num_samples` its lengths at 16 kHz; of each frame the most probable id is kept, or as
+    many as a search with `lm` needs. With an `encoder` of their labels there is a loss, of the clips that need no
+    windows; otherwise it is 0.
     """
     import torch
     from accelerate.utils import gather_object
@@ -2720,7 +2721,7 @@ def emit_clips(model, processor, clips, num_samples, args, training, encoder=Non
             whole = batch_spans[0].whole
             if not whole:
                 batch.pop("labels", None)
-            emitted, batch_loss = run_batch(model, extractor, batch, training.device, count)
+            emitted, batch_loss = run_batch(model, extractor, batch, training.device, LM_CANDIDATES if lm else 1)
             loss, counted = loss + batch_loss, counted + len(indices) * whole
             for span, problem, emissions in zip(batch_spans, problems, emitted):
                 kept = Emissions(*(values[span.first : span.last] for values in emissions))
@@ -3015,13 +3016,6 @@ def recording_parts(recordings, folder, seconds, report):
 # ---------------------------------------------------------------- language model
 
 LM_CANDIDATES = 16  # the most probable ids of a frame, which the search chooses from
-
-
-def candidates(lm):
-    """How many ids of a frame are needed to write it down with `lm`, or without (None)."""
-    return LM_CANDIDATES if lm else 1
-
-
 # pyctcdecode's defaults: less probable ids of a frame are left out, hypotheses so far behind the best one too.
 MIN_LOG_PROB, MAX_BEHIND = -5.0, 10.0
 KENLM_MAGIC = b"mmap lm http://kheafield.com/code"
@@ -4773,9 +4767,8 @@ class Transcription:
     def write_down(self, part):
         """Write the texts of the recordings of a `part`."""
         clips, lengths = [{"audio": recording.path} for recording in part], [recording.length for recording in part]
-        options = dict(count=candidates(self.lm), doing="transcribing")
         emitted, unreadable, _ = emit_clips(
-            self.model, self.processor, clips, lengths, self.args, self.training, **options
+            self.model, self.processor, clips, lengths, self.args, self.training, lm=self.lm, doing="transcribing"
         )
         for row, (recording, emissions) in enumerate(zip(part, emitted)):
             if row in unreadable:
@@ -5023,9 +5016,8 @@ class Job:
         self.is_first = training.process_index == 0
 
     def emit(self, model, split):
-        lengths, clips = [row["num_samples"] for row in split.rows], split.clips
-        options = dict(count=candidates(self.lm))
-        return emit_clips(model, self.processor, clips, lengths, self.args, self.training, **options)[0]
+        lengths = [row["num_samples"] for row in split.rows]
+        return emit_clips(model, self.processor, split.clips, lengths, self.args, self.training, lm=self.lm)[0]
 
     def write_down(self, model, system):
         """{system: the model's text of each clip of `tests`}, and with a language model {system_lm: those with it}."""
