@@ -2633,16 +2633,14 @@ def pack_spans(spans, training, budget):
     """Indices of `spans` in batches, of windows or of whole clips: --per_device_eval_batch_size of them, or, if that is
     auto, as many as come to `budget` samples with their padding.
     """
-    batches = [[]]
-    for index, span in enumerate(spans):
-        longest = spans[(batches[-1] or [index])[0]]  # of its batch, because `spans` are sorted
-        size = len(batches[-1]) + 1
-        padded = size * (longest.stop - longest.start)
-        fits = padded <= budget if training.auto_eval_batch else size <= training.per_device_eval_batch_size
-        if batches[-1] and not (fits and longest.whole == span.whole):
-            batches.append([])
-        batches[-1].append(index)
-    return [batch for batch in batches if batch]
+    batches, start = [], 0
+    while start < len(spans):
+        longest = spans[start]  # of its batch, because `spans` are sorted
+        fitting = max(1, budget // max(1, longest.stop - longest.start))
+        stop = start + (fitting if training.auto_eval_batch else training.per_device_eval_batch_size)
+        batches.append([start + place for place, span in enumerate(spans[start:stop]) if span.whole == longest.whole])
+        start += len(batches[-1])
+    return batches
 
 
 EVAL_BUDGET_SECONDS = (160, 3_600)  # without a GPU, and at the most
