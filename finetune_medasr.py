@@ -3132,9 +3132,10 @@ def lm_path(args):
 def lm_file_problem(path):
     """Why `path` is no n-gram that KenLM reads, "" if it begins like one."""
     try:
-        head = open(path, "rb").read(1 << 16)
-        if head[:2] == b"\x1f\x8b":
-            head = gzip.open(path).read(1 << 16)
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if packed else open)(path, "rb") as file:
+            head = file.read(1 << 16)
     except (OSError, EOFError, zlib.error) as error:
         return f"cannot be read ({one_line(error)})"
     lines = (line.strip() for line in head.split(b"\n") if line.strip() and not line.startswith(b"#"))
