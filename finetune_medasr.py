@@ -3667,17 +3667,13 @@ def report_lines(title, systems, metrics, notes, pictures):
 @contextlib.contextmanager
 def picture(path, height, **settings):
     """The axes of a picture of `height` inches, which is saved at the end."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, height))
+    figure = Figure(figsize=(8, height), dpi=110, layout="tight")
+    axes = figure.subplots()
     yield axes
     axes.set(**settings)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    figure.savefig(path)
 
 
 def draw_pictures(folder, systems, history):
