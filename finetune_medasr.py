@@ -2976,9 +2976,9 @@ def spooled(recording, folder):
     if recording.name == "-" and os.isatty(0):
         raise ValueError("standard input is a terminal; pipe audio into it")
     target = os.path.join(folder, str(len(os.listdir(folder))))
-    with open(0 if recording.name == "-" else recording.name, "rb", closefd=recording.name != "-") as source:
-        with open(target, "wb") as file:
-            shutil.copyfileobj(source, file, 2**20)
+    given = 0 if recording.name == "-" else recording.name
+    with open(given, "rb", closefd=given != 0) as source, open(target, "wb") as file:
+        shutil.copyfileobj(source, file, 2**20)
     if not os.path.getsize(target):
         raise ValueError("nothing came")
     return target
@@ -3238,7 +3238,7 @@ def tuned_lm(lm, emitted, references, processor, training):
     """
     references, tried = list(map(normalize_wer, references)), {}
 
-    def rates(pairs):
+    def best_with(pairs):
         for weight, word_score in pairs:
             if weight >= 0 and (weight, word_score) not in tried:
                 trial = dataclasses.replace(lm, weight=weight, word_score=word_score)
@@ -3247,17 +3247,18 @@ def tuned_lm(lm, emitted, references, processor, training):
         return min(tried, key=lambda pair: (tried[pair], *pair))
 
     greedy = [normalize_wer(clip_text(processor, emissions)) for emissions in emitted]
-    weight, word_score = rates([(0.0, 0.0), *itertools.product(TUNING_WEIGHTS, TUNING_WORD_SCORES)])
+    weight, word_score = best_with([(0.0, 0.0), *itertools.product(TUNING_WEIGHTS, TUNING_WORD_SCORES)])
     around = itertools.product((weight - 0.1, weight, weight + 0.1), (word_score - 0.25, word_score, word_score + 0.25))
-    weight, word_score = rates([(round(weight, 2), round(word_score, 2)) for weight, word_score in around])
+    weight, word_score = best_with([(round(weight, 2), round(word_score, 2)) for weight, word_score in around])
+    best = dataclasses.replace(lm, weight=weight, word_score=word_score)
     record = {
-        **dataclasses.replace(lm, weight=weight, word_score=word_score).settings,
+        **best.settings,
         "clips": len(references),
         "wer": tried[weight, word_score],
         "wer_greedy": rate(error_counts(references, greedy)),
         "tried": [[*pair, wer] for pair, wer in tried.items()],
     }
-    return dataclasses.replace(lm, weight=weight, word_score=word_score), record
+    return best, record
 
 
 # ---------------------------------------------------------------- scores
@@ -3865,10 +3866,11 @@ def lm_paragraph(metrics, args):
     """The model card's lines on decoding with the language model that the test clips were scored with, if any."""
     if not metrics.get("finetuned_lm"):
         return ""
-    lm, rates = metrics["lm"], (percent(metrics[system]["wer"]) for system in ("finetuned", "finetuned_lm"))
+    lm = metrics["lm"]
+    greedy, searched = (percent(metrics[system]["wer"]) for system in ("finetuned", "finetuned_lm"))
     flags = {"lm": public(args.lm), "lm_weight": lm["weight"], "lm_word_score": lm["word_score"], "lm_beam": lm["beam"]}
     return f"""
-This is the greedy text (WER {next(rates)}). With the language model {markdown_text(lm["name"])} (WER {next(rates)}):
+This is the greedy text (WER {greedy}). With the language model {markdown_text(lm["name"])} (WER {searched}):
 
 ```
 {shlex.join(["python", PROGRAM, "--transcribe", "visit.wav", "--model", "final", *as_flags(flags)])}
