@@ -3014,8 +3014,6 @@ def recording_parts(recordings, folder, seconds, report):
 # ---------------------------------------------------------------- language model
 
 LM_CANDIDATES = 16  # the most probable ids of a frame, which the search chooses from
-# pyctcdecode's defaults: less probable ids of a frame are left out, hypotheses so far behind the best one too.
-MIN_LOG_PROB, MAX_BEHIND = -5.0, 10.0
 KENLM_MAGIC = b"mmap lm http://kheafield.com/code"
 
 
@@ -3046,8 +3044,9 @@ class LanguageModel:
     weight: float
     word_score: float
     beam: int
-    min_log_prob: float = MIN_LOG_PROB
-    max_behind: float = MAX_BEHIND
+    # pyctcdecode's defaults: less probable ids of a frame are left out, hypotheses so far behind the best one too.
+    min_log_prob: float = -5.0
+    max_behind: float = 10.0
 
     @property
     def settings(self):
@@ -3183,7 +3182,7 @@ def load_lm(args, processor, vocab_size):
     blank, special = tokenizer.pad_token_id, {None, *tokenizer.all_special_tokens}
     pieces = dict(enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size))))
     pieces = {id: piece for id, piece in pieces.items() if piece not in special and id != blank}
-    spellings = [{id: spell(piece) for id, piece in pieces.items()} for spell in LM_SPELLINGS]
+    spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in LM_WORD_MARKS]
     words = list(dict.fromkeys([LM_NONSENSE, *LM_WORDS, *itertools.chain(*(names.values() for names in spellings))]))
     numbers = {word: number for number, word in enumerate(words)}
     kenlm = open_kenlm(path, words)
@@ -3202,8 +3201,8 @@ def load_lm(args, processor, vocab_size):
     )
 
 
-# How an n-gram's file writes a tokenizer's piece: as it is, or as pyctcdecode's users have to (MedASR's lm_6.kenlm).
-LM_SPELLINGS = (str, lambda piece: piece.replace("\u2581", "#"))
+# What stands for "▁" in an n-gram's file: itself, or what pyctcdecode's users have to write (MedASR's lm_6.kenlm).
+LM_WORD_MARKS = "▁#"
 LM_NONSENSE = "no/such/piece"
 LM_WORDS = ["the", "and", "with", "that", "from", "this", "THE", "AND", "WITH", "THAT", "FROM", "THIS"]
 
