@@ -3486,10 +3486,8 @@ NUMBERS = re.compile(
 
 def clinical_words(scored):
     """Words that clinical references have at least 5 times and, by frequency, 10 times as often as general ones."""
-    counts = {domain: Counter() for domain in DOMAINS}
-    for row, reference in zip(scored.rows, scored.plain[0]):
-        counts.get(row["domain"], Counter()).update(reference.split())
-    clinical, general = counts["clinical"], counts["general"]
+    references, domains = np.array(scored.plain[0], object), scored.groups["domain"]
+    clinical, general = (Counter(" ".join(references[domains == domain]).split()) for domain in DOMAINS)
     scale = clinical.total() / max(1, general.total())
     return {
         word for word, count in clinical.items() if count >= 5 and count >= 10 * general[word] * scale and len(word) > 2
