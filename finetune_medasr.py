@@ -2683,12 +2683,11 @@ def clip_texts(processor, emitted, lm, training):
     return [text for _, text in sorted(gather_object(texts))]
 
 
-def emit_clips(model, processor, clips, num_samples, args, training, encoder=None, lm=None, doing="scoring"):
+def emit_clips(model, processor, selection, args, training, encoder=None, lm=None, doing="scoring"):
     """(the `Emissions` of each clip, {clip: why it cannot be read}, the mean CTC loss), by all processes together.
 
-    `clips` holds encoded audio, `num_samples` its lengths at 16 kHz; of each frame the most probable id is kept, or as
-    many as a search with `lm` needs. With an `encoder` of their labels there is a loss, of the clips that need no
-    windows; otherwise it is 0.
+    Of each frame the most probable id is kept, or as many as a search with `lm` needs. With an `encoder` of the clips'
+    labels there is a loss, of those that need no windows; otherwise it is 0.
     """
     import torch
     from accelerate.utils import gather_object
@@ -2696,11 +2695,12 @@ def emit_clips(model, processor, clips, num_samples, args, training, encoder=Non
     from tqdm import tqdm
 
     extractor, model = processor.feature_extractor, model.to(training.device).eval()
-    spans = plan_spans(model, extractor, num_samples, args.window_seconds)
+    lengths = [row["num_samples"] for row in selection.rows]
+    spans = plan_spans(model, extractor, lengths, args.window_seconds)
     batches = pack_spans(spans, training, eval_budget(model, extractor, args.window_seconds, training))
     mine = batches[training.process_index :: training.world_size]
     loader = DataLoader(
-        Windows(clips, spans),
+        Windows(selection.clips, spans),
         batch_sampler=mine,
         collate_fn=CTCCollator(extractor, encoder, shortest=shortest_clip(model, extractor)),
         num_workers=min(training.dataloader_num_workers, len(mine)),
@@ -2728,7 +2728,7 @@ def emit_clips(model, processor, clips, num_samples, args, training, encoder=Non
         pieces, losses, counts = zip(*gather_object([(pieces, loss, counted)]))
         if stopped := STOP_SIGNALS.among_all(training):
             raise Stopped(stopped)
-    joined, problems = [[] for _ in num_samples], {}
+    joined, problems = [[] for _ in lengths], {}
     for row, _, problem, emissions in sorted(itertools.chain(*pieces), key=lambda piece: piece[:2]):
         joined[row].append(emissions)
         if problem:
@@ -4069,9 +4069,7 @@ class DevSet:
 
     def score(self, model, training):
         """Loss and rates of `model`, with the clips written down as the test clips are."""
-        lengths = [row["num_samples"] for row in self.selection.rows]
-        clips = self.selection.clips
-        emitted, _, loss = emit_clips(model, self.processor, clips, lengths, self.args, training, self.encoder)
+        emitted, _, loss = emit_clips(model, self.processor, self.selection, self.args, training, self.encoder)
         return {"loss": loss, **self.rates([clip_text(self.processor, emissions) for emissions in emitted])}
 
     def rates(self, texts):
@@ -4760,9 +4758,10 @@ class Transcription:
 
     def write_down(self, part):
         """Write the texts of the recordings of a `part`."""
-        clips, lengths = [{"audio": recording.path} for recording in part], [recording.length for recording in part]
+        clips = [{"audio": recording.path, "num_samples": recording.length} for recording in part]
+        selection = Selection(clips, clips, [])
         emitted, unreadable, _ = emit_clips(
-            self.model, self.processor, clips, lengths, self.args, self.training, lm=self.lm, doing="transcribing"
+            self.model, self.processor, selection, self.args, self.training, lm=self.lm, doing="transcribing"
         )
         for row, (recording, emissions) in enumerate(zip(part, emitted)):
             if row in unreadable:
@@ -5010,8 +5009,7 @@ class Job:
         self.is_first = training.process_index == 0
 
     def emit(self, model, split):
-        lengths = [row["num_samples"] for row in split.rows]
-        return emit_clips(model, self.processor, split.clips, lengths, self.args, self.training, lm=self.lm)[0]
+        return emit_clips(model, self.processor, split, self.args, self.training, lm=self.lm)[0]
 
     def write_down(self, model, system):
         """{system: the model's text of each clip of `tests`}, and with a language model {system_lm: those with it}."""
