@@ -3301,9 +3301,7 @@ def aligned(references, hypotheses, characters=False):
     """
     import jiwer
 
-    if not references:
-        return
-    output = (jiwer.process_characters if characters else jiwer.process_words)(list(references), list(hypotheses))
+    output = (jiwer.process_characters if characters else jiwer.process_words)(references, hypotheses)
     for index, chunks in enumerate(output.alignments):
         before, after = output.references[index], output.hypotheses[index]
         for chunk in chunks:
@@ -3345,7 +3343,7 @@ def bootstrap_rates(counts, speakers, draws=BOOTSTRAP_DRAWS, seed=0):
 
 def interval(values):
     """The middle 95 % of `values`."""
-    return [float(value) for value in np.percentile(values, [2.5, 97.5])]
+    return np.percentile(values, [2.5, 97.5]).tolist()
 
 
 RATES = ("wer", "wer_spoken", "wer_paper", "wer_raw", "cer")
