@@ -3660,16 +3660,11 @@ def report_lines(title, systems, metrics, notes, pictures):
     return lines + error_sections(systems)
 
 
-@contextlib.contextmanager
-def picture(path, height, **settings):
-    """The axes of a picture of `height` inches, which is saved at the end."""
+def new_axes(height):
+    """The axes of a new picture, `height` inches high."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, height), dpi=110, layout="tight")
-    axes = figure.subplots()
-    yield axes
-    axes.set(**settings)
-    figure.savefig(path)
+    return Figure(figsize=(8, height), dpi=110, layout="tight").subplots()
 
 
 def draw_pictures(folder, systems, history):
@@ -3682,13 +3677,14 @@ def draw_pictures(folder, systems, history):
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     if evaluations:
         pictures["training.png"] = "Dev WER and training loss"
-        axis = {"xlabel": "update", "ylabel": "dev WER, %", "ylim": (0, None)}
-        with picture(folder / "training.png", 3.5, **axis, title="Training") as axes:
-            axes.plot(*zip(*evaluations), "o-")
-            axes.grid(alpha=0.3)
-            other = axes.twinx()
-            other.plot(*zip(*losses), color="0.6")
-            other.set(ylabel="training loss (grey)", ylim=(0, None))
+        axes = new_axes(3.5)
+        axes.plot(*zip(*evaluations), "o-")
+        axes.grid(alpha=0.3)
+        axes.set(xlabel="update", ylabel="dev WER, %", ylim=(0, None), title="Training")
+        other = axes.twinx()
+        other.plot(*zip(*losses), color="0.6")
+        other.set(ylabel="training loss (grey)", ylim=(0, None))
+        axes.figure.savefig(folder / "training.png")
     return pictures
 
 
@@ -3700,17 +3696,18 @@ def draw_groups(path, title, kind, systems):
         order = [group for group in order if not groups[group]["small"]] or order[-30:]
     if kind == "duration":
         order = [group for group in ("unknown", *reversed(DURATIONS)) if group in order]
-    xlabel = "WER, % (95 % interval over speakers; * too small to rank)"
-    with picture(path, 1.5 + 0.32 * len(order), xlabel=xlabel, xlim=(0, None), title=title) as axes:
-        for offset, (system, scores) in zip((0.16, -0.16), systems.items()):
-            chosen = [scores["groups"][kind][group] for group in order]
-            rates = 100 * np.array([group["wer"] for group in chosen])
-            errors = np.abs(100 * np.array([group["wer_ci95"] for group in chosen]).T - rates)
-            axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=system)
-        labels = [f"{group[:40]} *" if groups[group]["small"] else group[:40] for group in order]
-        axes.set_yticks(range(len(order)), labels, parse_math=False)
-        axes.grid(axis="x", alpha=0.3)
-        axes.legend()
+    axes = new_axes(1.5 + 0.32 * len(order))
+    for offset, (system, scores) in zip((0.16, -0.16), systems.items()):
+        chosen = [scores["groups"][kind][group] for group in order]
+        rates = 100 * np.array([group["wer"] for group in chosen])
+        errors = np.abs(100 * np.array([group["wer_ci95"] for group in chosen]).T - rates)
+        axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=system)
+    labels = [f"{group[:40]} *" if groups[group]["small"] else group[:40] for group in order]
+    axes.set_yticks(range(len(order)), labels, parse_math=False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set(xlabel="WER, % (95 % interval over speakers; * too small to rank)", xlim=(0, None), title=title)
+    axes.legend()
+    axes.figure.savefig(path)
 
 
 def library_versions():
