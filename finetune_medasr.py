@@ -3871,10 +3871,10 @@ This is the greedy text (WER {greedy}). With the language model {markdown_text(l
 
 
 def read_score_file(path):
-    """(rows, pred_texts, baseline_texts or None, notes, rows left out) of JSON lines or CSV.
+    """(rows, {name of SYSTEMS: its texts}, notes, rows left out) of JSON lines or CSV.
 
-    The keys are those of `prediction_lines`. A row without a reference or a text is left out and noted. Raises
-    UsageError for a file of another kind.
+    The keys are those of `prediction_lines`; without a baseline_text in each row the texts are the baseline's. A row
+    without a reference or a text is left out and noted. Raises UsageError for a file of another kind.
     """
     try:
         if Path(path).suffix.lower() in (".csv", ".tsv"):
@@ -3915,10 +3915,12 @@ def read_score_file(path):
     if unknown := sum(row["num_samples"] is None for row in rows):
         effect = f"in the group 'unknown', and not among clips under {PAPER_SECONDS} s"
         notes.append(f"{plural(unknown, 'row')} without a duration: {effect}.")
-    with_baseline = all(isinstance(text, str) for text in before)
-    if not with_baseline and any(isinstance(text, str) and text for text in before):
-        notes.append("Some rows have no baseline_text: no comparison is made.")
-    return rows, texts, before if with_baseline else None, notes, len(entries) - len(rows)
+    written = {"baseline": before, "finetuned": texts}
+    if not all(isinstance(text, str) for text in before):
+        written = {"baseline": texts}
+        if any(isinstance(text, str) and text for text in before):
+            notes.append("Some rows have no baseline_text: no comparison is made.")
+    return rows, written, notes, len(entries) - len(rows)
 
 
 # ---------------------------------------------------------------- half precision
@@ -4788,17 +4790,15 @@ def speaker_note(rows):
 
 def score_file(args, training):
     """The whole report for the texts in --score_file, made by any system; returns the exit status."""
-    rows, texts, baseline_texts, notes, left_out = read_score_file(args.score_file)
+    rows, written, notes, left_out = read_score_file(args.score_file)
     for note in notes:
         warn(note)
-    scored = score_texts(rows, texts, None)
-    before = baseline_texts and score_texts(rows, baseline_texts, None)
+    scored = {system: score_texts(rows, texts, None) for system, texts in written.items()}
     notes += speaker_note(rows)
     folder, title = Path(training.output_dir) / "results", f"Scores of {Path(args.score_file).name}"
     config = public({"command": args.command, "score_file": args.score_file})
     data = {"test": {"clips": len(rows), "hours": round(hours(rows), 4), "left_out": left_out}}
-    systems = {"baseline": before, "finetuned": scored} if before else {"baseline": scored}
-    write_results(folder, config, data, {"test": systems}, title, notes)
+    write_results(folder, config, data, {"test": scored}, title, notes)
     say(f"\nresults: {folder}")
     return 0
 
