@@ -2580,9 +2580,6 @@ class Windows:
     row: int | None = None  # that of `clip`, at hand for the next window
     clip: dict | None = None
 
-    def __len__(self):
-        return len(self.spans)
-
     def __getitem__(self, index):
         span, problem = self.spans[index], ""
         if span.row != self.row:
