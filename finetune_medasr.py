@@ -52,7 +52,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -2562,17 +2562,13 @@ class Span:
     whole: bool
 
 
-@dataclass
-class Emissions:
+class Emissions(NamedTuple):
     """What a model says of a clip or window: the most probable `ids` of each of its frames and their natural
     `log_probs`, both (frames, how many were asked for), the most probable first.
     """
 
     ids: np.ndarray
     log_probs: np.ndarray
-
-    def __getitem__(self, frames):
-        return Emissions(self.ids[frames], self.log_probs[frames])
 
 
 @dataclass
@@ -2583,9 +2579,6 @@ class Windows:
     spans: list[Span]
     row: int | None = None  # that of `clip`, at hand for the next window
     clip: dict | None = None
-
-    def __len__(self):
-        return len(self.spans)
 
     def __getitem__(self, index):
         span, problem = self.spans[index], ""
@@ -2637,16 +2630,14 @@ def pack_spans(spans, training, budget):
     """Indices of `spans` in batches, of windows or of whole clips: --per_device_eval_batch_size of them, or, if that is
     auto, as many as come to `budget` samples with their padding.
     """
-    batches = [[]]
-    for index, span in enumerate(spans):
-        longest = spans[(batches[-1] or [index])[0]]  # of its batch, because `spans` are sorted
-        size = len(batches[-1]) + 1
-        padded = size * (longest.stop - longest.start)
-        fits = padded <= budget if training.auto_eval_batch else size <= training.per_device_eval_batch_size
-        if batches[-1] and not (fits and longest.whole == span.whole):
-            batches.append([])
-        batches[-1].append(index)
-    return [batch for batch in batches if batch]
+    batches, start = [], 0
+    while start < len(spans):
+        longest = spans[start]  # of its batch, because `spans` are sorted
+        fitting = max(1, budget // max(1, longest.stop - longest.start))
+        stop = start + (fitting if training.auto_eval_batch else training.per_device_eval_batch_size)
+        batches.append([start + place for place, span in enumerate(spans[start:stop]) if span.whole == longest.whole])
+        start += len(batches[-1])
+    return batches
 
 
 EVAL_BUDGET_SECONDS = (160, 3_600)  # without a GPU, and at the most
@@ -2686,14 +2677,14 @@ def clip_texts(processor, emitted, lm, training):
     silent = training.process_index > 0 or training.disable_tqdm
     bar = tqdm(mine, desc="language model", unit="clip", disable=silent)
     texts = [(index, clip_text(processor, emitted[index], lm)) for index in bar]
-    return [text for _, text in sorted(gather_object(texts) if training.world_size > 1 else texts)]
+    return [text for _, text in sorted(gather_object(texts))]
 
 
-def emit_clips(model, processor, clips, num_samples, args, training, encoder=None, count=1, doing="scoring"):
+def emit_clips(model, processor, selection, args, training, encoder=None, lm=None, doing="scoring"):
     """(the `Emissions` of each clip, {clip: why it cannot be read}, the mean CTC loss), by all processes together.
 
-    `clips` holds encoded audio, `num_samples` its lengths at 16 kHz; of each frame the `count` most probable ids are
-    kept. With an `encoder` of their labels there is a loss, of the clips that need no windows; otherwise it is 0.
+    Of each frame the most probable id is kept, or as many as a search with `lm` needs. With an `encoder` of the clips'
+    labels there is a loss, of those that need no windows; otherwise it is 0.
     """
     import torch
     from accelerate.utils import gather_object
@@ -2701,11 +2692,12 @@ def emit_clips(model, processor, clips, num_samples, args, training, encoder=Non
     from tqdm import tqdm
 
     extractor, model = processor.feature_extractor, model.to(training.device).eval()
-    spans = plan_spans(model, extractor, num_samples, args.window_seconds)
+    lengths = [row["num_samples"] for row in selection.rows]
+    spans = plan_spans(model, extractor, lengths, args.window_seconds)
     batches = pack_spans(spans, training, eval_budget(model, extractor, args.window_seconds, training))
     mine = batches[training.process_index :: training.world_size]
     loader = DataLoader(
-        Windows(clips, spans),
+        Windows(selection.clips, spans),
         batch_sampler=mine,
         collate_fn=CTCCollator(extractor, encoder, shortest=shortest_clip(model, extractor)),
         num_workers=min(training.dataloader_num_workers, len(mine)),
@@ -2714,34 +2706,32 @@ def emit_clips(model, processor, clips, num_samples, args, training, encoder=Non
         generator=torch.Generator(),
     )
     silent = training.process_index > 0 or training.disable_tqdm
-    pieces, problems, loss, counted = [], {}, 0.0, 0
+    pieces, loss, counted = [], 0.0, 0
     bar = tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=silent)
     with torch.inference_mode(), bar, STOP_SIGNALS.deferring():
         for indices, batch in zip(mine, loader):
             if STOP_SIGNALS.number:
                 break
-            whole = spans[indices[0]].whole
+            batch_spans, problems = [spans[index] for index in indices], batch.pop("problems")
+            whole = batch_spans[0].whole
             if not whole:
                 batch.pop("labels", None)
-            problems |= {spans[index].row: text for index, text in zip(indices, batch.pop("problems")) if text}
-            emitted, batch_loss = run_batch(model, extractor, batch, training.device, count)
+            emitted, batch_loss = run_batch(model, extractor, batch, training.device, LM_CANDIDATES if lm else 1)
             loss, counted = loss + batch_loss, counted + len(indices) * whole
-            for span, emissions in zip(map(spans.__getitem__, indices), emitted):
-                pieces.append((span.row, span.start, emissions[span.first : span.last]))
+            for span, problem, emissions in zip(batch_spans, problems, emitted):
+                kept = Emissions(*(values[span.first : span.last] for values in emissions))
+                pieces.append((span.row, span.start, problem, kept))
             bar.update(len(indices))
-        share = (pieces, problems, loss, counted)
-        shares = gather_object([share]) if training.world_size > 1 else [share]
+        pieces, losses, counts = zip(*gather_object([(pieces, loss, counted)]))
         if stopped := STOP_SIGNALS.among_all(training):
             raise Stopped(stopped)
-    joined = [[] for _ in num_samples]
-    for row, _, emissions in sorted((piece for share in shares for piece in share[0]), key=lambda piece: piece[:2]):
+    joined, problems = [[] for _ in lengths], {}
+    for row, _, problem, emissions in sorted(itertools.chain(*pieces), key=lambda piece: piece[:2]):
         joined[row].append(emissions)
-    joined = [
-        Emissions(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "log_probs")))
-        for parts in joined
-    ]
-    problems = {row: text for share in shares for row, text in share[1].items()}
-    return joined, problems, sum(share[2] for share in shares) / max(1, sum(share[3] for share in shares))
+        if problem:
+            problems[row] = problem
+    joined = [Emissions(*map(np.concatenate, zip(*parts))) for parts in joined]
+    return joined, problems, sum(losses) / max(1, sum(counts))
 
 
 def run_batch(model, extractor, batch, device, count=1):
@@ -2829,7 +2819,8 @@ DICTATED = {
     "exclamation mark": "!", "exclamation point": "!", "new line": "\n", "next line": "\n", "new paragraph": "\n\n",
     "next paragraph": "\n\n", "hyphen": "-", "slash": "/", "open parenthesis": "(", "close parenthesis": ")",
 }  # fmt: skip
-DICTATED_TOKEN = re.compile(r"(\{(?:" + "|".join(DICTATED) + r")\})")
+DICTATED_TOKEN = r"\{(" + "|".join(DICTATED) + r")\}"
+DICTATED_OR_WORD = re.compile(rf"{DICTATED_TOKEN}|(?:(?!{DICTATED_TOKEN})\S)+")
 
 
 def format_dictation(words):
@@ -2838,25 +2829,24 @@ def format_dictation(words):
     Signs that open or join take the next word too. Tokens that are not known stay as they are.
     """
     owners = [word for word in words for _ in word.text + " "]  # of each character
-    formatted, place, joins = [], 0, False
-    for part in DICTATED_TOKEN.split(" ".join(word.text for word in words)):
-        sign = DICTATED[part[1:-1]] if DICTATED_TOKEN.fullmatch(part) else ""
-        for match in re.finditer(r"\S+", part) if not sign else ():
-            word = dataclasses.replace(owners[place + match.start()], text=match[0])
+    formatted, joins = [], False
+    for match in DICTATED_OR_WORD.finditer(" ".join(word.text for word in words)):
+        owner, sign = owners[match.start()], DICTATED.get(match[1])
+        if not sign:
+            word = dataclasses.replace(owner, text=match[0])
             if joins:
                 before = formatted.pop()
                 chance = min(before.probability, word.probability)
                 word = Word(before.text + word.text, before.start, word.end, chance)
             formatted.append(word)
-            joins = False
-        if sign.isspace() and formatted:
-            formatted[-1].text = formatted[-1].text.rstrip("\n") + sign
-        elif sign.strip() and (sign == "(" or not formatted):
-            formatted.append(dataclasses.replace(owners[place], text=sign))
-        elif sign.strip() and not formatted[-1].text.endswith(sign):
+        elif sign.isspace():
+            if formatted:
+                formatted[-1].text = formatted[-1].text.rstrip("\n") + sign
+        elif sign == "(" or not formatted:
+            formatted.append(dataclasses.replace(owner, text=sign))
+        elif not formatted[-1].text.endswith(sign):
             formatted[-1].text += sign
-        joins = sign in ("(", "-", "/") if sign else joins
-        place += len(part)
+        joins = sign in ("(", "-", "/")
     return formatted
 
 
@@ -2983,9 +2973,9 @@ def spooled(recording, folder):
     if recording.name == "-" and os.isatty(0):
         raise ValueError("standard input is a terminal; pipe audio into it")
     target = os.path.join(folder, str(len(os.listdir(folder))))
-    with open(0 if recording.name == "-" else recording.name, "rb", closefd=recording.name != "-") as source:
-        with open(target, "wb") as file:
-            shutil.copyfileobj(source, file, 2**20)
+    given = 0 if recording.name == "-" else recording.name
+    with open(given, "rb", closefd=given != 0) as source, open(target, "wb") as file:
+        shutil.copyfileobj(source, file, 2**20)
     if not os.path.getsize(target):
         raise ValueError("nothing came")
     return target
@@ -3021,15 +3011,6 @@ def recording_parts(recordings, folder, seconds, report):
 # ---------------------------------------------------------------- language model
 
 LM_CANDIDATES = 16  # the most probable ids of a frame, which the search chooses from
-
-
-def candidates(lm):
-    """How many ids of a frame are needed to write it down with `lm`, or without (None)."""
-    return LM_CANDIDATES if lm else 1
-
-
-# pyctcdecode's defaults: less probable ids of a frame are left out, hypotheses so far behind the best one too.
-MIN_LOG_PROB, MAX_BEHIND = -5.0, 10.0
 KENLM_MAGIC = b"mmap lm http://kheafield.com/code"
 
 
@@ -3060,8 +3041,9 @@ class LanguageModel:
     weight: float
     word_score: float
     beam: int
-    min_log_prob: float = MIN_LOG_PROB
-    max_behind: float = MAX_BEHIND
+    # pyctcdecode's defaults: less probable ids of a frame are left out, hypotheses so far behind the best one too.
+    min_log_prob: float = -5.0
+    max_behind: float = 10.0
 
     @property
     def settings(self):
@@ -3146,9 +3128,10 @@ def lm_path(args):
 def lm_file_problem(path):
     """Why `path` is no n-gram that KenLM reads, "" if it begins like one."""
     try:
-        head = open(path, "rb").read(1 << 16)
-        if head[:2] == b"\x1f\x8b":
-            head = gzip.open(path).read(1 << 16)
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if packed else open)(path, "rb") as file:
+            head = file.read(1 << 16)
     except (OSError, EOFError, zlib.error) as error:
         return f"cannot be read ({one_line(error)})"
     lines = (line.strip() for line in head.split(b"\n") if line.strip() and not line.startswith(b"#"))
@@ -3196,7 +3179,7 @@ def load_lm(args, processor, vocab_size):
     blank, special = tokenizer.pad_token_id, {None, *tokenizer.all_special_tokens}
     pieces = dict(enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size))))
     pieces = {id: piece for id, piece in pieces.items() if piece not in special and id != blank}
-    spellings = [{id: spell(piece) for id, piece in pieces.items()} for spell in LM_SPELLINGS]
+    spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in LM_WORD_MARKS]
     words = list(dict.fromkeys([LM_NONSENSE, *LM_WORDS, *itertools.chain(*(names.values() for names in spellings))]))
     numbers = {word: number for number, word in enumerate(words)}
     kenlm = open_kenlm(path, words)
@@ -3215,8 +3198,8 @@ def load_lm(args, processor, vocab_size):
     )
 
 
-# How an n-gram's file writes a tokenizer's piece: as it is, or as pyctcdecode's users have to (MedASR's lm_6.kenlm).
-LM_SPELLINGS = (str, lambda piece: piece.replace("\u2581", "#"))
+# What stands for "▁" in an n-gram's file: itself, or what pyctcdecode's users have to write (MedASR's lm_6.kenlm).
+LM_WORD_MARKS = "▁#"
 LM_NONSENSE = "no/such/piece"
 LM_WORDS = ["the", "and", "with", "that", "from", "this", "THE", "AND", "WITH", "THAT", "FROM", "THIS"]
 
@@ -3251,7 +3234,7 @@ def tuned_lm(lm, emitted, references, processor, training):
     """
     references, tried = list(map(normalize_wer, references)), {}
 
-    def rates(pairs):
+    def best_with(pairs):
         for weight, word_score in pairs:
             if weight >= 0 and (weight, word_score) not in tried:
                 trial = dataclasses.replace(lm, weight=weight, word_score=word_score)
@@ -3260,17 +3243,18 @@ def tuned_lm(lm, emitted, references, processor, training):
         return min(tried, key=lambda pair: (tried[pair], *pair))
 
     greedy = [normalize_wer(clip_text(processor, emissions)) for emissions in emitted]
-    weight, word_score = rates([(0.0, 0.0), *itertools.product(TUNING_WEIGHTS, TUNING_WORD_SCORES)])
+    weight, word_score = best_with([(0.0, 0.0), *itertools.product(TUNING_WEIGHTS, TUNING_WORD_SCORES)])
     around = itertools.product((weight - 0.1, weight, weight + 0.1), (word_score - 0.25, word_score, word_score + 0.25))
-    weight, word_score = rates([(round(weight, 2), round(word_score, 2)) for weight, word_score in around])
+    weight, word_score = best_with([(round(weight, 2), round(word_score, 2)) for weight, word_score in around])
+    best = dataclasses.replace(lm, weight=weight, word_score=word_score)
     record = {
-        **dataclasses.replace(lm, weight=weight, word_score=word_score).settings,
+        **best.settings,
         "clips": len(references),
         "wer": tried[weight, word_score],
         "wer_greedy": rate(error_counts(references, greedy)),
         "tried": [[*pair, wer] for pair, wer in tried.items()],
     }
-    return dataclasses.replace(lm, weight=weight, word_score=word_score), record
+    return best, record
 
 
 # ---------------------------------------------------------------- scores
@@ -3314,9 +3298,7 @@ def aligned(references, hypotheses, characters=False):
     """
     import jiwer
 
-    if not references:
-        return
-    output = (jiwer.process_characters if characters else jiwer.process_words)(list(references), list(hypotheses))
+    output = (jiwer.process_characters if characters else jiwer.process_words)(references, hypotheses)
     for index, chunks in enumerate(output.alignments):
         before, after = output.references[index], output.hypotheses[index]
         for chunk in chunks:
@@ -3358,7 +3340,7 @@ def bootstrap_rates(counts, speakers, draws=BOOTSTRAP_DRAWS, seed=0):
 
 def interval(values):
     """The middle 95 % of `values`."""
-    return [float(value) for value in np.percentile(values, [2.5, 97.5])]
+    return np.percentile(values, [2.5, 97.5]).tolist()
 
 
 RATES = ("wer", "wer_spoken", "wer_paper", "wer_raw", "cer")
@@ -3442,7 +3424,7 @@ def score_texts(rows, texts, train_accents):
 
 
 # What is scored on one set of clips, and its name in tables: the greedy text and that with the language model, of the
-# model before and after. Results are made of a dict with some of these, each `Scored` (or its scores).
+# model before and after. Results are made of a dict with some of these, each `Scored`, and metrics with their scores.
 SYSTEMS = {
     "baseline": "before",
     "finetuned": "fine-tuned",
@@ -3452,7 +3434,7 @@ SYSTEMS = {
 
 
 def before_and_after(systems, kind=""):
-    """(the baseline's, the fine-tuned model's) of `systems`, greedy or, with the kind "_lm", with it; None for none."""
+    """(the baseline's, the fine-tuned model's) of `systems` or metrics, None for none; "_lm" for those with the LM."""
     return systems.get("baseline" + kind), systems.get("finetuned" + kind)
 
 
@@ -3460,6 +3442,11 @@ def last_of(systems, kind=""):
     """The fine-tuned model's of `systems`, else the baseline's, else None."""
     before, after = before_and_after(systems, kind)
     return after or before
+
+
+def text_kinds(systems):
+    """The endings of names in `systems`: "" of greedy texts, and "_lm" if there are texts with a language model."""
+    return ["", "_lm"] if last_of(systems, "_lm") else [""]
 
 
 def compare(baseline, finetuned):
@@ -3494,10 +3481,8 @@ NUMBERS = re.compile(
 
 def clinical_words(scored):
     """Words that clinical references have at least 5 times and, by frequency, 10 times as often as general ones."""
-    counts = {domain: Counter() for domain in DOMAINS}
-    for row, reference in zip(scored.rows, scored.plain[0]):
-        counts.get(row["domain"], Counter()).update(reference.split())
-    clinical, general = counts["clinical"], counts["general"]
+    references, domains = np.array(scored.plain[0], object), scored.groups["domain"]
+    clinical, general = (Counter(" ".join(references[domains == domain]).split()) for domain in DOMAINS)
     scale = clinical.total() / max(1, general.total())
     return {
         word for word, count in clinical.items() if count >= 5 and count >= 10 * general[word] * scale and len(word) > 2
@@ -3547,13 +3532,10 @@ def markdown_table(header, rows):
     return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows] + [""]
 
 
-def group_table(kind, scores, delta):
-    """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *.
-
-    `scores` are {system: its scores}.
-    """
-    rows, before, with_lm = [], scores.get("baseline"), last_of(scores, "_lm")
-    for name, now in sorted(last_of(scores)["groups"][kind].items(), key=lambda item: -item[1]["words"]):
+def group_table(kind, metrics):
+    """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *."""
+    rows, before, with_lm, delta = [], metrics["baseline"], last_of(metrics, "_lm"), metrics["delta"]
+    for name, now in sorted(last_of(metrics)["groups"][kind].items(), key=lambda item: -item[1]["words"]):
         low, high = map(percent, now["wer_ci95"])
         rows.append(
             [
@@ -3571,9 +3553,10 @@ def group_table(kind, scores, delta):
     return markdown_table([kind.replace("_", " "), *columns], rows)
 
 
-def group_summary(kind, after):
+def group_summary(kind, metrics):
     """One line: macro average over the groups that are large enough, and the worst of them."""
-    large = {name: scores["wer"] for name, scores in after["groups"][kind].items() if not scores["small"]}
+    groups = last_of(metrics)["groups"][kind]
+    large = {name: scores["wer"] for name, scores in groups.items() if not scores["small"]}
     if len(large) < 2:
         return f"Fewer than two groups have {MIN_GROUP_SPEAKERS} speakers and {MIN_GROUP_WORDS} words: none is ranked."
     worst = max(large, key=large.get)
@@ -3619,13 +3602,13 @@ RATE_LABELS = {
 }
 
 
-def summary_table(scores):
-    """Markdown lines: every rate before and after, all clips; `scores` are {system: its scores}."""
-    rows, kinds = [], ["", "_lm"] if last_of(scores, "_lm") else [""]
+def summary_table(metrics):
+    """Markdown lines: every rate before and after, all clips."""
+    rows, kinds = [], text_kinds(metrics)
     for name, label in RATE_LABELS.items():
         cells = [label]
         for kind in kinds:
-            then, now = (system and system[name] for system in before_and_after(scores, kind))
+            then, now = (system and system[name] for system in before_and_after(metrics, kind))
             cells += [percent(then), percent(now), "-" if None in (then, now) else f"{100 * (now - then):+.1f}"]
         rows.append(cells)
     labels = [[*before_and_after(SYSTEMS, kind), "change, points"] for kind in kinds]
@@ -3634,7 +3617,7 @@ def summary_table(scores):
 
 def change_line(metrics):
     """A sentence on the WER of a `metrics_of`, or on its change, with its interval."""
-    last, delta = last_of(scores_in(metrics)), metrics["delta"]
+    last, delta = last_of(metrics), metrics["delta"]
     if not delta:
         low, high = map(percent, last["wer_ci95"])
         return f"WER {percent(last['wer'])}, 95 % interval over speakers {low} to {high}."
@@ -3647,18 +3630,17 @@ def change_line(metrics):
 
 def score_lines(metrics):
     """Markdown lines on one test set: its size, its rates, their change."""
-    scores = scores_in(metrics)
-    sizes = ", ".join(plural(last_of(scores)[f"{noun}s"], noun) for noun in ("clip", "speaker", "word"))
-    return [f"{sizes}. All rates are corpus-level.\n", *summary_table(scores), change_line(metrics) + "\n"]
+    sizes = ", ".join(plural(last_of(metrics)[f"{noun}s"], noun) for noun in ("clip", "speaker", "word"))
+    return [f"{sizes}. All rates are corpus-level.\n", *summary_table(metrics), change_line(metrics) + "\n"]
 
 
 def group_lines(metrics, heading, fewest=1):
     """Markdown lines: a table of each kind of groups, where there are at least `fewest`."""
-    lines, scores = [], scores_in(metrics)
+    lines = []
     for kind in GROUP_KINDS:
-        if len(last_of(scores)["groups"][kind]) >= fewest:
-            lines += [f"{heading} By {kind.replace('_', ' ')}\n", *group_table(kind, scores, metrics["delta"])]
-            lines.append(group_summary(kind, last_of(scores)) + "\n")
+        if len(last_of(metrics)["groups"][kind]) >= fewest:
+            lines += [f"{heading} By {kind.replace('_', ' ')}\n", *group_table(kind, metrics)]
+            lines.append(group_summary(kind, metrics) + "\n")
     return lines
 
 
@@ -3675,20 +3657,11 @@ def report_lines(title, systems, metrics, notes, pictures):
     return lines + error_sections(systems)
 
 
-@contextlib.contextmanager
-def picture(path, height, **settings):
-    """The axes of a picture of `height` inches, which is saved at the end."""
-    import matplotlib
+def new_axes(height):
+    """The axes of a new picture, `height` inches high."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, height))
-    yield axes
-    axes.set(**settings)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    return Figure(figsize=(8, height), dpi=110, layout="tight").subplots()
 
 
 def draw_pictures(folder, systems, history):
@@ -3701,13 +3674,14 @@ def draw_pictures(folder, systems, history):
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     if evaluations:
         pictures["training.png"] = "Dev WER and training loss"
-        axis = {"xlabel": "update", "ylabel": "dev WER, %", "ylim": (0, None)}
-        with picture(folder / "training.png", 3.5, **axis, title="Training") as axes:
-            axes.plot(*zip(*evaluations), "o-")
-            axes.grid(alpha=0.3)
-            other = axes.twinx()
-            other.plot(*zip(*losses), color="0.6")
-            other.set(ylabel="training loss (grey)", ylim=(0, None))
+        axes = new_axes(3.5)
+        axes.plot(*zip(*evaluations), "o-")
+        axes.grid(alpha=0.3)
+        axes.set(xlabel="update", ylabel="dev WER, %", ylim=(0, None), title="Training")
+        other = axes.twinx()
+        other.plot(*zip(*losses), color="0.6")
+        other.set(ylabel="training loss (grey)", ylim=(0, None))
+        axes.figure.savefig(folder / "training.png")
     return pictures
 
 
@@ -3719,17 +3693,18 @@ def draw_groups(path, title, kind, systems):
         order = [group for group in order if not groups[group]["small"]] or order[-30:]
     if kind == "duration":
         order = [group for group in ("unknown", *reversed(DURATIONS)) if group in order]
-    xlabel = "WER, % (95 % interval over speakers; * too small to rank)"
-    with picture(path, 1.5 + 0.32 * len(order), xlabel=xlabel, xlim=(0, None), title=title) as axes:
-        for offset, (system, scores) in zip((0.16, -0.16), systems.items()):
-            chosen = [scores["groups"][kind][group] for group in order]
-            rates = 100 * np.array([group["wer"] for group in chosen])
-            errors = np.abs(100 * np.array([group["wer_ci95"] for group in chosen]).T - rates)
-            axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=system)
-        labels = [f"{group[:40]} *" if groups[group]["small"] else group[:40] for group in order]
-        axes.set_yticks(range(len(order)), labels, parse_math=False)
-        axes.grid(axis="x", alpha=0.3)
-        axes.legend()
+    axes = new_axes(1.5 + 0.32 * len(order))
+    for offset, (system, scores) in zip((0.16, -0.16), systems.items()):
+        chosen = [scores["groups"][kind][group] for group in order]
+        rates = 100 * np.array([group["wer"] for group in chosen])
+        errors = np.abs(100 * np.array([group["wer_ci95"] for group in chosen]).T - rates)
+        axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=system)
+    labels = [f"{group[:40]} *" if groups[group]["small"] else group[:40] for group in order]
+    axes.set_yticks(range(len(order)), labels, parse_math=False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set(xlabel="WER, % (95 % interval over speakers; * too small to rank)", xlim=(0, None), title=title)
+    axes.legend()
+    axes.figure.savefig(path)
 
 
 def library_versions():
@@ -3744,24 +3719,21 @@ CLIP_COLUMNS = ("speaker", "accent", "country", "domain", "gender", "age_group")
 
 def prediction_lines(systems):
     """One JSON object a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
-    last, kinds = last_of(systems), ["", "_lm"] if last_of(systems, "_lm") else [""]
+    last, kinds = last_of(systems), text_kinds(systems)
+    texts = {f"pred_text{kind}": last_of(systems, kind).texts for kind in kinds}
+    for kind in kinds:
+        before, after = before_and_after(systems, kind)
+        texts[f"baseline_text{kind}"] = before.texts if before and after else [None] * len(last.rows)
     for index, row in enumerate(last.rows):
         entry = {
             "audio_filepath": row["clip"],
             "duration": row["num_samples"] and round(row["num_samples"] / SAMPLE_RATE, 3),
             "text": row["text"],
-            **{f"pred_text{kind}": last_of(systems, kind).texts[index] for kind in kinds},
-            **{f"baseline_text{kind}": baseline_text(systems, kind, index) for kind in kinds},
+            **{name: written[index] for name, written in texts.items()},
             **{name: row[name] for name in CLIP_COLUMNS},
             "wer": rate(last.counts["wer"][index : index + 1]),
         }
         yield json.dumps(entry, ensure_ascii=False) + "\n"
-
-
-def baseline_text(systems, kind, index):
-    """The baseline's text of a clip, beside the fine-tuned model's; None if there are not both."""
-    baseline, finetuned = before_and_after(systems, kind)
-    return baseline.texts[index] if baseline and finetuned else None
 
 
 @contextlib.contextmanager
@@ -3784,16 +3756,10 @@ def complete_folder(target, keep=False):
 
 def metrics_of(systems):
     """What metrics.json has of one test set: the scores of its {name of SYSTEMS: Scored}, and "delta"."""
-    baseline, finetuned = before_and_after(systems)
-    metrics = {
-        "baseline": baseline and baseline.scores,
-        "finetuned": finetuned and finetuned.scores,
-        "delta": compare(baseline, finetuned) if baseline and finetuned else None,
-    }
-    if last_of(systems, "_lm"):
-        before, after = before_and_after(systems, "_lm")
-        metrics |= {"baseline_lm": before and before.scores, "finetuned_lm": after and after.scores}
-    return metrics
+    before, after = before_and_after(systems)
+    names = [name + kind for kind in text_kinds(systems) for name in ("baseline", "finetuned")]
+    scores = {name: systems[name].scores if name in systems else None for name in names}
+    return {**scores, "delta": compare(before, after) if before and after else None}
 
 
 def write_results(target, config, data, scored, title, notes=(), history=(), lm=None):
@@ -3816,16 +3782,10 @@ def write_results(target, config, data, scored, title, notes=(), history=(), lm=
     return metrics
 
 
-def scores_in(metrics):
-    """{name of SYSTEMS: its scores} of a `metrics_of`."""
-    return {name: metrics[name] for name in SYSTEMS if metrics.get(name)}
-
-
 def show_scores(metrics):
-    scores = scores_in(metrics)
-    say("\n".join(["", *summary_table(scores), *group_table("domain", scores, metrics["delta"])]))
+    say("\n".join(["", *summary_table(metrics), *group_table("domain", metrics)]))
     for name, part in metrics.get("also", {}).items():
-        say("\n".join([f"{name}: {change_line(part)}", *summary_table(scores_in(part))]))
+        say("\n".join([f"{name}: {change_line(part)}", *summary_table(part)]))
 
 
 def write_model_card(final, results, args, metrics):
@@ -3895,10 +3855,11 @@ def lm_paragraph(metrics, args):
     """The model card's lines on decoding with the language model that the test clips were scored with, if any."""
     if not metrics.get("finetuned_lm"):
         return ""
-    lm, rates = metrics["lm"], (percent(metrics[system]["wer"]) for system in ("finetuned", "finetuned_lm"))
+    lm = metrics["lm"]
+    greedy, searched = (percent(metrics[system]["wer"]) for system in ("finetuned", "finetuned_lm"))
     flags = {"lm": public(args.lm), "lm_weight": lm["weight"], "lm_word_score": lm["word_score"], "lm_beam": lm["beam"]}
     return f"""
-This is the greedy text (WER {next(rates)}). With the language model {markdown_text(lm["name"])} (WER {next(rates)}):
+This is the greedy text (WER {greedy}). With the language model {markdown_text(lm["name"])} (WER {searched}):
 
 ```
 {shlex.join(["python", PROGRAM, "--transcribe", "visit.wav", "--model", "final", *as_flags(flags)])}
@@ -3907,10 +3868,10 @@ This is the greedy text (WER {next(rates)}). With the language model {markdown_t
 
 
 def read_score_file(path):
-    """(rows, pred_texts, baseline_texts or None, notes, rows left out) of JSON lines or CSV.
+    """(rows, {name of SYSTEMS: its texts}, notes, rows left out) of JSON lines or CSV.
 
-    The keys are those of `prediction_lines`. A row without a reference or a text is left out and noted. Raises
-    UsageError for a file of another kind.
+    The keys are those of `prediction_lines`; without a baseline_text in each row the texts are the baseline's. A row
+    without a reference or a text is left out and noted. Raises UsageError for a file of another kind.
     """
     try:
         if Path(path).suffix.lower() in (".csv", ".tsv"):
@@ -3951,10 +3912,12 @@ def read_score_file(path):
     if unknown := sum(row["num_samples"] is None for row in rows):
         effect = f"in the group 'unknown', and not among clips under {PAPER_SECONDS} s"
         notes.append(f"{plural(unknown, 'row')} without a duration: {effect}.")
-    with_baseline = all(isinstance(text, str) for text in before)
-    if not with_baseline and any(isinstance(text, str) and text for text in before):
-        notes.append("Some rows have no baseline_text: no comparison is made.")
-    return rows, texts, before if with_baseline else None, notes, len(entries) - len(rows)
+    written = {"baseline": before, "finetuned": texts}
+    if not all(isinstance(text, str) for text in before):
+        written = {"baseline": texts}
+        if any(isinstance(text, str) and text for text in before):
+            notes.append("Some rows have no baseline_text: no comparison is made.")
+    return rows, written, notes, len(entries) - len(rows)
 
 
 # ---------------------------------------------------------------- half precision
@@ -4100,9 +4063,7 @@ class DevSet:
 
     def score(self, model, training):
         """Loss and rates of `model`, with the clips written down as the test clips are."""
-        lengths = [row["num_samples"] for row in self.selection.rows]
-        clips = self.selection.clips
-        emitted, _, loss = emit_clips(model, self.processor, clips, lengths, self.args, training, self.encoder)
+        emitted, _, loss = emit_clips(model, self.processor, self.selection, self.args, training, self.encoder)
         return {"loss": loss, **self.rates([clip_text(self.processor, emissions) for emissions in emitted])}
 
     def rates(self, texts):
@@ -4796,10 +4757,10 @@ class Transcription:
 
     def write_down(self, part):
         """Write the texts of the recordings of a `part`."""
-        clips, lengths = [{"audio": recording.path} for recording in part], [recording.length for recording in part]
-        options = dict(count=candidates(self.lm), doing="transcribing")
+        clips = [{"audio": recording.path, "num_samples": recording.length} for recording in part]
+        selection = Selection(clips, clips, [])
         emitted, unreadable, _ = emit_clips(
-            self.model, self.processor, clips, lengths, self.args, self.training, **options
+            self.model, self.processor, selection, self.args, self.training, lm=self.lm, doing="transcribing"
         )
         for row, (recording, emissions) in enumerate(zip(part, emitted)):
             if row in unreadable:
@@ -4831,17 +4792,15 @@ def speaker_note(rows):
 
 def score_file(args, training):
     """The whole report for the texts in --score_file, made by any system; returns the exit status."""
-    rows, texts, baseline_texts, notes, left_out = read_score_file(args.score_file)
+    rows, written, notes, left_out = read_score_file(args.score_file)
     for note in notes:
         warn(note)
-    scored = score_texts(rows, texts, None)
-    before = baseline_texts and score_texts(rows, baseline_texts, None)
+    scored = {system: score_texts(rows, texts, None) for system, texts in written.items()}
     notes += speaker_note(rows)
     folder, title = Path(training.output_dir) / "results", f"Scores of {Path(args.score_file).name}"
     config = public({"command": args.command, "score_file": args.score_file})
     data = {"test": {"clips": len(rows), "hours": round(hours(rows), 4), "left_out": left_out}}
-    systems = {"baseline": before, "finetuned": scored} if before else {"baseline": scored}
-    write_results(folder, config, data, {"test": systems}, title, notes)
+    write_results(folder, config, data, {"test": scored}, title, notes)
     say(f"\nresults: {folder}")
     return 0
 
@@ -5047,9 +5006,7 @@ class Job:
         self.is_first = training.process_index == 0
 
     def emit(self, model, split):
-        lengths, clips = [row["num_samples"] for row in split.rows], split.clips
-        options = dict(count=candidates(self.lm))
-        return emit_clips(model, self.processor, clips, lengths, self.args, self.training, **options)[0]
+        return emit_clips(model, self.processor, split, self.args, self.training, lm=self.lm)[0]
 
     def write_down(self, model, system):
         """{system: the model's text of each clip of `tests`}, and with a language model {system_lm: those with it}."""

@@ -391,13 +391,14 @@ def check_scores(file):
         path = folder / f"texts{ending}"
         path.write_bytes(data)
         try:
-            rows, texts, before, notes, left_out = script.read_score_file(path)
+            rows, written, notes, left_out = script.read_score_file(path)
         except script.UsageError as error:
             assert "\n" not in str(error) and (count is None or "neither" not in str(error)), error
             return
-    assert len(rows) == len(texts) and before is None or len(before) == len(rows)
+    assert list(written) in (["baseline"], ["baseline", "finetuned"])
+    assert all(len(texts) == len(rows) for texts in written.values())
     assert count in (None, len(rows) + left_out) and len(notes) >= left_out
-    json.dumps([rows, texts, before, notes], ensure_ascii=False).encode()
+    json.dumps([rows, written, notes], ensure_ascii=False).encode()
     assert all(row["num_samples"] is None or 0 < row["num_samples"] < 2**31 for row in rows)
 
 

@@ -33,7 +33,8 @@ def make_trainer(output_dir, train, dev, *flags, model=None):
 
 
 def transcribe(model, clips, lengths, args, training):
-    emitted = script.emit_clips(model, small_processor(), clips, lengths, args, training)[0]
+    selection = script.Selection(clips, [{"num_samples": length} for length in lengths], [])
+    emitted = script.emit_clips(model, small_processor(), selection, args, training)[0]
     return [script.clip_text(small_processor(), emissions) for emissions in emitted]
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -328,6 +329,16 @@ def test_a_file_that_is_no_model_of_tokens_is_refused(kind, message, run, arpa, 
     status, out, err = run("--transcribe", tmp_path / "clip.wav", "--model", MODEL, "--lm", path)
     assert (status, out) == (1, "")
     assert message in error_line(err) and "/tmp/pip-req" not in err
+
+
+@pytest.mark.parametrize("kind", ["text", "cut gzip"])
+def test_the_file_is_closed_whatever_it_is(kind, arpa, tmp_path):
+    file_of(kind, tmp_path / "bad.lm", arpa)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        assert script.lm_file_problem(tmp_path / "bad.lm")
+        gc.collect()
+    assert not [warning for warning in caught if "bad.lm" in str(warning.message)]
 
 
 def test_few_tokens_left_unknown_are_warned_of(run, arpa, tmp_path):
