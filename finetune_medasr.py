@@ -3755,11 +3755,13 @@ def complete_folder(target, keep=False):
 
 
 def metrics_of(systems):
-    """What metrics.json has of one test set: the scores of its {name of SYSTEMS: Scored}, and "delta"."""
-    before, after = before_and_after(systems)
-    names = [name + kind for kind in text_kinds(systems) for name in ("baseline", "finetuned")]
-    scores = {name: systems[name].scores if name in systems else None for name in names}
-    return {**scores, "delta": compare(before, after) if before and after else None}
+    """What metrics.json has of one test set: the scores of its {name of SYSTEMS: Scored}, and "delta", their change."""
+    metrics = {}
+    for kind in text_kinds(systems):
+        before, after = before_and_after(systems, kind)
+        metrics |= {"baseline" + kind: before and before.scores, "finetuned" + kind: after and after.scores}
+        metrics["delta" + kind] = compare(before, after) if before and after else None
+    return metrics
 
 
 def write_results(target, config, data, scored, title, notes=(), history=(), lm=None):

@@ -215,7 +215,7 @@ def test_the_language_model_lowers_the_wer_of_speakers_never_trained_on(demo, ar
     assert metrics["baseline_lm"]["wer"] < 0.6 * metrics["baseline"]["wer"]
     assert metrics["finetuned_lm"] is None
     assert metrics["lm"] == {"name": "tokens.arpa", "weight": 0.5, "word_score": 1.5, "beam": 8}
-    assert set(metrics) == set(demo.metrics) | {"baseline_lm", "finetuned_lm", "lm"}
+    assert set(metrics) == set(demo.metrics) | {"baseline_lm", "finetuned_lm", "delta_lm", "lm"}
     assert metrics["baseline_lm"]["groups"].keys() == metrics["baseline"]["groups"].keys()
     assert [row["pred_text"] for row in predictions] == [row["pred_text"] for row in demo.predictions]
     counts = script.error_counts(
@@ -414,6 +414,8 @@ def test_a_run_scores_both_models_with_it_and_keeps_the_baselines_texts(demo, ar
     assert (metrics["baseline"], metrics["finetuned"]) == (plain["baseline"], plain["finetuned"]), "nothing is trained"
     assert metrics["baseline_lm"]["wer"] < metrics["baseline"]["wer"]
     assert metrics["finetuned_lm"]["words"] == metrics["finetuned"]["words"]
+    before, after = metrics["baseline_lm"]["wer"], metrics["finetuned_lm"]["wer"]
+    assert metrics["delta_lm"]["wer"] == pytest.approx(after - before) and metrics["delta_lm"]["wer_ci95"]
     assert {"pred_text", "baseline_text", "pred_text_lm", "baseline_text_lm"} <= set(row)
     for column in ("before, LM", "fine-tuned, LM", "WER, LM"):
         assert column in out and column in (results / "report.md").read_text()
