@@ -89,22 +89,14 @@ class RunError(Exception):
     """Something that went wrong while running: exit status 1."""
 
 
-def say(text=""):
-    """Print once, not once a process."""
+def say(text="", stream=None):
+    """Print once, not once a process; to standard output if no `stream` is given."""
     if os.environ.get("RANK", "0") == "0":
-        print(redact(text), flush=True)
+        print(redact(text), file=stream, flush=True)
 
 
 def warn(text):
-    """A line on stderr, once, not once a process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{PROGRAM}: warning: {' '.join(redact(text).split())}", file=sys.stderr)
-
-
-def tell(text):
-    """A line on stderr beside the output, once, not once a process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(redact(text), file=sys.stderr, flush=True)
+    say(f"{PROGRAM}: warning: {' '.join(redact(text).split())}", sys.stderr)
 
 
 def printable(name):
@@ -467,7 +459,7 @@ def parse_arguments(argv):
         and not any(re.match("--model(=|$)", token) for token in argv)
     ):
         script.model = str(own)
-        tell(f"transcribing with {own}; --model chooses another")
+        say(f"transcribing with {own}; --model chooses another", sys.stderr)
     for problem in refusals(script, common, given):
         raise UsageError(problem)
     return script, make_training_arguments(vars(common), rest, script)
@@ -4773,7 +4765,7 @@ def transcribe_files(args, training):
     if job.heard:
         seconds, took = job.heard / SAMPLE_RATE, time.monotonic() - loaded
         speed = f"{took:,.1f} s, {seconds / took:,.1f} times as fast as it was spoken"
-        tell(f"{seconds:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s")
+        say(f"{seconds:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s", sys.stderr)
     return 1 if job.failed else 0
 
 
@@ -4787,7 +4779,7 @@ class Transcription:
 
     def report(self, recording, error):
         self.failed += 1
-        tell(f"{PROGRAM}: error: {printable(recording.name)} cannot be read as audio: {one_line(error)}")
+        say(f"{PROGRAM}: error: {printable(recording.name)} cannot be read as audio: {one_line(error)}", sys.stderr)
 
     def write_down(self, part):
         """Write the texts of the recordings of a `part`."""
