@@ -1899,13 +1899,17 @@ class Recordings(Corpus):
     def fetch_transcripts(self, splits):
         """They are `listed`."""
 
+    def files_of(self, archive):
+        """The entries of `files` that an archive is made of; rows of metadata may name files anywhere else."""
+        return [path for path in (archive, *(row["clip"] for row in self.listed[archive])) if path in self.files]
+
     def part(self, archive):
-        rows = self.listed[archive]
-        needed = {path: self.files[path] for path in (archive, *(row["clip"] for row in rows)) if path in self.files}
-        return dataclasses.replace(self, files=needed, stamps={}, listed={archive: rows}, assignment={})
+        needed = {path: self.files[path] for path in self.files_of(archive)}
+        listed = {archive: self.listed[archive]}
+        return dataclasses.replace(self, files=needed, stamps={}, listed=listed, assignment={})
 
     def release(self, archive):
-        for path in [archive] if archive.endswith(".parquet") else [row["clip"] for row in self.listed[archive]]:
+        for path in self.files_of(archive):
             super().release(path)
 
     # ---- splits

@@ -495,6 +495,24 @@ def test_an_audio_folder_of_the_hub_is_prepared(tmp_path):
     assert not [path for path in (tmp_path / "audio/hub").rglob("*") if script.is_audio_name(path)]
 
 
+def test_no_file_outside_is_deleted_for_a_metadata_that_names_it(tmp_path):
+    folder = audio_folder(tmp_path / "repository", limit=4)
+    outside = [tmp_path / "beside.wav", tmp_path / "absolute.wav"]
+    rows = list(csv.DictReader((folder / "test/metadata.csv").open(newline="", encoding="utf-8")))
+    rows += [{**rows[0], "file_name": name} for name in (f"../../../{outside[0].name}", str(outside[1]))]
+    write_table(folder / "test/metadata.csv", rows)
+    for path in outside:
+        path.write_bytes(own_rows("test", 1)[0][1])
+    with LoopbackHub(datasets={HUB_NAME: folder}) as hub:
+        flags = ["--dataset", HUB_NAME, "--data_dir", "audio", "--output_dir", "out", "--num_proc", 1]
+        done = run_script(*flags, "--prepare_only", cwd=tmp_path, env=hub.env(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["problem"] for row in prepared(tmp_path / "audio").values() if row["problem"]] == 2 * [
+        "refused: its path climbs out of the folder"
+    ]
+    assert all(path.is_file() for path in outside)
+
+
 def test_configurations_are_chosen_by_name(tmp_path):
     folder = tmp_path / "repository"
     for name in ("en", "fr"):
