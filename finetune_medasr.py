@@ -1985,11 +1985,13 @@ class Recordings(Corpus):
                 list(dict.fromkeys(name for row in cells for name in row)), self.text_column, table
             )
             for number, row in enumerate(cells, start=1):
-                key = os.path.normpath(os.path.join(os.path.dirname(table), row["file_name"]))
-                outside = key.startswith(("/", "../"))
-                key, problem = (key, "") if row["file_name"].strip() else (f"{table}, row {number}", "no file_name")
-                if key not in self.files:
-                    problem = problem or ("refused: its path climbs out of the folder" if outside else "no audio")
+                name, problem = row.get("file_name", ""), ""  # the rows of a CSV can be short
+                key = os.path.normpath(os.path.join(os.path.dirname(table), name))
+                if not name.strip():
+                    key, problem = f"{table}, row {number}", "no file_name"
+                elif key not in self.files:
+                    outside = key.startswith(("/", "../"))
+                    problem = "refused: its path climbs out of the folder" if outside else "no audio"
                 split = split_in(table) or split_in(key)
                 rows.setdefault(key, {**own_row(key, split, row, columns), "problem": problem})
         if not any(not row["problem"] for row in rows.values()):

@@ -313,6 +313,14 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_used(tmp_path):
     assert len(load_predictions(tmp_path / "out/results")) == 5
 
 
+def test_a_row_that_ends_before_its_file_name_is_named(tmp_path):
+    write_audio(tmp_path / "own/test", own_rows("test", 1))
+    (tmp_path / "own/test/metadata.csv").write_text(f"text,file_name\nfever\nfever,{own_rows('test', 1)[0][0]}\n")
+    args, _ = script.parse_arguments(["--dataset", str(tmp_path / "own"), "--data_dir", str(tmp_path / "audio")])
+    corpus = script.open_corpus(args)
+    assert [row["problem"] for rows in corpus.listed.values() for row in rows] == ["no file_name", ""]
+
+
 def test_rows_of_other_splits_are_counted(tmp_path, capfd):
     folder = one_table(tmp_path / "own", splits=["test"], limit=6, split=lambda *_: "test")
     rows = list(csv.DictReader((folder / "metadata.csv").open(newline="", encoding="utf-8")))
