@@ -1032,6 +1032,16 @@ class Corpus:
         places = [*([Path(cached)] if isinstance(cached, str) else []), self.data_dir / "hub" / path]
         return next((place for place in places if place.exists() and place.stat().st_size == self.files[path][0]), None)
 
+    @contextlib.contextmanager
+    def open(self, path):
+        """A file of the repository as a stream of bytes: the local file, or as much of the Hub's as is asked for."""
+        local = self.find_local(path)
+        with (
+            contextlib.nullcontext() if local else explained_hub_errors(self.name, "dataset"),
+            open(local, "rb") if local else io.BufferedReader(HubStream(self, path), 1 << 16) as stream,
+        ):
+            yield stream
+
     def fetch(self, path):
         """The local path of a file of the repository, downloaded if need be; raises RunError."""
         if local := self.find_local(path):
@@ -1624,13 +1634,8 @@ def streamed_clips(shares, corpus, args, check, seed, turn, skipped_file):
     Runs in the DataLoader's workers, each with shares of its own. What cannot be used is added to `skipped_file`.
     """
     archives = sorted(itertools.chain.from_iterable(shares))
-    for index in np.random.default_rng((seed, turn)).permutation(len(archives)):
-        archive = archives[index]
-        local = corpus.folder and corpus.folder / archive
-        with (
-            explained_hub_errors(corpus.name, "dataset"),
-            open(local, "rb") if local else io.BufferedReader(HubStream(corpus, archive), 1 << 20) as stream,
-        ):
+    for archive in np.random.default_rng((seed, turn)).permutation(archives).tolist():
+        with explained_hub_errors(corpus.name, "dataset"), corpus.open(archive) as stream:
             for clip in archive_clips(corpus, archive, stream):
                 if reason := check([clip])[0]:
                     append_skipped(skipped_file, clip, reason)
@@ -2042,19 +2047,6 @@ class Recordings(Corpus):
             if path.endswith(".parquet") and fnmatch.fnmatch(path, pattern)
         }
 
-    @contextlib.contextmanager
-    def open_parquet(self, path):
-        """A pyarrow ParquetFile of the local file, or of as much of the Hub's as is asked for."""
-        import pyarrow.parquet
-
-        local = self.find_local(path)
-        with (
-            contextlib.nullcontext() if local else explained_hub_errors(self.name, "dataset"),
-            open(local, "rb") if local else io.BufferedReader(HubStream(self, path), 1 << 16) as stream,
-            pyarrow.parquet.ParquetFile(stream) as file,
-        ):
-            yield file
-
     def list_parquet(self, splits):
         """List the clips of parquet files, {path: split}: of those not converted, what is no audio is read."""
         from concurrent.futures import ThreadPoolExecutor
@@ -2063,12 +2055,13 @@ class Recordings(Corpus):
             self.listed = dict(zip(splits, pool.map(self.parquet_rows, splits, splits.values())))
 
     def parquet_rows(self, path, split):
+        import pyarrow.parquet
         from datasets import Dataset
 
         if not self.unprepared([path]):
             return Dataset.from_file(str(self.prepared_path(path))).remove_columns("audio").to_list()
         try:
-            with self.open_parquet(path) as file:
+            with self.open(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
                 names = [name for name in file.schema_arrow.names if name != (audio := audio_column(file, path))]
                 columns = choose_columns(names, self.text_column, path)
                 cells = file.read([*columns.values(), f"{audio}.path"]).to_pylist()
@@ -2087,13 +2080,12 @@ class Recordings(Corpus):
         return rows
 
     def parquet_audio(self, path):
-        """Yield the encoded audio of each row, None where there is none; raises ValueError for damage."""
-        try:
-            with self.open_parquet(path) as file:
-                for batch in file.iter_batches(batch_size=50, columns=[audio_column(file, path)]):
-                    yield from ((cell or {}).get("bytes") for cell in batch.column(0).to_pylist())
-        except DAMAGED_PARQUET as error:
-            raise ValueError(one_line(error)) from error
+        """Yield the encoded audio of each row, None where there is none; raises DAMAGED_PARQUET."""
+        import pyarrow.parquet
+
+        with self.open(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+            for batch in file.iter_batches(batch_size=50, columns=[audio_column(file, path)]):
+                yield from ((cell or {}).get("bytes") for cell in batch.column(0).to_pylist())
 
     # ---- conversion
 
@@ -2110,8 +2102,8 @@ class Recordings(Corpus):
                 try:
                     encoded = next(audio, None)
                     problem = "" if encoded else "no audio"
-                except ValueError as error:
-                    problem = damage = f"damaged file ({error})"
+                except DAMAGED_PARQUET as error:
+                    problem = damage = f"damaged file ({one_line(error)})"
             yield with_audio(row, encoded, problem)
 
 
