@@ -1999,25 +1999,19 @@ class Recordings(Corpus):
                     problem = "refused: its path climbs out of the folder" if outside else "no audio"
                 split = split_in(table) or split_in(key)
                 rows.setdefault(key, {**own_row(key, split, row, columns), "problem": problem})
-        if not any(not row["problem"] for row in rows.values()):
+        if all(row["problem"] for row in rows.values()):
             count = plural(len(rows), "row")
             raise RunError(f"{tables[0]} names no file that is there among {count}, such as {next(iter(rows))}")
         for path in self.files:
             if path not in rows and is_audio_name(path):
                 rows[path] = {**own_row(path, split_in(path), {}, {}), "problem": "no transcript"}
-        by_split = {}
-        for row in rows.values():
-            by_split.setdefault(row["split"], []).append(row)
-        for split, members in sorted(by_split.items()):
-            for number in range(0, len(members), GROUP_CLIPS):
-                self.add_group(
-                    f"{split or 'clips'}-{number // GROUP_CLIPS:05d}", members[number : number + GROUP_CLIPS]
-                )
-
-    def add_group(self, name, rows):
-        files = [self.files.get(row["clip"]) for row in rows]
-        mark = hashlib.sha256(json.dumps([rows, files]).encode()).hexdigest()
-        self.listed[name], self.files[name] = rows, [sum(file[0] for file in files if file), mark]
+        for split in sorted({row["split"] for row in rows.values()}):
+            members = [row for row in rows.values() if row["split"] == split]
+            for number, start in enumerate(range(0, len(members), GROUP_CLIPS)):
+                name, group = f"{split or 'clips'}-{number:05d}", members[start : start + GROUP_CLIPS]
+                files = [self.files.get(row["clip"]) for row in group]
+                mark = hashlib.sha256(json.dumps([group, files]).encode()).hexdigest()
+                self.listed[name], self.files[name] = group, [sum(file[0] for file in files if file), mark]
 
     # ---- parquet
 
