@@ -1800,11 +1800,10 @@ def choose_columns(names, text_column, table):
 
 def own_row(key, split, cells, columns):
     """`clip_row` of a row of somebody's table, with the split that a column of it names, or else `split`."""
-    known = {ours: cells.get(column) for ours, column in columns.items()}
-    # JSON can hold halves of characters, which no file can.
     known = {
-        ours: "" if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
-        for ours, cell in known.items()
+        ours: str(cell).encode(errors="replace").decode()  # JSON can hold halves of characters, which no file can
+        for ours, column in columns.items()
+        if (cell := cells.get(column)) is not None and cell == cell
     }
     return clip_row(key, split_in(known.get("split", "")) or split, "", known)
 
