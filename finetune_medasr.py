@@ -1705,8 +1705,7 @@ def select_clips(clips, missing, args, check, max_samples, seed):
     """
     rows = clips.remove_columns("audio").to_list() + missing
     # A damaged archive or a file without a transcript has no domain to ask for.
-    nameless = lambda row: row["problem"] and not row["domain"]  # noqa: E731
-    asked_for = [index for index, row in enumerate(rows) if wanted(row, args) or nameless(row)]
+    asked_for = [index for index, row in enumerate(rows) if wanted(row, args) or row["problem"] and not row["domain"]]
     kept, skipped = {}, []  # {name: index} of clips
     for index, reason in zip(asked_for, check([rows[index] for index in asked_for])):
         clip = rows[index]["clip"]
@@ -1737,11 +1736,11 @@ def csv_lines(rows):
 
     csv puts no quotes around a carriage return, at which a spreadsheet begins another row.
     """
-    buffer, formula = io.StringIO(), re.compile(r"^(?=[=+\-@\t\r\n＝＋－＠])")
-    safe = lambda cell: formula.sub("'", str(cell)).replace("\r", " ")  # noqa: E731
-    lines = csv.writer(buffer, lineterminator="\n")
-    lines.writerows([safe(row[column]) for column in SKIPPED_COLUMNS] for row in rows)
-    return buffer.getvalue()
+    lines = io.StringIO()
+    for row in rows:
+        cells = [re.sub(r"^(?=[=+\-@\t\r\n＝＋－＠])", "'", str(row[column])) for column in SKIPPED_COLUMNS]
+        csv.writer(lines, lineterminator="\n").writerow([cell.replace("\r", " ") for cell in cells])
+    return lines.getvalue()
 
 
 def append_skipped(path, clip, reason):
