@@ -870,9 +870,6 @@ class HubStream(io.RawIOBase):
     def seekable(self):
         return True
 
-    def tell(self):
-        return self.position
-
     def seek(self, offset, whence=io.SEEK_SET):
         position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
         if position != self.position:
@@ -930,7 +927,7 @@ def download(corpus, path, target):
     partial = target.with_name(target.name + ".partial")
     with FileLock(f"{partial}.lock"):
         for _ in range(2):
-            if target.exists():
+            if target.exists() and target.stat().st_size == size:  # by another process, meanwhile
                 return
             with open(partial, "ab") as file, HubStream(corpus, path, file.tell()) as stream:
                 shutil.copyfileobj(stream, file, 1 << 20)
@@ -1047,8 +1044,6 @@ class Corpus:
         if local := self.find_local(path):
             return local
         target = self.data_dir / "hub" / path
-        if target.exists() and target.stat().st_size != self.files[path][0]:
-            target.unlink()  # another process may just have fetched the right one
         with explained_hub_errors(self.name, "dataset"):
             download(self, path, target)
         return target
