@@ -2134,12 +2134,10 @@ def open_recordings(corpus, args):
             raise UsageError(f"--dataset names '{own.config}'; {own.name} has no configurations: leave it out")
         own.list_folder(tables)
     if not own.listed:
-        found = (
-            f"it has {plural(len(own.files), 'file')}{''.join(f', such as {path}' for path in sorted(own.files)[:1])}"
-        )
+        example = f", such as {min(own.files)}" if own.files else ""
         raise RunError(
             f"{own.identity()} has no audio/<accent>/<split>/*.tar.gz, no metadata.csv or metadata.jsonl beside "
-            f"recordings and no parquet files: {found}"
+            f"recordings and no parquet files: it has {plural(len(own.files), 'file')}{example}"
         )
     return own
 
