@@ -479,16 +479,18 @@ STRATEGIES = {"eval_strategy", "save_strategy", "load_best_model_at_end"}  # the
 FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
 
 
-def training_flags():
-    """The names of TrainingArguments' fields, from its source: importing it takes too long for a typing error."""
+@functools.cache
+def known_flags():
+    """The names of all flags; TrainingArguments' from its source, which takes too long to import for a typing error."""
     from importlib.util import find_spec
 
     source = Path(find_spec("transformers").origin).with_name("training_args.py").read_text(encoding="utf-8")
-    return re.findall(r"^    (\w+): .*=", source, re.MULTILINE)
+    own = [item.name for item in dataclasses.fields(ScriptArguments)]
+    return own + re.findall(r"^    (\w+): .*=", source, re.MULTILINE)
 
 
-def unknown_flag(found, known):
-    near = difflib.get_close_matches(found.lstrip("-"), known, n=3)
+def unknown_flag(found):
+    near = difflib.get_close_matches(found.lstrip("-"), known_flags(), n=3)
     hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
     return f"unknown flag or stray value {found}; {hint}"
 
@@ -555,10 +557,9 @@ def refusals(script, common, given):
         elif text != "auto":
             yield f"--{name} is {text}; it must be a number of clips, or auto"
     settings = {**vars(script), **vars(common)}
-    known = [item.name for item in dataclasses.fields(ScriptArguments)] + (training_flags() if given else [])
     for name in sorted(given):
-        if name.removeprefix("no_") not in known:
-            yield unknown_flag(f"--{name}", known)
+        if name.removeprefix("no_") not in known_flags():
+            yield unknown_flag(f"--{name}")
     for bound, name in [(bound, name) for bound, names in BOUNDS.items() for name in names.split()]:
         value = settings[name]
         if value not in (None, "auto") and not (0 <= value < float("inf") and (value or bound == "0 or more")):
@@ -621,9 +622,7 @@ def make_training_arguments(common, rest, script):
     parser.set_defaults(**TRAINING_DEFAULTS, **common)
     values, unknown = parser.parse_known_args(rest)
     if unknown:
-        raise UsageError(
-            unknown_flag(unknown[0].partition("=")[0], [item.name for item in dataclasses.fields(TrainingArguments)])
-        )
+        raise UsageError(unknown_flag(unknown[0].partition("=")[0]))
     del values.help_all
     for name in ("fsdp", "deepspeed"):
         if getattr(values, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
