@@ -1388,12 +1388,7 @@ def clip_row(key, split, accent, row):
     }
 
 
-def make_clip(key, split, accent, row, audio=None, problem=""):
-    """One row of a prepared file, from a row of the transcripts (None if there is none)."""
-    return with_audio(clip_row(key, split, accent, row), audio, problem)
-
-
-def with_audio(row, audio, problem=""):
+def make_clip(row, audio, problem=""):
     """One row of a prepared file, from that of `clip_row`; its length is the audio's own, 0 with a `problem`."""
     samples = ()
     if not problem:
@@ -1461,11 +1456,11 @@ def archive_clips(corpus, archive, stream):
             key = clip_key(name)
             problem = problem or ("" if key in rows else "no transcript") or ("a second copy" if key in seen else "")
             seen.add(key)
-            yield make_clip(key, split, accent, rows.get(key), audio, problem)
+            yield make_clip(clip_row(key, split, accent, rows.get(key)), audio, problem)
             count += 1
     except DAMAGE as error:
         problem = f"damaged archive ({one_line(error)}): {plural(count, 'clip')} of it kept"
-        yield make_clip(archive, split, accent, None, problem=problem)
+        yield make_clip(clip_row(archive, split, accent, None), None, problem)
 
 
 def prepare_archive(corpus, archive):
@@ -2090,7 +2085,7 @@ class Recordings(Corpus):
                     problem = "" if encoded else "no audio"
                 except DAMAGED_PARQUET as error:
                     problem = damage = f"damaged file ({one_line(error)})"
-            yield with_audio(row, encoded, problem)
+            yield make_clip(row, encoded, problem)
 
 
 DAMAGED_PARQUET = (OSError, ValueError, NotImplementedError)  # pyarrow's own exceptions are kinds of these
