@@ -860,8 +860,7 @@ class HubStream(io.RawIOBase):
         self.url = hf_hub_url(corpus.name, path, repo_type="dataset", revision=corpus.revision)
         self.size = corpus.files[path][0]
         self.position = position
-        self.connection = contextlib.ExitStack()
-        self.chunks, self.rest = None, b""
+        self.chunks, self.rest = self._chunks(), b""
 
     def readable(self):
         return True
@@ -872,23 +871,23 @@ class HubStream(io.RawIOBase):
     def seek(self, offset, whence=io.SEEK_SET):
         position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
         if position != self.position:
-            self.connection.close()
-            self.position, self.chunks, self.rest = position, None, b""
+            self.chunks.close()
+            self.position, self.chunks, self.rest = position, self._chunks(), b""
         return position
 
-    def _connect(self):
+    def _chunks(self):
+        """Yield the bytes from `position` on, over a connection that ends with this generator."""
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
         from huggingface_hub.utils._http import http_stream_backoff
 
         headers = {**build_hf_headers(), "Range": f"bytes={self.position}-", "Accept-Encoding": "identity"}
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        request = http_stream_backoff("GET", self.url, headers=headers, follow_redirects=True, timeout=timeout)
-        response = self.connection.enter_context(request)
-        hf_raise_for_status(response)
-        if self.position and response.status_code != 206:
-            raise OSError(f"{self.url} ignores byte ranges")
-        return response.iter_raw(1 << 16)
+        options = dict(headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        with http_stream_backoff("GET", self.url, retry_on_exceptions=(), **options) as response:
+            hf_raise_for_status(response)
+            if self.position and response.status_code != 206:
+                raise OSError(f"{self.url} ignores byte ranges")
+            yield from response.iter_raw(1 << 16)
 
     def readinto(self, buffer):
         import httpx2
@@ -896,7 +895,6 @@ class HubStream(io.RawIOBase):
         for attempt in range(RETRIES):
             if self.position >= self.size:
                 return 0
-            self.chunks = self.chunks or self._connect()
             try:
                 self.rest = self.rest or next(self.chunks, b"")
             except httpx2.TransportError:
@@ -907,13 +905,12 @@ class HubStream(io.RawIOBase):
                 buffer[:count], self.rest = self.rest[:count], self.rest[count:]
                 self.position += count
                 return count
-            self.connection.close()
-            self.chunks = None
-            time.sleep(min(2**attempt, 30))
+            self.chunks = self._chunks()
+            time.sleep(2**attempt)
         raise OSError(f"{self.url} ends after {self.position:,} of {self.size:,} bytes")
 
     def close(self):
-        self.connection.close()
+        self.chunks.close()
         super().close()
 
 
