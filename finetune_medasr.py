@@ -110,6 +110,15 @@ def one_line(error):
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+@contextlib.contextmanager
+def explained(what, errors=OSError, advice=""):
+    """Turn exceptions of the kinds `errors` into a RunError in one line: `what`, the exception, and `advice` if any."""
+    try:
+        yield
+    except errors as error:
+        raise RunError(f"{what} ({one_line(error)}){advice and ': '}{advice}") from error
+
+
 # What gloo and NCCL say in the processes that are left.
 LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|remote process exited|NCCL communicator was aborted")
 
@@ -834,13 +843,12 @@ def push_to_hub(training, final=None):
     name = training.hub_model_id or Path(training.output_dir).resolve().name
     sending = f"the model is complete in {final}, 'hf upload' sends it"
     advice = sending if final else "run 'hf auth login' with a token that may write"
-    try:
+    failures = httpx2.HTTPError, OSError, ValueError
+    with explained(f"--push_to_hub: {name} cannot be written on the Hub", failures, advice):
         repo = create_repo(name, private=training.hub_private_repo, exist_ok=True)
         if final:
             upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message="Upload the final model")
             say(f"uploaded to {repo}")
-    except (httpx2.HTTPError, OSError, ValueError) as error:
-        raise RunError(f"--push_to_hub: {name} cannot be written on the Hub ({one_line(error)}): {advice}") from error
 
 
 RETRIES = 6  # drops of a connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
@@ -1104,10 +1112,8 @@ MENDED_QUOTES = 100  # in a file with more unclosed quotes than these none is ta
 
 def read_text(path):
     """(text, notes on what was mended) of a file of text; raises RunError if it cannot be read or is none."""
-    try:
+    with explained(f"{path} cannot be read"):
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({one_line(error)})") from error
     if data.startswith(b"version https://git-lfs"):
         raise RunError(f"{path} is a Git LFS pointer, not the file: run 'git lfs pull'")
     try:
@@ -1202,10 +1208,8 @@ def files_below(folder):
 
 def list_folder(folder):
     """{path: [size in bytes, time of change]} of a folder; raises RunError."""
-    try:
+    with explained(f"{folder} cannot be read"):
         paths = list(map(Path, files_below(folder)))
-    except OSError as error:
-        raise RunError(f"{folder} cannot be read ({one_line(error)})") from error
     found = [(path.relative_to(folder).as_posix(), path.stat()) for path in paths if path.is_file()]
     return {path: [status.st_size, status.st_mtime_ns] for path, status in found}
 
@@ -1230,18 +1234,22 @@ def read_json(path):
     return content if isinstance(content, dict) else None
 
 
-def write_text(path, text):
-    """Write a text file so that it is complete or absent, whatever happens meanwhile."""
-    path = Path(path)
+@contextlib.contextmanager
+def complete_file(path):
+    """The name of a file to write, which takes the place of `path` when complete; whatever happens, no half is left."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written ({one_line(error)}): {ROOM_ADVICE}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file so that it is complete or absent."""
+    with explained(f"{path} cannot be written", advice=ROOM_ADVICE), complete_file(Path(path)) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def chosen_accents(corpus, accents):
@@ -1464,22 +1472,17 @@ def prepare_archive(corpus, archive):
     """Convert one archive to its prepared file, complete or absent; returns (clips, hours) of it. Raises RunError."""
     from datasets.arrow_writer import ArrowWriter
 
-    out = corpus.prepared_path(archive)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     clips, samples = 0, 0
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer:
+    with explained(f"{archive} cannot be prepared"):
+        with (
+            complete_file(corpus.prepared_path(archive)) as partial,
+            ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer,
+        ):
             for clip in corpus.clips(archive):
                 writer.write(clip)
                 clips, samples = clips + 1, samples + clip["num_samples"]
             writer.finalize()
-        os.replace(partial, out)
         corpus.release(archive)
-    except OSError as error:
-        raise RunError(f"{archive} cannot be prepared ({one_line(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return clips, samples / SAMPLE_RATE / 3600
 
 
@@ -1732,12 +1735,10 @@ def csv_lines(rows):
 def append_skipped(path, clip, reason):
     """Add a line to skipped_clips.csv, once a clip, from any process: a single write in append mode is whole."""
     line = csv_lines([skipped_row(clip, reason)])
-    try:
+    with explained(f"{path} cannot be written", advice=ROOM_ADVICE):
         if line not in path.read_text(encoding="utf-8"):
             with open(path, "a", encoding="utf-8") as file:
                 file.write(line)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({one_line(error)}): {ROOM_ADVICE}") from error
 
 
 # ---------------------------------------------------------------- own recordings
@@ -1799,10 +1800,8 @@ def read_metadata(path):
         rows, notes = read_transcripts(path, (("file_name",),))
     else:
         text, notes = read_text(path)
-        try:
+        with explained(f"{path} is not lines of JSON", (ValueError, RecursionError)):
             rows = json_lines(text)
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{path} is not lines of JSON ({one_line(error)})") from error
         if wrong := [row for row in rows if not isinstance(row, dict) or not isinstance(row.get("file_name"), str)]:
             keys = ", ".join(wrong[0]) if isinstance(wrong[0], dict) else type(wrong[0]).__name__
             raise RunError(f"{path} has {plural(len(wrong), 'row')} without a file_name, the first with {keys}")
@@ -1816,10 +1815,8 @@ def readme_settings(path):
     import yaml
 
     head = re.match(r"---\s*\n(.*?)\n---", read_text(path)[0], re.DOTALL)
-    try:
+    with explained(f"{path} does not begin with YAML", yaml.YAMLError):
         settings = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError as error:
-        raise RunError(f"{path} does not begin with YAML ({one_line(error)})") from error
     return settings if isinstance(settings, dict) else {}
 
 
@@ -1970,9 +1967,8 @@ class Recordings(Corpus):
         rows = {}
         for table in tables:
             cells = read_metadata(self.fetch(table))
-            columns = choose_columns(
-                list(dict.fromkeys(name for row in cells for name in row)), self.text_column, table
-            )
+            names = list(dict.fromkeys(itertools.chain.from_iterable(cells)))
+            columns = choose_columns(names, self.text_column, table)
             for number, row in enumerate(cells, start=1):
                 name, problem = row.get("file_name", ""), ""  # the rows of a CSV can be short
                 key = os.path.normpath(os.path.join(os.path.dirname(table), name))
@@ -2004,24 +2000,22 @@ class Recordings(Corpus):
         import fnmatch
 
         settings = readme_settings(self.fetch("README.md")) if "README.md" in self.files else {}
-        try:
-            configs = {config["config_name"]: file_patterns(config) for config in settings.get("configs") or []}
-            default = [config["config_name"] for config in settings.get("configs") or [] if config.get("default")]
-        except (TypeError, KeyError, AttributeError) as error:
-            raise RunError(f"README.md of {self.name} has configs that cannot be read ({one_line(error)})") from error
-        name = self.config or next((name for name in (*default, "default") if name in configs), "")
-        if name and name not in configs:
-            raise UsageError(
-                f"--dataset names '{name}'; the configurations of {self.name} are {', '.join(configs) or 'none'}"
-            )
-        if not name and len(configs) > 1:
-            example = f"choose one, as {self.name}:{next(iter(configs))}"
-            raise UsageError(f"--dataset {self.name} has the configurations {', '.join(configs)}: {example}")
-        patterns = configs[name or next(iter(configs))] if configs else [("", "*")]
+        unreadable = TypeError, KeyError, AttributeError
+        with explained(f"README.md of {self.name} has configs that cannot be read", unreadable):
+            configs = settings.get("configs") or [{"config_name": ""}]
+            patterns = {config["config_name"]: file_patterns(config) for config in configs}
+            default = next((config["config_name"] for config in configs if config.get("default")), "default")
+        names = ", ".join(patterns) or "none"
+        name = self.config or (default if default in patterns else "")
+        if name and name not in patterns:
+            raise UsageError(f"--dataset names '{name}'; the configurations of {self.name} are {names}")
+        if not name and len(patterns) > 1:
+            example = f"choose one, as {self.name}:{next(iter(patterns))}"
+            raise UsageError(f"--dataset {self.name} has the configurations {names}: {example}")
         return {
-            path: split_in(split) if split else split_in(path)
+            path: split_in(split or path)
             for path in sorted(self.files)
-            for split, pattern in reversed(patterns)
+            for split, pattern in reversed(patterns[name or next(iter(patterns))])
             if path.endswith(".parquet") and fnmatch.fnmatch(path, pattern)
         }
 
