@@ -2034,20 +2034,17 @@ class Recordings(Corpus):
             return Dataset.from_file(str(self.prepared_path(path))).remove_columns("audio").to_list()
         try:
             with self.open(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
-                names = [name for name in file.schema_arrow.names if name != (audio := audio_column(file, path))]
+                audio, labels = audio_column(file, path), class_names(file)
+                names = [name for name in file.schema_arrow.names if name != audio]
                 columns = choose_columns(names, self.text_column, path)
                 cells = file.read([*columns.values(), f"{audio}.path"]).to_pylist()
-                labels = class_names(file)
         except DAMAGED_PARQUET as error:
             return [{**clip_row(path, split, "", None), "problem": f"damaged file ({one_line(error)})"}]
         rows = []
         for number, row in enumerate(cells):
             name = os.path.basename((row.pop(audio, None) or {}).get("path") or "")
             key = f"{path.removesuffix('.parquet')}/{number:05d}{'-' if name else ''}{name}"
-            row = {
-                column: labels[column][cell] if column in labels and cell is not None else cell
-                for column, cell in row.items()
-            }
+            row = {column: labels[column].get(cell) if column in labels else cell for column, cell in row.items()}
             rows.append(own_row(key, split, row, columns))
         return rows
 
@@ -2096,10 +2093,11 @@ def audio_column(file, path):
 
 
 def class_names(file):
-    """{column: names of its numbers} of a parquet file that `datasets` wrote, for columns of classes."""
+    """{column: {number: name}} of a parquet file that `datasets` wrote, for columns of classes; -1 has no name."""
     try:
         features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+        classes = {name: feature for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+        return {name: dict(enumerate(feature["names"])) for name, feature in classes.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}
 

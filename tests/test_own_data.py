@@ -432,6 +432,21 @@ def test_tables_and_folders_of_another_kind_are_refused(tmp_path, capfd):
     assert refusal(capfd, tmp_path, folder, status=2).startswith("metadata.jsonl has no column text or ")
 
 
+def test_numbers_of_classes_are_read_as_their_names(tmp_path):
+    from datasets import Audio, ClassLabel, Features, Value
+
+    features = Features(
+        {"audio": Audio(decode=False), "text": Value("string"), "gender": ClassLabel(names=["Female", "Male"])}
+    )
+    rows = [{"audio": {"bytes": b"", "path": "a.wav"}, "text": "one", "gender": cell} for cell in (1, 0, None, -1)]
+    (tmp_path / "own").mkdir()
+    table = pyarrow.Table.from_pylist(rows, schema=features.arrow_schema)
+    pyarrow.parquet.write_table(table, tmp_path / "own/test.parquet")
+    args, _ = script.parse_arguments(["--dataset", str(tmp_path / "own"), "--data_dir", str(tmp_path / "audio")])
+    corpus = script.open_corpus(args)
+    assert [row["gender"] for row in corpus.listed["test.parquet"]] == ["Male", "Female", "", ""]
+
+
 def test_parquet_files_without_one_audio_column_are_refused(tmp_path, capfd):
     folder = tmp_path / "own"
     folder.mkdir()
