@@ -1052,10 +1052,14 @@ class Corpus:
             download(self, path, target)
         return target
 
-    def release(self, path):
-        """Delete an archive that we downloaded; a file in the user's folder or cache is never touched."""
-        target = self.data_dir / "hub" / path
-        if not self.keep_archives and not self.folder:
+    def files_of(self, archive):
+        """The paths of the files that an archive is made of."""
+        return [archive]
+
+    def release(self, archive):
+        """Delete what we downloaded of an archive; a file in the user's folder or cache is never touched."""
+        for path in () if self.keep_archives or self.folder else self.files_of(archive):
+            target = self.data_dir / "hub" / path
             target.unlink(missing_ok=True)
             target.with_name(target.name + ".partial.lock").unlink(missing_ok=True)
 
@@ -1088,9 +1092,21 @@ class Corpus:
         return self
 
     def clips(self, archive):
-        """Yield the rows of an archive's prepared file."""
-        with open(self.fetch(archive), "rb") as stream:
-            yield from archive_clips(self, archive, stream)
+        """Yield the rows of an archive's prepared file; damage ends it with a row that says so."""
+        _, accent, split, _ = archive.split("/")
+        rows, count, seen = self.transcripts(accent, split), 0, set()
+        with self.open(archive) as stream:
+            try:
+                for name, audio, problem in archive_members(stream):
+                    key = clip_key(name)
+                    absent = "" if key in rows else "no transcript"
+                    problem = problem or absent or ("a second copy" if key in seen else "")
+                    seen.add(key)
+                    yield make_clip(clip_row(key, split, accent, rows.get(key)), audio, problem)
+                    count += 1
+            except DAMAGE as error:
+                problem = f"damaged archive ({one_line(error)}): {plural(count, 'clip')} of it kept"
+                yield make_clip(clip_row(archive, split, accent, None), None, problem)
 
     def split_clips(self, clips, split):
         """Those of the prepared `clips`, a Dataset, that are of a split and of the accents chosen."""
@@ -1452,28 +1468,14 @@ def archive_members(stream):
 DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
 
 
-def archive_clips(corpus, archive, stream):
-    """Yield the row of each clip of an archive that is read from `stream`; damage ends it with a row that says so."""
-    _, accent, split, _ = archive.split("/")
-    rows, count, seen = corpus.transcripts(accent, split), 0, set()
-    try:
-        for name, audio, problem in archive_members(stream):
-            key = clip_key(name)
-            problem = problem or ("" if key in rows else "no transcript") or ("a second copy" if key in seen else "")
-            seen.add(key)
-            yield make_clip(clip_row(key, split, accent, rows.get(key)), audio, problem)
-            count += 1
-    except DAMAGE as error:
-        problem = f"damaged archive ({one_line(error)}): {plural(count, 'clip')} of it kept"
-        yield make_clip(clip_row(archive, split, accent, None), None, problem)
-
-
 def prepare_archive(corpus, archive):
     """Convert one archive to its prepared file, complete or absent; returns (clips, hours) of it. Raises RunError."""
     from datasets.arrow_writer import ArrowWriter
 
     clips, samples = 0, 0
     with explained(f"{archive} cannot be prepared"):
+        for path in corpus.files_of(archive):
+            corpus.fetch(path)
         with (
             complete_file(corpus.prepared_path(archive)) as partial,
             ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer,
@@ -1624,8 +1626,8 @@ def streamed_clips(shares, corpus, args, check, seed, turn, skipped_file):
     """
     archives = sorted(itertools.chain.from_iterable(shares))
     for archive in np.random.default_rng((seed, turn)).permutation(archives).tolist():
-        with explained_hub_errors(corpus.name, "dataset"), corpus.open(archive) as stream:
-            for clip in archive_clips(corpus, archive, stream):
+        with explained_hub_errors(corpus.name, "dataset"):
+            for clip in corpus.clips(archive):
                 if reason := check([clip])[0]:
                     append_skipped(skipped_file, clip, reason)
                 elif wanted(clip, args):
@@ -1886,17 +1888,15 @@ class Recordings(Corpus):
         """They are `listed`."""
 
     def files_of(self, archive):
-        """The entries of `files` that an archive is made of; rows of metadata may name files anywhere else."""
-        return [path for path in (archive, *(row["clip"] for row in self.listed[archive])) if path in self.files]
+        if archive.endswith(".parquet"):
+            return [archive]
+        # Rows of metadata may name files anywhere; those that are not among `files` have a problem.
+        return [row["clip"] for row in self.listed[archive] if not row["problem"]]
 
     def part(self, archive):
-        needed = {path: self.files[path] for path in self.files_of(archive)}
+        needed = {path: self.files[path] for path in (archive, *self.files_of(archive))}
         listed = {archive: self.listed[archive]}
         return dataclasses.replace(self, files=needed, stamps={}, listed=listed, assignment={})
-
-    def release(self, archive):
-        for path in self.files_of(archive):
-            super().release(path)
 
     # ---- splits
 
@@ -2061,10 +2061,9 @@ class Recordings(Corpus):
     def clips(self, archive):
         rows, damage = self.listed[archive], ""
         if archive.endswith(".parquet"):
-            self.fetch(archive)
             audio = self.parquet_audio(archive)
         else:
-            audio = (self.fetch(row["clip"]) for row in rows if not row["problem"])
+            audio = map(self.find_local, self.files_of(archive))
         for row in rows:
             problem, encoded = row["problem"] or damage, None
             if not problem:
