@@ -96,6 +96,7 @@ def say(text="", stream=None):
 
 
 def warn(text):
+    """A warning on stderr, in one line."""
     say(f"{PROGRAM}: warning: {' '.join(redact(text).split())}", sys.stderr)
 
 
@@ -490,7 +491,7 @@ FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "l
 
 @functools.cache
 def known_flags():
-    """The names of all flags; TrainingArguments' from its source, which takes too long to import for a typing error."""
+    """The names of all flags, TrainingArguments' from its source: importing it takes too long for a typing error."""
     from importlib.util import find_spec
 
     source = Path(find_spec("transformers").origin).with_name("training_args.py").read_text(encoding="utf-8")
@@ -1058,7 +1059,9 @@ class Corpus:
 
     def release(self, archive):
         """Delete what we downloaded of an archive; a file in the user's folder or cache is never touched."""
-        for path in () if self.keep_archives or self.folder else self.files_of(archive):
+        if self.keep_archives or self.folder:
+            return
+        for path in self.files_of(archive):
             target = self.data_dir / "hub" / path
             target.unlink(missing_ok=True)
             target.with_name(target.name + ".partial.lock").unlink(missing_ok=True)
