@@ -901,9 +901,12 @@ class HubStream(io.RawIOBase):
     def readinto(self, buffer):
         import httpx2
 
+        if self.position >= self.size:
+            return 0
         for attempt in range(RETRIES):
-            if self.position >= self.size:
-                return 0
+            if attempt:
+                time.sleep(2 ** (attempt - 1))
+                self.chunks = self._chunks()
             try:
                 self.rest = self.rest or next(self.chunks, b"")
             except httpx2.TransportError:
@@ -914,8 +917,6 @@ class HubStream(io.RawIOBase):
                 buffer[:count], self.rest = self.rest[:count], self.rest[count:]
                 self.position += count
                 return count
-            self.chunks = self._chunks()
-            time.sleep(2**attempt)
         raise OSError(f"{self.url} ends after {self.position:,} of {self.size:,} bytes")
 
     def close(self):
