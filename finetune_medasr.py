@@ -89,22 +89,15 @@ class RunError(Exception):
     """Something that went wrong while running: exit status 1."""
 
 
-def say(text=""):
-    """Print once, not once a process."""
+def say(text="", stream=None):
+    """Print once, not once a process; to standard output if no `stream` is given."""
     if os.environ.get("RANK", "0") == "0":
-        print(redact(text), flush=True)
+        print(redact(text), file=stream, flush=True)
 
 
 def warn(text):
-    """A line on stderr, once, not once a process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{PROGRAM}: warning: {' '.join(redact(text).split())}", file=sys.stderr)
-
-
-def tell(text):
-    """A line on stderr beside the output, once, not once a process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(redact(text), file=sys.stderr, flush=True)
+    """A warning on stderr, in one line."""
+    say(f"{PROGRAM}: warning: {' '.join(redact(text).split())}", sys.stderr)
 
 
 def printable(name):
@@ -116,6 +109,15 @@ def one_line(error):
     """An exception as one short line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(what, errors=OSError, advice=""):
+    """Turn exceptions of the kinds `errors` into a RunError in one line: `what`, the exception, and `advice` if any."""
+    try:
+        yield
+    except errors as error:
+        raise RunError(f"{what} ({one_line(error)}){advice and ': '}{advice}") from error
 
 
 # What gloo and NCCL say in the processes that are left.
@@ -467,7 +469,7 @@ def parse_arguments(argv):
         and not any(re.match("--model(=|$)", token) for token in argv)
     ):
         script.model = str(own)
-        tell(f"transcribing with {own}; --model chooses another")
+        say(f"transcribing with {own}; --model chooses another", sys.stderr)
     for problem in refusals(script, common, given):
         raise UsageError(problem)
     return script, make_training_arguments(vars(common), rest, script)
@@ -487,16 +489,18 @@ STRATEGIES = {"eval_strategy", "save_strategy", "load_best_model_at_end"}  # the
 FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
 
 
-def training_flags():
-    """The names of TrainingArguments' fields, from its source: importing it takes too long for a typing error."""
+@functools.cache
+def known_flags():
+    """The names of all flags, TrainingArguments' from its source: importing it takes too long for a typing error."""
     from importlib.util import find_spec
 
     source = Path(find_spec("transformers").origin).with_name("training_args.py").read_text(encoding="utf-8")
-    return re.findall(r"^    (\w+): .*=", source, re.MULTILINE)
+    own = [item.name for item in dataclasses.fields(ScriptArguments)]
+    return own + re.findall(r"^    (\w+): .*=", source, re.MULTILINE)
 
 
-def unknown_flag(found, known):
-    near = difflib.get_close_matches(found.lstrip("-"), known, n=3)
+def unknown_flag(found):
+    near = difflib.get_close_matches(found.lstrip("-"), known_flags(), n=3)
     hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
     return f"unknown flag or stray value {found}; {hint}"
 
@@ -563,10 +567,9 @@ def refusals(script, common, given):
         elif text != "auto":
             yield f"--{name} is {text}; it must be a number of clips, or auto"
     settings = {**vars(script), **vars(common)}
-    known = [item.name for item in dataclasses.fields(ScriptArguments)] + (training_flags() if given else [])
     for name in sorted(given):
-        if name.removeprefix("no_") not in known:
-            yield unknown_flag(f"--{name}", known)
+        if name.removeprefix("no_") not in known_flags():
+            yield unknown_flag(f"--{name}")
     for bound, name in [(bound, name) for bound, names in BOUNDS.items() for name in names.split()]:
         value = settings[name]
         if value not in (None, "auto") and not (0 <= value < float("inf") and (value or bound == "0 or more")):
@@ -629,9 +632,7 @@ def make_training_arguments(common, rest, script):
     parser.set_defaults(**TRAINING_DEFAULTS, **common)
     values, unknown = parser.parse_known_args(rest)
     if unknown:
-        raise UsageError(
-            unknown_flag(unknown[0].partition("=")[0], [item.name for item in dataclasses.fields(TrainingArguments)])
-        )
+        raise UsageError(unknown_flag(unknown[0].partition("=")[0]))
     del values.help_all
     for name in ("fsdp", "deepspeed"):
         if getattr(values, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
@@ -843,13 +844,12 @@ def push_to_hub(training, final=None):
     name = training.hub_model_id or Path(training.output_dir).resolve().name
     sending = f"the model is complete in {final}, 'hf upload' sends it"
     advice = sending if final else "run 'hf auth login' with a token that may write"
-    try:
+    failures = httpx2.HTTPError, OSError, ValueError
+    with explained(f"--push_to_hub: {name} cannot be written on the Hub", failures, advice):
         repo = create_repo(name, private=training.hub_private_repo, exist_ok=True)
         if final:
             upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message="Upload the final model")
             say(f"uploaded to {repo}")
-    except (httpx2.HTTPError, OSError, ValueError) as error:
-        raise RunError(f"--push_to_hub: {name} cannot be written on the Hub ({one_line(error)}): {advice}") from error
 
 
 RETRIES = 6  # drops of a connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
@@ -869,8 +869,7 @@ class HubStream(io.RawIOBase):
         self.url = hf_hub_url(corpus.name, path, repo_type="dataset", revision=corpus.revision)
         self.size = corpus.files[path][0]
         self.position = position
-        self.connection = contextlib.ExitStack()
-        self.chunks, self.rest = None, b""
+        self.chunks, self.rest = self._chunks(), b""
 
     def readable(self):
         return True
@@ -878,37 +877,36 @@ class HubStream(io.RawIOBase):
     def seekable(self):
         return True
 
-    def tell(self):
-        return self.position
-
     def seek(self, offset, whence=io.SEEK_SET):
         position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
         if position != self.position:
-            self.connection.close()
-            self.position, self.chunks, self.rest = position, None, b""
+            self.chunks.close()
+            self.position, self.chunks, self.rest = position, self._chunks(), b""
         return position
 
-    def _connect(self):
+    def _chunks(self):
+        """Yield the bytes from `position` on, over a connection that ends with this generator."""
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
         from huggingface_hub.utils._http import http_stream_backoff
 
         headers = {**build_hf_headers(), "Range": f"bytes={self.position}-", "Accept-Encoding": "identity"}
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        request = http_stream_backoff("GET", self.url, headers=headers, follow_redirects=True, timeout=timeout)
-        response = self.connection.enter_context(request)
-        hf_raise_for_status(response)
-        if self.position and response.status_code != 206:
-            raise OSError(f"{self.url} ignores byte ranges")
-        return response.iter_raw(1 << 16)
+        options = dict(headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        with http_stream_backoff("GET", self.url, retry_on_exceptions=(), **options) as response:
+            hf_raise_for_status(response)
+            if self.position and response.status_code != 206:
+                raise OSError(f"{self.url} ignores byte ranges")
+            yield from response.iter_raw(1 << 16)
 
     def readinto(self, buffer):
         import httpx2
 
+        if self.position >= self.size:
+            return 0
         for attempt in range(RETRIES):
-            if self.position >= self.size:
-                return 0
-            self.chunks = self.chunks or self._connect()
+            if attempt:
+                time.sleep(2 ** (attempt - 1))
+                self.chunks = self._chunks()
             try:
                 self.rest = self.rest or next(self.chunks, b"")
             except httpx2.TransportError:
@@ -919,13 +917,10 @@ class HubStream(io.RawIOBase):
                 buffer[:count], self.rest = self.rest[:count], self.rest[count:]
                 self.position += count
                 return count
-            self.connection.close()
-            self.chunks = None
-            time.sleep(min(2**attempt, 30))
         raise OSError(f"{self.url} ends after {self.position:,} of {self.size:,} bytes")
 
     def close(self):
-        self.connection.close()
+        self.chunks.close()
         super().close()
 
 
@@ -938,7 +933,7 @@ def download(corpus, path, target):
     partial = target.with_name(target.name + ".partial")
     with FileLock(f"{partial}.lock"):
         for _ in range(2):
-            if target.exists():
+            if target.exists() and target.stat().st_size == size:  # by another process, meanwhile
                 return
             with open(partial, "ab") as file, HubStream(corpus, path, file.tell()) as stream:
                 shutil.copyfileobj(stream, file, 1 << 20)
@@ -1040,21 +1035,35 @@ class Corpus:
         places = [*([Path(cached)] if isinstance(cached, str) else []), self.data_dir / "hub" / path]
         return next((place for place in places if place.exists() and place.stat().st_size == self.files[path][0]), None)
 
+    @contextlib.contextmanager
+    def open(self, path):
+        """A file of the repository as a stream of bytes: the local file, or as much of the Hub's as is asked for."""
+        local = self.find_local(path)
+        with (
+            contextlib.nullcontext() if local else explained_hub_errors(self.name, "dataset"),
+            open(local, "rb") if local else io.BufferedReader(HubStream(self, path), 1 << 16) as stream,
+        ):
+            yield stream
+
     def fetch(self, path):
         """The local path of a file of the repository, downloaded if need be; raises RunError."""
         if local := self.find_local(path):
             return local
         target = self.data_dir / "hub" / path
-        if target.exists() and target.stat().st_size != self.files[path][0]:
-            target.unlink()  # another process may just have fetched the right one
         with explained_hub_errors(self.name, "dataset"):
             download(self, path, target)
         return target
 
-    def release(self, path):
-        """Delete an archive that we downloaded; a file in the user's folder or cache is never touched."""
-        target = self.data_dir / "hub" / path
-        if not self.keep_archives and not self.folder:
+    def files_of(self, archive):
+        """The paths of the files that an archive is made of."""
+        return [archive]
+
+    def release(self, archive):
+        """Delete what we downloaded of an archive; a file in the user's folder or cache is never touched."""
+        if self.keep_archives or self.folder:
+            return
+        for path in self.files_of(archive):
+            target = self.data_dir / "hub" / path
             target.unlink(missing_ok=True)
             target.with_name(target.name + ".partial.lock").unlink(missing_ok=True)
 
@@ -1087,9 +1096,21 @@ class Corpus:
         return self
 
     def clips(self, archive):
-        """Yield the rows of an archive's prepared file."""
-        with open(self.fetch(archive), "rb") as stream:
-            yield from archive_clips(self, archive, stream)
+        """Yield the rows of an archive's prepared file; damage ends it with a row that says so."""
+        _, accent, split, _ = archive.split("/")
+        rows, count, seen = self.transcripts(accent, split), 0, set()
+        with self.open(archive) as stream:
+            try:
+                for name, audio, problem in archive_members(stream):
+                    key = clip_key(name)
+                    absent = "" if key in rows else "no transcript"
+                    problem = problem or absent or ("a second copy" if key in seen else "")
+                    seen.add(key)
+                    yield make_clip(clip_row(key, split, accent, rows.get(key)), audio, problem)
+                    count += 1
+            except DAMAGE as error:
+                problem = f"damaged archive ({one_line(error)}): {plural(count, 'clip')} of it kept"
+                yield make_clip(clip_row(archive, split, accent, None), None, problem)
 
     def split_clips(self, clips, split):
         """Those of the prepared `clips`, a Dataset, that are of a split and of the accents chosen."""
@@ -1111,10 +1132,8 @@ MENDED_QUOTES = 100  # in a file with more unclosed quotes than these none is ta
 
 def read_text(path):
     """(text, notes on what was mended) of a file of text; raises RunError if it cannot be read or is none."""
-    try:
+    with explained(f"{path} cannot be read"):
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({one_line(error)})") from error
     if data.startswith(b"version https://git-lfs"):
         raise RunError(f"{path} is a Git LFS pointer, not the file: run 'git lfs pull'")
     try:
@@ -1209,10 +1228,8 @@ def files_below(folder):
 
 def list_folder(folder):
     """{path: [size in bytes, time of change]} of a folder; raises RunError."""
-    try:
+    with explained(f"{folder} cannot be read"):
         paths = list(map(Path, files_below(folder)))
-    except OSError as error:
-        raise RunError(f"{folder} cannot be read ({one_line(error)})") from error
     found = [(path.relative_to(folder).as_posix(), path.stat()) for path in paths if path.is_file()]
     return {path: [status.st_size, status.st_mtime_ns] for path, status in found}
 
@@ -1237,18 +1254,22 @@ def read_json(path):
     return content if isinstance(content, dict) else None
 
 
-def write_text(path, text):
-    """Write a text file so that it is complete or absent, whatever happens meanwhile."""
-    path = Path(path)
+@contextlib.contextmanager
+def complete_file(path):
+    """The name of a file to write, which takes the place of `path` when complete; whatever happens, no half is left."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written ({one_line(error)}): {ROOM_ADVICE}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file so that it is complete or absent."""
+    with explained(f"{path} cannot be written", advice=ROOM_ADVICE), complete_file(Path(path)) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def chosen_accents(corpus, accents):
@@ -1392,12 +1413,7 @@ def clip_row(key, split, accent, row):
     }
 
 
-def make_clip(key, split, accent, row, audio=None, problem=""):
-    """One row of a prepared file, from a row of the transcripts (None if there is none)."""
-    return with_audio(clip_row(key, split, accent, row), audio, problem)
-
-
-def with_audio(row, audio, problem=""):
+def make_clip(row, audio, problem=""):
     """One row of a prepared file, from that of `clip_row`; its length is the audio's own, 0 with a `problem`."""
     samples = ()
     if not problem:
@@ -1456,42 +1472,23 @@ def archive_members(stream):
 DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
 
 
-def archive_clips(corpus, archive, stream):
-    """Yield the row of each clip of an archive that is read from `stream`; damage ends it with a row that says so."""
-    _, accent, split, _ = archive.split("/")
-    rows, count, seen = corpus.transcripts(accent, split), 0, set()
-    try:
-        for name, audio, problem in archive_members(stream):
-            key = clip_key(name)
-            problem = problem or ("" if key in rows else "no transcript") or ("a second copy" if key in seen else "")
-            seen.add(key)
-            yield make_clip(key, split, accent, rows.get(key), audio, problem)
-            count += 1
-    except DAMAGE as error:
-        problem = f"damaged archive ({one_line(error)}): {plural(count, 'clip')} of it kept"
-        yield make_clip(archive, split, accent, None, problem=problem)
-
-
 def prepare_archive(corpus, archive):
     """Convert one archive to its prepared file, complete or absent; returns (clips, hours) of it. Raises RunError."""
     from datasets.arrow_writer import ArrowWriter
 
-    out = corpus.prepared_path(archive)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     clips, samples = 0, 0
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer:
+    with explained(f"{archive} cannot be prepared"):
+        for path in corpus.files_of(archive):
+            corpus.fetch(path)
+        with (
+            complete_file(corpus.prepared_path(archive)) as partial,
+            ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer,
+        ):
             for clip in corpus.clips(archive):
                 writer.write(clip)
                 clips, samples = clips + 1, samples + clip["num_samples"]
             writer.finalize()
-        os.replace(partial, out)
         corpus.release(archive)
-    except OSError as error:
-        raise RunError(f"{archive} cannot be prepared ({one_line(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return clips, samples / SAMPLE_RATE / 3600
 
 
@@ -1632,14 +1629,9 @@ def streamed_clips(shares, corpus, args, check, seed, turn, skipped_file):
     Runs in the DataLoader's workers, each with shares of its own. What cannot be used is added to `skipped_file`.
     """
     archives = sorted(itertools.chain.from_iterable(shares))
-    for index in np.random.default_rng((seed, turn)).permutation(len(archives)):
-        archive = archives[index]
-        local = corpus.folder and corpus.folder / archive
-        with (
-            explained_hub_errors(corpus.name, "dataset"),
-            open(local, "rb") if local else io.BufferedReader(HubStream(corpus, archive), 1 << 20) as stream,
-        ):
-            for clip in archive_clips(corpus, archive, stream):
+    for archive in np.random.default_rng((seed, turn)).permutation(archives).tolist():
+        with explained_hub_errors(corpus.name, "dataset"):
+            for clip in corpus.clips(archive):
                 if reason := check([clip])[0]:
                     append_skipped(skipped_file, clip, reason)
                 elif wanted(clip, args):
@@ -1708,8 +1700,7 @@ def select_clips(clips, missing, args, check, max_samples, seed):
     """
     rows = clips.remove_columns("audio").to_list() + missing
     # A damaged archive or a file without a transcript has no domain to ask for.
-    nameless = lambda row: row["problem"] and not row["domain"]  # noqa: E731
-    asked_for = [index for index, row in enumerate(rows) if wanted(row, args) or nameless(row)]
+    asked_for = [index for index, row in enumerate(rows) if wanted(row, args) or row["problem"] and not row["domain"]]
     kept, skipped = {}, []  # {name: index} of clips
     for index, reason in zip(asked_for, check([rows[index] for index in asked_for])):
         clip = rows[index]["clip"]
@@ -1740,22 +1731,20 @@ def csv_lines(rows):
 
     csv puts no quotes around a carriage return, at which a spreadsheet begins another row.
     """
-    buffer, formula = io.StringIO(), re.compile(r"^(?=[=+\-@\t\r\n＝＋－＠])")
-    safe = lambda cell: formula.sub("'", str(cell)).replace("\r", " ")  # noqa: E731
-    lines = csv.writer(buffer, lineterminator="\n")
-    lines.writerows([safe(row[column]) for column in SKIPPED_COLUMNS] for row in rows)
-    return buffer.getvalue()
+    lines = io.StringIO()
+    for row in rows:
+        cells = [re.sub(r"^(?=[=+\-@\t\r\n＝＋－＠])", "'", str(row[column])) for column in SKIPPED_COLUMNS]
+        csv.writer(lines, lineterminator="\n").writerow([cell.replace("\r", " ") for cell in cells])
+    return lines.getvalue()
 
 
 def append_skipped(path, clip, reason):
     """Add a line to skipped_clips.csv, once a clip, from any process: a single write in append mode is whole."""
     line = csv_lines([skipped_row(clip, reason)])
-    try:
+    with explained(f"{path} cannot be written", advice=ROOM_ADVICE):
         if line not in path.read_text(encoding="utf-8"):
             with open(path, "a", encoding="utf-8") as file:
                 file.write(line)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({one_line(error)}): {ROOM_ADVICE}") from error
 
 
 # ---------------------------------------------------------------- own recordings
@@ -1803,11 +1792,10 @@ def choose_columns(names, text_column, table):
 
 def own_row(key, split, cells, columns):
     """`clip_row` of a row of somebody's table, with the split that a column of it names, or else `split`."""
-    known = {ours: cells.get(column) for ours, column in columns.items()}
-    # JSON can hold halves of characters, which no file can.
     known = {
-        ours: "" if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
-        for ours, cell in known.items()
+        ours: str(cell).encode(errors="replace").decode()  # JSON can hold halves of characters, which no file can
+        for ours, column in columns.items()
+        if (cell := cells.get(column)) is not None and cell == cell
     }
     return clip_row(key, split_in(known.get("split", "")) or split, "", known)
 
@@ -1818,10 +1806,8 @@ def read_metadata(path):
         rows, notes = read_transcripts(path, (("file_name",),))
     else:
         text, notes = read_text(path)
-        try:
+        with explained(f"{path} is not lines of JSON", (ValueError, RecursionError)):
             rows = json_lines(text)
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{path} is not lines of JSON ({one_line(error)})") from error
         if wrong := [row for row in rows if not isinstance(row, dict) or not isinstance(row.get("file_name"), str)]:
             keys = ", ".join(wrong[0]) if isinstance(wrong[0], dict) else type(wrong[0]).__name__
             raise RunError(f"{path} has {plural(len(wrong), 'row')} without a file_name, the first with {keys}")
@@ -1835,10 +1821,8 @@ def readme_settings(path):
     import yaml
 
     head = re.match(r"---\s*\n(.*?)\n---", read_text(path)[0], re.DOTALL)
-    try:
+    with explained(f"{path} does not begin with YAML", yaml.YAMLError):
         settings = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError as error:
-        raise RunError(f"{path} does not begin with YAML ({one_line(error)})") from error
     return settings if isinstance(settings, dict) else {}
 
 
@@ -1907,14 +1891,16 @@ class Recordings(Corpus):
     def fetch_transcripts(self, splits):
         """They are `listed`."""
 
-    def part(self, archive):
-        rows = self.listed[archive]
-        needed = {path: self.files[path] for path in (archive, *(row["clip"] for row in rows)) if path in self.files}
-        return dataclasses.replace(self, files=needed, stamps={}, listed={archive: rows}, assignment={})
+    def files_of(self, archive):
+        if archive.endswith(".parquet"):
+            return [archive]
+        # Rows of metadata may name files anywhere; those that are not among `files` have a problem.
+        return [row["clip"] for row in self.listed[archive] if not row["problem"]]
 
-    def release(self, archive):
-        for path in [archive] if archive.endswith(".parquet") else [row["clip"] for row in self.listed[archive]]:
-            super().release(path)
+    def part(self, archive):
+        needed = {path: self.files[path] for path in (archive, *self.files_of(archive))}
+        listed = {archive: self.listed[archive]}
+        return dataclasses.replace(self, files=needed, stamps={}, listed=listed, assignment={})
 
     # ---- splits
 
@@ -1985,36 +1971,31 @@ class Recordings(Corpus):
         rows = {}
         for table in tables:
             cells = read_metadata(self.fetch(table))
-            columns = choose_columns(
-                list(dict.fromkeys(name for row in cells for name in row)), self.text_column, table
-            )
+            names = list(dict.fromkeys(itertools.chain.from_iterable(cells)))
+            columns = choose_columns(names, self.text_column, table)
             for number, row in enumerate(cells, start=1):
-                key = os.path.normpath(os.path.join(os.path.dirname(table), row["file_name"]))
-                outside = key.startswith(("/", "../"))
-                key, problem = (key, "") if row["file_name"].strip() else (f"{table}, row {number}", "no file_name")
-                if key not in self.files:
-                    problem = problem or ("refused: its path climbs out of the folder" if outside else "no audio")
+                name, problem = row.get("file_name", ""), ""  # the rows of a CSV can be short
+                key = os.path.normpath(os.path.join(os.path.dirname(table), name))
+                if not name.strip():
+                    key, problem = f"{table}, row {number}", "no file_name"
+                elif key not in self.files:
+                    outside = key.startswith(("/", "../"))
+                    problem = "refused: its path climbs out of the folder" if outside else "no audio"
                 split = split_in(table) or split_in(key)
                 rows.setdefault(key, {**own_row(key, split, row, columns), "problem": problem})
-        if not any(not row["problem"] for row in rows.values()):
+        if all(row["problem"] for row in rows.values()):
             count = plural(len(rows), "row")
             raise RunError(f"{tables[0]} names no file that is there among {count}, such as {next(iter(rows))}")
         for path in self.files:
             if path not in rows and is_audio_name(path):
                 rows[path] = {**own_row(path, split_in(path), {}, {}), "problem": "no transcript"}
-        by_split = {}
-        for row in rows.values():
-            by_split.setdefault(row["split"], []).append(row)
-        for split, members in sorted(by_split.items()):
-            for number in range(0, len(members), GROUP_CLIPS):
-                self.add_group(
-                    f"{split or 'clips'}-{number // GROUP_CLIPS:05d}", members[number : number + GROUP_CLIPS]
-                )
-
-    def add_group(self, name, rows):
-        files = [self.files.get(row["clip"]) for row in rows]
-        mark = hashlib.sha256(json.dumps([rows, files]).encode()).hexdigest()
-        self.listed[name], self.files[name] = rows, [sum(file[0] for file in files if file), mark]
+        for split in sorted({row["split"] for row in rows.values()}):
+            members = [row for row in rows.values() if row["split"] == split]
+            for number, start in enumerate(range(0, len(members), GROUP_CLIPS)):
+                name, group = f"{split or 'clips'}-{number:05d}", members[start : start + GROUP_CLIPS]
+                files = [self.files.get(row["clip"]) for row in group]
+                mark = hashlib.sha256(json.dumps([group, files]).encode()).hexdigest()
+                self.listed[name], self.files[name] = group, [sum(file[0] for file in files if file), mark]
 
     # ---- parquet
 
@@ -2023,39 +2004,24 @@ class Recordings(Corpus):
         import fnmatch
 
         settings = readme_settings(self.fetch("README.md")) if "README.md" in self.files else {}
-        try:
-            configs = {config["config_name"]: file_patterns(config) for config in settings.get("configs") or []}
-            default = [config["config_name"] for config in settings.get("configs") or [] if config.get("default")]
-        except (TypeError, KeyError, AttributeError) as error:
-            raise RunError(f"README.md of {self.name} has configs that cannot be read ({one_line(error)})") from error
-        name = self.config or next((name for name in (*default, "default") if name in configs), "")
-        if name and name not in configs:
-            raise UsageError(
-                f"--dataset names '{name}'; the configurations of {self.name} are {', '.join(configs) or 'none'}"
-            )
-        if not name and len(configs) > 1:
-            example = f"choose one, as {self.name}:{next(iter(configs))}"
-            raise UsageError(f"--dataset {self.name} has the configurations {', '.join(configs)}: {example}")
-        patterns = configs[name or next(iter(configs))] if configs else [("", "*")]
+        unreadable = TypeError, KeyError, AttributeError
+        with explained(f"README.md of {self.name} has configs that cannot be read", unreadable):
+            configs = settings.get("configs") or [{"config_name": ""}]
+            patterns = {config["config_name"]: file_patterns(config) for config in configs}
+            default = next((config["config_name"] for config in configs if config.get("default")), "default")
+        names = ", ".join(patterns) or "none"
+        name = self.config or (default if default in patterns else "")
+        if name and name not in patterns:
+            raise UsageError(f"--dataset names '{name}'; the configurations of {self.name} are {names}")
+        if not name and len(patterns) > 1:
+            example = f"choose one, as {self.name}:{next(iter(patterns))}"
+            raise UsageError(f"--dataset {self.name} has the configurations {names}: {example}")
         return {
-            path: split_in(split) if split else split_in(path)
+            path: split_in(split or path)
             for path in sorted(self.files)
-            for split, pattern in reversed(patterns)
+            for split, pattern in reversed(patterns[name or next(iter(patterns))])
             if path.endswith(".parquet") and fnmatch.fnmatch(path, pattern)
         }
-
-    @contextlib.contextmanager
-    def open_parquet(self, path):
-        """A pyarrow ParquetFile of the local file, or of as much of the Hub's as is asked for."""
-        import pyarrow.parquet
-
-        local = self.find_local(path)
-        with (
-            contextlib.nullcontext() if local else explained_hub_errors(self.name, "dataset"),
-            open(local, "rb") if local else io.BufferedReader(HubStream(self, path), 1 << 16) as stream,
-            pyarrow.parquet.ParquetFile(stream) as file,
-        ):
-            yield file
 
     def list_parquet(self, splits):
         """List the clips of parquet files, {path: split}: of those not converted, what is no audio is read."""
@@ -2065,56 +2031,52 @@ class Recordings(Corpus):
             self.listed = dict(zip(splits, pool.map(self.parquet_rows, splits, splits.values())))
 
     def parquet_rows(self, path, split):
+        import pyarrow.parquet
         from datasets import Dataset
 
         if not self.unprepared([path]):
             return Dataset.from_file(str(self.prepared_path(path))).remove_columns("audio").to_list()
         try:
-            with self.open_parquet(path) as file:
-                names = [name for name in file.schema_arrow.names if name != (audio := audio_column(file, path))]
+            with self.open(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+                audio, labels = audio_column(file, path), class_names(file)
+                names = [name for name in file.schema_arrow.names if name != audio]
                 columns = choose_columns(names, self.text_column, path)
                 cells = file.read([*columns.values(), f"{audio}.path"]).to_pylist()
-                labels = class_names(file)
         except DAMAGED_PARQUET as error:
             return [{**clip_row(path, split, "", None), "problem": f"damaged file ({one_line(error)})"}]
         rows = []
         for number, row in enumerate(cells):
             name = os.path.basename((row.pop(audio, None) or {}).get("path") or "")
             key = f"{path.removesuffix('.parquet')}/{number:05d}{'-' if name else ''}{name}"
-            row = {
-                column: labels[column][cell] if column in labels and cell is not None else cell
-                for column, cell in row.items()
-            }
+            row = {column: labels[column].get(cell) if column in labels else cell for column, cell in row.items()}
             rows.append(own_row(key, split, row, columns))
         return rows
 
     def parquet_audio(self, path):
-        """Yield the encoded audio of each row, None where there is none; raises ValueError for damage."""
-        try:
-            with self.open_parquet(path) as file:
-                for batch in file.iter_batches(batch_size=50, columns=[audio_column(file, path)]):
-                    yield from ((cell or {}).get("bytes") for cell in batch.column(0).to_pylist())
-        except DAMAGED_PARQUET as error:
-            raise ValueError(one_line(error)) from error
+        """Yield the encoded audio of each row, None where there is none; raises DAMAGED_PARQUET."""
+        import pyarrow.parquet
+
+        with self.open(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+            for batch in file.iter_batches(batch_size=50, columns=[audio_column(file, path)]):
+                yield from ((cell or {}).get("bytes") for cell in batch.column(0).to_pylist())
 
     # ---- conversion
 
     def clips(self, archive):
         rows, damage = self.listed[archive], ""
         if archive.endswith(".parquet"):
-            self.fetch(archive)
             audio = self.parquet_audio(archive)
         else:
-            audio = (self.fetch(row["clip"]) for row in rows if not row["problem"])
+            audio = map(self.find_local, self.files_of(archive))
         for row in rows:
             problem, encoded = row["problem"] or damage, None
             if not problem:
                 try:
                     encoded = next(audio, None)
                     problem = "" if encoded else "no audio"
-                except ValueError as error:
-                    problem = damage = f"damaged file ({error})"
-            yield with_audio(row, encoded, problem)
+                except DAMAGED_PARQUET as error:
+                    problem = damage = f"damaged file ({one_line(error)})"
+            yield make_clip(row, encoded, problem)
 
 
 DAMAGED_PARQUET = (OSError, ValueError, NotImplementedError)  # pyarrow's own exceptions are kinds of these
@@ -2134,10 +2096,11 @@ def audio_column(file, path):
 
 
 def class_names(file):
-    """{column: names of its numbers} of a parquet file that `datasets` wrote, for columns of classes."""
+    """{column: {number: name}} of a parquet file that `datasets` wrote, for columns of classes; -1 has no name."""
     try:
         features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+        classes = {name: feature for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+        return {name: dict(enumerate(feature["names"])) for name, feature in classes.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}
 
@@ -2157,12 +2120,10 @@ def open_recordings(corpus, args):
             raise UsageError(f"--dataset names '{own.config}'; {own.name} has no configurations: leave it out")
         own.list_folder(tables)
     if not own.listed:
-        found = (
-            f"it has {plural(len(own.files), 'file')}{''.join(f', such as {path}' for path in sorted(own.files)[:1])}"
-        )
+        example = f", such as {min(own.files)}" if own.files else ""
         raise RunError(
             f"{own.identity()} has no audio/<accent>/<split>/*.tar.gz, no metadata.csv or metadata.jsonl beside "
-            f"recordings and no parquet files: {found}"
+            f"recordings and no parquet files: it has {plural(len(own.files), 'file')}{example}"
         )
     return own
 
@@ -4741,7 +4702,7 @@ def transcribe_files(args, training):
     if job.heard:
         seconds, took = job.heard / SAMPLE_RATE, time.monotonic() - loaded
         speed = f"{took:,.1f} s, {seconds / took:,.1f} times as fast as it was spoken"
-        tell(f"{seconds:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s")
+        say(f"{seconds:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s", sys.stderr)
     return 1 if job.failed else 0
 
 
@@ -4755,7 +4716,7 @@ class Transcription:
 
     def report(self, recording, error):
         self.failed += 1
-        tell(f"{PROGRAM}: error: {printable(recording.name)} cannot be read as audio: {one_line(error)}")
+        say(f"{PROGRAM}: error: {printable(recording.name)} cannot be read as audio: {one_line(error)}", sys.stderr)
 
     def write_down(self, part):
         """Write the texts of the recordings of a `part`."""

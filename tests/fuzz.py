@@ -151,7 +151,7 @@ def check_audio(data):
             samples = script.decode_audio(data)
         except ValueError:
             samples = None
-        clip = script.make_clip("session/clip", "dev", "damara", {"transcript": "a"}, data)
+        clip = script.make_clip(script.clip_row("session/clip", "dev", "damara", {"transcript": "a"}), data)
     assert not printed.getvalue()
     assert bool(clip["problem"]) == (samples is None or not len(samples))
     if not clip["problem"]:

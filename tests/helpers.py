@@ -76,10 +76,12 @@ def make_selection(texts_and_samples, split):
 
     clips = [
         script.make_clip(
-            f"session/{split}-{number}",
-            split,
-            "igbo",
-            {"transcript": text, "user_ids": f"speaker-{number}", "domain": "clinical"},
+            script.clip_row(
+                f"session/{split}-{number}",
+                split,
+                "igbo",
+                {"transcript": text, "user_ids": f"speaker-{number}", "domain": "clinical"},
+            ),
             wav_bytes(samples),
         )
         for number, (text, samples) in enumerate(texts_and_samples)

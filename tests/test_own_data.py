@@ -335,6 +335,14 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_used(tmp_path):
     assert len(load_predictions(tmp_path / "out/results")) == 5
 
 
+def test_a_row_that_ends_before_its_file_name_is_named(tmp_path):
+    write_audio(tmp_path / "own/test", own_rows("test", 1))
+    (tmp_path / "own/test/metadata.csv").write_text(f"text,file_name\nfever\nfever,{own_rows('test', 1)[0][0]}\n")
+    args, _ = script.parse_arguments(["--dataset", str(tmp_path / "own"), "--data_dir", str(tmp_path / "audio")])
+    corpus = script.open_corpus(args)
+    assert [row["problem"] for rows in corpus.listed.values() for row in rows] == ["no file_name", ""]
+
+
 def test_rows_of_other_splits_are_counted(tmp_path, capfd):
     folder = one_table(tmp_path / "own", splits=["test"], limit=6, split=lambda *_: "test")
     rows = list(csv.DictReader((folder / "metadata.csv").open(newline="", encoding="utf-8")))
@@ -446,6 +454,21 @@ def test_tables_and_folders_of_another_kind_are_refused(tmp_path, capfd):
     assert refusal(capfd, tmp_path, folder, status=2).startswith("metadata.jsonl has no column text or ")
 
 
+def test_numbers_of_classes_are_read_as_their_names(tmp_path):
+    from datasets import Audio, ClassLabel, Features, Value
+
+    features = Features(
+        {"audio": Audio(decode=False), "text": Value("string"), "gender": ClassLabel(names=["Female", "Male"])}
+    )
+    rows = [{"audio": {"bytes": b"", "path": "a.wav"}, "text": "one", "gender": cell} for cell in (1, 0, None, -1)]
+    (tmp_path / "own").mkdir()
+    table = pyarrow.Table.from_pylist(rows, schema=features.arrow_schema)
+    pyarrow.parquet.write_table(table, tmp_path / "own/test.parquet")
+    args, _ = script.parse_arguments(["--dataset", str(tmp_path / "own"), "--data_dir", str(tmp_path / "audio")])
+    corpus = script.open_corpus(args)
+    assert [row["gender"] for row in corpus.listed["test.parquet"]] == ["Male", "Female", "", ""]
+
+
 def test_parquet_files_without_one_audio_column_are_refused(tmp_path, capfd):
     folder = tmp_path / "own"
     folder.mkdir()
@@ -515,6 +538,24 @@ def test_an_audio_folder_of_the_hub_is_prepared(tmp_path):
     clips = prepared(tmp_path / "audio")
     assert len(clips) == 12 and not any(row["problem"] for row in clips.values())
     assert not [path for path in (tmp_path / "audio/hub").rglob("*") if script.is_audio_name(path)]
+
+
+def test_no_file_outside_is_deleted_for_a_metadata_that_names_it(tmp_path):
+    folder = audio_folder(tmp_path / "repository", limit=4)
+    outside = [tmp_path / "beside.wav", tmp_path / "absolute.wav"]
+    rows = list(csv.DictReader((folder / "test/metadata.csv").open(newline="", encoding="utf-8")))
+    rows += [{**rows[0], "file_name": name} for name in (f"../../../{outside[0].name}", str(outside[1]))]
+    write_table(folder / "test/metadata.csv", rows)
+    for path in outside:
+        path.write_bytes(own_rows("test", 1)[0][1])
+    with LoopbackHub(datasets={HUB_NAME: folder}) as hub:
+        flags = ["--dataset", HUB_NAME, "--data_dir", "audio", "--output_dir", "out", "--num_proc", 1]
+        done = run_script(*flags, "--prepare_only", cwd=tmp_path, env=hub.env(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["problem"] for row in prepared(tmp_path / "audio").values() if row["problem"]] == 2 * [
+        "refused: its path climbs out of the folder"
+    ]
+    assert all(path.is_file() for path in outside)
 
 
 def test_configurations_are_chosen_by_name(tmp_path):

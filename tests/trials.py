@@ -84,7 +84,8 @@ def us_english_clips(job):
         for row in csv.DictReader(file):
             columns = {**row, "transcript": row["text"], "user_ids": row["speaker_id"]}
             audio = (US_ENGLISH / "test" / row["file_name"]).read_bytes()
-            clips.append(finetune_medasr.make_clip(row["file_name"], "test", row["accent"], columns, audio))
+            clip = finetune_medasr.clip_row(row["file_name"], "test", row["accent"], columns)
+            clips.append(finetune_medasr.make_clip(clip, audio))
     clips = Dataset.from_list(clips, features=finetune_medasr.clip_features())
     return finetune_medasr.select_clips(clips, [], job.args, job.check, None, 0)
 
