@@ -4873,37 +4873,32 @@ def further_names(args):
 
 
 def open_further(args, training):
-    """{name: (arguments, Corpus)} of --also_score, whose prepared audio has folders of its own under --data_dir."""
+    """{name: (arguments, Corpus, split)} of --also_score; prepared audio has folders of its own under --data_dir."""
     further = {}
     for name, dataset in zip(further_names(args), args.also_score or ()):
         say(f"also scored: {name}")
         chosen = dict.fromkeys(("dataset_revision", "accents", "domains", "countries", "text_column"))
         data_dir = str(Path(args.data_dir) / "also" / slugify(name))
-        own = dict(dataset=dataset, data_dir=data_dir, streaming=False, eval_only=True)
+        own = dict(dataset=dataset, data_dir=data_dir, streaming=False, eval_only=True, tune_lm=False)
         own = dataclasses.replace(args, **chosen, **own)
         corpus = open_corpus(own)
-        corpus.make_splits(("test",), training.seed, unnamed="test")
-        further[name] = own, corpus
+        corpus.make_splits(splits_of(own), training.seed, unnamed="test")
+        further[name] = own, corpus, "test"
     return further
 
 
-def select_splits(args, corpus, check, training, further):
-    """{split, or name of --also_score: Selection}; says what was left out and writes skipped_clips.csv.
+def select_splits(args, parts, check, training):
+    """{name: Selection} of `parts`, {split, or name of --also_score: (arguments, Corpus, split)}.
 
-    Raises RunError for an empty split.
+    Says what was left out and writes skipped_clips.csv. Raises RunError for an empty part.
     """
     limits = {"train": args.max_train_samples, "dev": args.max_eval_samples, "test": args.max_test_samples}
     selections = {}
-    for split in splits_of(args, on_disk=args.prepare_only):
-        if args.streaming and split == "train":
-            rows = [row for row in corpus.rows(split) if wanted(row, args)]
-            selections[split] = Selection(None, rows, [])
+    for name, (own, corpus, split) in parts.items():
+        if own.streaming and split == "train":
+            part = Selection(None, [row for row in corpus.rows(split) if wanted(row, own)], [])
         else:
-            clips = load_split(corpus, split)
-            selections[split] = select_clips(*clips, args, check, limits[split], training.seed)
-        say(split_line(split, selections[split].rows))
-    for name, (own, its_corpus) in further.items():
-        part = select_clips(*load_split(its_corpus, "test"), own, check, args.max_test_samples, training.seed)
+            part = select_clips(*load_split(corpus, split), own, check, limits[split], training.seed)
         part.skipped = [{**row, "split": name} for row in part.skipped]
         selections[name] = part
         say(split_line(name, part.rows))
@@ -4983,27 +4978,28 @@ def run(args, training):
         return dry_run(args, training, corpus)
     further = open_further(args, training)
     prepare_corpus(corpus, splits_of(args, on_disk=True), args)
-    for own, its_corpus in further.values():
-        prepare_corpus(its_corpus, ("test",), own)
+    for own, its_corpus, split in further.values():
+        prepare_corpus(its_corpus, (split,), own)
+    parts = {split: (args, corpus, split) for split in splits_of(args, on_disk=args.prepare_only)} | further
     if args.prepare_only:
-        select_splits(args, corpus, lambda rows: [row["problem"] for row in rows], training, further)
+        select_splits(args, parts, lambda rows: [row["problem"] for row in rows], training)
         say(f"  ready in {args.data_dir}")
         return 0
-    job = Job(args, training, processor, model, corpus, further, lm)
+    job = Job(args, training, processor, model, parts, lm)
     return job.fit_and_score(state, checkpoint) if trains else job.score()
 
 
 class Job:
     """A loaded model and prepared audio, on the way to results and a final model."""
 
-    def __init__(self, args, training, processor, model, corpus, further, lm=None):
-        self.args, self.training, self.corpus = args, training, corpus
+    def __init__(self, args, training, processor, model, parts, lm=None):
+        self.args, self.training, self.corpus = args, training, parts["test"][1]
         self.processor, self.model, self.lm = processor, model, lm
         self.lm_settings = {}  # of the systems that were written down
         self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
         self.check = ClipCheck(model, processor.feature_extractor, self.encoder, args.max_train_seconds)
-        self.selections = select_splits(args, corpus, self.check, training, further)
-        self.tests = {name: self.selections[name] for name in ("test", *further)}
+        self.selections = select_splits(args, parts, self.check, training)
+        self.tests = {name: self.selections[name] for name, (_, _, split) in parts.items() if split == "test"}
         self.output = Path(training.output_dir)
         self.is_first = training.process_index == 0
 
