@@ -2218,34 +2218,30 @@ class LabelEncoder:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.target_text = target_text
-        self.known = {}  # character -> whether the tokenizer covers it
+        self.opens = self.covered("(")
         self.table = {}  # code point -> what it becomes, for str.translate
         self.dropped = Counter()
 
     def covered(self, character):
         """Whether the tokenizer has a piece that the head can emit for `character`, inside a word and on its own."""
-        if character not in self.known:
-            ids = self.tokenizer(f"{character}a{character}", add_special_tokens=False).input_ids
-            self.known[character] = self.tokenizer.unk_token_id not in ids and max(ids) < self.vocab_size
-        return self.known[character]
+        ids = self.tokenizer(f"{character}a{character}", add_special_tokens=False).input_ids
+        return self.tokenizer.unk_token_id not in ids and max(ids) < self.vocab_size
 
     def fold_character(self, character):
         if self.covered(character):
             return character
         if character in FOLDS:
-            return (
-                "".join(map(self.fold_character, FOLDS[character])) if len(FOLDS[character]) == 1 else FOLDS[character]
-            )
+            return "".join(map(self.fold_character, FOLDS[character]))
         decomposed = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
         if decomposed and decomposed != [character]:
             return "".join(map(self.fold_character, decomposed))
         category = unicodedata.category(character)
-        return "-" if category == "Pd" else " " if category[0] in "PS" else ""  # a lost sign still parts words
+        return "-" if category == "Pd" else " " if category[0] in "PSZ" else ""  # a lost sign still parts words
 
     def fold(self, text):
         """The transcript in the characters that the tokenizer covers; what is dropped is counted in `dropped`."""
         text = normalize_wer(text) if self.target_text == "words" else tidy(text)
-        if not self.covered("("):
+        if not self.opens:
             # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
             while re.search(r"\([^()]*\)", text):
                 text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
