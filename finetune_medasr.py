@@ -2510,8 +2510,7 @@ class CTCCollator:
 
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         waveforms = [row["samples"] if "samples" in row else decode_audio(row["audio"]) for row in rows]
-        lacking = [max(0, self.shortest - len(samples)) for samples in waveforms]
-        waveforms = [np.pad(samples, (0, count)) if count else samples for samples, count in zip(waveforms, lacking)]
+        waveforms = [np.pad(samples, (0, max(0, self.shortest - len(samples)))) for samples in waveforms]
         lengths = [len(samples) for samples in waveforms]
         # Waveforms are padded, not features, so that padded frames come out as silence.
         if knows_log_mels(self.extractor):
@@ -4356,32 +4355,28 @@ def planned_updates(training, clips):
     """(updates in all, updates an epoch) of a run on so many training clips."""
     batches = -(-clips // (training.per_device_train_batch_size * training.world_size))
     an_epoch = max(1, -(-batches // training.gradient_accumulation_steps))
-    return training.max_steps if training.max_steps > 0 else int(
-        np.ceil(training.num_train_epochs * an_epoch)
-    ), an_epoch
+    updates = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * an_epoch)
+    return updates, an_epoch
 
 
 def fit_schedule(training, clips):
     """The updates planned; shortens the default warm-up and evaluation interval where a run is too short for them."""
     updates, _ = planned_updates(training, clips)
-    defaults = {item.name: item.default for item in dataclasses.fields(CommonTrainingArguments)}
-    if updates < training.eval_steps == defaults["eval_steps"] and training.save_steps == defaults["save_steps"]:
+    default = CommonTrainingArguments
+    if updates < training.eval_steps == default.eval_steps and training.save_steps == default.save_steps:
         training.eval_steps = training.save_steps = max(1, updates // 5)
         say(f"  {plural(updates, 'update')} in all: evaluating and saving every {training.eval_steps}")
-    if updates < 2 * training.warmup_steps and training.warmup_steps == defaults["warmup_steps"]:
+    if updates < 2 * training.warmup_steps and training.warmup_steps == default.warmup_steps:
         training.warmup_steps = max(1, updates // 10)
         say(f"  {plural(updates, 'update')} in all: warming up over {training.warmup_steps}")
     return updates
 
 
-def guard_trained_model(model, dev, collator, training):
+def guard_trained_model(model, clips, collator, training):
     """Make the model safe in float16, measured on dev clips (a stream has none), and say what was done."""
-    clips = dev.selection.clips
-    chosen = [{"audio": clips[int(index)]["audio"]} for index in np.linspace(0, len(clips) - 1, 16)]
-    batches = [
-        model_inputs(collator(chosen[start : start + 4]), collator.extractor, training.device)
-        for start in range(0, 16, 4)
-    ]
+    chosen = np.linspace(0, len(clips) - 1, 16).astype(int).reshape(4, 4)
+    batches = [collator([clips[index] for index in indices]) for indices in chosen.tolist()]
+    batches = [model_inputs(batch, collator.extractor, training.device) for batch in batches]
     guarded = guard_half_precision(model, batches, training.device)
     name, peak = max(guarded.items(), key=lambda item: item[1])
     say(f"  float16, with {len(guarded)} modules in float32 (the largest activation is {peak:.3g}, in {name})")
@@ -4460,8 +4455,8 @@ def make_trainer(args, training, model, train, dev):
     from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
     extractor = dev.processor.feature_extractor
-    shortest = shortest_clip(model, extractor)
-    collator = CTCCollator(extractor, dev.encoder, args.spec_augment, shortest, training.seed)
+    plain = CTCCollator(extractor, dev.encoder, shortest=shortest_clip(model, extractor))
+    collator = dataclasses.replace(plain, augment=args.spec_augment, seed=training.seed)
     if args.streaming:
         training.train_sampling_strategy, training.ignore_data_skip = "random", True
     if training.gradient_checkpointing:
@@ -4471,17 +4466,10 @@ def make_trainer(args, training, model, train, dev):
     if training.ddp_find_unused_parameters is None:
         training.ddp_find_unused_parameters = model.encoder.layerdrop > 0
     if training.fp16:
-        guard_trained_model(model, dev, CTCCollator(extractor, shortest=shortest), training)
+        guard_trained_model(model, dev.selection.clips, plain, training)
     if training.auto_train_batch:
-        plain = CTCCollator(extractor, dev.encoder, shortest=shortest)
         sizes = possible_batch_sizes(training)
         choose_batch_size(model.to(training.device), plain, longest_clip(train, args), training, sizes)
-    callbacks = []
-    if training.report_to and "tensorboard" in training.report_to:
-        training.report_to = [name for name in training.report_to if name != "tensorboard"]
-        callbacks.append(mixed(TensorBoardTexts, TensorBoardCallback)(Path(training.output_dir) / "runs", dev))
-    if args.early_stopping_patience and training.load_best_model_at_end:
-        callbacks.append(mixed(Patience, EarlyStoppingCallback)(args.early_stopping_patience))
     try:
         trainer = mixed(CTCTraining, Trainer)(
             model=model,
@@ -4490,16 +4478,19 @@ def make_trainer(args, training, model, train, dev):
             train_dataset=train,
             eval_dataset=dev.selection.clips,
             processing_class=dev.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
-            callbacks=callbacks,
         )
     except TRAINER_REFUSALS as error:
         raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
     trainer.dev = dev
-    trainer.add_callback(mixed(Lifecycle, TrainerCallback)(trainer))
     # LasrForCTC.forward takes **kwargs, from which the Trainer concludes that it averages over accumulated batches by
     # itself. It does not: without this line, 4 accumulation steps give 4 times the loss and the gradient (transformers
     # issue 47688).
     trainer.model_accepts_loss_kwargs = False
+    if trainer.pop_callback(TensorBoardCallback):
+        trainer.add_callback(mixed(TensorBoardTexts, TensorBoardCallback)(Path(training.output_dir) / "runs", dev))
+    if args.early_stopping_patience and training.load_best_model_at_end:
+        trainer.add_callback(mixed(Patience, EarlyStoppingCallback)(args.early_stopping_patience))
+    trainer.add_callback(mixed(Lifecycle, TrainerCallback)(trainer))
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(mixed(ProgressLines, ProgressCallback))
     trainer.remove_callback(PrinterCallback)
