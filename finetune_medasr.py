@@ -4546,10 +4546,10 @@ def checkpoint_to_resume(training):
 
 # What a run is of: with another of these, what is in --output_dir is of no use.
 IDENTITY = """model model_revision dataset dataset_revision text_column accents domains countries max_train_seconds
-    max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds""".split()
-TRAINING_IDENTITY = "learning_rate seed".split()
+    max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds
+    learning_rate seed weights clips_an_update""".split()
 NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
-GOAL = "max_steps num_train_epochs".split()  # may change from one start of a run to the next
+GOAL = "max_steps num_train_epochs early_stopping_patience".split()  # may change from one start of a run to the next
 LM_FLAGS = "lm lm_weight lm_word_score lm_beam tune_lm".split()  # so may these: the texts are made again
 RUN_NOTES = "baseline baseline_lm reached batch_limit".split()
 
@@ -4592,16 +4592,13 @@ def open_run(args, training):
     """The `RunState` of --output_dir; raises UsageError where what is there is of another run."""
     output = Path(training.output_dir)
     if args.overwrite_output_dir and training.process_index == 0:
-        for path in [
-            *output.glob("checkpoint-*"),
-            *(output / name for name in ("final", "results", "runs", "run.json")),
-        ]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    identity = {name: getattr(args, name) for name in IDENTITY}
-    identity |= {name: getattr(training, name) for name in TRAINING_IDENTITY}
-    identity = public({**identity, "weights": weights_mark(args.model), "clips_an_update": clips_an_update(training)})
-    goal = {**{name: getattr(training, name) for name in GOAL}, "early_stopping_patience": args.early_stopping_patience}
-    goal |= lm_asked(args) | ({"also_score": further_names(args)} if args.also_score else {})
+        for path in [path for path in output.glob("*") if MADE_BY_A_RUN.match(path.name)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    settings = {**vars(training), **vars(args)}
+    settings |= {"weights": weights_mark(args.model), "clips_an_update": clips_an_update(training)}
+    identity = public({name: settings[name] for name in IDENTITY})
+    goal = {name: settings[name] for name in GOAL} | lm_asked(args)
+    goal |= {"also_score": further_names(args)} if args.also_score else {}
     state = RunState(output / "run.json", identity, goal)
     stored = None if args.overwrite_output_dir else read_json(state.path)
     if stored is None:
@@ -4619,19 +4616,19 @@ def open_run(args, training):
     return state
 
 
-def show_finished(state, training):
-    """Show the scores of a run that is finished; returns the exit status, None if the results are not there."""
+def show_finished(state):
+    """Show the scores of a run that is finished; returns whether it is, with its results there."""
     output = state.path.parent
     metrics = read_json(output / "results" / "metrics.json")
     if state.reached != state.goal or not metrics or not (output / "final" / "config.json").is_file():
-        return None
+        return False
     say(
         f"{output} holds this run, finished; --overwrite_output_dir starts anew, more --max_steps or "
         "--num_train_epochs go on"
     )
     show_scores(metrics)
     say(f"\nmodel: {output / 'final'}\nresults: {output / 'results'}")
-    return 0
+    return True
 
 
 def updates_done(checkpoint):
@@ -4908,8 +4905,8 @@ def select_splits(args, parts, check, training):
 
 def shared_speakers(selections):
     """{split: speakers of it who are in train too}"""
-    found = {split: selections[split].rows for split in SPLITS if split in selections}
-    people = {split: {row["speaker"] for row in rows} - {""} for split, rows in found.items()}
+    rows = {split: selections[split].rows for split in SPLITS if split in selections}
+    people = {split: {row["speaker"] for row in rows[split]} - {""} for split in rows}
     trained = people.pop("train", set())
     return {split: len(found & trained) for split, found in people.items() if found & trained}
 
@@ -4946,10 +4943,10 @@ def run(args, training):
     trains = not (args.prepare_only or args.eval_only or args.dry_run)
     pushes = trains and args.push_to_hub and training.process_index == 0
     state = open_run(args, training) if trains else None
-    if state and (status := show_finished(state, training)) is not None:
+    if state and show_finished(state):
         if pushes:
             push_to_hub(training, Path(training.output_dir) / "final")
-        return status
+        return 0
     checkpoint = checkpoint_to_resume(training) if trains else None
     say(f"corpus: {args.dataset}")
     # Before the audio: what cannot be used should not be found out after hours of preparation.
@@ -5064,14 +5061,13 @@ class Job:
 
     def score_baseline(self, state):
         """`score_texts` of the untouched model, whose texts an earlier start of the run may have left in `state`."""
-        asked = lm_asked(self.args)
         tests = {"" if name == "test" else f"{name}: ": part for name, part in self.tests.items()}
         clips = [f"{prefix}{row['clip']}" for prefix, part in tests.items() for row in part.rows]
-        if not state.baseline_lm or state.baseline_lm["asked"] != asked:
-            state.baseline_lm = None
-        kept = {"baseline": state.baseline, "baseline_lm": state.baseline_lm and state.baseline_lm["texts"]}
-        kept = {name: texts for name, texts in kept.items() if name == "baseline" or self.lm}
-        if any(not texts or set(texts) != set(clips) for texts in kept.values()):
+        kept, asked = {"baseline": state.baseline}, lm_asked(self.args)
+        if self.lm:
+            noted = state.baseline_lm or {}
+            kept["baseline_lm"] = noted["texts"] if noted.get("asked") == asked else None
+        if any(set(texts or ()) != set(clips) for texts in kept.values()):
             say(f"scoring {self.args.model} as it is on the test split")
             written = self.write_down(self.model, "baseline")
             kept = {name: dict(zip(clips, texts)) for name, texts in written.items()}
