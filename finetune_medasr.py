@@ -2915,6 +2915,12 @@ class Recording:
     under: str
     path: str = ""  # what is read
     length: int = 0  # samples at 16 kHz
+    failed: bool = False
+
+    def give_up(self, reason):
+        """Say on stderr why it cannot be read."""
+        self.length, self.failed = 0, True
+        tell(f"{PROGRAM}: error: {printable(self.name)} cannot be read as audio: {reason}")
 
 
 def found_in(path):
@@ -2979,8 +2985,8 @@ def spooled(recording, folder):
 PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
 
 
-def recording_parts(recordings, folder, seconds, report):
-    """Yield lists of `recordings` of about `seconds` of audio together, those that cannot be read left to report()."""
+def recording_parts(recordings, folder, seconds):
+    """Yield lists of `recordings` of about `seconds` of audio together, without those that cannot be read."""
     part = []
     for recording in recordings:
         try:
@@ -2990,7 +2996,7 @@ def recording_parts(recordings, folder, seconds, report):
         except (ValueError, OSError) as error:
             if is_full_disk(error):
                 raise
-            report(recording, error)
+            recording.give_up(one_line(error))
             continue
         if missing > 0:
             have = recording.length / SAMPLE_RATE
@@ -4702,71 +4708,59 @@ def share_weights(model, training):
 
 def transcribe_files(args, training):
     """Print or write the text of each file of --transcribe, name unreadable ones on stderr; returns the exit status."""
-    recordings, started = find_recordings(args), time.monotonic()
+    started, recordings = time.monotonic(), find_recordings(args)
+    named = several(args, recordings)
     if "-" in args.transcribe and training.world_size > 1:
         raise UsageError("--transcribe - cannot be read by several processes; start it without torchrun")
     processor, model = load_processor_and_model(args)
     if training.bf16 or training.fp16:
         use_bfloat16(model, training)
     lm = load_lm(args, processor, model.config.vocab_size)
-    job = Transcription(args, training, processor, model, lm, several(args, recordings))
     loaded = time.monotonic()
     training.disable_tqdm = not sys.stderr.isatty()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for part in recording_parts(recordings, folder, PART_SECONDS * training.world_size, job.report):
-                job.write_down(part)
+            for part in recording_parts(recordings, folder, PART_SECONDS * training.world_size):
+                for recording, words in part_words(part, processor, model, lm, args, training):
+                    write_transcript(recording, words, named, args)
     except Stopped as error:
         error.advice = "what is finished is kept"
         raise
     except BrokenPipeError:  # `| head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if job.heard:
-        seconds, took = job.heard / SAMPLE_RATE, time.monotonic() - loaded
+    if seconds := sum(recording.length for recording in recordings) / SAMPLE_RATE:
+        took = time.monotonic() - loaded
         speed = f"{took:,.1f} s, {seconds / took:,.1f} times as fast as it was spoken"
         tell(f"{seconds:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s")
-    return 1 if job.failed else 0
+    return 1 if any(recording.failed for recording in recordings) else 0
 
 
-class Transcription:
-    """A loaded model on its way through the files of --transcribe; the first of several processes writes."""
+def part_words(part, processor, model, lm, args, training):
+    """Yield each recording of a `part` that can be read and its `Word`s, in the first of several processes."""
+    frames = frame_seconds(model, processor.feature_extractor)
+    clips = [{"audio": recording.path, "num_samples": recording.length} for recording in part]
+    selection = Selection(clips, clips, [])
+    emitted, unreadable, _ = emit_clips(model, processor, selection, args, training, lm=lm, doing="transcribing")
+    for row, (recording, emissions) in enumerate(zip(part, emitted)):
+        if row in unreadable:
+            recording.give_up(unreadable[row])
+        elif training.process_index == 0:
+            words = clip_words(processor, emissions, best_path(emissions, lm), *frames)
+            yield recording, format_dictation(words) if args.format_dictation else words
 
-    def __init__(self, args, training, processor, model, lm, named):
-        self.args, self.training, self.processor, self.model, self.lm = args, training, processor, model, lm
-        self.named, self.frames = named, frame_seconds(model, processor.feature_extractor)
-        self.heard, self.failed = 0, 0  # samples and files
 
-    def report(self, recording, error):
-        self.failed += 1
-        tell(f"{PROGRAM}: error: {printable(recording.name)} cannot be read as audio: {one_line(error)}")
-
-    def write_down(self, part):
-        """Write the texts of the recordings of a `part`."""
-        clips = [{"audio": recording.path, "num_samples": recording.length} for recording in part]
-        selection = Selection(clips, clips, [])
-        emitted, unreadable, _ = emit_clips(
-            self.model, self.processor, selection, self.args, self.training, lm=self.lm, doing="transcribing"
-        )
-        for row, (recording, emissions) in enumerate(zip(part, emitted)):
-            if row in unreadable:
-                self.report(recording, unreadable[row])
-                continue
-            self.heard += recording.length
-            if self.training.process_index == 0:
-                words = clip_words(self.processor, emissions, best_path(emissions, self.lm), *self.frames)
-                self.write(recording, format_dictation(words) if self.args.format_dictation else words)
-
-    def write(self, recording, words):
-        kind, folder = self.args.transcript_format, self.args.transcript_dir
-        if folder is not None:
-            suffix = "txt" if kind == "text" else kind
-            write_text(Path(folder).expanduser() / f"{recording.under}.{suffix}", transcript(words, kind))
-            return
-        text = transcript(words, kind, recording.name if self.named else None)
-        if self.named and kind == "text":  # one line a file
-            text = f"{printable(recording.name)}\t{' '.join(text.split())}\n"
-        print(text, end="", flush=True)
+def write_transcript(recording, words, named, args):
+    """Print the text of a recording, after its name where it is `named`, or write it into --transcript_dir."""
+    kind, folder = args.transcript_format, args.transcript_dir
+    if folder is not None:
+        suffix = "txt" if kind == "text" else kind
+        write_text(Path(folder).expanduser() / f"{recording.under}.{suffix}", transcript(words, kind))
+        return
+    text = transcript(words, kind, recording.name if named else None)
+    if named and kind == "text":  # one line a file
+        text = f"{printable(recording.name)}\t{' '.join(text.split())}\n"
+    print(text, end="", flush=True)
 
 
 def speaker_note(rows):
