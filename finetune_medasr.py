@@ -4124,9 +4124,8 @@ class CTCTraining:
             return super()._get_train_sampler(train_dataset)
         # [:] makes a list: from the column each length is read apart, which takes minutes for the training split.
         lengths = (train_dataset or self.train_dataset)[self.args.length_column_name][:]
-        epoch = lambda: int(self.state.epoch or 0)  # noqa: E731
         sampler = mixed(EpochOrder, LengthGroupedSampler)
-        return sampler(clips_an_update(self.args), lengths, self.args.seed, epoch)
+        return sampler(clips_an_update(self.args), lengths, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def get_train_dataloader(self):
         from torch.utils.data import DataLoader
@@ -4694,15 +4693,6 @@ def where_time_went(trainer):
     return f"trained on {audio / 3600:.2f} audio hours at {audio / max(steps, 1e-3):.0f} an hour; time: {shares}"
 
 
-def share_weights(model, training):
-    """Give every process the first one's weights: nodes without its folder could not load the best checkpoint."""
-    import torch
-
-    if training.world_size > 1:
-        for tensor in model.state_dict().values():
-            torch.distributed.broadcast(tensor, 0)
-
-
 # ---------------------------------------------------------------- phases
 
 
@@ -5091,6 +5081,8 @@ class Job:
 
     def fit_and_score(self, state, checkpoint):
         """The main job; returns the exit status."""
+        from accelerate.utils import broadcast
+
         if self.is_first:
             state.save()
         self.training.batch_limit = state.batch_limit
@@ -5103,7 +5095,7 @@ class Job:
         say("scoring the fine-tuned model on the test split")
         # Without the wrapper that autocasts: before and after are scored alike, in float32.
         tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        share_weights(tuned, self.training)
+        broadcast(tuned.state_dict())  # in place: nodes without the first's folder could not load the best checkpoint
         finetuned = self.score_texts(self.write_down(tuned, "finetuned"))
         if self.is_first:
             scored = {name: baseline.get(name, {}) | systems for name, systems in finetuned.items()}
