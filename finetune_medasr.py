@@ -2354,7 +2354,7 @@ class ClipCheck:
         reasons = [self.without_labels(row) for row in rows]
         train = [index for index, row in enumerate(rows) if row["split"] == "train" and not reasons[index]]
         # All at once: a call of the tokenizer for each of 58,000 texts takes several times as long.
-        for index, labels in zip(train, self.encoder([rows[index]["text"] for index in train]) if train else ()):
+        for index, labels in zip(train, self.encoder([rows[index]["text"] for index in train])):
             reasons[index] = self.with_labels(rows[index], labels)
         return reasons
 
@@ -2525,9 +2525,10 @@ class CTCCollator:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=IGNORED_LABEL)
         if self.augment:
-            seeds = [(self.seed, self.epoch, zlib.crc32(row["clip"].encode())) for row in rows]
-            frames = [input_length(self.extractor, length) for length in lengths]
-            masks = [draw_masks(*clip) for clip in zip(frames, itertools.repeat(self.extractor.feature_size), seeds)]
+            masks = []
+            for row, length in zip(rows, lengths):
+                seed = self.seed, self.epoch, zlib.crc32(row["clip"].encode())
+                masks.append(draw_masks(input_length(self.extractor, length), self.extractor.feature_size, seed))
             batch["stretches"], batch["bands"] = (pad(list(map(torch.tensor, spans))) for spans in zip(*masks))
         if "clip" in rows[0]:
             batch["clips"] = [row["clip"] for row in rows]
@@ -4076,10 +4077,8 @@ class DevSet:
         hypotheses = [normalize_wer(text) for text in texts]
         counts, domains = error_counts(references, hypotheses), np.array([row["domain"] for row in rows])
         by_domain = {f"wer_by_domain/{name}": rate(counts[domains == name]) for name in np.unique(domains) if name}
-        shown = range(0, len(rows), max(1, len(rows) // 5))[:5]
-        cells = [
-            map(markdown_text, (rows[index]["accent"], tidy(rows[index]["text"]), texts[index])) for index in shown
-        ]
+        shown = list(zip(rows, texts))[:: max(1, len(rows) // 5)][:5]
+        cells = [map(markdown_text, (row["accent"], tidy(row["text"]), text)) for row, text in shown]
         self.samples = "\n".join(markdown_table(["accent", "reference", "hypothesis"], cells))
         return {**error_rates_metric().compute(predictions=hypotheses, references=references), **by_domain}
 
