@@ -2179,34 +2179,30 @@ class LabelEncoder:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.target_text = target_text
-        self.known = {}  # character -> whether the tokenizer covers it
+        self.opens = self.covered("(")
         self.table = {}  # code point -> what it becomes, for str.translate
         self.dropped = Counter()
 
     def covered(self, character):
         """Whether the tokenizer has a piece that the head can emit for `character`, inside a word and on its own."""
-        if character not in self.known:
-            ids = self.tokenizer(f"{character}a{character}", add_special_tokens=False).input_ids
-            self.known[character] = self.tokenizer.unk_token_id not in ids and max(ids) < self.vocab_size
-        return self.known[character]
+        ids = self.tokenizer(f"{character}a{character}", add_special_tokens=False).input_ids
+        return self.tokenizer.unk_token_id not in ids and max(ids) < self.vocab_size
 
     def fold_character(self, character):
         if self.covered(character):
             return character
         if character in FOLDS:
-            return (
-                "".join(map(self.fold_character, FOLDS[character])) if len(FOLDS[character]) == 1 else FOLDS[character]
-            )
+            return "".join(map(self.fold_character, FOLDS[character]))
         decomposed = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
         if decomposed and decomposed != [character]:
             return "".join(map(self.fold_character, decomposed))
         category = unicodedata.category(character)
-        return "-" if category == "Pd" else " " if category[0] in "PS" else ""  # a lost sign still parts words
+        return "-" if category == "Pd" else " " if category[0] in "PSZ" else ""  # a lost sign still parts words
 
     def fold(self, text):
         """The transcript in the characters that the tokenizer covers; what is dropped is counted in `dropped`."""
         text = normalize_wer(text) if self.target_text == "words" else tidy(text)
-        if not self.covered("("):
+        if not self.opens:
             # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
             while re.search(r"\([^()]*\)", text):
                 text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
@@ -2319,7 +2315,7 @@ class ClipCheck:
         reasons = [self.without_labels(row) for row in rows]
         train = [index for index, row in enumerate(rows) if row["split"] == "train" and not reasons[index]]
         # All at once: a call of the tokenizer for each of 58,000 texts takes several times as long.
-        for index, labels in zip(train, self.encoder([rows[index]["text"] for index in train]) if train else ()):
+        for index, labels in zip(train, self.encoder([rows[index]["text"] for index in train])):
             reasons[index] = self.with_labels(rows[index], labels)
         return reasons
 
@@ -2475,7 +2471,7 @@ class CTCCollator:
 
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         waveforms = [row["samples"] if "samples" in row else decode_audio(row["audio"]) for row in rows]
-        lacking = [max(0, self.shortest - len(samples)) for samples in waveforms]
+        lacking = [max(0, self.shortest - len(samples)) for samples in waveforms]  # padding by none copies all the same
         waveforms = [np.pad(samples, (0, count)) if count else samples for samples, count in zip(waveforms, lacking)]
         lengths = [len(samples) for samples in waveforms]
         # Waveforms are padded, not features, so that padded frames come out as silence.
@@ -2491,9 +2487,10 @@ class CTCCollator:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=IGNORED_LABEL)
         if self.augment:
-            seeds = [(self.seed, self.epoch, zlib.crc32(row["clip"].encode())) for row in rows]
-            frames = [input_length(self.extractor, length) for length in lengths]
-            masks = [draw_masks(*clip) for clip in zip(frames, itertools.repeat(self.extractor.feature_size), seeds)]
+            masks = []
+            for row, length in zip(rows, lengths):
+                seed = self.seed, self.epoch, zlib.crc32(row["clip"].encode())
+                masks.append(draw_masks(input_length(self.extractor, length), self.extractor.feature_size, seed))
             batch["stretches"], batch["bands"] = (pad(list(map(torch.tensor, spans))) for spans in zip(*masks))
         if "clip" in rows[0]:
             batch["clips"] = [row["clip"] for row in rows]
@@ -2881,6 +2878,12 @@ class Recording:
     under: str
     path: str = ""  # what is read
     length: int = 0  # samples at 16 kHz
+    failed: bool = False
+
+    def give_up(self, reason):
+        """Say on stderr why it cannot be read."""
+        self.length, self.failed = 0, True
+        say(f"{PROGRAM}: error: {printable(self.name)} cannot be read as audio: {reason}", sys.stderr)
 
 
 def found_in(path):
@@ -2945,8 +2948,8 @@ def spooled(recording, folder):
 PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
 
 
-def recording_parts(recordings, folder, seconds, report):
-    """Yield lists of `recordings` of about `seconds` of audio together, those that cannot be read left to report()."""
+def recording_parts(recordings, folder, seconds):
+    """Yield lists of `recordings` of about `seconds` of audio together, without those that cannot be read."""
     part = []
     for recording in recordings:
         try:
@@ -2956,7 +2959,7 @@ def recording_parts(recordings, folder, seconds, report):
         except (ValueError, OSError) as error:
             if is_full_disk(error):
                 raise
-            report(recording, error)
+            recording.give_up(one_line(error))
             continue
         if missing > 0:
             have = recording.length / SAMPLE_RATE
@@ -4036,10 +4039,8 @@ class DevSet:
         hypotheses = [normalize_wer(text) for text in texts]
         counts, domains = error_counts(references, hypotheses), np.array([row["domain"] for row in rows])
         by_domain = {f"wer_by_domain/{name}": rate(counts[domains == name]) for name in np.unique(domains) if name}
-        shown = range(0, len(rows), max(1, len(rows) // 5))[:5]
-        cells = [
-            map(markdown_text, (rows[index]["accent"], tidy(rows[index]["text"]), texts[index])) for index in shown
-        ]
+        shown = list(zip(rows, texts))[:: max(1, len(rows) // 5)][:5]
+        cells = [map(markdown_text, (row["accent"], tidy(row["text"]), text)) for row, text in shown]
         self.samples = "\n".join(markdown_table(["accent", "reference", "hypothesis"], cells))
         return {**error_rates_metric().compute(predictions=hypotheses, references=references), **by_domain}
 
@@ -4084,9 +4085,8 @@ class CTCTraining:
             return super()._get_train_sampler(train_dataset)
         # [:] makes a list: from the column each length is read apart, which takes minutes for the training split.
         lengths = (train_dataset or self.train_dataset)[self.args.length_column_name][:]
-        epoch = lambda: int(self.state.epoch or 0)  # noqa: E731
         sampler = mixed(EpochOrder, LengthGroupedSampler)
-        return sampler(clips_an_update(self.args), lengths, self.args.seed, epoch)
+        return sampler(clips_an_update(self.args), lengths, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def get_train_dataloader(self):
         from torch.utils.data import DataLoader
@@ -4321,32 +4321,28 @@ def planned_updates(training, clips):
     """(updates in all, updates an epoch) of a run on so many training clips."""
     batches = -(-clips // (training.per_device_train_batch_size * training.world_size))
     an_epoch = max(1, -(-batches // training.gradient_accumulation_steps))
-    return training.max_steps if training.max_steps > 0 else int(
-        np.ceil(training.num_train_epochs * an_epoch)
-    ), an_epoch
+    updates = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * an_epoch)
+    return updates, an_epoch
 
 
 def fit_schedule(training, clips):
     """The updates planned; shortens the default warm-up and evaluation interval where a run is too short for them."""
     updates, _ = planned_updates(training, clips)
-    defaults = {item.name: item.default for item in dataclasses.fields(CommonTrainingArguments)}
-    if updates < training.eval_steps == defaults["eval_steps"] and training.save_steps == defaults["save_steps"]:
+    default = CommonTrainingArguments
+    if updates < training.eval_steps == default.eval_steps and training.save_steps == default.save_steps:
         training.eval_steps = training.save_steps = max(1, updates // 5)
         say(f"  {plural(updates, 'update')} in all: evaluating and saving every {training.eval_steps}")
-    if updates < 2 * training.warmup_steps and training.warmup_steps == defaults["warmup_steps"]:
+    if updates < 2 * training.warmup_steps and training.warmup_steps == default.warmup_steps:
         training.warmup_steps = max(1, updates // 10)
         say(f"  {plural(updates, 'update')} in all: warming up over {training.warmup_steps}")
     return updates
 
 
-def guard_trained_model(model, dev, collator, training):
+def guard_trained_model(model, clips, collator, training):
     """Make the model safe in float16, measured on dev clips (a stream has none), and say what was done."""
-    clips = dev.selection.clips
-    chosen = [{"audio": clips[int(index)]["audio"]} for index in np.linspace(0, len(clips) - 1, 16)]
-    batches = [
-        model_inputs(collator(chosen[start : start + 4]), collator.extractor, training.device)
-        for start in range(0, 16, 4)
-    ]
+    chosen = np.linspace(0, len(clips) - 1, 16).astype(int).reshape(4, 4)
+    batches = [collator([clips[index] for index in indices]) for indices in chosen.tolist()]
+    batches = [model_inputs(batch, collator.extractor, training.device) for batch in batches]
     guarded = guard_half_precision(model, batches, training.device)
     name, peak = max(guarded.items(), key=lambda item: item[1])
     say(f"  float16, with {len(guarded)} modules in float32 (the largest activation is {peak:.3g}, in {name})")
@@ -4425,8 +4421,8 @@ def make_trainer(args, training, model, train, dev):
     from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
     extractor = dev.processor.feature_extractor
-    shortest = shortest_clip(model, extractor)
-    collator = CTCCollator(extractor, dev.encoder, args.spec_augment, shortest, training.seed)
+    plain = CTCCollator(extractor, dev.encoder, shortest=shortest_clip(model, extractor))
+    collator = dataclasses.replace(plain, augment=args.spec_augment, seed=training.seed)
     if args.streaming:
         training.train_sampling_strategy, training.ignore_data_skip = "random", True
     if training.gradient_checkpointing:
@@ -4436,17 +4432,10 @@ def make_trainer(args, training, model, train, dev):
     if training.ddp_find_unused_parameters is None:
         training.ddp_find_unused_parameters = model.encoder.layerdrop > 0
     if training.fp16:
-        guard_trained_model(model, dev, CTCCollator(extractor, shortest=shortest), training)
+        guard_trained_model(model, dev.selection.clips, plain, training)
     if training.auto_train_batch:
-        plain = CTCCollator(extractor, dev.encoder, shortest=shortest)
         sizes = possible_batch_sizes(training)
         choose_batch_size(model.to(training.device), plain, longest_clip(train, args), training, sizes)
-    callbacks = []
-    if training.report_to and "tensorboard" in training.report_to:
-        training.report_to = [name for name in training.report_to if name != "tensorboard"]
-        callbacks.append(mixed(TensorBoardTexts, TensorBoardCallback)(Path(training.output_dir) / "runs", dev))
-    if args.early_stopping_patience and training.load_best_model_at_end:
-        callbacks.append(mixed(Patience, EarlyStoppingCallback)(args.early_stopping_patience))
     try:
         trainer = mixed(CTCTraining, Trainer)(
             model=model,
@@ -4455,16 +4444,19 @@ def make_trainer(args, training, model, train, dev):
             train_dataset=train,
             eval_dataset=dev.selection.clips,
             processing_class=dev.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
-            callbacks=callbacks,
         )
     except TRAINER_REFUSALS as error:
         raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
     trainer.dev = dev
-    trainer.add_callback(mixed(Lifecycle, TrainerCallback)(trainer))
     # LasrForCTC.forward takes **kwargs, from which the Trainer concludes that it averages over accumulated batches by
     # itself. It does not: without this line, 4 accumulation steps give 4 times the loss and the gradient (transformers
     # issue 47688).
     trainer.model_accepts_loss_kwargs = False
+    if trainer.pop_callback(TensorBoardCallback):
+        trainer.add_callback(mixed(TensorBoardTexts, TensorBoardCallback)(Path(training.output_dir) / "runs", dev))
+    if args.early_stopping_patience and training.load_best_model_at_end:
+        trainer.add_callback(mixed(Patience, EarlyStoppingCallback)(args.early_stopping_patience))
+    trainer.add_callback(mixed(Lifecycle, TrainerCallback)(trainer))
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(mixed(ProgressLines, ProgressCallback))
     trainer.remove_callback(PrinterCallback)
@@ -4520,10 +4512,10 @@ def checkpoint_to_resume(training):
 
 # What a run is of: with another of these, what is in --output_dir is of no use.
 IDENTITY = """model model_revision dataset dataset_revision text_column accents domains countries max_train_seconds
-    max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds""".split()
-TRAINING_IDENTITY = "learning_rate seed".split()
+    max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds
+    learning_rate seed weights clips_an_update""".split()
 NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
-GOAL = "max_steps num_train_epochs".split()  # may change from one start of a run to the next
+GOAL = "max_steps num_train_epochs early_stopping_patience".split()  # may change from one start of a run to the next
 LM_FLAGS = "lm lm_weight lm_word_score lm_beam tune_lm".split()  # so may these: the texts are made again
 RUN_NOTES = "baseline baseline_lm reached batch_limit".split()
 
@@ -4566,16 +4558,13 @@ def open_run(args, training):
     """The `RunState` of --output_dir; raises UsageError where what is there is of another run."""
     output = Path(training.output_dir)
     if args.overwrite_output_dir and training.process_index == 0:
-        for path in [
-            *output.glob("checkpoint-*"),
-            *(output / name for name in ("final", "results", "runs", "run.json")),
-        ]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    identity = {name: getattr(args, name) for name in IDENTITY}
-    identity |= {name: getattr(training, name) for name in TRAINING_IDENTITY}
-    identity = public({**identity, "weights": weights_mark(args.model), "clips_an_update": clips_an_update(training)})
-    goal = {**{name: getattr(training, name) for name in GOAL}, "early_stopping_patience": args.early_stopping_patience}
-    goal |= lm_asked(args) | ({"also_score": further_names(args)} if args.also_score else {})
+        for path in [path for path in output.glob("*") if MADE_BY_A_RUN.match(path.name)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    settings = {**vars(training), **vars(args)}
+    settings |= {"weights": weights_mark(args.model), "clips_an_update": clips_an_update(training)}
+    identity = public({name: settings[name] for name in IDENTITY})
+    goal = {name: settings[name] for name in GOAL} | lm_asked(args)
+    goal |= {"also_score": further_names(args)} if args.also_score else {}
     state = RunState(output / "run.json", identity, goal)
     stored = None if args.overwrite_output_dir else read_json(state.path)
     if stored is None:
@@ -4593,19 +4582,19 @@ def open_run(args, training):
     return state
 
 
-def show_finished(state, training):
-    """Show the scores of a run that is finished; returns the exit status, None if the results are not there."""
+def show_finished(state):
+    """Show the scores of a run that is finished; returns whether it is, with its results there."""
     output = state.path.parent
     metrics = read_json(output / "results" / "metrics.json")
     if state.reached != state.goal or not metrics or not (output / "final" / "config.json").is_file():
-        return None
+        return False
     say(
         f"{output} holds this run, finished; --overwrite_output_dir starts anew, more --max_steps or "
         "--num_train_epochs go on"
     )
     show_scores(metrics)
     say(f"\nmodel: {output / 'final'}\nresults: {output / 'results'}")
-    return 0
+    return True
 
 
 def updates_done(checkpoint):
@@ -4665,85 +4654,64 @@ def where_time_went(trainer):
     return f"trained on {audio / 3600:.2f} audio hours at {audio / max(steps, 1e-3):.0f} an hour; time: {shares}"
 
 
-def share_weights(model, training):
-    """Give every process the first one's weights: nodes without its folder could not load the best checkpoint."""
-    import torch
-
-    if training.world_size > 1:
-        for tensor in model.state_dict().values():
-            torch.distributed.broadcast(tensor, 0)
-
-
 # ---------------------------------------------------------------- phases
 
 
 def transcribe_files(args, training):
     """Print or write the text of each file of --transcribe, name unreadable ones on stderr; returns the exit status."""
-    recordings, started = find_recordings(args), time.monotonic()
+    started, recordings = time.monotonic(), find_recordings(args)
+    named = several(args, recordings)
     if "-" in args.transcribe and training.world_size > 1:
         raise UsageError("--transcribe - cannot be read by several processes; start it without torchrun")
     processor, model = load_processor_and_model(args)
     if training.bf16 or training.fp16:
         use_bfloat16(model, training)
     lm = load_lm(args, processor, model.config.vocab_size)
-    job = Transcription(args, training, processor, model, lm, several(args, recordings))
     loaded = time.monotonic()
     training.disable_tqdm = not sys.stderr.isatty()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for part in recording_parts(recordings, folder, PART_SECONDS * training.world_size, job.report):
-                job.write_down(part)
+            for part in recording_parts(recordings, folder, PART_SECONDS * training.world_size):
+                for recording, words in part_words(part, processor, model, lm, args, training):
+                    write_transcript(recording, words, named, args)
     except Stopped as error:
         error.advice = "what is finished is kept"
         raise
     except BrokenPipeError:  # `| head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if job.heard:
-        seconds, took = job.heard / SAMPLE_RATE, time.monotonic() - loaded
+    if seconds := sum(recording.length for recording in recordings) / SAMPLE_RATE:
+        took = time.monotonic() - loaded
         speed = f"{took:,.1f} s, {seconds / took:,.1f} times as fast as it was spoken"
         say(f"{seconds:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s", sys.stderr)
-    return 1 if job.failed else 0
+    return 1 if any(recording.failed for recording in recordings) else 0
 
 
-class Transcription:
-    """A loaded model on its way through the files of --transcribe; the first of several processes writes."""
+def part_words(part, processor, model, lm, args, training):
+    """Yield each recording of a `part` that can be read and its `Word`s, in the first of several processes."""
+    frames = frame_seconds(model, processor.feature_extractor)
+    clips = [{"audio": recording.path, "num_samples": recording.length} for recording in part]
+    selection = Selection(clips, clips, [])
+    emitted, unreadable, _ = emit_clips(model, processor, selection, args, training, lm=lm, doing="transcribing")
+    for row, (recording, emissions) in enumerate(zip(part, emitted)):
+        if row in unreadable:
+            recording.give_up(unreadable[row])
+        elif training.process_index == 0:
+            words = clip_words(processor, emissions, best_path(emissions, lm), *frames)
+            yield recording, format_dictation(words) if args.format_dictation else words
 
-    def __init__(self, args, training, processor, model, lm, named):
-        self.args, self.training, self.processor, self.model, self.lm = args, training, processor, model, lm
-        self.named, self.frames = named, frame_seconds(model, processor.feature_extractor)
-        self.heard, self.failed = 0, 0  # samples and files
 
-    def report(self, recording, error):
-        self.failed += 1
-        say(f"{PROGRAM}: error: {printable(recording.name)} cannot be read as audio: {one_line(error)}", sys.stderr)
-
-    def write_down(self, part):
-        """Write the texts of the recordings of a `part`."""
-        clips = [{"audio": recording.path, "num_samples": recording.length} for recording in part]
-        selection = Selection(clips, clips, [])
-        emitted, unreadable, _ = emit_clips(
-            self.model, self.processor, selection, self.args, self.training, lm=self.lm, doing="transcribing"
-        )
-        for row, (recording, emissions) in enumerate(zip(part, emitted)):
-            if row in unreadable:
-                self.report(recording, unreadable[row])
-                continue
-            self.heard += recording.length
-            if self.training.process_index == 0:
-                words = clip_words(self.processor, emissions, best_path(emissions, self.lm), *self.frames)
-                self.write(recording, format_dictation(words) if self.args.format_dictation else words)
-
-    def write(self, recording, words):
-        kind, folder = self.args.transcript_format, self.args.transcript_dir
-        if folder is not None:
-            suffix = "txt" if kind == "text" else kind
-            write_text(Path(folder).expanduser() / f"{recording.under}.{suffix}", transcript(words, kind))
-            return
-        text = transcript(words, kind, recording.name if self.named else None)
-        if self.named and kind == "text":  # one line a file
-            text = f"{printable(recording.name)}\t{' '.join(text.split())}\n"
-        print(text, end="", flush=True)
+def write_transcript(recording, words, named, args):
+    """Print the text of a recording, after its name where it is `named`, or write it into --transcript_dir."""
+    kind, folder = args.transcript_format, args.transcript_dir
+    if folder is not None:
+        suffix = "txt" if kind == "text" else kind
+        write_text(Path(folder).expanduser() / f"{recording.under}.{suffix}", transcript(words, kind))
+        return
+    text = transcript(words, kind, recording.name if named else None)
+    if named and kind == "text":  # one line a file
+        text = f"{printable(recording.name)}\t{' '.join(text.split())}\n"
+    print(text, end="", flush=True)
 
 
 def speaker_note(rows):
@@ -4834,37 +4802,32 @@ def further_names(args):
 
 
 def open_further(args, training):
-    """{name: (arguments, Corpus)} of --also_score, whose prepared audio has folders of its own under --data_dir."""
+    """{name: (arguments, Corpus, split)} of --also_score; prepared audio has folders of its own under --data_dir."""
     further = {}
     for name, dataset in zip(further_names(args), args.also_score or ()):
         say(f"also scored: {name}")
         chosen = dict.fromkeys(("dataset_revision", "accents", "domains", "countries", "text_column"))
         data_dir = str(Path(args.data_dir) / "also" / slugify(name))
-        own = dict(dataset=dataset, data_dir=data_dir, streaming=False, eval_only=True)
+        own = dict(dataset=dataset, data_dir=data_dir, streaming=False, eval_only=True, tune_lm=False)
         own = dataclasses.replace(args, **chosen, **own)
         corpus = open_corpus(own)
-        corpus.make_splits(("test",), training.seed, unnamed="test")
-        further[name] = own, corpus
+        corpus.make_splits(splits_of(own), training.seed, unnamed="test")
+        further[name] = own, corpus, "test"
     return further
 
 
-def select_splits(args, corpus, check, training, further):
-    """{split, or name of --also_score: Selection}; says what was left out and writes skipped_clips.csv.
+def select_splits(args, parts, check, training):
+    """{name: Selection} of `parts`, {split, or name of --also_score: (arguments, Corpus, split)}.
 
-    Raises RunError for an empty split.
+    Says what was left out and writes skipped_clips.csv. Raises RunError for an empty part.
     """
     limits = {"train": args.max_train_samples, "dev": args.max_eval_samples, "test": args.max_test_samples}
     selections = {}
-    for split in splits_of(args, on_disk=args.prepare_only):
-        if args.streaming and split == "train":
-            rows = [row for row in corpus.rows(split) if wanted(row, args)]
-            selections[split] = Selection(None, rows, [])
+    for name, (own, corpus, split) in parts.items():
+        if own.streaming and split == "train":
+            part = Selection(None, [row for row in corpus.rows(split) if wanted(row, own)], [])
         else:
-            clips = load_split(corpus, split)
-            selections[split] = select_clips(*clips, args, check, limits[split], training.seed)
-        say(split_line(split, selections[split].rows))
-    for name, (own, its_corpus) in further.items():
-        part = select_clips(*load_split(its_corpus, "test"), own, check, args.max_test_samples, training.seed)
+            part = select_clips(*load_split(corpus, split), own, check, limits[split], training.seed)
         part.skipped = [{**row, "split": name} for row in part.skipped]
         selections[name] = part
         say(split_line(name, part.rows))
@@ -4887,8 +4850,8 @@ def select_splits(args, corpus, check, training, further):
 
 def shared_speakers(selections):
     """{split: speakers of it who are in train too}"""
-    found = {split: selections[split].rows for split in SPLITS if split in selections}
-    people = {split: {row["speaker"] for row in rows} - {""} for split, rows in found.items()}
+    rows = {split: selections[split].rows for split in SPLITS if split in selections}
+    people = {split: {row["speaker"] for row in rows[split]} - {""} for split in rows}
     trained = people.pop("train", set())
     return {split: len(found & trained) for split, found in people.items() if found & trained}
 
@@ -4925,10 +4888,10 @@ def run(args, training):
     trains = not (args.prepare_only or args.eval_only or args.dry_run)
     pushes = trains and args.push_to_hub and training.process_index == 0
     state = open_run(args, training) if trains else None
-    if state and (status := show_finished(state, training)) is not None:
+    if state and show_finished(state):
         if pushes:
             push_to_hub(training, Path(training.output_dir) / "final")
-        return status
+        return 0
     checkpoint = checkpoint_to_resume(training) if trains else None
     say(f"corpus: {args.dataset}")
     # Before the audio: what cannot be used should not be found out after hours of preparation.
@@ -4944,27 +4907,28 @@ def run(args, training):
         return dry_run(args, training, corpus)
     further = open_further(args, training)
     prepare_corpus(corpus, splits_of(args, on_disk=True), args)
-    for own, its_corpus in further.values():
-        prepare_corpus(its_corpus, ("test",), own)
+    for own, its_corpus, split in further.values():
+        prepare_corpus(its_corpus, (split,), own)
+    parts = {split: (args, corpus, split) for split in splits_of(args, on_disk=args.prepare_only)} | further
     if args.prepare_only:
-        select_splits(args, corpus, lambda rows: [row["problem"] for row in rows], training, further)
+        select_splits(args, parts, lambda rows: [row["problem"] for row in rows], training)
         say(f"  ready in {args.data_dir}")
         return 0
-    job = Job(args, training, processor, model, corpus, further, lm)
+    job = Job(args, training, processor, model, parts, lm)
     return job.fit_and_score(state, checkpoint) if trains else job.score()
 
 
 class Job:
     """A loaded model and prepared audio, on the way to results and a final model."""
 
-    def __init__(self, args, training, processor, model, corpus, further, lm=None):
-        self.args, self.training, self.corpus = args, training, corpus
+    def __init__(self, args, training, processor, model, parts, lm=None):
+        self.args, self.training, self.corpus = args, training, parts["test"][1]
         self.processor, self.model, self.lm = processor, model, lm
         self.lm_settings = {}  # of the systems that were written down
         self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
         self.check = ClipCheck(model, processor.feature_extractor, self.encoder, args.max_train_seconds)
-        self.selections = select_splits(args, corpus, self.check, training, further)
-        self.tests = {name: self.selections[name] for name in ("test", *further)}
+        self.selections = select_splits(args, parts, self.check, training)
+        self.tests = {name: self.selections[name] for name, (_, _, split) in parts.items() if split == "test"}
         self.output = Path(training.output_dir)
         self.is_first = training.process_index == 0
 
@@ -5042,14 +5006,13 @@ class Job:
 
     def score_baseline(self, state):
         """`score_texts` of the untouched model, whose texts an earlier start of the run may have left in `state`."""
-        asked = lm_asked(self.args)
         tests = {"" if name == "test" else f"{name}: ": part for name, part in self.tests.items()}
         clips = [f"{prefix}{row['clip']}" for prefix, part in tests.items() for row in part.rows]
-        if not state.baseline_lm or state.baseline_lm["asked"] != asked:
-            state.baseline_lm = None
-        kept = {"baseline": state.baseline, "baseline_lm": state.baseline_lm and state.baseline_lm["texts"]}
-        kept = {name: texts for name, texts in kept.items() if name == "baseline" or self.lm}
-        if any(not texts or set(texts) != set(clips) for texts in kept.values()):
+        kept, asked = {"baseline": state.baseline}, lm_asked(self.args)
+        if self.lm:
+            noted = state.baseline_lm or {}
+            kept["baseline_lm"] = noted["texts"] if noted.get("asked") == asked else None
+        if any(set(texts or ()) != set(clips) for texts in kept.values()):
             say(f"scoring {self.args.model} as it is on the test split")
             written = self.write_down(self.model, "baseline")
             kept = {name: dict(zip(clips, texts)) for name, texts in written.items()}
@@ -5079,6 +5042,8 @@ class Job:
 
     def fit_and_score(self, state, checkpoint):
         """The main job; returns the exit status."""
+        from accelerate.utils import broadcast
+
         if self.is_first:
             state.save()
         self.training.batch_limit = state.batch_limit
@@ -5091,7 +5056,7 @@ class Job:
         say("scoring the fine-tuned model on the test split")
         # Without the wrapper that autocasts: before and after are scored alike, in float32.
         tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        share_weights(tuned, self.training)
+        broadcast(tuned.state_dict())  # in place: nodes without the first's folder could not load the best checkpoint
         finetuned = self.score_texts(self.write_down(tuned, "finetuned"))
         if self.is_first:
             scored = {name: baseline.get(name, {}) | systems for name, systems in finetuned.items()}

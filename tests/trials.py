@@ -90,16 +90,14 @@ def us_english_clips(job):
     return finetune_medasr.select_clips(clips, [], job.args, job.check, None, 0)
 
 
-def scores(job, model, us_english):
+def scores(job, model):
     """{set: WER in %} of a model."""
     dev = finetune_medasr.DevSet(job.selections["dev"], job.processor, job.encoder, job.args)
     found = {"dev": dev.score(model, job.training)["wer"]}
-    accented = job.test
-    by_accent = job.score_texts(job.write_down(model)).scores["groups"]["seen_accent"]
-    found |= {name: by_accent[name]["wer"] for name in ("seen", "unseen")}
-    job.test = us_english
-    found["us"] = job.score_texts(job.write_down(model)).scores["wer"]
-    job.test = accented
+    written = job.write_down(model, "finetuned")
+    test, us_english = (scored["finetuned"].scores for scored in job.score_texts(written).values())
+    found |= {name: test["groups"]["seen_accent"][name]["wer"] for name in ("seen", "unseen")}
+    found["us"] = us_english["wer"]
     return {name: 100 * wer for name, wer in found.items()}
 
 
@@ -139,16 +137,17 @@ def run_trial(name, seed, folder):
     processor, model = finetune_medasr.load_processor_and_model(args, trains=True)
     corpus = finetune_medasr.open_corpus(args)
     finetune_medasr.prepare_corpus(corpus, finetune_medasr.SPLITS, args)
-    job = finetune_medasr.Job(args, training, processor, model, corpus)
-    us_english = us_english_clips(job)
-    found = {"before": scores(job, model, us_english)} if name == BASE else {}
+    parts = {split: (args, corpus, split) for split in finetune_medasr.SPLITS}
+    job = finetune_medasr.Job(args, training, processor, model, parts)
+    job.tests["us"] = us_english_clips(job)
+    found = {"before": scores(job, model)} if name == BASE else {}
     dev = finetune_medasr.DevSet(job.selections["dev"], processor, job.encoder, args)
     trainer = finetune_medasr.make_trainer(args, training, model, job.training_clips(None), dev)
     TRIALS[name](job, trainer)
     trainer.train()
-    found[name] = scores(job, trainer.model, us_english)
+    found[name] = scores(job, trainer.model)
     averaged = f"{name}; best {AVERAGED} averaged"
-    return found | {averaged: scores(job, average(job, trainer), us_english)}
+    return found | {averaged: scores(job, average(job, trainer))}
 
 
 def with_spread(values, form):
