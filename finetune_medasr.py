@@ -3285,6 +3285,9 @@ def rate(counts):
     return float(counts[:, :3].sum() / counts[:, 3].sum()) if counts[:, 3].sum() else None
 
 
+DRAWN_AT_ONCE = 2**20  # speakers: all draws of a corpus whose clips name none would take gigabytes
+
+
 def bootstrap_rates(counts, speakers, draws=BOOTSTRAP_DRAWS, seed=0):
     """WERs of `draws` resamplings of the speakers, shape (draws,).
 
@@ -3295,8 +3298,11 @@ def bootstrap_rates(counts, speakers, draws=BOOTSTRAP_DRAWS, seed=0):
     names, block = np.unique(speakers, return_inverse=True)
     errors = np.bincount(block, counts[:, :3].sum(axis=1), len(names))
     words = np.bincount(block, counts[:, 3], len(names))
-    drawn = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)), dtype=np.int32)
-    return errors[drawn].sum(axis=1) / np.maximum(words[drawn].sum(axis=1), 1)
+    generator, rates, at_once = np.random.default_rng(seed), [], max(1, DRAWN_AT_ONCE // len(names))
+    for done in range(0, draws, at_once):
+        drawn = generator.integers(len(names), size=(min(at_once, draws - done), len(names)), dtype=np.int32)
+        rates.append(errors[drawn].sum(axis=1) / np.maximum(words[drawn].sum(axis=1), 1))
+    return np.concatenate(rates)
 
 
 def interval(values):
