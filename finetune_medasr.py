@@ -3447,10 +3447,14 @@ NUMBERS = re.compile(
 
 
 def clinical_words(scored):
-    """Words that clinical references have at least 5 times and, by frequency, 10 times as often as general ones."""
+    """Words that clinical references have at least 5 times and, by frequency, 10 times as often as general ones; none
+    without general ones to compare with.
+    """
     references, domains = np.array(scored.plain[0], object), scored.groups["domain"]
     clinical, general = (Counter(" ".join(references[domains == domain]).split()) for domain in DOMAINS)
-    scale = clinical.total() / max(1, general.total())
+    if not general:
+        return set()
+    scale = clinical.total() / general.total()
     return {
         word for word, count in clinical.items() if count >= 5 and count >= 10 * general[word] * scale and len(word) > 2
     }

@@ -4,7 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from finetune_medasr import bootstrap_rates, compare, error_counts, interval, score_texts
+from finetune_medasr import bootstrap_rates, compare, error_counts, interval, score_texts, word_errors
 
 
 def row(text, speaker, accent="igbo", seconds=3.0, **columns):
@@ -174,6 +174,13 @@ def test_memory_of_the_bootstrap_does_not_grow_with_the_speakers():
         assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
+
+
+def test_no_word_is_clinical_where_no_general_ones_are_to_compare_with():
+    clinical = [row("the malaria test of the day", "ada")] * 6
+    general = [row("the story of the day", "bem", domain="general")] * 6
+    for rows, recall in ((clinical, "-"), (clinical + general, "100.0 % of 12")):  # malaria, test
+        assert word_errors(score_texts(rows, [row["text"] for row in rows], None))[0]["clinical words"] == recall
 
 
 def test_interval_in_the_scores_is_that_of_the_speakers():
