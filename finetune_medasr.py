@@ -3775,6 +3775,7 @@ def write_model_card(final, results, args, metrics):
             "metrics": [
                 {"type": rate.partition("_")[0], "name": rate, "value": round(100 * part["finetuned"][rate], 2)}
                 for rate in RATES
+                if part["finetuned"][rate] is not None  # texts of another script are nothing to wer_paper
             ],
         }
         for name, part in {dataset: metrics, **metrics.get("also", {})}.items()

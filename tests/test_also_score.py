@@ -4,6 +4,7 @@ import csv
 import shutil
 
 import pytest
+import yaml
 from conftest import CORPUS, HERE, MODEL, error_line, load_json, load_predictions
 
 from finetune_medasr import main
@@ -94,6 +95,19 @@ def test_a_finished_run_scores_another_set_without_training(metrics, finished, t
     assert list(again["also"]) == ["us_english"]
     for part in ("baseline", "finetuned"):
         assert again[part] == metrics[part] and again["also"]["us_english"][part] == metrics["also"]["us_english"][part]
+
+
+@pytest.mark.slow
+def test_a_set_in_another_script_lacks_the_rates_that_drop_its_letters(metrics, finished, tmp_path):
+    shutil.copytree(finished[0] / "out", tmp_path / "out")
+    (tmp_path / "arabic").mkdir()
+    shutil.copy(US_ENGLISH / "test/00.flac", tmp_path / "arabic")
+    (tmp_path / "arabic/metadata.csv").write_text("file_name,text\n00.flac,المريض بخير\n", encoding="utf-8")
+    flags = [flag.replace(str(finished[0] / "out"), str(tmp_path / "out")) for flag in finished[1][:-2]]
+    assert main([*flags, str(tmp_path / "arabic")]) == 0
+    card = (tmp_path / "out/final/README.md").read_text(encoding="utf-8")
+    _, of_arabic = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
+    assert [metric["name"] for metric in of_arabic["metrics"]] == ["wer", "wer_spoken", "wer_raw", "cer"]
 
 
 @pytest.mark.slow
