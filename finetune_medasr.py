@@ -3876,7 +3876,10 @@ def read_score_file(path):
             continue
         length = int(seconds * SAMPLE_RATE) or None
         row = {"clip": clip or f"row {number}", "text": entry["text"], "num_samples": length}
-        rows.append(row | {name: str(entry.get(name) or "") for name in CLIP_COLUMNS})
+        cells = {name: entry.get(name) for name in CLIP_COLUMNS}
+        rows.append(
+            row | {name: "" if cell is None else str(cell) for name, cell in cells.items()}
+        )  # a speaker may be 0
         texts.append(entry["pred_text"])
         before.append(entry.get("baseline_text"))
     if not rows:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -614,6 +615,14 @@ def test_a_row_without_text_is_named_and_the_others_are_scored(tmp_path, run):
     assert rate_of(tmp_path)["clips"] == 2 and rate_of(tmp_path)["wer"] == pytest.approx(3 / 5)
     assert [row["audio_filepath"] for row in load_predictions(tmp_path / "results")] == ["a.wav", "d.wav"]
     assert "b.wav" in (tmp_path / "results/report.md").read_text()
+
+
+def test_a_speaker_may_be_a_number_and_0(tmp_path, run):
+    rows = [{"text": "no fever", "pred_text": "no fever", "duration": 2, "speaker": count % 2} for count in range(6)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run("--score_file", tmp_path / "texts.jsonl", "--output_dir", tmp_path)[0] == 0
+    assert rate_of(tmp_path)["speakers"] == 2
+    assert [row["speaker"] for row in load_predictions(tmp_path / "results")] == ["0", "1"] * 3
 
 
 def test_a_duration_without_a_word_is_left_out_of_the_picture_alone(tmp_path, run):
