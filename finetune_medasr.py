@@ -4958,6 +4958,10 @@ def run(args, training):
         return dry_run(args, training, corpus)
     further = open_further(args, training)
     prepare_corpus(corpus, splits_of(args, on_disk=True), args)
+    own = Path(training.output_dir)
+    if (args.eval_only or args.score_file) and (own / "run.json").is_file():
+        training.output_dir = str(own / "scores")
+        say(f"the results of the run in {own} stay: these go to {training.output_dir}")
     for own, its_corpus in further.values():
         prepare_corpus(its_corpus, ("test",), own)
     if args.prepare_only:
