@@ -4515,6 +4515,12 @@ def checkpoint_problem(folder):
     return ", ".join(broken)
 
 
+def numbered_checkpoints(output):
+    """The folders checkpoint-NUMBER in `output`, the newest first."""
+    found = [path for path in Path(output).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(found, key=lambda path: -int(path.name[11:]))
+
+
 def checkpoint_to_resume(training):
     """The complete checkpoint to go on from, the newest or the one of --resume_from_checkpoint; None: there is none."""
     wanted = training.resume_from_checkpoint
@@ -4523,8 +4529,7 @@ def checkpoint_to_resume(training):
         if problem := checkpoint_problem(folder):
             raise UsageError(f"--resume_from_checkpoint is {wanted}: {problem}; give a complete checkpoint")
         return str(folder)
-    found = [path for path in Path(training.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    for folder in sorted(found, key=lambda path: -int(path.name[11:])):
+    for folder in numbered_checkpoints(training.output_dir):
         problem = checkpoint_problem(folder)
         if not problem:
             return str(folder)
@@ -4591,8 +4596,14 @@ def open_run(args, training):
     goal = {**{name: getattr(training, name) for name in GOAL}, "early_stopping_patience": args.early_stopping_patience}
     goal |= lm_asked(args) | ({"also_score": further_names(args)} if args.also_score else {})
     state = RunState(output / "run.json", identity, goal)
+    foreign = [] if state.path.exists() else list(foreign_parts(output))
     stored = None if args.overwrite_output_dir else read_json(state.path)
     if stored is None:
+        if foreign:
+            raise UsageError(
+                f"--output_dir {output} holds {foreign[0]}, which no run of this program has made and this one would "
+                "delete; choose another --output_dir, or --overwrite_output_dir to delete it"
+            )
         return state
     different = [name for name in identity if stored["identity"].get(name) != identity[name]]
     if different:
@@ -4605,6 +4616,15 @@ def open_run(args, training):
     for name in RUN_NOTES:
         setattr(state, name, stored.get(name))
     return state
+
+
+def foreign_parts(output):
+    """Yield the names of what a run replaces or deletes in a folder without run.json, which is written before them."""
+    if (output / "final").exists():
+        yield "final"
+    for folder in numbered_checkpoints(output):
+        if not (folder / MANIFEST).exists():  # a checkpoint that was copied can be gone on from
+            yield folder.name
 
 
 def show_finished(state, training):
@@ -4931,6 +4951,10 @@ def run(args, training):
     """The whole job, phase by phase; returns the exit status."""
     from transformers import set_seed
 
+    own = Path(training.output_dir)
+    if (args.eval_only or args.score_file) and (own / "run.json").is_file():
+        training.output_dir = str(own / "scores")
+        say(f"the results of the run in {own} stay: these go to {training.output_dir}")
     if args.score_file:
         return score_file(args, training)
     if args.transcribe:
@@ -4958,10 +4982,6 @@ def run(args, training):
         return dry_run(args, training, corpus)
     further = open_further(args, training)
     prepare_corpus(corpus, splits_of(args, on_disk=True), args)
-    own = Path(training.output_dir)
-    if (args.eval_only or args.score_file) and (own / "run.json").is_file():
-        training.output_dir = str(own / "scores")
-        say(f"the results of the run in {own} stay: these go to {training.output_dir}")
     for own, its_corpus in further.values():
         prepare_corpus(its_corpus, ("test",), own)
     if args.prepare_only:

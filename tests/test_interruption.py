@@ -226,6 +226,17 @@ def test_another_run_is_refused_with_the_difference(folder, straight, flags, par
     assert modified(straight) == before
 
 
+@pytest.mark.parametrize("name", ["final/notes.txt", "checkpoint-500/pytorch_model.bin"])
+def test_what_no_run_has_made_is_not_deleted(name, tmp_path, capfd):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    assert main(kills.command(tmp_path / "audio", tmp_path / "out")[2:]) == 2
+    message = error_line(capfd.readouterr().err)
+    assert f"out holds {file.parent.name}, which no run of this program has made" in message
+    assert file.read_text() == "mine" and os.listdir(tmp_path / "out") == [file.parent.name]
+
+
 # ---------------------------------------------------------------- checkpoints that are not whole
 
 
