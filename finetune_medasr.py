@@ -4583,6 +4583,8 @@ def lm_asked(args):
 
 def open_run(args, training):
     """The `RunState` of --output_dir; raises UsageError where what is there is of another run."""
+    from accelerate.utils import gather_object
+
     output = Path(training.output_dir)
     if args.overwrite_output_dir and training.process_index == 0:
         for path in [
@@ -4598,6 +4600,8 @@ def open_run(args, training):
     state = RunState(output / "run.json", identity, goal)
     foreign = [] if state.path.exists() else list(foreign_parts(output))
     stored = None if args.overwrite_output_dir else read_json(state.path)
+    # The first one's, because nodes need not share the folder, and all have to do the same.
+    stored, foreign = gather_object([(stored, foreign)])[0]
     if stored is None:
         if foreign:
             raise UsageError(
@@ -4631,8 +4635,11 @@ def show_finished(state, training):
     """Show the scores of a run that is finished; returns the exit status, None if the results are not there."""
     output = state.path.parent
     metrics = read_json(output / "results" / "metrics.json")
-    if state.reached != state.goal or not metrics or not (output / "final" / "config.json").is_file():
+    complete = state.reached == state.goal and metrics and (output / "final" / "config.json").is_file()
+    if not agreed(bool(complete), training, "MAX"):
         return None
+    if training.process_index:
+        return 0
     say(
         f"{output} holds this run, finished; --overwrite_output_dir starts anew, more --max_steps or "
         "--num_train_epochs go on"
@@ -4968,6 +4975,11 @@ def run(args, training):
             push_to_hub(training, Path(training.output_dir) / "final")
         return status
     checkpoint = checkpoint_to_resume(training) if trains else None
+    if trains and agreed(updates_done(checkpoint), training) != agreed(updates_done(checkpoint), training, "MAX"):
+        raise RunError(
+            f"the processes find different checkpoints in {training.output_dir}: nodes have to share it to go on from "
+            "one; share it, or --overwrite_output_dir starts anew"
+        )
     say(f"corpus: {args.dataset}")
     # Before the audio: what cannot be used should not be found out after hours of preparation.
     processor, model = load_processor_and_model(args, trains) if trains or args.eval_only else (None, None)

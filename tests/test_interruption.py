@@ -433,6 +433,32 @@ def test_no_process_leaves_before_a_checkpoint_is_complete(tmp_path, run_at, run
 
 
 @pytest.mark.slow
+def test_nodes_that_do_not_share_the_output_folder_do_the_same(folder, tmp_path, run_two):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, finetune_medasr\nos.chdir(os.environ['RANK'])\nsys.exit(finetune_medasr.main(sys.argv[1:]))\n"
+    )
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    flags = kills.command(folder / "audio", "out", *IN_TWO, "--max_steps", "2")[2:]
+
+    def again():
+        done = run_two(*flags, program=program, cwd=tmp_path)
+        return [process.returncode for process in done], done[0]
+
+    assert again()[0] == [0, 0]
+    status, done = again()
+    assert status == [0, 0] and "finished" in done.stdout
+    first = tmp_path / "0/out"
+    shutil.rmtree(first / "final")
+    status, done = again()
+    assert status == [1, 1] and "nodes have to share it to go on from one" in error_line(done.stderr)
+    shutil.rmtree(first / "checkpoint-2")
+    status, done = again()  # with the baseline of run.json, which only the first node has
+    assert status == [0, 0] and "going on" not in done.stdout and (first / "final/config.json").is_file(), done.stderr
+
+
+@pytest.mark.slow
 def test_processes_that_a_cluster_starts_end_with_143(folder, tmp_path):
     """Started without torchrun, as srun does, each with its rank in the environment."""
     processes = []
