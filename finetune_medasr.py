@@ -599,8 +599,9 @@ def refusals(script, common, given):
         yield "--streaming needs --max_steps: a stream has no length, so its epochs cannot be counted"
     if script.also_score and (script.score_file or script.transcribe):
         yield "--also_score is of use in a run and with --eval_only, not with --score_file or --transcribe"
-    for name in further_names(script):
-        if name in SPLITS or further_names(script).count(name) > 1:
+    slugs = list(map(slugify, further_names(script)))  # which name their files
+    for name, slug in zip(further_names(script), slugs):
+        if slug in SPLITS or slugs.count(slug) > 1:
             yield f"--also_score has '{name}', which names a split or is there twice; give it another path"
     named = [(name, settings[name]) for name in ("model", "dataset")]
     for name, value in named + [("also_score", value) for value in script.also_score or ()]:

@@ -127,6 +127,8 @@ def test_eval_only_gives_the_same_scores(metrics, finished, tmp_path):
         (["--also_score", "./nowhere"], "--also_score is ./nowhere: there is no such folder"),
         (["--also_score", "a/b", "a/b"], "--also_score has 'a/b', which names a split or is there twice"),
         (["--also_score", "test"], "--also_score has 'test', which names a split"),
+        (["--also_score", "./test"], "--also_score has './test', which names a split"),
+        (["--also_score", "a/b", "a-b"], "--also_score has 'a/b', which names a split or is there twice"),
         (["--also_score", "a/b", "--transcribe", "x.wav"], "--also_score is of use in a run and with --eval_only"),
     ],
 )
