@@ -599,8 +599,9 @@ def refusals(script, common, given):
         yield "--streaming needs --max_steps: a stream has no length, so its epochs cannot be counted"
     if script.also_score and (script.score_file or script.transcribe):
         yield "--also_score is of use in a run and with --eval_only, not with --score_file or --transcribe"
-    for name in further_names(script):
-        if name in SPLITS or further_names(script).count(name) > 1:
+    slugs = list(map(slugify, further_names(script)))  # which name their files
+    for name, slug in zip(further_names(script), slugs):
+        if slug in SPLITS or slugs.count(slug) > 1:
             yield f"--also_score has '{name}', which names a split or is there twice; give it another path"
     named = [(name, settings[name]) for name in ("model", "dataset")]
     for name, value in named + [("also_score", value) for value in script.also_score or ()]:
@@ -3288,6 +3289,9 @@ def rate(counts):
     return float(counts[:, :3].sum() / counts[:, 3].sum()) if counts[:, 3].sum() else None
 
 
+DRAWN_AT_ONCE = 2**20  # speakers: all draws of a corpus whose clips name none would take gigabytes
+
+
 def bootstrap_rates(counts, speakers, draws=BOOTSTRAP_DRAWS, seed=0):
     """WERs of `draws` resamplings of the speakers, shape (draws,).
 
@@ -3298,8 +3302,11 @@ def bootstrap_rates(counts, speakers, draws=BOOTSTRAP_DRAWS, seed=0):
     names, block = np.unique(speakers, return_inverse=True)
     errors = np.bincount(block, counts[:, :3].sum(axis=1), len(names))
     words = np.bincount(block, counts[:, 3], len(names))
-    drawn = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)), dtype=np.int32)
-    return errors[drawn].sum(axis=1) / np.maximum(words[drawn].sum(axis=1), 1)
+    generator, rates, at_once = np.random.default_rng(seed), [], max(1, DRAWN_AT_ONCE // len(names))
+    for done in range(0, draws, at_once):
+        drawn = generator.integers(len(names), size=(min(at_once, draws - done), len(names)), dtype=np.int32)
+        rates.append(errors[drawn].sum(axis=1) / np.maximum(words[drawn].sum(axis=1), 1))
+    return np.concatenate(rates)
 
 
 def interval(values):
@@ -3444,10 +3451,14 @@ NUMBERS = re.compile(
 
 
 def clinical_words(scored):
-    """Words that clinical references have at least 5 times and, by frequency, 10 times as often as general ones."""
+    """Words that clinical references have at least 5 times and, by frequency, 10 times as often as general ones; none
+    without general ones to compare with.
+    """
     references, domains = np.array(scored.plain[0], object), scored.groups["domain"]
     clinical, general = (Counter(" ".join(references[domains == domain]).split()) for domain in DOMAINS)
-    scale = clinical.total() / max(1, general.total())
+    if not general:
+        return set()
+    scale = clinical.total() / general.total()
     return {
         word for word, count in clinical.items() if count >= 5 and count >= 10 * general[word] * scale and len(word) > 2
     }
@@ -3768,6 +3779,7 @@ def write_model_card(final, results, args, metrics):
             "metrics": [
                 {"type": rate.partition("_")[0], "name": rate, "value": round(100 * part["finetuned"][rate], 2)}
                 for rate in RATES
+                if part["finetuned"][rate] is not None  # texts of another script are nothing to wer_paper
             ],
         }
         for name, part in {dataset: metrics, **metrics.get("also", {})}.items()
@@ -3868,7 +3880,8 @@ def read_score_file(path):
             continue
         length = int(seconds * SAMPLE_RATE) or None
         row = {"clip": clip or f"row {number}", "text": entry["text"], "num_samples": length}
-        rows.append(row | {name: str(entry.get(name) or "") for name in CLIP_COLUMNS})
+        cells = {name: entry.get(name) for name in CLIP_COLUMNS}  # a speaker may be 0
+        rows.append(row | {name: "" if cell is None else str(cell) for name, cell in cells.items()})
         texts.append(entry["pred_text"])
         before.append(entry.get("baseline_text"))
     if not rows:
@@ -4493,6 +4506,12 @@ def checkpoint_problem(folder):
     return ", ".join(broken)
 
 
+def numbered_checkpoints(output):
+    """The folders checkpoint-NUMBER in `output`, the newest first."""
+    found = [path for path in Path(output).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(found, key=lambda path: -int(path.name[11:]))
+
+
 def checkpoint_to_resume(training):
     """The complete checkpoint to go on from, the newest or the one of --resume_from_checkpoint; None: there is none."""
     wanted = training.resume_from_checkpoint
@@ -4501,8 +4520,7 @@ def checkpoint_to_resume(training):
         if problem := checkpoint_problem(folder):
             raise UsageError(f"--resume_from_checkpoint is {wanted}: {problem}; give a complete checkpoint")
         return str(folder)
-    found = [path for path in Path(training.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    for folder in sorted(found, key=lambda path: -int(path.name[11:])):
+    for folder in numbered_checkpoints(training.output_dir):
         problem = checkpoint_problem(folder)
         if not problem:
             return str(folder)
@@ -4556,6 +4574,8 @@ def lm_asked(args):
 
 def open_run(args, training):
     """The `RunState` of --output_dir; raises UsageError where what is there is of another run."""
+    from accelerate.utils import gather_object
+
     output = Path(training.output_dir)
     if args.overwrite_output_dir and training.process_index == 0:
         for path in [path for path in output.glob("*") if MADE_BY_A_RUN.match(path.name)]:
@@ -4566,8 +4586,16 @@ def open_run(args, training):
     goal = {name: settings[name] for name in GOAL} | lm_asked(args)
     goal |= {"also_score": further_names(args)} if args.also_score else {}
     state = RunState(output / "run.json", identity, goal)
+    foreign = [] if state.path.exists() else list(foreign_parts(output))
     stored = None if args.overwrite_output_dir else read_json(state.path)
+    # The first one's, because nodes need not share the folder, and all have to do the same.
+    stored, foreign = gather_object([(stored, foreign)])[0]
     if stored is None:
+        if foreign:
+            raise UsageError(
+                f"--output_dir {output} holds {foreign[0]}, which no run of this program has made and this one would "
+                "delete; choose another --output_dir, or --overwrite_output_dir to delete it"
+            )
         return state
     different = [name for name in identity if stored["identity"].get(name) != identity[name]]
     if different:
@@ -4582,12 +4610,24 @@ def open_run(args, training):
     return state
 
 
-def show_finished(state):
+def foreign_parts(output):
+    """Yield the names of what a run replaces or deletes in a folder without run.json, which is written before them."""
+    if (output / "final").exists():
+        yield "final"
+    for folder in numbered_checkpoints(output):
+        if not (folder / MANIFEST).exists():  # a checkpoint that was copied can be gone on from
+            yield folder.name
+
+
+def show_finished(state, training):
     """Show the scores of a run that is finished; returns whether it is, with its results there."""
     output = state.path.parent
     metrics = read_json(output / "results" / "metrics.json")
-    if state.reached != state.goal or not metrics or not (output / "final" / "config.json").is_file():
+    complete = state.reached == state.goal and metrics and (output / "final" / "config.json").is_file()
+    if not agreed(bool(complete), training, "MAX"):
         return False
+    if training.process_index:
+        return True
     say(
         f"{output} holds this run, finished; --overwrite_output_dir starts anew, more --max_steps or "
         "--num_train_epochs go on"
@@ -4880,6 +4920,10 @@ def run(args, training):
     """The whole job, phase by phase; returns the exit status."""
     from transformers import set_seed
 
+    own = Path(training.output_dir)
+    if (args.eval_only or args.score_file) and (own / "run.json").is_file():
+        training.output_dir = str(own / "scores")
+        say(f"the results of the run in {own} stay: these go to {training.output_dir}")
     if args.score_file:
         return score_file(args, training)
     if args.transcribe:
@@ -4888,11 +4932,16 @@ def run(args, training):
     trains = not (args.prepare_only or args.eval_only or args.dry_run)
     pushes = trains and args.push_to_hub and training.process_index == 0
     state = open_run(args, training) if trains else None
-    if state and show_finished(state):
+    if state and show_finished(state, training):
         if pushes:
             push_to_hub(training, Path(training.output_dir) / "final")
         return 0
     checkpoint = checkpoint_to_resume(training) if trains else None
+    if trains and agreed(updates_done(checkpoint), training) != agreed(updates_done(checkpoint), training, "MAX"):
+        raise RunError(
+            f"the processes find different checkpoints in {training.output_dir}: nodes have to share it to go on from "
+            "one; share it, or --overwrite_output_dir starts anew"
+        )
     say(f"corpus: {args.dataset}")
     # Before the audio: what cannot be used should not be found out after hours of preparation.
     processor, model = load_processor_and_model(args, trains) if trains or args.eval_only else (None, None)

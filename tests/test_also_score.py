@@ -4,6 +4,7 @@ import csv
 import shutil
 
 import pytest
+import yaml
 from conftest import CORPUS, HERE, MODEL, error_line, load_json, load_predictions
 
 from finetune_medasr import main
@@ -97,6 +98,19 @@ def test_a_finished_run_scores_another_set_without_training(metrics, finished, t
 
 
 @pytest.mark.slow
+def test_a_set_in_another_script_lacks_the_rates_that_drop_its_letters(metrics, finished, tmp_path):
+    shutil.copytree(finished[0] / "out", tmp_path / "out")
+    (tmp_path / "arabic").mkdir()
+    shutil.copy(US_ENGLISH / "test/00.flac", tmp_path / "arabic")
+    (tmp_path / "arabic/metadata.csv").write_text("file_name,text\n00.flac,المريض بخير\n", encoding="utf-8")
+    flags = [flag.replace(str(finished[0] / "out"), str(tmp_path / "out")) for flag in finished[1][:-2]]
+    assert main([*flags, str(tmp_path / "arabic")]) == 0
+    card = (tmp_path / "out/final/README.md").read_text(encoding="utf-8")
+    _, of_arabic = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
+    assert [metric["name"] for metric in of_arabic["metrics"]] == ["wer", "wer_spoken", "wer_raw", "cer"]
+
+
+@pytest.mark.slow
 def test_eval_only_gives_the_same_scores(metrics, finished, tmp_path):
     model, out = str(finished[0] / "out/final"), str(tmp_path / "out")
     assert main([*finished[1], "--eval_only", "--model", model, "--output_dir", out]) == 0
@@ -113,6 +127,8 @@ def test_eval_only_gives_the_same_scores(metrics, finished, tmp_path):
         (["--also_score", "./nowhere"], "--also_score is ./nowhere: there is no such folder"),
         (["--also_score", "a/b", "a/b"], "--also_score has 'a/b', which names a split or is there twice"),
         (["--also_score", "test"], "--also_score has 'test', which names a split"),
+        (["--also_score", "./test"], "--also_score has './test', which names a split"),
+        (["--also_score", "a/b", "a-b"], "--also_score has 'a/b', which names a split or is there twice"),
         (["--also_score", "a/b", "--transcribe", "x.wav"], "--also_score is of use in a run and with --eval_only"),
     ],
 )

@@ -226,6 +226,17 @@ def test_another_run_is_refused_with_the_difference(folder, straight, flags, par
     assert modified(straight) == before
 
 
+@pytest.mark.parametrize("name", ["final/notes.txt", "checkpoint-500/pytorch_model.bin"])
+def test_what_no_run_has_made_is_not_deleted(name, tmp_path, capfd):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    assert main(kills.command(tmp_path / "audio", tmp_path / "out")[2:]) == 2
+    message = error_line(capfd.readouterr().err)
+    assert f"out holds {file.parent.name}, which no run of this program has made" in message
+    assert file.read_text() == "mine" and os.listdir(tmp_path / "out") == [file.parent.name]
+
+
 # ---------------------------------------------------------------- checkpoints that are not whole
 
 
@@ -419,6 +430,32 @@ def test_no_process_leaves_before_a_checkpoint_is_complete(tmp_path, run_at, run
     assert "checkpoint-1 written" in stopped.stdout, stopped.stderr
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["True", "True"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(load_json(tmp_path / "out/checkpoint-1" / MANIFEST))
+
+
+@pytest.mark.slow
+def test_nodes_that_do_not_share_the_output_folder_do_the_same(folder, tmp_path, run_two):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, finetune_medasr\nos.chdir(os.environ['RANK'])\nsys.exit(finetune_medasr.main(sys.argv[1:]))\n"
+    )
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    flags = kills.command(folder / "audio", "out", *IN_TWO, "--max_steps", "2")[2:]
+
+    def again():
+        done = run_two(*flags, program=program, cwd=tmp_path)
+        return [process.returncode for process in done], done[0]
+
+    assert again()[0] == [0, 0]
+    status, done = again()
+    assert status == [0, 0] and "finished" in done.stdout
+    first = tmp_path / "0/out"
+    shutil.rmtree(first / "final")
+    status, done = again()
+    assert status == [1, 1] and "nodes have to share it to go on from one" in error_line(done.stderr)
+    shutil.rmtree(first / "checkpoint-2")
+    status, done = again()  # with the baseline of run.json, which only the first node has
+    assert status == [0, 0] and "going on" not in done.stdout and (first / "final/config.json").is_file(), done.stderr
 
 
 @pytest.mark.slow

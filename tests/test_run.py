@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -614,6 +615,31 @@ def test_a_row_without_text_is_named_and_the_others_are_scored(tmp_path, run):
     assert rate_of(tmp_path)["clips"] == 2 and rate_of(tmp_path)["wer"] == pytest.approx(3 / 5)
     assert [row["audio_filepath"] for row in load_predictions(tmp_path / "results")] == ["a.wav", "d.wav"]
     assert "b.wav" in (tmp_path / "results/report.md").read_text()
+
+
+def test_a_speaker_may_be_a_number_and_0(tmp_path, run):
+    rows = [{"text": "no fever", "pred_text": "no fever", "duration": 2, "speaker": count % 2} for count in range(6)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run("--score_file", tmp_path / "texts.jsonl", "--output_dir", tmp_path)[0] == 0
+    assert rate_of(tmp_path)["speakers"] == 2
+    assert [row["speaker"] for row in load_predictions(tmp_path / "results")] == ["0", "1"] * 3
+
+
+@pytest.mark.parametrize("mode", ["score_file", pytest.param("eval_only", marks=pytest.mark.slow)])
+def test_the_results_of_a_run_stay_when_something_else_is_scored(mode, tmp_path, run):
+    (tmp_path / "out/results").mkdir(parents=True)
+    files = [tmp_path / "out" / name for name in ("run.json", "results/metrics.json", "results/predictions_test.jsonl")]
+    for file in files:
+        file.write_text('{"text": "no fever", "pred_text": "fever"}\n')
+    flags = {
+        "score_file": ["--score_file", files[2]],
+        "eval_only": ["--eval_only", *FIXTURE_FLAGS, "--data_dir", tmp_path / "audio", "--max_test_samples", "2"],
+    }
+    status, out, _ = run(*flags[mode], "--output_dir", tmp_path / "out")
+    assert status == 0 and f"results: {tmp_path}/out/scores/results" in out
+    assert {file.read_text() for file in files} == {'{"text": "no fever", "pred_text": "fever"}\n'}
+    assert names(tmp_path / "out/results") == {"metrics.json", "predictions_test.jsonl"}
+    assert (tmp_path / "out/scores/results/report.md").is_file()
 
 
 def test_a_duration_without_a_word_is_left_out_of_the_picture_alone(tmp_path, run):
