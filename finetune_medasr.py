@@ -1103,10 +1103,11 @@ class Corpus:
             try:
                 for name, audio, problem in archive_members(stream):
                     key = clip_key(name)
-                    absent = "" if key in rows else "no transcript"
+                    row = clip_row(key, split, accent, rows.get(key))
+                    absent = row["problem"] if key in rows else "no transcript"
                     problem = problem or absent or ("a second copy" if key in seen else "")
                     seen.add(key)
-                    yield make_clip(clip_row(key, split, accent, rows.get(key)), audio, problem)
+                    yield make_clip(row, audio, problem)
                     count += 1
             except DAMAGE as error:
                 problem = f"damaged archive ({one_line(error)}): {plural(count, 'clip')} of it kept"
@@ -1128,6 +1129,7 @@ class Corpus:
 
 
 MENDED_QUOTES = 100  # in a file with more unclosed quotes than these none is taken for one
+SURPLUS = "more cells than columns"  # the key, in such a row of a CSV, of why it is not used
 
 
 def read_text(path):
@@ -1163,7 +1165,7 @@ def read_transcripts(path, columns=(("transcript",), ("audio_paths", "audio_path
             found = " ".join(", ".join(names)[:200].split()) or "none"
             raise RunError(f"{path} has no column {' or '.join(needed)}; its columns are {found}")
     csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows, which is found below
-    broken = []
+    broken, surplus = [], []
     while start < len(lines):
         # Strict: otherwise an unclosed quote may join two rows into one with the right number of cells.
         rest = map(lines.__getitem__, range(start, len(lines)))
@@ -1180,9 +1182,14 @@ def read_transcripts(path, columns=(("transcript",), ("audio_paths", "audio_path
             cells = [cell.strip('"') for cell in lines[start].rstrip("\r\n").split(delimiter)]
             quoting = csv.QUOTE_NONE if len(broken) > MENDED_QUOTES else quoting
         rows += [dict(zip(names, cells))] if cells else []
+        if any(cell.strip() for cell in cells[len(names) :]):
+            surplus.append(start + 1)
+            rows[-1][SURPLUS] = f"{SURPLUS} (line {start + 1}): its text needs quotes"
         start += reader.line_num if closed else 1
     if broken:
         notes.append(f"{plural(len(broken), 'unclosed quote')}, the first in line {broken[0]}: read as they stand")
+    if surplus:
+        notes.append(f"{plural(len(surplus), 'row')} with {SURPLUS}, the first in line {surplus[0]}: not used")
     return rows, notes
 
 
@@ -1400,7 +1407,9 @@ def clip_features():
 
 def clip_row(key, split, accent, row):
     """The columns of a prepared file but for the audio, from a row of the transcripts (None if there is none)."""
-    cells = {name: cell for name, cell in (row or {}).items() if cell}
+    row = row or {}
+    problem = row.get(SURPLUS, "")
+    cells = {name: cell for name, cell in row.items() if cell and (name == "transcript" or not problem)}
     return {
         "clip": key,
         "text": cells.get("transcript", ""),
@@ -1409,7 +1418,7 @@ def clip_row(key, split, accent, row):
         **{name: cells.get(name, "") for name in ("country", "domain", "gender", "age_group")},
         "num_samples": int(clip_seconds(cells.get("duration")) * SAMPLE_RATE),
         "split": split,
-        "problem": "",
+        "problem": problem,
     }
 
 
@@ -1794,10 +1803,11 @@ def own_row(key, split, cells, columns):
     """`clip_row` of a row of somebody's table, with the split that a column of it names, or else `split`."""
     known = {
         ours: str(cell).encode(errors="replace").decode()  # JSON can hold halves of characters, which no file can
-        for ours, column in columns.items()
+        for ours, column in {**columns, SURPLUS: SURPLUS}.items()
         if (cell := cells.get(column)) is not None and cell == cell
     }
-    return clip_row(key, split_in(known.get("split", "")) or split, "", known)
+    named = "" if SURPLUS in known else known.get("split", "")
+    return clip_row(key, split_in(named) or split, "", known)
 
 
 def read_metadata(path):
@@ -1971,7 +1981,7 @@ class Recordings(Corpus):
         rows = {}
         for table in tables:
             cells = read_metadata(self.fetch(table))
-            names = list(dict.fromkeys(itertools.chain.from_iterable(cells)))
+            names = [name for name in dict.fromkeys(itertools.chain.from_iterable(cells)) if name != SURPLUS]
             columns = choose_columns(names, self.text_column, table)
             for number, row in enumerate(cells, start=1):
                 name, problem = row.get("file_name", ""), ""  # the rows of a CSV can be short
@@ -1982,8 +1992,9 @@ class Recordings(Corpus):
                     outside = key.startswith(("/", "../"))
                     problem = "refused: its path climbs out of the folder" if outside else "no audio"
                 split = split_in(table) or split_in(key)
-                rows.setdefault(key, {**own_row(key, split, row, columns), "problem": problem})
-        if all(row["problem"] for row in rows.values()):
+                listed = own_row(key, split, row, columns)
+                rows.setdefault(key, {**listed, "problem": problem or listed["problem"]})
+        if not any(key in self.files for key in rows):
             count = plural(len(rows), "row")
             raise RunError(f"{tables[0]} names no file that is there among {count}, such as {next(iter(rows))}")
         for path in self.files:
@@ -3860,8 +3871,9 @@ def read_score_file(path):
         lacking = [key for key in ("text", "pred_text") if not isinstance(entry.get(key), str)]
         if "text" not in lacking and not tidy(entry["text"]):
             lacking.insert(0, "text")
-        if lacking:
-            notes.append(f"Row {number} ({clip or 'no audio_filepath'}) has no {' and no '.join(lacking)}: left out.")
+        if lacking or SURPLUS in entry:
+            problem = f"no {' and no '.join(lacking)}" if lacking else SURPLUS
+            notes.append(f"Row {number} ({clip or 'no audio_filepath'}) has {problem}: left out.")
             continue
         length = int(seconds * SAMPLE_RATE) or None
         row = {"clip": clip or f"row {number}", "text": entry["text"], "num_samples": length}

@@ -343,6 +343,21 @@ def test_a_row_that_ends_before_its_file_name_is_named(tmp_path):
     assert [row["problem"] for rows in corpus.listed.values() for row in rows] == ["no file_name", ""]
 
 
+def test_a_text_with_commas_outside_quotes_is_named_and_not_cut(tmp_path, capfd):
+    clips = own_rows("test", 3)
+    write_audio(tmp_path / "own/test", clips)
+    texts = "fever, cough and chills", "fever", '"fever, cough"'
+    lines = [f"{clip},{text},ada,," for (clip, *_), text in zip(clips, texts)]
+    (tmp_path / "own/test/metadata.csv").write_text("\n".join(["file_name,text,speaker", *lines]))
+    assert run(tmp_path, tmp_path / "own", "--eval_only") == 0
+    assert "1 row with more cells than columns, the first in line 2: not used" in capfd.readouterr().err
+    with (tmp_path / "out/results/skipped_clips.csv").open(newline="") as file:
+        left_out = [(row["clip"], row["reason"], row["text"]) for row in csv.DictReader(file)]
+    reason = "more cells than columns (line 2): its text needs quotes"
+    assert left_out == [(f"test/{clips[0][0]}", reason, "fever")]
+    assert sorted(row["text"] for row in load_predictions(tmp_path / "out/results")) == ["fever", "fever, cough"]
+
+
 def test_rows_of_other_splits_are_counted(tmp_path, capfd):
     folder = one_table(tmp_path / "own", splits=["test"], limit=6, split=lambda *_: "test")
     rows = list(csv.DictReader((folder / "metadata.csv").open(newline="", encoding="utf-8")))
