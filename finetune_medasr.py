@@ -1225,12 +1225,29 @@ def open_corpus(args):
 
 
 def files_below(folder):
-    """The paths of all files in a folder and below it; raises OSError where rglob would pass over a part."""
+    """The paths of all files in a folder and below it; raises OSError where rglob would pass over a part.
+
+    Links to folders elsewhere are followed, each of these folders once and none that holds another: links may go round.
+    """
+    top = Path(folder).resolve()
+    roots, above, found = {top}, set(top.parents), []
 
     def refuse(error):
         raise error
 
-    return [os.path.join(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names]
+    def is_new(path):
+        if os.path.islink(path):
+            real = Path(path).resolve()
+            if real in above or roots & {real, *real.parents}:
+                return False
+            roots.add(real)
+            above.update(real.parents)
+        return True
+
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        found += [os.path.join(parent, name) for name in names]
+        folders[:] = [name for name in folders if is_new(os.path.join(parent, name))]
+    return found
 
 
 def list_folder(folder):
@@ -1991,7 +2008,7 @@ class Recordings(Corpus):
                 elif key not in self.files:
                     outside = key.startswith(("/", "../"))
                     problem = "refused: its path climbs out of the folder" if outside else "no audio"
-                split = split_in(table) or split_in(key)
+                split = split_in(table) or split_in(f"{os.path.dirname(key)}/")  # "stress-test.wav" is of no test split
                 listed = own_row(key, split, row, columns)
                 rows.setdefault(key, {**listed, "problem": problem or listed["problem"]})
         if not any(key in self.files for key in rows):
@@ -1999,7 +2016,8 @@ class Recordings(Corpus):
             raise RunError(f"{tables[0]} names no file that is there among {count}, such as {next(iter(rows))}")
         for path in self.files:
             if path not in rows and is_audio_name(path):
-                rows[path] = {**own_row(path, split_in(path), {}, {}), "problem": "no transcript"}
+                split = split_in(f"{os.path.dirname(path)}/")
+                rows[path] = {**own_row(path, split, {}, {}), "problem": "no transcript"}
         for split in sorted({row["split"] for row in rows.values()}):
             members = [row for row in rows.values() if row["split"] == split]
             for number, start in enumerate(range(0, len(members), GROUP_CLIPS)):

@@ -182,6 +182,28 @@ def test_splits_come_from_a_column_and_columns_under_other_names(tmp_path, capsy
     assert all(row["speaker"] and row["domain"] and row["gender"] in ("Female", "Male") for row in rows)
 
 
+def test_a_clip_is_of_the_split_of_its_folder_whatever_its_own_name(tmp_path):
+    clips = own_rows("train", 4)
+    names = ["ada/stress-test.wav", "ada/val_1.wav", "eval/train.wav", "eval/2.wav"]
+    write_audio(tmp_path / "own", [(name, audio, {}) for name, (_, audio, _) in zip(names, clips)])
+    write_table(tmp_path / "own/metadata.csv", [{"file_name": name, "text": "fever"} for name in names[1:]])
+    args, _ = script.parse_arguments(["--dataset", str(tmp_path / "own"), "--data_dir", str(tmp_path / "audio")])
+    rows = [row for rows in script.open_corpus(args).listed.values() for row in rows]
+    assert {row["clip"]: row["split"] for row in rows} == dict(zip(names, ["", "", "test", "test"]))
+
+
+def test_links_to_folders_are_followed_and_never_for_ever(tmp_path):
+    folder = audio_folder(tmp_path / "elsewhere", splits=["test"], limit=4)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/test").symlink_to(folder / "test")
+    for link, target in ("own/again", "own"), ("elsewhere/test/back", "own"), ("elsewhere/test/up", "/"):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    (tmp_path / "elsewhere/test/gone").symlink_to(tmp_path / "nowhere")
+    assert run(tmp_path, tmp_path / "own", "--eval_only") == 0
+    assert len(load_predictions(tmp_path / "out/results")) == 4
+    assert len((tmp_path / "out/results/skipped_clips.csv").read_text().splitlines()) == 1
+
+
 def test_the_country_code_of_namibia_and_texts_that_look_like_numbers_stay_texts(tmp_path):
     write_audio(tmp_path / "own", own_rows("test", 3))
     names = [clip for clip, _, _ in own_rows("test", 3)]
