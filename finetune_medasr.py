@@ -1014,9 +1014,14 @@ class Corpus:
             if not self.prepared_path(path).exists() or self.stamps.get(path, self.stamp(path)) != self.stamp(path)
         ]
 
+    def read_stamps(self):
+        """Have the `stamps` as another process may have written them since."""
+        self.stamps = (read_json(self.data_dir / "source.json") or {}).get("stamps", {})
+
     def write_source(self, converted=()):
         """Note down what the prepared files come from, those of the archives `converted` as these are now."""
-        self.stamps |= {path: self.stamp(path) for path in converted if self.prepared_path(path).exists()}
+        self.read_stamps()
+        self.stamps |= {path: self.stamp(path) for path in converted}
         source = {"dataset": self.identity(), "revision": self.revision, "stamps": self.stamps}
         source["files"] = {} if self.folder else self.files
         write_text(self.data_dir / "source.json", json.dumps(source, indent=1))
@@ -1213,7 +1218,7 @@ def open_corpus(args):
         corpus.files = stored["files"]  # a commit never changes: no network is needed to go on
     else:
         corpus.files = list_hub_files(name, revision)
-    corpus.stamps = stored.get("stamps", {})
+    corpus.read_stamps()
     if not corpus.archives(*SPLITS):
         corpus = open_recordings(corpus, args)
     elif config or args.text_column:
@@ -1570,9 +1575,10 @@ def prepare_corpus(corpus, splits, args):
         corpus.fetch_transcripts(SPLITS if args.streaming else splits)
         check_selection(args, corpus)
         archives = corpus.archives(*splits)
+        corpus.read_stamps()
         todo = corpus.unprepared(archives)
         # What a killed preparation left: half-written files, and the archives of finished ones.
-        for stale in corpus.data_dir.glob("*/*.tmp"):
+        for stale in corpus.data_dir.glob("*/*.arrow.*.tmp"):
             stale.unlink()
         for archive in set(archives).difference(todo):
             corpus.release(archive)
@@ -1598,6 +1604,7 @@ def prepare_archives(corpus, todo, num_proc):
 
     for archive in todo:
         corpus.prepared_path(archive).unlink(missing_ok=True)  # of a changed archive
+    corpus.write_source(todo)  # before the work: what a killed preparation leaves is known by its stamps
     clips, spoken_hours, failures = 0, 0.0, []
     # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
     context = multiprocessing.get_context("spawn")
@@ -1623,7 +1630,6 @@ def prepare_archives(corpus, todo, num_proc):
                 ) from error
             bar.set_postfix_str(f"{clips:,} clips, {spoken_hours:.2f} h")
             bar.update()
-    corpus.write_source(todo)
     if failures:
         failed = f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready"
         raise RunError(f"{failed}; the first: {failures[0]}")

@@ -431,6 +431,53 @@ def test_an_interrupted_preparation_goes_on_with_the_groups_that_are_left(tmp_pa
     assert by_text(tmp_path / "out/results") == whole
 
 
+def test_texts_corrected_after_an_interrupted_preparation_are_taken(tmp_path, monkeypatch):
+    import concurrent.futures
+
+    def interrupted(jobs):
+        jobs[0].result()
+        raise script.Stopped(2)
+
+    monkeypatch.setattr(script, "GROUP_CLIPS", 3)
+    folder = audio_folder(tmp_path / "own", splits=["test"], limit=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(concurrent.futures, "as_completed", interrupted)
+        assert run(tmp_path, folder, "--eval_only") == 130
+    assert (tmp_path / "audio/clips/test-00000.arrow").exists()
+    table = folder / "test/metadata.csv"
+    rows = list(csv.DictReader(table.open(newline="", encoding="utf-8")))
+    write_table(table, [{**row, "sentence": "the corrected text"} for row in rows])
+    assert run(tmp_path, folder, "--eval_only") == 0
+    assert {row["text"] for row in load_predictions(tmp_path / "out/results")} == {"the corrected text"}
+
+
+def test_of_two_processes_that_see_a_change_one_converts_it(tmp_path):
+    folder = audio_folder(tmp_path / "own", splits=["test"], limit=3)
+    assert run(tmp_path, folder, "--eval_only") == 0
+    shutil.copy(*(folder / "test" / clip for clip, *_ in own_rows("test", 2)))
+    flags = ["--dataset", folder, "--data_dir", tmp_path / "audio", "--num_proc", 1, "--eval_only"]
+    args, _ = script.parse_arguments(list(map(str, flags)))
+    first, second = script.open_corpus(args), script.open_corpus(args)
+    file, times = tmp_path / "audio/clips/test-00000.arrow", []
+    for corpus in first, second:
+        corpus.make_splits(["test"], 42)
+        assert len(corpus.unprepared(corpus.archives("test"))) == 1
+        script.prepare_corpus(corpus, ["test"], args)
+        times.append(file.stat().st_mtime_ns)
+    assert times[0] == times[1]
+
+
+def test_files_of_others_in_the_data_folder_stay(tmp_path):
+    folder = audio_folder(tmp_path / "own", splits=["test"], limit=3)
+    others = tmp_path / "audio/notes/letter.tmp"
+    others.parent.mkdir(parents=True)
+    others.write_text("of somebody else")
+    (tmp_path / "audio/clips").mkdir()
+    (tmp_path / "audio/clips/test-00000.arrow.1.tmp").write_text("half")
+    assert run(tmp_path, folder, "--eval_only") == 0
+    assert others.exists() and len(list((tmp_path / "audio/clips").iterdir())) == 1
+
+
 # ---------------------------------------------------------------- selection
 
 
