@@ -258,7 +258,7 @@ class ScriptArguments:
     model_revision: str | None = flag(None, "branch, tag or commit of the model")
     dataset: str = flag(
         DEFAULT_DATASET,
-        "Hub id (owner/name or owner/name:config) or local folder: AfriSpeech-200's layout, or your own",
+        "Hub id or local folder, NAME:CONFIG for one of its configurations: AfriSpeech-200's layout, or your own",
     )
     dataset_revision: str | None = flag(
         None, f"commit of the corpus; for AfriSpeech-200 {DEFAULT_DATASET_REVISION[:7]} is pinned"
@@ -606,7 +606,8 @@ def refusals(script, common, given):
     for name, value in named + [("also_score", value) for value in script.also_score or ()]:
         if not value.strip():
             yield f"--{name} is empty; give a folder or a Hub id such as {DEFAULT_MODEL}"
-        if re.match(r"[./~]", value) and not Path(value).expanduser().is_dir():
+        folder = value if name == "model" else split_config(value)[0]
+        if re.match(r"[./~]", value) and not Path(folder).expanduser().is_dir():
             yield f"--{name} is {value}: there is no such folder; give a folder or a Hub id such as {DEFAULT_MODEL}"
     if script.score_file is not None and not Path(script.score_file).is_file():
         yield f"--score_file is {script.score_file}: there is no such file"
@@ -1027,8 +1028,8 @@ class Corpus:
         write_text(self.data_dir / "source.json", json.dumps(source, indent=1))
 
     def identity(self):
-        """The folder, or the Hub id with its configuration, that the prepared files come from."""
-        return str(self.folder or self.name + (f":{self.config}" if self.config else ""))
+        """The folder or Hub id, with its configuration, that the prepared files come from."""
+        return f"{self.folder or self.name}{self.config and ':'}{self.config}"
 
     def find_local(self, path):
         """Where a file of the repository lies on this machine, None if it does not, or is of another version."""
@@ -1198,12 +1199,20 @@ def read_transcripts(path, columns=(("transcript",), ("audio_paths", "audio_path
     return rows, notes
 
 
+def split_config(dataset):
+    """(folder or Hub id, configuration or "") that a --dataset names."""
+    if Path(dataset).expanduser().is_dir():
+        return dataset, ""
+    name, _, config = dataset.partition(":")
+    return name, config
+
+
 def open_corpus(args):
     """The `Corpus` of `args`, with its files listed; raises RunError or UsageError."""
-    folder = Path(args.dataset).expanduser()
+    name, config = split_config(args.dataset)
+    folder = Path(name).expanduser()
     folder = folder.resolve() if folder.is_dir() else None
     revision = args.dataset_revision or (DEFAULT_DATASET_REVISION if args.dataset == DEFAULT_DATASET else None)
-    name, _, config = (args.dataset, "", "") if folder else args.dataset.partition(":")
     corpus = Corpus(name, revision, folder, Path(args.data_dir).expanduser(), args.keep_archives, config=config)
     stored = read_json(corpus.data_dir / "source.json") or {}
     held, asked = [stored.get("dataset"), stored.get("revision")], [corpus.identity(), revision]
@@ -1854,7 +1863,8 @@ def readme_settings(path):
     import yaml
 
     head = re.match(r"---\s*\n(.*?)\n---", read_text(path)[0], re.DOTALL)
-    with explained(f"{path} does not begin with YAML", yaml.YAMLError):
+    # A date that is none raises ValueError.
+    with explained(f"{path} does not begin with YAML", (yaml.YAMLError, ValueError, RecursionError)):
         settings = yaml.safe_load(head[1]) if head else None
     return settings if isinstance(settings, dict) else {}
 
@@ -1867,7 +1877,7 @@ def file_patterns(config):
     pairs = []
     for item in [files] if isinstance(files, str) else files:
         split, paths = (item.get("split", ""), item["path"]) if isinstance(item, dict) else ("", item)
-        pairs += [(split, path.removeprefix("./")) for path in ([paths] if isinstance(paths, str) else paths)]
+        pairs += [(str(split), path.removeprefix("./")) for path in ([paths] if isinstance(paths, str) else paths)]
     return pairs
 
 
@@ -2042,8 +2052,8 @@ class Recordings(Corpus):
         unreadable = TypeError, KeyError, AttributeError
         with explained(f"README.md of {self.name} has configs that cannot be read", unreadable):
             configs = settings.get("configs") or [{"config_name": ""}]
-            patterns = {config["config_name"]: file_patterns(config) for config in configs}
-            default = next((config["config_name"] for config in configs if config.get("default")), "default")
+            patterns = {str(config["config_name"]): file_patterns(config) for config in configs}
+            default = next((str(config["config_name"]) for config in configs if config.get("default")), "default")
         names = ", ".join(patterns) or "none"
         name = self.config or (default if default in patterns else "")
         if name and name not in patterns:

@@ -663,5 +663,21 @@ def test_configurations_are_chosen_by_name(tmp_path):
     several, unknown = (line.removeprefix("finetune_medasr.py: error: ") for line in done.stderr.splitlines())
     assert several == f"--dataset {HUB_NAME} has the configurations en, fr: choose one, as {HUB_NAME}:en"
     assert unknown == f"--dataset names 'de'; the configurations of {HUB_NAME} are en, fr"
+    assert run(tmp_path, f"{folder}:fr", "--dry_run") == 0 and run(tmp_path, f"{folder}:en", "--dry_run") == 2
     assert done.stdout.count(" 3 clips") == 3 + 3 and "in 4 archives" in done.stdout  # each split, and its one accent
     assert not hub.count("*/en/*", "GET") and hub.count("*/fr/*.parquet", "GET")
+
+
+@pytest.mark.parametrize(
+    "head, message",
+    [
+        ("configs: [{config_name: no, data_files: x}, {config_name: 5, data_files: x}]", "configurations False, 5:"),
+        ("configs: [{config_name: a, data_files: [{split: 1, path: x}]}]", "no parquet files"),
+        ("made: 2023-02-30", "does not begin with YAML (ValueError: day is out of range"),
+        ("x: " + "[" * 2_000, "does not begin with YAML (RecursionError"),
+    ],
+)
+def test_a_readme_that_means_nothing_is_refused_in_one_line(tmp_path, capfd, head, message):
+    folder = parquet_folder(tmp_path / "own", splits=["test"], limit=2)
+    (folder / "README.md").write_text(f"---\n{head}\n---\n")
+    assert message in refusal(capfd, tmp_path, folder, status=2 if "configurations" in message else 1)
