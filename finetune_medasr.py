@@ -599,9 +599,11 @@ def refusals(script, common, given):
         yield "--streaming needs --max_steps: a stream has no length, so its epochs cannot be counted"
     if script.also_score and (script.score_file or script.transcribe):
         yield "--also_score is of use in a run and with --eval_only, not with --score_file or --transcribe"
-    for name in further_names(script):
-        if name in SPLITS or further_names(script).count(name) > 1:
-            yield f"--also_score has '{name}', which names a split or is there twice; give it another path"
+    stems = [file_stem(name) for name in further_names(script)]
+    for name, stem in zip(further_names(script), stems):
+        if stem in SPLITS or stems.count(stem) > 1:
+            what = f"which names a split or is there twice (as '{stem}')"
+            yield f"--also_score has '{name}', {what}; give it another path"
     named = [(name, settings[name]) for name in ("model", "dataset")]
     for name, value in named + [("also_score", value) for value in script.also_score or ()]:
         if not value.strip():
@@ -726,23 +728,29 @@ def explained_hub_errors(repo, kind):
         raise RunError(f"{kind} {repo} {hub_advice(cause, repo, kind)}") from cause
 
 
+def unreachable_errors():
+    """The exceptions that say that the Hub cannot be reached."""
+    import httpx2
+    from huggingface_hub import errors
+
+    return errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.ConnectError
+
+
 def hub_advice(error, repo, kind):
     """What an exception of the Hub client means, and what to do."""
-    import httpx2
     from huggingface_hub import constants, errors, get_token
 
     terms = f"accept its terms at {constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     denied = f"is gated and your account has no access to it: {terms} with the account that 'hf auth whoami' names"
     anonymous = f"is gated and you are not logged in: {terms}, then run 'hf auth login' (or set HF_TOKEN)"
     absent = f"is not on this machine and {constants.ENDPOINT} cannot be reached"
-    unreachable = errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.ConnectError
     no_revision = errors.RevisionNotFoundError, errors.RevisionResolutionError
     meanings = (  # some exceptions are kinds of others below them
         (errors.GatedRepoError, anonymous if get_token() is None else denied),
         (errors.RepositoryNotFoundError, f"is not on the Hub, or is private: check --{kind}, or run 'hf auth login'"),
         (errors.HFValidationError, f"is neither a local folder nor a Hub id of the form owner/name: check --{kind}"),
         (no_revision, f"has no such revision: check --{kind}_revision"),
-        (unreachable, f"{absent}: go online, or give --{kind} a local folder"),
+        (unreachable_errors(), f"{absent}: go online, or give --{kind} a local folder"),
         (errors.EntryNotFoundError, f"lacks a file that it should have ({one_line(error)}): check --{kind}_revision"),
     )
     for exceptions, meaning in meanings:
@@ -1226,7 +1234,13 @@ def open_corpus(args):
     elif stored and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         corpus.files = stored["files"]  # a commit never changes: no network is needed to go on
     else:
-        corpus.files = list_hub_files(name, revision)
+        try:
+            corpus.files = list_hub_files(name, revision)
+        except RunError as error:
+            if not stored or not isinstance(error.__cause__, unreachable_errors()):
+                raise
+            say("  the Hub cannot be reached: taken as it was when it was listed last")
+            corpus.files = stored["files"]
     corpus.read_stamps()
     if not corpus.archives(*SPLITS):
         corpus = open_recordings(corpus, args)
@@ -3782,7 +3796,7 @@ def write_results(target, config, data, scored, title, notes=(), history=(), lm=
     with complete_folder(Path(target), keep=True) as folder:
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
         for name, its_systems in scored.items():
-            write_text(folder / f"predictions_{slugify(name)}.jsonl", "".join(prediction_lines(its_systems)))
+            write_text(folder / f"predictions_{file_stem(name)}.jsonl", "".join(prediction_lines(its_systems)))
         pictures = draw_pictures(folder, systems, history)
         lines = report_lines(title, systems, metrics, notes, pictures)
         write_text(folder / "report.md", "\n".join(lines) + "\n")
@@ -4879,13 +4893,19 @@ def further_names(args):
     return [public(name) for name in args.also_score or ()]
 
 
+def file_stem(name):
+    """What a test set is called in files and folders; a slug alone leaves nothing of other alphabets."""
+    mark = "" if name.isascii() else hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8]
+    return f"{slugify(name)}-{mark}".strip("-")
+
+
 def open_further(args, training):
     """{name: (arguments, Corpus)} of --also_score, whose prepared audio has folders of its own under --data_dir."""
     further = {}
     for name, dataset in zip(further_names(args), args.also_score or ()):
         say(f"also scored: {name}")
         chosen = dict.fromkeys(("dataset_revision", "accents", "domains", "countries", "text_column"))
-        data_dir = str(Path(args.data_dir) / "also" / slugify(name))
+        data_dir = str(Path(args.data_dir) / "also" / file_stem(name))
         own = dict(dataset=dataset, data_dir=data_dir, streaming=False, eval_only=True)
         own = dataclasses.replace(args, **chosen, **own)
         corpus = open_corpus(own)
@@ -5168,7 +5188,7 @@ def write_test_scores_to_tensorboard(output, metrics, step):
         for label, part in {"test": metrics, **metrics.get("also", {})}.items():
             for system in [system for system in SYSTEMS if part.get(system)]:
                 for name in [name for name in RATES if part[system][name] is not None]:
-                    writer.add_scalar(f"{slugify(label)}_{system}/{name}", part[system][name], step)
+                    writer.add_scalar(f"{file_stem(label)}_{system}/{name}", part[system][name], step)
         picture = matplotlib.image.imread(output / "results" / "wer_by_accent.png")
         writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
 

@@ -613,6 +613,24 @@ def test_a_parquet_dataset_of_the_hub_is_fine_tuned_on(tmp_path):
     assert f"datasets:\n- {HUB_NAME}\n" in (tmp_path / "out/final/README.md").read_text()
 
 
+def test_a_prepared_dataset_without_a_revision_needs_no_hub(tmp_path):
+    main = parquet_folder(tmp_path / "main", splits=["test"], limit=3)
+    also = audio_folder(tmp_path / "also", splits=["test"], limit=3)
+    command = ["--model", MODEL, "--dataset", HUB_NAME, "--also_score", "us/english", "--eval_only", "--num_proc", 1]
+    with LoopbackHub(datasets={HUB_NAME: main, "us/english": also}) as hub:
+        env = hub.env(tmp_path)
+        done = [run_script(*command, "--data_dir", "audio", "--output_dir", "first", cwd=tmp_path, env=env)]
+    env["HF_HUB_OFFLINE"] = "1"
+    done += [
+        run_script(*command, "--data_dir", folder, "--output_dir", "second", cwd=tmp_path, env=env)
+        for folder in ("audio", "other")
+    ]
+    assert [part.returncode for part in done] == [0, 0, 1], [part.stderr[-300:] for part in done]
+    assert [part.stdout.count("the Hub cannot be reached: taken as") for part in done] == [0, 2, 0]
+    assert "cannot be reached: go online" in error_line(done[2].stderr)
+    assert load_predictions(tmp_path / "first/results") == load_predictions(tmp_path / "second/results")
+
+
 def test_an_audio_folder_of_the_hub_is_prepared(tmp_path):
     folder = audio_folder(tmp_path / "repository", limit=4)
     with LoopbackHub(datasets={HUB_NAME: folder}) as hub:
