@@ -597,6 +597,8 @@ def refusals(script, common, given):
     yield from lm_refusals(script)
     if script.streaming and common.max_steps <= 0:
         yield "--streaming needs --max_steps: a stream has no length, so its epochs cannot be counted"
+    if script.streaming and script.max_train_samples:
+        yield "--max_train_samples cannot be used with --streaming: choose a part by --accents or --domains"
     if script.also_score and (script.score_file or script.transcribe):
         yield "--also_score is of use in a run and with --eval_only, not with --score_file or --transcribe"
     stems = [file_stem(name) for name in further_names(script)]
@@ -1283,7 +1285,13 @@ def list_folder(folder):
     with explained(f"{folder} cannot be read"):
         paths = list(map(Path, files_below(folder)))
     found = [(path.relative_to(folder).as_posix(), path.stat()) for path in paths if path.is_file()]
-    return {path: [status.st_size, status.st_mtime_ns] for path, status in found}
+    files = {path: [status.st_size, status.st_mtime_ns] for path, status in found}
+    if strange := [path for path in files if printable(path) != path]:
+        names = f"such as {printable(strange[0])}"
+        warn(f"{plural(len(strange), 'file')} of {folder}, {names}, passed over: their names are not UTF-8")
+    for path in strange:
+        del files[path]
+    return files
 
 
 def list_hub_files(name, revision):
@@ -1658,11 +1666,21 @@ def prepare_archives(corpus, todo, num_proc):
         raise RunError(f"{failed}; the first: {failures[0]}")
 
 
+def open_prepared(corpus, archive):
+    """The Dataset of an archive's prepared file; raises RunError for one that a bad disk or a power cut has damaged."""
+    import pyarrow
+    from datasets import Dataset
+
+    path = corpus.prepared_path(archive)
+    with explained(f"{path} is damaged", (OSError, pyarrow.ArrowInvalid), "delete it, the same command makes it again"):
+        return Dataset.from_file(str(path))
+
+
 def load_split(corpus, split):
     """(Dataset of every clip of a split, rows of transcripts without audio): memory-mapped, nothing copied."""
     from datasets import Dataset, concatenate_datasets
 
-    parts = [Dataset.from_file(str(corpus.prepared_path(path))) for path in corpus.archives(split)]
+    parts = [open_prepared(corpus, path) for path in corpus.archives(split)]
     empty = Dataset.from_dict({name: [] for name in clip_features()}, features=clip_features())
     clips = corpus.split_clips(concatenate_datasets(parts or [empty]), split)
     found, rows = set(clips["clip"]), corpus.rows(split)
@@ -2091,10 +2109,9 @@ class Recordings(Corpus):
 
     def parquet_rows(self, path, split):
         import pyarrow.parquet
-        from datasets import Dataset
 
         if not self.unprepared([path]):
-            return Dataset.from_file(str(self.prepared_path(path))).remove_columns("audio").to_list()
+            return open_prepared(self, path).remove_columns("audio").to_list()
         try:
             with self.open(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
                 audio, labels = audio_column(file, path), class_names(file)

@@ -49,6 +49,7 @@ FLAGS = [  # (flags, what the message says)
     ("--domains clinicl", "--domains.*'clinicl'.*clinical.*general"),
     ("--countries XXX", "--countries has 'XXX'"),
     ("--max_train_samples -3", "--max_train_samples is -3"),
+    ("--streaming --max_steps 2 --max_train_samples 3", "--max_train_samples cannot be used with --streaming"),
     ("--max_eval_samples 0", "--max_eval_samples is 0"),
     ("--max_train_samples many", "--max_train_samples.*'many'"),
     ("--max_train_seconds nan", "--max_train_seconds is nan"),

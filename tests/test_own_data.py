@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -400,6 +401,29 @@ def test_a_damaged_parquet_file_costs_its_own_clips(tmp_path):
         "test,data/test-00001-of-00002.parquet,damaged file ("
         in (tmp_path / "out/results/skipped_clips.csv").read_text()
     )
+
+
+@pytest.mark.parametrize("make", [audio_folder, parquet_folder])
+def test_a_damaged_prepared_file_is_named_and_made_again_when_deleted(tmp_path, capfd, make):
+    folder = make(tmp_path / "own", splits=["test"], limit=3)
+    assert run(tmp_path, folder, "--eval_only") == 0
+    (file,) = (tmp_path / "audio/clips").iterdir()
+    for content in b"", file.read_bytes()[:-2_000]:
+        file.write_bytes(content)
+        capfd.readouterr()
+        line = refusal(capfd, tmp_path, folder, "--eval_only")
+        assert line.startswith(f"{file} is damaged (") and line.endswith(": delete it, the same command makes it again")
+    file.unlink()
+    assert run(tmp_path, folder, "--eval_only") == 0
+
+
+def test_files_whose_names_are_not_utf_8_are_passed_over(tmp_path, capfd):
+    folder = audio_folder(tmp_path / "own", splits=["test"], limit=3)
+    audio = next(folder.rglob("*.ogg"))
+    shutil.copy(audio, os.fsencode(folder) + b"/test/caf\xe9.ogg")
+    assert run(tmp_path, folder, "--eval_only") == 0
+    assert f"1 file of {folder}, such as test/caf\ufffd.ogg, passed over" in capfd.readouterr().err
+    assert len(load_predictions(tmp_path / "out/results")) == 3
 
 
 def test_changed_recordings_are_converted_again_and_others_are_not(tmp_path):
