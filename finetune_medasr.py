@@ -1762,7 +1762,8 @@ class Selection:
 def wanted(row, args):
     """Whether a clip is of the --domains and --countries asked for."""
     countries = {code.upper() for code in args.countries or []}
-    return (not args.domains or row["domain"] in args.domains) and (not countries or row["country"] in countries)
+    domain, country = row["domain"].lower(), row["country"].upper()  # as somebody's own table may not have them
+    return (not args.domains or domain in args.domains) and (not countries or country in countries)
 
 
 def select_clips(clips, missing, args, check, max_samples, seed):
@@ -4923,7 +4924,7 @@ def open_further(args, training):
         say(f"also scored: {name}")
         chosen = dict.fromkeys(("dataset_revision", "accents", "domains", "countries", "text_column"))
         data_dir = str(Path(args.data_dir) / "also" / file_stem(name))
-        own = dict(dataset=dataset, data_dir=data_dir, streaming=False, eval_only=True)
+        own = dict(dataset=dataset, data_dir=data_dir, streaming=False, eval_only=True, tune_lm=False)  # its test alone
         own = dataclasses.replace(args, **chosen, **own)
         corpus = open_corpus(own)
         corpus.make_splits(("test",), training.seed, unnamed="test")
@@ -4986,7 +4987,7 @@ def shared_speaker_notes(selections):
 def check_selection(args, corpus):
     """Refuse, before any audio is converted, what the transcripts show to be without a clip."""
     rows = {split: corpus.rows(split) for split in splits_of(args)}
-    known = {row["country"] for split in rows for row in rows[split]}
+    known = {row["country"].upper() for split in rows for row in rows[split]}
     unknown = {code.upper() for code in args.countries or []} - known
     if unknown and known:
         countries = ", ".join(sorted(known - {""})) or "not given"

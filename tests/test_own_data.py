@@ -522,6 +522,25 @@ def test_accents_and_countries_choose_by_their_columns(tmp_path, capfd):
 # ---------------------------------------------------------------- refusals
 
 
+def test_countries_and_domains_are_chosen_however_they_are_written(tmp_path, capfd):
+    folder = audio_folder(tmp_path / "own", splits=["test"], limit=30)
+    table = folder / "test/metadata.csv"
+    rows = list(csv.DictReader(table.open(newline="", encoding="utf-8")))
+    country = rows[0]["country"]
+    chosen = [row for row in rows if (row["country"], row["domain"]) == (country, "clinical")]
+    write_table(table, [{**row, "country": row["country"].lower(), "domain": row["domain"].title()} for row in rows])
+    assert run(tmp_path, folder, "--eval_only", "--countries", country, "--domains", "clinical") == 0
+    assert 0 < len(load_predictions(tmp_path / "out/results")) == len(chosen) < len(rows)
+
+
+def test_of_a_further_set_the_test_files_alone_are_read(tmp_path):
+    folder = parquet_folder(tmp_path / "own", limit=3)
+    args, training = script.parse_arguments(["--data_dir", str(tmp_path), "--also_score", str(folder), "--eval_only"])
+    args.tune_lm = True
+    ((_, corpus),) = script.open_further(args, training).values()
+    assert list(corpus.listed) == ["data/test-00000-of-00001.parquet"]
+
+
 def test_columns_that_cannot_be_told_are_refused_with_those_found(tmp_path, capfd):
     folder = one_table(tmp_path / "own", limit=4, split=lambda split, _: split, text=lambda *_: "another")
     line = refusal(capfd, tmp_path, folder, status=2)
