@@ -258,7 +258,7 @@ class ScriptArguments:
     model_revision: str | None = flag(None, "branch, tag or commit of the model")
     dataset: str = flag(
         DEFAULT_DATASET,
-        "Hub id (owner/name or owner/name:config) or local folder: AfriSpeech-200's layout, or your own",
+        "Hub id or local folder, NAME:CONFIG for one of its configurations: AfriSpeech-200's layout, or your own",
     )
     dataset_revision: str | None = flag(
         None, f"commit of the corpus; for AfriSpeech-200 {DEFAULT_DATASET_REVISION[:7]} is pinned"
@@ -597,17 +597,21 @@ def refusals(script, common, given):
     yield from lm_refusals(script)
     if script.streaming and common.max_steps <= 0:
         yield "--streaming needs --max_steps: a stream has no length, so its epochs cannot be counted"
+    if script.streaming and script.max_train_samples:
+        yield "--max_train_samples cannot be used with --streaming: choose a part by --accents or --domains"
     if script.also_score and (script.score_file or script.transcribe):
         yield "--also_score is of use in a run and with --eval_only, not with --score_file or --transcribe"
-    slugs = list(map(slugify, further_names(script)))  # which name their files
-    for name, slug in zip(further_names(script), slugs):
-        if slug in SPLITS or slugs.count(slug) > 1:
-            yield f"--also_score has '{name}', which names a split or is there twice; give it another path"
+    stems = [file_stem(name) for name in further_names(script)]
+    for name, stem in zip(further_names(script), stems):
+        if stem in SPLITS or stems.count(stem) > 1:
+            what = f"which names a split or is there twice (as '{stem}')"
+            yield f"--also_score has '{name}', {what}; give it another path"
     named = [(name, settings[name]) for name in ("model", "dataset")]
     for name, value in named + [("also_score", value) for value in script.also_score or ()]:
         if not value.strip():
             yield f"--{name} is empty; give a folder or a Hub id such as {DEFAULT_MODEL}"
-        if re.match(r"[./~]", value) and not Path(value).expanduser().is_dir():
+        folder = value if name == "model" else split_config(value)[0]
+        if re.match(r"[./~]", value) and not Path(folder).expanduser().is_dir():
             yield f"--{name} is {value}: there is no such folder; give a folder or a Hub id such as {DEFAULT_MODEL}"
     if script.score_file is not None and not Path(script.score_file).is_file():
         yield f"--score_file is {script.score_file}: there is no such file"
@@ -726,23 +730,29 @@ def explained_hub_errors(repo, kind):
         raise RunError(f"{kind} {repo} {hub_advice(cause, repo, kind)}") from cause
 
 
+def unreachable_errors():
+    """The exceptions that say that the Hub cannot be reached."""
+    import httpx2
+    from huggingface_hub import errors
+
+    return errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.ConnectError
+
+
 def hub_advice(error, repo, kind):
     """What an exception of the Hub client means, and what to do."""
-    import httpx2
     from huggingface_hub import constants, errors, get_token
 
     terms = f"accept its terms at {constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     denied = f"is gated and your account has no access to it: {terms} with the account that 'hf auth whoami' names"
     anonymous = f"is gated and you are not logged in: {terms}, then run 'hf auth login' (or set HF_TOKEN)"
     absent = f"is not on this machine and {constants.ENDPOINT} cannot be reached"
-    unreachable = errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.ConnectError
     no_revision = errors.RevisionNotFoundError, errors.RevisionResolutionError
     meanings = (  # some exceptions are kinds of others below them
         (errors.GatedRepoError, anonymous if get_token() is None else denied),
         (errors.RepositoryNotFoundError, f"is not on the Hub, or is private: check --{kind}, or run 'hf auth login'"),
         (errors.HFValidationError, f"is neither a local folder nor a Hub id of the form owner/name: check --{kind}"),
         (no_revision, f"has no such revision: check --{kind}_revision"),
-        (unreachable, f"{absent}: go online, or give --{kind} a local folder"),
+        (unreachable_errors(), f"{absent}: go online, or give --{kind} a local folder"),
         (errors.EntryNotFoundError, f"lacks a file that it should have ({one_line(error)}): check --{kind}_revision"),
     )
     for exceptions, meaning in meanings:
@@ -1015,16 +1025,21 @@ class Corpus:
             if not self.prepared_path(path).exists() or self.stamps.get(path, self.stamp(path)) != self.stamp(path)
         ]
 
+    def read_stamps(self):
+        """Have the `stamps` as another process may have written them since."""
+        self.stamps = (read_json(self.data_dir / "source.json") or {}).get("stamps", {})
+
     def write_source(self, converted=()):
         """Note down what the prepared files come from, those of the archives `converted` as these are now."""
-        self.stamps |= {path: self.stamp(path) for path in converted if self.prepared_path(path).exists()}
+        self.read_stamps()
+        self.stamps |= {path: self.stamp(path) for path in converted}
         source = {"dataset": self.identity(), "revision": self.revision, "stamps": self.stamps}
         source["files"] = {} if self.folder else self.files
         write_text(self.data_dir / "source.json", json.dumps(source, indent=1))
 
     def identity(self):
-        """The folder, or the Hub id with its configuration, that the prepared files come from."""
-        return str(self.folder or self.name + (f":{self.config}" if self.config else ""))
+        """The folder or Hub id, with its configuration, that the prepared files come from."""
+        return f"{self.folder or self.name}{self.config and ':'}{self.config}"
 
     def find_local(self, path):
         """Where a file of the repository lies on this machine, None if it does not, or is of another version."""
@@ -1104,10 +1119,11 @@ class Corpus:
             try:
                 for name, audio, problem in archive_members(stream):
                     key = clip_key(name)
-                    absent = "" if key in rows else "no transcript"
+                    row = clip_row(key, split, accent, rows.get(key))
+                    absent = row["problem"] if key in rows else "no transcript"
                     problem = problem or absent or ("a second copy" if key in seen else "")
                     seen.add(key)
-                    yield make_clip(clip_row(key, split, accent, rows.get(key)), audio, problem)
+                    yield make_clip(row, audio, problem)
                     count += 1
             except DAMAGE as error:
                 problem = f"damaged archive ({one_line(error)}): {plural(count, 'clip')} of it kept"
@@ -1129,6 +1145,7 @@ class Corpus:
 
 
 MENDED_QUOTES = 100  # in a file with more unclosed quotes than these none is taken for one
+SURPLUS = "more cells than columns"  # the key, in such a row of a CSV, of why it is not used
 
 
 def read_text(path):
@@ -1164,7 +1181,7 @@ def read_transcripts(path, columns=(("transcript",), ("audio_paths", "audio_path
             found = " ".join(", ".join(names)[:200].split()) or "none"
             raise RunError(f"{path} has no column {' or '.join(needed)}; its columns are {found}")
     csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows, which is found below
-    broken = []
+    broken, surplus = [], []
     while start < len(lines):
         # Strict: otherwise an unclosed quote may join two rows into one with the right number of cells.
         rest = map(lines.__getitem__, range(start, len(lines)))
@@ -1181,18 +1198,31 @@ def read_transcripts(path, columns=(("transcript",), ("audio_paths", "audio_path
             cells = [cell.strip('"') for cell in lines[start].rstrip("\r\n").split(delimiter)]
             quoting = csv.QUOTE_NONE if len(broken) > MENDED_QUOTES else quoting
         rows += [dict(zip(names, cells))] if cells else []
+        if any(cell.strip() for cell in cells[len(names) :]):
+            surplus.append(start + 1)
+            rows[-1][SURPLUS] = f"{SURPLUS} (line {start + 1}): its text needs quotes"
         start += reader.line_num if closed else 1
     if broken:
         notes.append(f"{plural(len(broken), 'unclosed quote')}, the first in line {broken[0]}: read as they stand")
+    if surplus:
+        notes.append(f"{plural(len(surplus), 'row')} with {SURPLUS}, the first in line {surplus[0]}: not used")
     return rows, notes
+
+
+def split_config(dataset):
+    """(folder or Hub id, configuration or "") that a --dataset names."""
+    if Path(dataset).expanduser().is_dir():
+        return dataset, ""
+    name, _, config = dataset.partition(":")
+    return name, config
 
 
 def open_corpus(args):
     """The `Corpus` of `args`, with its files listed; raises RunError or UsageError."""
-    folder = Path(args.dataset).expanduser()
+    name, config = split_config(args.dataset)
+    folder = Path(name).expanduser()
     folder = folder.resolve() if folder.is_dir() else None
     revision = args.dataset_revision or (DEFAULT_DATASET_REVISION if args.dataset == DEFAULT_DATASET else None)
-    name, _, config = (args.dataset, "", "") if folder else args.dataset.partition(":")
     corpus = Corpus(name, revision, folder, Path(args.data_dir).expanduser(), args.keep_archives, config=config)
     stored = read_json(corpus.data_dir / "source.json") or {}
     held, asked = [stored.get("dataset"), stored.get("revision")], [corpus.identity(), revision]
@@ -1206,8 +1236,14 @@ def open_corpus(args):
     elif stored and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         corpus.files = stored["files"]  # a commit never changes: no network is needed to go on
     else:
-        corpus.files = list_hub_files(name, revision)
-    corpus.stamps = stored.get("stamps", {})
+        try:
+            corpus.files = list_hub_files(name, revision)
+        except RunError as error:
+            if not stored or not isinstance(error.__cause__, unreachable_errors()):
+                raise
+            say("  the Hub cannot be reached: taken as it was when it was listed last")
+            corpus.files = stored["files"]
+    corpus.read_stamps()
     if not corpus.archives(*SPLITS):
         corpus = open_recordings(corpus, args)
     elif config or args.text_column:
@@ -1219,12 +1255,29 @@ def open_corpus(args):
 
 
 def files_below(folder):
-    """The paths of all files in a folder and below it; raises OSError where rglob would pass over a part."""
+    """The paths of all files in a folder and below it; raises OSError where rglob would pass over a part.
+
+    Links to folders elsewhere are followed, each of these folders once and none that holds another: links may go round.
+    """
+    top = Path(folder).resolve()
+    roots, above, found = {top}, set(top.parents), []
 
     def refuse(error):
         raise error
 
-    return [os.path.join(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names]
+    def is_new(path):
+        if os.path.islink(path):
+            real = Path(path).resolve()
+            if real in above or roots & {real, *real.parents}:
+                return False
+            roots.add(real)
+            above.update(real.parents)
+        return True
+
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        found += [os.path.join(parent, name) for name in names]
+        folders[:] = [name for name in folders if is_new(os.path.join(parent, name))]
+    return found
 
 
 def list_folder(folder):
@@ -1232,7 +1285,13 @@ def list_folder(folder):
     with explained(f"{folder} cannot be read"):
         paths = list(map(Path, files_below(folder)))
     found = [(path.relative_to(folder).as_posix(), path.stat()) for path in paths if path.is_file()]
-    return {path: [status.st_size, status.st_mtime_ns] for path, status in found}
+    files = {path: [status.st_size, status.st_mtime_ns] for path, status in found}
+    if strange := [path for path in files if printable(path) != path]:
+        names = f"such as {printable(strange[0])}"
+        warn(f"{plural(len(strange), 'file')} of {folder}, {names}, passed over: their names are not UTF-8")
+    for path in strange:
+        del files[path]
+    return files
 
 
 def list_hub_files(name, revision):
@@ -1401,7 +1460,9 @@ def clip_features():
 
 def clip_row(key, split, accent, row):
     """The columns of a prepared file but for the audio, from a row of the transcripts (None if there is none)."""
-    cells = {name: cell for name, cell in (row or {}).items() if cell}
+    row = row or {}
+    problem = row.get(SURPLUS, "")
+    cells = {name: cell for name, cell in row.items() if cell and (name == "transcript" or not problem)}
     return {
         "clip": key,
         "text": cells.get("transcript", ""),
@@ -1410,7 +1471,7 @@ def clip_row(key, split, accent, row):
         **{name: cells.get(name, "") for name in ("country", "domain", "gender", "age_group")},
         "num_samples": int(clip_seconds(cells.get("duration")) * SAMPLE_RATE),
         "split": split,
-        "problem": "",
+        "problem": problem,
     }
 
 
@@ -1545,9 +1606,10 @@ def prepare_corpus(corpus, splits, args):
         corpus.fetch_transcripts(SPLITS if args.streaming else splits)
         check_selection(args, corpus)
         archives = corpus.archives(*splits)
+        corpus.read_stamps()
         todo = corpus.unprepared(archives)
         # What a killed preparation left: half-written files, and the archives of finished ones.
-        for stale in corpus.data_dir.glob("*/*.tmp"):
+        for stale in corpus.data_dir.glob("*/*.arrow.*.tmp"):
             stale.unlink()
         for archive in set(archives).difference(todo):
             corpus.release(archive)
@@ -1573,6 +1635,7 @@ def prepare_archives(corpus, todo, num_proc):
 
     for archive in todo:
         corpus.prepared_path(archive).unlink(missing_ok=True)  # of a changed archive
+    corpus.write_source(todo)  # before the work: what a killed preparation leaves is known by its stamps
     clips, spoken_hours, failures = 0, 0.0, []
     # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
     context = multiprocessing.get_context("spawn")
@@ -1598,17 +1661,26 @@ def prepare_archives(corpus, todo, num_proc):
                 ) from error
             bar.set_postfix_str(f"{clips:,} clips, {spoken_hours:.2f} h")
             bar.update()
-    corpus.write_source(todo)
     if failures:
         failed = f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready"
         raise RunError(f"{failed}; the first: {failures[0]}")
+
+
+def open_prepared(corpus, archive):
+    """The Dataset of an archive's prepared file; raises RunError for one that a bad disk or a power cut has damaged."""
+    import pyarrow
+    from datasets import Dataset
+
+    path = corpus.prepared_path(archive)
+    with explained(f"{path} is damaged", (OSError, pyarrow.ArrowInvalid), "delete it, the same command makes it again"):
+        return Dataset.from_file(str(path))
 
 
 def load_split(corpus, split):
     """(Dataset of every clip of a split, rows of transcripts without audio): memory-mapped, nothing copied."""
     from datasets import Dataset, concatenate_datasets
 
-    parts = [Dataset.from_file(str(corpus.prepared_path(path))) for path in corpus.archives(split)]
+    parts = [open_prepared(corpus, path) for path in corpus.archives(split)]
     empty = Dataset.from_dict({name: [] for name in clip_features()}, features=clip_features())
     clips = corpus.split_clips(concatenate_datasets(parts or [empty]), split)
     found, rows = set(clips["clip"]), corpus.rows(split)
@@ -1690,7 +1762,8 @@ class Selection:
 def wanted(row, args):
     """Whether a clip is of the --domains and --countries asked for."""
     countries = {code.upper() for code in args.countries or []}
-    return (not args.domains or row["domain"] in args.domains) and (not countries or row["country"] in countries)
+    domain, country = row["domain"].lower(), row["country"].upper()  # as somebody's own table may not have them
+    return (not args.domains or domain in args.domains) and (not countries or country in countries)
 
 
 def select_clips(clips, missing, args, check, max_samples, seed):
@@ -1795,10 +1868,11 @@ def own_row(key, split, cells, columns):
     """`clip_row` of a row of somebody's table, with the split that a column of it names, or else `split`."""
     known = {
         ours: str(cell).encode(errors="replace").decode()  # JSON can hold halves of characters, which no file can
-        for ours, column in columns.items()
+        for ours, column in {**columns, SURPLUS: SURPLUS}.items()
         if (cell := cells.get(column)) is not None and cell == cell
     }
-    return clip_row(key, split_in(known.get("split", "")) or split, "", known)
+    named = "" if SURPLUS in known else known.get("split", "")
+    return clip_row(key, split_in(named) or split, "", known)
 
 
 def read_metadata(path):
@@ -1822,7 +1896,8 @@ def readme_settings(path):
     import yaml
 
     head = re.match(r"---\s*\n(.*?)\n---", read_text(path)[0], re.DOTALL)
-    with explained(f"{path} does not begin with YAML", yaml.YAMLError):
+    # A date that is none raises ValueError.
+    with explained(f"{path} does not begin with YAML", (yaml.YAMLError, ValueError, RecursionError)):
         settings = yaml.safe_load(head[1]) if head else None
     return settings if isinstance(settings, dict) else {}
 
@@ -1835,7 +1910,7 @@ def file_patterns(config):
     pairs = []
     for item in [files] if isinstance(files, str) else files:
         split, paths = (item.get("split", ""), item["path"]) if isinstance(item, dict) else ("", item)
-        pairs += [(split, path.removeprefix("./")) for path in ([paths] if isinstance(paths, str) else paths)]
+        pairs += [(str(split), path.removeprefix("./")) for path in ([paths] if isinstance(paths, str) else paths)]
     return pairs
 
 
@@ -1972,7 +2047,7 @@ class Recordings(Corpus):
         rows = {}
         for table in tables:
             cells = read_metadata(self.fetch(table))
-            names = list(dict.fromkeys(itertools.chain.from_iterable(cells)))
+            names = [name for name in dict.fromkeys(itertools.chain.from_iterable(cells)) if name != SURPLUS]
             columns = choose_columns(names, self.text_column, table)
             for number, row in enumerate(cells, start=1):
                 name, problem = row.get("file_name", ""), ""  # the rows of a CSV can be short
@@ -1982,14 +2057,16 @@ class Recordings(Corpus):
                 elif key not in self.files:
                     outside = key.startswith(("/", "../"))
                     problem = "refused: its path climbs out of the folder" if outside else "no audio"
-                split = split_in(table) or split_in(key)
-                rows.setdefault(key, {**own_row(key, split, row, columns), "problem": problem})
-        if all(row["problem"] for row in rows.values()):
+                split = split_in(table) or split_in(f"{os.path.dirname(key)}/")  # "stress-test.wav" is of no test split
+                listed = own_row(key, split, row, columns)
+                rows.setdefault(key, {**listed, "problem": problem or listed["problem"]})
+        if not any(key in self.files for key in rows):
             count = plural(len(rows), "row")
             raise RunError(f"{tables[0]} names no file that is there among {count}, such as {next(iter(rows))}")
         for path in self.files:
             if path not in rows and is_audio_name(path):
-                rows[path] = {**own_row(path, split_in(path), {}, {}), "problem": "no transcript"}
+                split = split_in(f"{os.path.dirname(path)}/")
+                rows[path] = {**own_row(path, split, {}, {}), "problem": "no transcript"}
         for split in sorted({row["split"] for row in rows.values()}):
             members = [row for row in rows.values() if row["split"] == split]
             for number, start in enumerate(range(0, len(members), GROUP_CLIPS)):
@@ -2008,8 +2085,8 @@ class Recordings(Corpus):
         unreadable = TypeError, KeyError, AttributeError
         with explained(f"README.md of {self.name} has configs that cannot be read", unreadable):
             configs = settings.get("configs") or [{"config_name": ""}]
-            patterns = {config["config_name"]: file_patterns(config) for config in configs}
-            default = next((config["config_name"] for config in configs if config.get("default")), "default")
+            patterns = {str(config["config_name"]): file_patterns(config) for config in configs}
+            default = next((str(config["config_name"]) for config in configs if config.get("default")), "default")
         names = ", ".join(patterns) or "none"
         name = self.config or (default if default in patterns else "")
         if name and name not in patterns:
@@ -2033,10 +2110,9 @@ class Recordings(Corpus):
 
     def parquet_rows(self, path, split):
         import pyarrow.parquet
-        from datasets import Dataset
 
         if not self.unprepared([path]):
-            return Dataset.from_file(str(self.prepared_path(path))).remove_columns("audio").to_list()
+            return open_prepared(self, path).remove_columns("audio").to_list()
         try:
             with self.open(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
                 audio, labels = audio_column(file, path), class_names(file)
@@ -3751,7 +3827,7 @@ def write_results(target, config, data, scored, title, notes=(), history=(), lm=
     with complete_folder(Path(target), keep=True) as folder:
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
         for name, its_systems in scored.items():
-            write_text(folder / f"predictions_{slugify(name)}.jsonl", "".join(prediction_lines(its_systems)))
+            write_text(folder / f"predictions_{file_stem(name)}.jsonl", "".join(prediction_lines(its_systems)))
         pictures = draw_pictures(folder, systems, history)
         lines = report_lines(title, systems, metrics, notes, pictures)
         write_text(folder / "report.md", "\n".join(lines) + "\n")
@@ -3875,8 +3951,9 @@ def read_score_file(path):
         lacking = [key for key in ("text", "pred_text") if not isinstance(entry.get(key), str)]
         if "text" not in lacking and not tidy(entry["text"]):
             lacking.insert(0, "text")
-        if lacking:
-            notes.append(f"Row {number} ({clip or 'no audio_filepath'}) has no {' and no '.join(lacking)}: left out.")
+        if lacking or SURPLUS in entry:
+            problem = f"no {' and no '.join(lacking)}" if lacking else SURPLUS
+            notes.append(f"Row {number} ({clip or 'no audio_filepath'}) has {problem}: left out.")
             continue
         length = int(seconds * SAMPLE_RATE) or None
         row = {"clip": clip or f"row {number}", "text": entry["text"], "num_samples": length}
@@ -4841,13 +4918,19 @@ def further_names(args):
     return [public(name) for name in args.also_score or ()]
 
 
+def file_stem(name):
+    """What a test set is called in files and folders; a slug alone leaves nothing of other alphabets."""
+    mark = "" if name.isascii() else hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8]
+    return f"{slugify(name)}-{mark}".strip("-")
+
+
 def open_further(args, training):
     """{name: (arguments, Corpus, split)} of --also_score; prepared audio has folders of its own under --data_dir."""
     further = {}
     for name, dataset in zip(further_names(args), args.also_score or ()):
         say(f"also scored: {name}")
         chosen = dict.fromkeys(("dataset_revision", "accents", "domains", "countries", "text_column"))
-        data_dir = str(Path(args.data_dir) / "also" / slugify(name))
+        data_dir = str(Path(args.data_dir) / "also" / file_stem(name))
         own = dict(dataset=dataset, data_dir=data_dir, streaming=False, eval_only=True, tune_lm=False)
         own = dataclasses.replace(args, **chosen, **own)
         corpus = open_corpus(own)
@@ -4906,7 +4989,7 @@ def shared_speaker_notes(selections):
 def check_selection(args, corpus):
     """Refuse, before any audio is converted, what the transcripts show to be without a clip."""
     rows = {split: corpus.rows(split) for split in splits_of(args)}
-    known = {row["country"] for split in rows for row in rows[split]}
+    known = {row["country"].upper() for split in rows for row in rows[split]}
     unknown = {code.upper() for code in args.countries or []} - known
     if unknown and known:
         countries = ", ".join(sorted(known - {""})) or "not given"
@@ -5136,7 +5219,7 @@ def write_test_scores_to_tensorboard(output, metrics, step):
         for label, part in {"test": metrics, **metrics.get("also", {})}.items():
             for system in [system for system in SYSTEMS if part.get(system)]:
                 for name in [name for name in RATES if part[system][name] is not None]:
-                    writer.add_scalar(f"{slugify(label)}_{system}/{name}", part[system][name], step)
+                    writer.add_scalar(f"{file_stem(label)}_{system}/{name}", part[system][name], step)
         picture = matplotlib.image.imread(output / "results" / "wer_by_accent.png")
         writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
 

@@ -1,12 +1,14 @@
 """--also_score: other test sets beside the main one, and what a model forgets."""
 
 import csv
+import re
 import shutil
 
 import pytest
 import yaml
 from conftest import CORPUS, HERE, MODEL, error_line, load_json, load_predictions
 
+import finetune_medasr as script
 from finetune_medasr import main
 
 US_ENGLISH = HERE / "fixtures/us_english"
@@ -129,12 +131,20 @@ def test_eval_only_gives_the_same_scores(metrics, finished, tmp_path):
         (["--also_score", "test"], "--also_score has 'test', which names a split"),
         (["--also_score", "./test"], "--also_score has './test', which names a split"),
         (["--also_score", "a/b", "a-b"], "--also_score has 'a/b', which names a split or is there twice"),
+        (["--also_score", "_Test"], "--also_score has '_Test', which names a split or is there twice (as 'test')"),
+        (["--also_score", "us/en", "us_en"], "or is there twice (as 'us-en'); give it another path"),
         (["--also_score", "a/b", "--transcribe", "x.wav"], "--also_score is of use in a run and with --eval_only"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(flags, message, capfd):
     assert main(flags) == 2
     assert message in error_line(capfd.readouterr().err)
+
+
+def test_sets_named_in_other_alphabets_have_files_of_their_own():
+    stems = [script.file_stem(name) for name in ("./тест", "./данные", "./us данные", "openslr/librispeech_asr:clean")]
+    assert len(set(stems)) == 4 and stems[3] == "openslr-librispeech-asr-clean"
+    assert all(re.fullmatch("[a-z0-9-]+", stem) for stem in stems)
 
 
 def test_a_folder_without_recordings_is_refused_before_anything_is_converted(tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -182,6 +183,28 @@ def test_splits_come_from_a_column_and_columns_under_other_names(tmp_path, capsy
     assert all(row["speaker"] and row["domain"] and row["gender"] in ("Female", "Male") for row in rows)
 
 
+def test_a_clip_is_of_the_split_of_its_folder_whatever_its_own_name(tmp_path):
+    clips = own_rows("train", 4)
+    names = ["ada/stress-test.wav", "ada/val_1.wav", "eval/train.wav", "eval/2.wav"]
+    write_audio(tmp_path / "own", [(name, audio, {}) for name, (_, audio, _) in zip(names, clips)])
+    write_table(tmp_path / "own/metadata.csv", [{"file_name": name, "text": "fever"} for name in names[1:]])
+    args, _ = script.parse_arguments(["--dataset", str(tmp_path / "own"), "--data_dir", str(tmp_path / "audio")])
+    rows = [row for rows in script.open_corpus(args).listed.values() for row in rows]
+    assert {row["clip"]: row["split"] for row in rows} == dict(zip(names, ["", "", "test", "test"]))
+
+
+def test_links_to_folders_are_followed_and_never_for_ever(tmp_path):
+    folder = audio_folder(tmp_path / "elsewhere", splits=["test"], limit=4)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/test").symlink_to(folder / "test")
+    for link, target in ("own/again", "own"), ("elsewhere/test/back", "own"), ("elsewhere/test/up", "/"):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    (tmp_path / "elsewhere/test/gone").symlink_to(tmp_path / "nowhere")
+    assert run(tmp_path, tmp_path / "own", "--eval_only") == 0
+    assert len(load_predictions(tmp_path / "out/results")) == 4
+    assert len((tmp_path / "out/results/skipped_clips.csv").read_text().splitlines()) == 1
+
+
 def test_the_country_code_of_namibia_and_texts_that_look_like_numbers_stay_texts(tmp_path):
     write_audio(tmp_path / "own", own_rows("test", 3))
     names = [clip for clip, _, _ in own_rows("test", 3)]
@@ -343,6 +366,21 @@ def test_a_row_that_ends_before_its_file_name_is_named(tmp_path):
     assert [row["problem"] for rows in corpus.listed.values() for row in rows] == ["no file_name", ""]
 
 
+def test_a_text_with_commas_outside_quotes_is_named_and_not_cut(tmp_path, capfd):
+    clips = own_rows("test", 3)
+    write_audio(tmp_path / "own/test", clips)
+    texts = "fever, cough and chills", "fever", '"fever, cough"'
+    lines = [f"{clip},{text},ada,," for (clip, *_), text in zip(clips, texts)]
+    (tmp_path / "own/test/metadata.csv").write_text("\n".join(["file_name,text,speaker", *lines]))
+    assert run(tmp_path, tmp_path / "own", "--eval_only") == 0
+    assert "1 row with more cells than columns, the first in line 2: not used" in capfd.readouterr().err
+    with (tmp_path / "out/results/skipped_clips.csv").open(newline="") as file:
+        left_out = [(row["clip"], row["reason"], row["text"]) for row in csv.DictReader(file)]
+    reason = "more cells than columns (line 2): its text needs quotes"
+    assert left_out == [(f"test/{clips[0][0]}", reason, "fever")]
+    assert sorted(row["text"] for row in load_predictions(tmp_path / "out/results")) == ["fever", "fever, cough"]
+
+
 def test_rows_of_other_splits_are_counted(tmp_path, capfd):
     folder = one_table(tmp_path / "own", splits=["test"], limit=6, split=lambda *_: "test")
     rows = list(csv.DictReader((folder / "metadata.csv").open(newline="", encoding="utf-8")))
@@ -363,6 +401,29 @@ def test_a_damaged_parquet_file_costs_its_own_clips(tmp_path):
         "test,data/test-00001-of-00002.parquet,damaged file ("
         in (tmp_path / "out/results/skipped_clips.csv").read_text()
     )
+
+
+@pytest.mark.parametrize("make", [audio_folder, parquet_folder])
+def test_a_damaged_prepared_file_is_named_and_made_again_when_deleted(tmp_path, capfd, make):
+    folder = make(tmp_path / "own", splits=["test"], limit=3)
+    assert run(tmp_path, folder, "--eval_only") == 0
+    (file,) = (tmp_path / "audio/clips").iterdir()
+    for content in b"", file.read_bytes()[:-2_000]:
+        file.write_bytes(content)
+        capfd.readouterr()
+        line = refusal(capfd, tmp_path, folder, "--eval_only")
+        assert line.startswith(f"{file} is damaged (") and line.endswith(": delete it, the same command makes it again")
+    file.unlink()
+    assert run(tmp_path, folder, "--eval_only") == 0
+
+
+def test_files_whose_names_are_not_utf_8_are_passed_over(tmp_path, capfd):
+    folder = audio_folder(tmp_path / "own", splits=["test"], limit=3)
+    audio = next(folder.rglob("*.ogg"))
+    shutil.copy(audio, os.fsencode(folder) + b"/test/caf\xe9.ogg")
+    assert run(tmp_path, folder, "--eval_only") == 0
+    assert f"1 file of {folder}, such as test/caf\ufffd.ogg, passed over" in capfd.readouterr().err
+    assert len(load_predictions(tmp_path / "out/results")) == 3
 
 
 def test_changed_recordings_are_converted_again_and_others_are_not(tmp_path):
@@ -394,6 +455,53 @@ def test_an_interrupted_preparation_goes_on_with_the_groups_that_are_left(tmp_pa
     assert by_text(tmp_path / "out/results") == whole
 
 
+def test_texts_corrected_after_an_interrupted_preparation_are_taken(tmp_path, monkeypatch):
+    import concurrent.futures
+
+    def interrupted(jobs):
+        jobs[0].result()
+        raise script.Stopped(2)
+
+    monkeypatch.setattr(script, "GROUP_CLIPS", 3)
+    folder = audio_folder(tmp_path / "own", splits=["test"], limit=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(concurrent.futures, "as_completed", interrupted)
+        assert run(tmp_path, folder, "--eval_only") == 130
+    assert (tmp_path / "audio/clips/test-00000.arrow").exists()
+    table = folder / "test/metadata.csv"
+    rows = list(csv.DictReader(table.open(newline="", encoding="utf-8")))
+    write_table(table, [{**row, "sentence": "the corrected text"} for row in rows])
+    assert run(tmp_path, folder, "--eval_only") == 0
+    assert {row["text"] for row in load_predictions(tmp_path / "out/results")} == {"the corrected text"}
+
+
+def test_of_two_processes_that_see_a_change_one_converts_it(tmp_path):
+    folder = audio_folder(tmp_path / "own", splits=["test"], limit=3)
+    assert run(tmp_path, folder, "--eval_only") == 0
+    shutil.copy(*(folder / "test" / clip for clip, *_ in own_rows("test", 2)))
+    flags = ["--dataset", folder, "--data_dir", tmp_path / "audio", "--num_proc", 1, "--eval_only"]
+    args, _ = script.parse_arguments(list(map(str, flags)))
+    first, second = script.open_corpus(args), script.open_corpus(args)
+    file, times = tmp_path / "audio/clips/test-00000.arrow", []
+    for corpus in first, second:
+        corpus.make_splits(["test"], 42)
+        assert len(corpus.unprepared(corpus.archives("test"))) == 1
+        script.prepare_corpus(corpus, ["test"], args)
+        times.append(file.stat().st_mtime_ns)
+    assert times[0] == times[1]
+
+
+def test_files_of_others_in_the_data_folder_stay(tmp_path):
+    folder = audio_folder(tmp_path / "own", splits=["test"], limit=3)
+    others = tmp_path / "audio/notes/letter.tmp"
+    others.parent.mkdir(parents=True)
+    others.write_text("of somebody else")
+    (tmp_path / "audio/clips").mkdir()
+    (tmp_path / "audio/clips/test-00000.arrow.1.tmp").write_text("half")
+    assert run(tmp_path, folder, "--eval_only") == 0
+    assert others.exists() and len(list((tmp_path / "audio/clips").iterdir())) == 1
+
+
 # ---------------------------------------------------------------- selection
 
 
@@ -412,6 +520,25 @@ def test_accents_and_countries_choose_by_their_columns(tmp_path, capfd):
 
 
 # ---------------------------------------------------------------- refusals
+
+
+def test_countries_and_domains_are_chosen_however_they_are_written(tmp_path, capfd):
+    folder = audio_folder(tmp_path / "own", splits=["test"], limit=30)
+    table = folder / "test/metadata.csv"
+    rows = list(csv.DictReader(table.open(newline="", encoding="utf-8")))
+    country = rows[0]["country"]
+    chosen = [row for row in rows if (row["country"], row["domain"]) == (country, "clinical")]
+    write_table(table, [{**row, "country": row["country"].lower(), "domain": row["domain"].title()} for row in rows])
+    assert run(tmp_path, folder, "--eval_only", "--countries", country, "--domains", "clinical") == 0
+    assert 0 < len(load_predictions(tmp_path / "out/results")) == len(chosen) < len(rows)
+
+
+def test_of_a_further_set_the_test_files_alone_are_read(tmp_path):
+    folder = parquet_folder(tmp_path / "own", limit=3)
+    args, training = script.parse_arguments(["--data_dir", str(tmp_path), "--also_score", str(folder), "--eval_only"])
+    args.tune_lm = True
+    ((_, corpus),) = script.open_further(args, training).values()
+    assert list(corpus.listed) == ["data/test-00000-of-00001.parquet"]
 
 
 def test_columns_that_cannot_be_told_are_refused_with_those_found(tmp_path, capfd):
@@ -529,6 +656,24 @@ def test_a_parquet_dataset_of_the_hub_is_fine_tuned_on(tmp_path):
     assert f"datasets:\n- {HUB_NAME}\n" in (tmp_path / "out/final/README.md").read_text()
 
 
+def test_a_prepared_dataset_without_a_revision_needs_no_hub(tmp_path):
+    main = parquet_folder(tmp_path / "main", splits=["test"], limit=3)
+    also = audio_folder(tmp_path / "also", splits=["test"], limit=3)
+    command = ["--model", MODEL, "--dataset", HUB_NAME, "--also_score", "us/english", "--eval_only", "--num_proc", 1]
+    with LoopbackHub(datasets={HUB_NAME: main, "us/english": also}) as hub:
+        env = hub.env(tmp_path)
+        done = [run_script(*command, "--data_dir", "audio", "--output_dir", "first", cwd=tmp_path, env=env)]
+    env["HF_HUB_OFFLINE"] = "1"
+    done += [
+        run_script(*command, "--data_dir", folder, "--output_dir", "second", cwd=tmp_path, env=env)
+        for folder in ("audio", "other")
+    ]
+    assert [part.returncode for part in done] == [0, 0, 1], [part.stderr[-300:] for part in done]
+    assert [part.stdout.count("the Hub cannot be reached: taken as") for part in done] == [0, 2, 0]
+    assert "cannot be reached: go online" in error_line(done[2].stderr)
+    assert load_predictions(tmp_path / "first/results") == load_predictions(tmp_path / "second/results")
+
+
 def test_an_audio_folder_of_the_hub_is_prepared(tmp_path):
     folder = audio_folder(tmp_path / "repository", limit=4)
     with LoopbackHub(datasets={HUB_NAME: folder}) as hub:
@@ -579,5 +724,21 @@ def test_configurations_are_chosen_by_name(tmp_path):
     several, unknown = (line.removeprefix("finetune_medasr.py: error: ") for line in done.stderr.splitlines())
     assert several == f"--dataset {HUB_NAME} has the configurations en, fr: choose one, as {HUB_NAME}:en"
     assert unknown == f"--dataset names 'de'; the configurations of {HUB_NAME} are en, fr"
+    assert run(tmp_path, f"{folder}:fr", "--dry_run") == 0 and run(tmp_path, f"{folder}:en", "--dry_run") == 2
     assert done.stdout.count(" 3 clips") == 3 + 3 and "in 4 archives" in done.stdout  # each split, and its one accent
     assert not hub.count("*/en/*", "GET") and hub.count("*/fr/*.parquet", "GET")
+
+
+@pytest.mark.parametrize(
+    "head, message",
+    [
+        ("configs: [{config_name: no, data_files: x}, {config_name: 5, data_files: x}]", "configurations False, 5:"),
+        ("configs: [{config_name: a, data_files: [{split: 1, path: x}]}]", "no parquet files"),
+        ("made: 2023-02-30", "does not begin with YAML (ValueError: day is out of range"),
+        ("x: " + "[" * 2_000, "does not begin with YAML (RecursionError"),
+    ],
+)
+def test_a_readme_that_means_nothing_is_refused_in_one_line(tmp_path, capfd, head, message):
+    folder = parquet_folder(tmp_path / "own", splits=["test"], limit=2)
+    (folder / "README.md").write_text(f"---\n{head}\n---\n")
+    assert message in refusal(capfd, tmp_path, folder, status=2 if "configurations" in message else 1)
