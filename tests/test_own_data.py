@@ -537,7 +537,7 @@ def test_of_a_further_set_the_test_files_alone_are_read(tmp_path):
     folder = parquet_folder(tmp_path / "own", limit=3)
     args, training = script.parse_arguments(["--data_dir", str(tmp_path), "--also_score", str(folder), "--eval_only"])
     args.tune_lm = True
-    ((_, corpus),) = script.open_further(args, training).values()
+    ((_, corpus, _),) = script.open_further(args, training).values()
     assert list(corpus.listed) == ["data/test-00000-of-00001.parquet"]
 
 
