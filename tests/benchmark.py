@@ -491,6 +491,7 @@ def measure_data_path(folder, options):
 
 def usual_trainer(folder, model, processor, train, dev, steps, extra=()):
     from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 
     def rates(prediction):
         ids = prediction.predictions.argmax(-1)
@@ -512,10 +513,12 @@ def usual_trainer(folder, model, processor, train, dev, steps, extra=()):
         logging_steps=1,
         **dict(extra),
     )
-    return Trainer(
+    trainer = Trainer(
         model=model, args=training, data_collator=UsualCollator(processor), train_dataset=train, eval_dataset=dev,
         compute_metrics=rates,
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def measure_evaluation(folder, options):
