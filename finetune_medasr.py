@@ -2467,19 +2467,22 @@ MEL_BANDS = 8  # each filter spans a few of the spectrum's bins: bands of filter
 
 @functools.cache
 def mel_constants(extractor, device):
-    """The window (win_length,) of a LasrFeatureExtractor and its mel filters, float32 on `device`.
+    """The window (win_length,), float32, of a LasrFeatureExtractor and its mel filters, on `device`.
 
     The filters come in bands: (slice of the spectrum that a band spans, with real and imaginary parts side by side;
     weights (that many, bins)).
     """
     import torch
 
+    # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
+    exact = torch.float64 if torch.device(device).type == "cuda" else torch.float32
+
     window = torch.hann_window(extractor.win_length, periodic=False, dtype=torch.float64)
     filters, bands = extractor.mel_filters.float().repeat_interleave(2, 0), []
     for band in filters.tensor_split(MEL_BANDS, 1):
         spanned = band.any(1).nonzero()
         span = slice(int(spanned.min()), int(spanned.max()) + 1) if len(spanned) else slice(0, 0)
-        bands.append((span, band[span].contiguous().to(device)))
+        bands.append((span, band[span].contiguous().to(device, exact)))
     return window.float().to(device), bands
 
 
@@ -2498,9 +2501,7 @@ def log_mels(waveforms, lengths, extractor):
         frames = part.unfold(-1, extractor.win_length, extractor.hop_length) * window
         # Real and imaginary parts side by side: the filters sum their squares.
         squares = torch.view_as_real(torch.fft.rfft(frames, n=extractor.n_fft)).flatten(-2).square_()
-        # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
-        exact = torch.float64 if squares.is_cuda else torch.float32
-        mels = [squares[..., span].to(exact) @ band.to(exact) for span, band in bands]
+        mels = [squares[..., span].to(band.dtype) @ band for span, band in bands]
         features.append(torch.cat(mels, -1).float().clamp_(min=1e-5).log_())
     features = torch.cat(features)
     ends = torch.arange(features.shape[1], device=features.device) * extractor.hop_length + extractor.win_length
