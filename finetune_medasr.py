@@ -1243,7 +1243,7 @@ def open_corpus(args):
                 raise
             say("  the Hub cannot be reached: taken as it was when it was listed last")
             corpus.files = stored["files"]
-    corpus.read_stamps()
+    corpus.stamps = stored.get("stamps", {})
     if not corpus.archives(*SPLITS):
         corpus = open_recordings(corpus, args)
     elif config or args.text_column:
