@@ -4591,14 +4591,29 @@ def numbered_checkpoints(output):
 
 
 def checkpoint_to_resume(training):
-    """The complete checkpoint to go on from, the newest or the one of --resume_from_checkpoint; None: there is none."""
+    """The complete checkpoint to go on from, the newest or the one of --resume_from_checkpoint; None: there is none.
+
+    Raises UsageError if the one asked for is not complete, RunError if the processes find different ones.
+    """
     wanted = training.resume_from_checkpoint
     if wanted and wanted.lower() not in ("true", "false"):
-        folder = Path(wanted)
-        if problem := checkpoint_problem(folder):
+        if problem := checkpoint_problem(Path(wanted)):
             raise UsageError(f"--resume_from_checkpoint is {wanted}: {problem}; give a complete checkpoint")
-        return str(folder)
-    for folder in numbered_checkpoints(training.output_dir):
+        found = str(Path(wanted))
+    else:
+        found = newest_complete(training.output_dir)
+    done = updates_done(found)
+    if agreed(done, training) != agreed(done, training, "MAX"):
+        raise RunError(
+            f"the processes find different checkpoints in {training.output_dir}: nodes have to share it to go on from "
+            "one; share it, or --overwrite_output_dir starts anew"
+        )
+    return found
+
+
+def newest_complete(output):
+    """The newest complete checkpoint in `output`, None if there is none; warns of newer ones."""
+    for folder in numbered_checkpoints(output):
         problem = checkpoint_problem(folder)
         if not problem:
             return str(folder)
@@ -5004,10 +5019,10 @@ def run(args, training):
     """The whole job, phase by phase; returns the exit status."""
     from transformers import set_seed
 
-    own = Path(training.output_dir)
-    if (args.eval_only or args.score_file) and (own / "run.json").is_file():
-        training.output_dir = str(own / "scores")
-        say(f"the results of the run in {own} stay: these go to {training.output_dir}")
+    output = Path(training.output_dir)
+    if (args.eval_only or args.score_file) and (output / "run.json").is_file():
+        training.output_dir = str(output / "scores")
+        say(f"the results of the run in {output} stay: these go to {training.output_dir}")
     if args.score_file:
         return score_file(args, training)
     if args.transcribe:
@@ -5021,11 +5036,6 @@ def run(args, training):
             push_to_hub(training, Path(training.output_dir) / "final")
         return 0
     checkpoint = checkpoint_to_resume(training) if trains else None
-    if trains and agreed(updates_done(checkpoint), training) != agreed(updates_done(checkpoint), training, "MAX"):
-        raise RunError(
-            f"the processes find different checkpoints in {training.output_dir}: nodes have to share it to go on from "
-            "one; share it, or --overwrite_output_dir starts anew"
-        )
     say(f"corpus: {args.dataset}")
     # Before the audio: what cannot be used should not be found out after hours of preparation.
     processor, model = load_processor_and_model(args, trains) if trains or args.eval_only else (None, None)
