@@ -4679,14 +4679,14 @@ def open_run(args, training):
     goal = {name: settings[name] for name in GOAL} | lm_asked(args)
     goal |= {"also_score": further_names(args)} if args.also_score else {}
     state = RunState(output / "run.json", identity, goal)
-    foreign = [] if state.path.exists() else list(foreign_parts(output))
+    foreign = "" if state.path.exists() else next(foreign_parts(output), "")
     stored = None if args.overwrite_output_dir else read_json(state.path)
     # The first one's, because nodes need not share the folder, and all have to do the same.
     stored, foreign = gather_object([(stored, foreign)])[0]
     if stored is None:
         if foreign:
             raise UsageError(
-                f"--output_dir {output} holds {foreign[0]}, which no run of this program has made and this one would "
+                f"--output_dir {output} holds {foreign}, which no run of this program has made and this one would "
                 "delete; choose another --output_dir, or --overwrite_output_dir to delete it"
             )
         return state
