@@ -4,23 +4,26 @@
     python finetune_medasr.py --demo                                    # the whole job in small, offline, in minutes
     python finetune_medasr.py                                           # MedASR on all of AfriSpeech-200
     python finetune_medasr.py --accents yoruba igbo --domains clinical  # a part of it
-    python finetune_medasr.py --dataset ./recordings --data_dir ./16khz # your own recordings
-    python finetune_medasr.py run.yaml --learning_rate 1e-5             # a YAML file, flags on top of it
+    python finetune_medasr.py --dataset ./recordings                    # your own recordings
     python finetune_medasr.py --eval_only --model ./medasr-afrispeech-200/final
     python finetune_medasr.py --transcribe visit.wav recordings/        # with the model that a run has made
     torchrun --nproc_per_node 8 finetune_medasr.py
 
-The path of the data: archives of the Hub repository, or your own recordings -> 16 kHz mono FLAC in memory-mapped Arrow
-files -> length-grouped batches of log-mels -> LasrForCTC -> greedy CTC text -> word error rates by group -> report,
-TensorBoard, model card.
-
-torch, transformers and datasets are imported inside the functions that use them: they take seconds to load, and --help,
-usage errors and the worker processes that convert audio should not wait for them.
+The path of the data: archives, audio files or parquet files, on the Hub or in a folder -> 16 kHz mono FLAC in
+memory-mapped Arrow files -> length-grouped batches of log-mels -> LasrForCTC -> CTC text -> word error rates by group ->
+report, TensorBoard, model card.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(
+        "finetune_medasr.py: error: this needs Python 3.11 or newer and was started with Python " + sys.version[:6]
+    )
+
 import argparse
-import codecs
 import contextlib
+import copy
 import csv
 import dataclasses
 import difflib
@@ -30,11 +33,14 @@ import glob
 import gzip
 import hashlib
 import html
-import html.entities
+import importlib
+import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -42,43 +48,54 @@ import shlex
 import shutil
 import signal
 import stat
-import sys
 import tarfile
 import tempfile
 import textwrap
+import threading
 import time
+import typing
 import unicodedata
+import warnings
 import zlib
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
+
+class Lazy:
+    """A module that is imported when it is first used: torch takes seconds and 400 MB, which the processes that convert
+    audio, and import this script too, should not pay.
+    """
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+accelerate, datasets, evaluate, filelock, httpx2 = map(Lazy, "accelerate datasets evaluate filelock httpx2".split())
+jiwer, librosa, pandas, soundfile, torch = map(Lazy, "jiwer librosa pandas soundfile torch".split())
+tqdm, transformers, yaml = map(Lazy, "tqdm transformers yaml".split())
+hub, hub_errors, parquet = map(Lazy, "huggingface_hub huggingface_hub.errors pyarrow.parquet".split())
+
 PROGRAM = "finetune_medasr.py"
 HERE = Path(__file__).resolve().parent
-
 DEFAULT_MODEL = "google/medasr"
 DEFAULT_DATASET = "intronhealth/afrispeech-200"
 # Earlier revisions of the repository leave out the transcripts of dev and test.
 DEFAULT_DATASET_REVISION = "b538c6e111914a812af28ff677f8cffc9b404b7d"
-
 LM_FILE = "lm_6.kenlm"  # in MedASR's repository: a 6-gram of its tokenizer's pieces
-
 SAMPLE_RATE = 16_000  # Hz, what MedASR's feature extractor expects
 SPLITS = ("train", "dev", "test")
 DOMAINS = ("clinical", "general")
-SILENCE = float(np.log(1e-5))  # LasrFeatureExtractor floors its mel energies at 1e-5, so a frame of 0.0 would be loud
-IGNORED_LABEL = -100  # the label id that losses leave out, by convention in torch and transformers
 WINDOW_OVERLAP_SECONDS = 2.0  # a side, as in the model card's pipeline call (chunk_length_s=20, stride_length_s=2)
-CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
-LOUDEST = 1e30  # full scale is 1; what comes near float32's limit overflows when it is resampled
-FLAC_BYTES_AN_HOUR = 59e6  # of 16 kHz mono speech
-SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
-BOOTSTRAP_DRAWS = 10_000
 ROOM_ADVICE = "free some disk; the same command goes on"
-PAPER_SECONDS = 17  # the AfriSpeech authors' tables are of test clips shorter than this
 
 
 class UsageError(Exception):
@@ -87,6 +104,12 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """Something that went wrong while running: exit status 1."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the program, where it may: exit status 128 and its number."""
+
+    advice = "the same command goes on from here"
 
 
 def say(text="", stream=None):
@@ -100,15 +123,17 @@ def warn(text):
     say(f"{PROGRAM}: warning: {' '.join(redact(text).split())}", sys.stderr)
 
 
-def printable(name):
-    """The name of a file, which need not be text, as some."""
-    return os.fsencode(name).decode(errors="replace")
-
-
 def one_line(error):
     """An exception as one short line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
+
+
+def plural(count, noun):
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+# What gloo and NCCL say in the processes that are left.
+LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|remote process exited|NCCL communicator was aborted")
 
 
 @contextlib.contextmanager
@@ -117,32 +142,23 @@ def explained(what, errors=OSError, advice=""):
     try:
         yield
     except errors as error:
+        if LOST_PROCESS.search(str(error)):
+            raise
         raise RunError(f"{what} ({one_line(error)}){advice and ': '}{advice}") from error
 
 
-# What gloo and NCCL say in the processes that are left.
-LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|remote process exited|NCCL communicator was aborted")
+def checkpoint_errors():
+    """What the libraries raise for models and checkpoints that they cannot read or write."""
+    safetensors = Lazy("safetensors").SafetensorError
+    return OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, safetensors
 
 
 def is_full_disk(error):
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def plural(count, noun):
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_\w{4,}|(?:(?<=[_-]token[= ])|(?<=[_-]token: ))\S+")
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could move a terminal's cursor
-
-
-def public(value):
-    """`value` (JSON, or text) without tokens, and with absolute paths cut to their names: people publish it."""
-    if isinstance(value, dict):
-        return {name: public(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [public(item) for item in value]
-    return re.sub(r"^(--[\w-]+=)?(?:[/~].*/|/)(?=.)", r"\1", redact(value)) if isinstance(value, str) else value
 
 
 def redact(text):
@@ -152,41 +168,82 @@ def redact(text):
     return STEERING.sub("\ufffd", SECRET.sub("***", text))
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal that ends the program, where it may: exit status 128 and its number."""
+def public(value):
+    """`value` (JSON, or text) without tokens, and with absolute paths cut to their names: people publish it."""
+    if isinstance(value, dict):
+        return {name: public(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(item) for item in value]
+    return re.sub(r"^(--[\w-]+=)?(?:[/~].*/|/)(?=.)", r"\1", redact(value)) if isinstance(value, str) else value
 
-    advice = "the same command goes on from here"
+
+def slugify(name):
+    """A name as part of a path, an accent's in the Hub repository too: 'Akan (Fante)' -> 'akan-fante'."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def file_stem(name):
+    """What a dataset is called in files and folders; a slug alone leaves nothing of other alphabets."""
+    return f"{slugify(name)}-{'' if name.isascii() else digest(name)[:8]}".strip("-")
+
+
+def digest(content):
+    """A checksum of JSON."""
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+
+def read_json(path):
+    """What a JSON object that this program or the Trainer wrote holds; None if it is not there, or not whole."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+@contextlib.contextmanager
+def complete(target):
+    """The name of a file or folder to write, which takes the place of `target` when complete; no half is left."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file so that it is complete or absent."""
+    with explained(f"{path} cannot be written", advice=ROOM_ADVICE), complete(Path(path)) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 LAUNCHER_SECONDS = 5  # in which torchrun or Slurm passes on a signal that the processes have got themselves
 
 
-@dataclass
 class StopSignals:
     """SIGTERM and Ctrl-C. They raise Stopped at once, or, where `deferred`, leave their `number` to be looked at.
 
     Training and scoring look after each update and batch, because several processes have to stop at the same one. A
-    second signal ends the program at once, but for one that a launcher passes on to processes that have got it already.
-    Worker processes leave signals to the program itself.
+    second signal ends the program at once. Worker processes leave signals to the program itself.
     """
 
-    deferred: bool = False
-    number: int | None = None
-    since: float = 0.0
-    process: int | None = None
+    deferred, number, since, process = False, 0, 0.0, 0
 
     def install(self):
-        import threading
-
-        self.deferred, self.number, self.process = False, None, os.getpid()
+        self.deferred, self.number, self.process = False, 0, os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        if os.getpid() != self.process:
-            return
-        if self.number and "RANK" in os.environ and time.monotonic() - self.since < LAUNCHER_SECONDS:
+        is_passed_on = "RANK" in os.environ and time.monotonic() - self.since < LAUNCHER_SECONDS
+        if os.getpid() != self.process or (self.number and is_passed_on):
             return
         if self.number:
             os.write(2, f"\n{PROGRAM}: error: ended by a second {signal.Signals(number).name}\n".encode())
@@ -203,36 +260,17 @@ class StopSignals:
         finally:
             self.deferred = before
 
-    def among_all(self, training):
-        """The number of a signal that any of the processes has got, the same in each of them; 0 for none."""
-        return agreed(self.number or 0, training, "MAX")
-
 
 STOP_SIGNALS = StopSignals()
 
 
-def agreed(number, training, choice="MIN"):
+def agreed(number, settings, choice="MIN"):
     """The smallest (or with "MAX" the largest) of the processes' integers, the same in each of them."""
-    if training.world_size == 1:
+    if settings.world_size == 1:
         return int(number)
-    import torch
-
-    number = torch.tensor(int(number), device=training.device)
+    number = torch.tensor(int(number), device=settings.device)
     torch.distributed.all_reduce(number, getattr(torch.distributed.ReduceOp, choice))
     return int(number)
-
-
-SPENT = Counter()  # seconds of this start of the program, by what they were spent on
-
-
-@contextlib.contextmanager
-def spending(what):
-    """Add the time of a block to SPENT."""
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        SPENT[what] += time.monotonic() - start
 
 
 @functools.cache
@@ -241,7 +279,10 @@ def mixed(*kinds):
     return type(kinds[-1].__name__, kinds, {"kinds": kinds})
 
 
-# ---------------------------------------------------------------- configuration
+# ---------------------------------------------------------------- settings
+
+Number = typing.TypeVar("Number")
+Positive, NotNegative = Annotated[Number, "above 0"], Annotated[Number, "0 or more"]
 
 
 def flag(default, text):
@@ -249,7 +290,7 @@ def flag(default, text):
 
 
 @dataclass
-class ScriptArguments:
+class ScriptFlags:
     """The script's own flags."""
 
     _argument_group_name = "this script"
@@ -257,102 +298,69 @@ class ScriptArguments:
     model: str = flag(DEFAULT_MODEL, "Hub id or local folder of the model")
     model_revision: str | None = flag(None, "branch, tag or commit of the model")
     dataset: str = flag(
-        DEFAULT_DATASET,
-        "Hub id or local folder, NAME:CONFIG for one of its configurations: AfriSpeech-200's layout, or your own",
+        DEFAULT_DATASET, "Hub id or local folder, in AfriSpeech-200's layout or your own; :NAME a config"
     )
-    dataset_revision: str | None = flag(
-        None, f"commit of the corpus; for AfriSpeech-200 {DEFAULT_DATASET_REVISION[:7]} is pinned"
-    )
-    text_column: str | None = flag(None, "the column of your own recordings' texts, where the program cannot tell")
-    data_dir: str = flag("./afrispeech-200-16khz", "where the prepared 16 kHz audio is kept")
+    dataset_revision: str | None = flag(None, f"commit of the corpus; {DEFAULT_DATASET_REVISION[:7]} of AfriSpeech-200")
+    text_column: str | None = flag(None, "the column of your own recordings' texts, where it cannot be told")
+    data_dir: str = flag("./afrispeech-200-16khz", "where prepared 16 kHz audio is kept, of any number of corpora")
     accents: list[str] | None = flag(None, "only these accents, e.g. yoruba 'akan (fante)'")
     domains: list[str] | None = flag(None, "only these domains: clinical, general")
     countries: list[str] | None = flag(None, "only these countries, two-letter codes, e.g. NG KE")
-    max_train_seconds: float = flag(30.0, "leave longer clips out of training, in seconds")
-    max_train_samples: int | None = flag(None, "train on a random choice of so many clips")
-    max_eval_samples: int | None = flag(None, "evaluate on a random choice of so many dev clips")
-    max_test_samples: int | None = flag(None, "score a random choice of so many test clips")
-    target_text: Literal["as_written", "words"] = flag(
-        "as_written", "train on the transcript as written, or on lower-case words alone"
-    )
-    spec_augment: bool = flag(
-        True, "mask stretches of time and frequency in training (--no_spec_augment to switch off)"
-    )
+    max_train_seconds: Positive[float] = flag(30.0, "leave longer clips out of training, in seconds")
+    max_train_samples: Positive[int | None] = flag(None, "train on a random choice of so many clips")
+    max_eval_samples: Positive[int | None] = flag(None, "evaluate on a random choice of so many dev clips")
+    max_test_samples: Positive[int | None] = flag(None, "score a random choice of so many test clips")
+    target_text: Literal["as_written", "words"] = flag("as_written", "train on the transcript, or on lower-case words")
+    spec_augment: bool = flag(True, "mask stretches of time and frequency in training (--no_spec_augment: do not)")
     overwrite_output_dir: bool = flag(False, "start anew: delete what an earlier run left in --output_dir")
-    early_stopping_patience: int = flag(
-        3, "stop after so many evaluations without a better dev WER; 0 never stops early"
-    )
+    early_stopping_patience: NotNegative[int] = flag(3, "stop after so many evaluations without a better WER; 0 never")
     skip_baseline: bool = flag(False, "do not score the untouched model first")
-    window_seconds: float = flag(
-        20.0, f"score longer clips in windows of so many seconds, overlapping by {WINDOW_OVERLAP_SECONDS:g} s a side"
-    )
-    num_proc: int | None = flag(None, "processes that prepare audio; all cores if not given")
+    window_seconds: Positive[float] = flag(20.0, "score longer clips in overlapping windows of so many seconds")
+    num_proc: Positive[int | None] = flag(None, "processes that prepare audio; all cores if not given")
     keep_archives: bool = flag(False, "keep the downloaded archives after they are converted")
-    also_score: list[str] | None = flag(
-        None, "score these test sets too, each a Hub dataset or a folder, before and after: what the model forgets"
-    )
+    also_score: list[str] | None = flag(None, "test sets, Hub datasets or folders, scored too: what the model forgets")
     streaming: bool = flag(False, "train on audio straight from the Hub, keeping none of it; needs --max_steps")
     prepare_only: bool = flag(False, "download and convert the audio, then stop")
     dry_run: bool = flag(False, "say what a run would do: clips, hours, disk, updates; no audio is fetched")
     eval_only: bool = flag(False, "score --model on the test split, then stop")
-    score_file: str | None = flag(
-        None, "write the report for any system's texts: JSON lines or CSV with text and pred_text"
-    )
-    transcribe: list[str] | None = flag(
-        None, "print the text of these audio files, folders, patterns or - for standard input, then stop"
-    )
-    transcript_format: Literal["text", "json", "srt", "vtt"] = flag(
-        "text", "write --transcribe's texts plain, with each word's time and confidence, or as subtitles"
-    )
+    score_file: str | None = flag(None, "report on any system's texts: JSON lines or CSV with text and pred_text")
+    transcribe: list[str] | None = flag(None, "print the text of audio files, folders, patterns or - (standard input)")
+    transcript_format: Literal["text", "json", "srt", "vtt"] = flag("text", "of --transcribe; json: words with times")
     transcript_dir: str | None = flag(None, "write --transcribe's texts into this folder, a file for each")
-    format_dictation: bool = flag(
-        False, "write dictated {period}, {comma}, {new paragraph} of --transcribe's texts as what they stand for"
-    )
-    lm: str | None = flag(
-        None, f"decode with this n-gram of the model's tokens (ARPA or KenLM) too; auto: {LM_FILE} of the model"
-    )
-    lm_weight: float = flag(0.5, "what a natural log-probability of --lm counts beside one of the model")
+    format_dictation: bool = flag(False, "write dictated {period}, {new paragraph} ... as what they stand for")
+    lm: str | None = flag(None, f"decode with this n-gram of the model's tokens too; auto: {LM_FILE} of the model")
+    lm_weight: NotNegative[float] = flag(0.5, "what a log-probability of --lm counts beside one of the model")
     lm_word_score: float = flag(1.5, "what each token adds to a text's score: --lm alone prefers short ones")
-    lm_beam: int = flag(8, "hypotheses that the search with --lm keeps at each frame")
+    lm_beam: Positive[int] = flag(8, "hypotheses that the search with --lm keeps at each frame")
     tune_lm: bool = flag(False, "choose --lm_weight and --lm_word_score on dev before the test clips are scored")
     demo: bool = flag(False, "run the whole job on the small model and corpus in tests/fixtures, offline")
 
 
 @dataclass
-class CommonTrainingArguments:
+class TrainingFlags:
     """The `TrainingArguments` fields that people change, with this script's defaults."""
 
     _argument_group_name = "training (any other field of transformers' TrainingArguments works too: --help_all)"
 
-    output_dir: str = flag(
-        "./medasr-afrispeech-200", "where checkpoints, results, TensorBoard logs and the final model go"
-    )
-    learning_rate: float = flag(3e-5, "peak learning rate of AdamW")
-    per_device_train_batch_size: str = flag(
-        "auto", "clips a step and device; auto: 8 x --gradient_accumulation_steps an update, in steps that fit the GPU"
-    )
-    per_device_eval_batch_size: str = flag(
-        "auto", "clips or windows a device when scoring; auto: as many seconds of audio as fit"
-    )
-    gradient_accumulation_steps: int = flag(4, "steps whose gradients make one update")
-    num_train_epochs: float = flag(10.0, "passes over the training clips")
+    output_dir: str = flag("./medasr-afrispeech-200", "where checkpoints, results, logs and the final model go")
+    learning_rate: Positive[float] = flag(3e-5, "peak learning rate of AdamW")
+    per_device_train_batch_size: str = flag("auto", "clips a step and device; auto: 32 an update, in steps that fit")
+    per_device_eval_batch_size: str = flag("auto", "clips or windows when scoring; auto: as many seconds as fit")
+    gradient_accumulation_steps: Positive[int] = flag(4, "steps whose gradients make one update")
+    num_train_epochs: Positive[float] = flag(10.0, "passes over the training clips")
     max_steps: int = flag(-1, "updates in all; overrides the epochs if positive")
-    warmup_steps: float = flag(500, "updates (or, below 1, share of all updates) over which the learning rate rises")
-    eval_steps: int = flag(500, "updates between two evaluations on dev")
-    save_steps: int = flag(500, "updates between two checkpoints; a multiple of --eval_steps")
-    logging_steps: int = flag(25, "updates between two logged training losses")
-    save_total_limit: int = flag(4, "checkpoints kept, the best among them")
+    warmup_steps: NotNegative[float] = flag(500, "updates (below 1: share of them) over which the learning rate rises")
+    eval_steps: Positive[int] = flag(500, "updates between two evaluations on dev")
+    save_steps: Positive[int] = flag(500, "updates between two checkpoints; a multiple of --eval_steps")
+    logging_steps: Positive[int] = flag(25, "updates between two logged training losses")
+    save_total_limit: NotNegative[int] = flag(4, "checkpoints kept, the best among them")
     # Declared bool so that a bare --fp16 works; None means: where there is a CUDA GPU and no --bf16.
-    fp16: bool = flag(
-        None, "float16 on a CUDA GPU, with the modules that overflow it in float32; on there unless --bf16"
-    )
+    fp16: bool = flag(None, "float16 where that is safe, float32 elsewhere; on where there is a CUDA GPU")
     bf16: bool = flag(False, "bfloat16 mixed precision instead of float16")
     gradient_checkpointing: bool = flag(False, "recompute activations to save GPU memory")
-    dataloader_num_workers: int | None = flag(
-        None, "processes that decode audio for training; up to 8, by cores, if not given"
-    )
+    dataloader_num_workers: NotNegative[int | None] = flag(None, "processes that decode audio; up to 8, by cores")
     resume_from_checkpoint: str | None = flag(None, "a checkpoint's folder; the newest complete one if not given")
-    seed: int = flag(42, "seed of everything random")
+    seed: NotNegative[int] = flag(42, "seed of everything random")
 
 
 # What the Trainer needs for this job beside the fields above; each can still be set by its own flag.
@@ -363,71 +371,181 @@ TRAINING_DEFAULTS = dict(
     metric_for_best_model="wer",
     greater_is_better=False,
     report_to=["tensorboard"],
-    # Lengths come from a column: without one the sampler would decode every clip before the first step.
     train_sampling_strategy="group_by_length",
-    length_column_name="num_samples",
-    # The collator reads columns that are not arguments of the model.
-    remove_unused_columns=False,
-    # Its default follows the libraries' log level, which quiet_libraries lowers.
-    disable_tqdm=False,
+    disable_tqdm=False,  # its default follows the libraries' log level, which quiet_libraries lowers
 )
-
-DEMO_SETTINGS = {
-    "model": HERE / "tests/fixtures/model",
-    "dataset": HERE / "tests/fixtures/corpus",
-    "output_dir": "./medasr-demo",
-    "data_dir": "./medasr-demo/audio",
-    "learning_rate": 2e-3,
-    "gradient_accumulation_steps": 2,
-    "max_steps": 120,
-    "warmup_steps": 15,
-    "eval_steps": 40,
-    "save_steps": 40,
-    "logging_steps": 5,
-    "spec_augment": False,  # a model this small underfits masked audio
-    "dataloader_num_workers": 0,
-}
+# What the code relies on: the collator reads columns that are not arguments of the model, one of them the lengths.
+FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
+DEMO_FLAGS = [
+    *("--model", str(HERE / "tests/fixtures/model"), "--dataset", str(HERE / "tests/fixtures/corpus")),
+    *"--output_dir ./medasr-demo --data_dir ./medasr-demo/audio --learning_rate 2e-3 --max_steps 120".split(),
+    *"--gradient_accumulation_steps 2 --warmup_steps 15 --eval_steps 40 --save_steps 40 --logging_steps 5".split(),
+    *"--spec_augment false --dataloader_num_workers 0".split(),  # a model this small underfits masked audio
+]
+AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
+BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
+MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")
+# Of what a run makes in --output_dir; it replaces these, and --overwrite_output_dir deletes them.
+MADE_BY_A_RUN = re.compile(r"(?:final|results|runs|run\.json|checkpoint-\d+)(?:/|$)")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling a flag, and a default only where there is one."""
+class CheckedSettings:
+    """Mixed before the flags and `TrainingArguments`: checks of what they say, before torch looks for devices.
 
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=min(150, shutil.get_terminal_size().columns))
+    Beside its fields the object has `auto_train_batch` and `auto_eval_batch`, whether these sizes are "auto"; `upload`,
+    whether --push_to_hub is given; and `command`, the command line as it may be published.
+    """
 
-    def _format_action_invocation(self, action):
-        is_switch = action.const is True or action.nargs == 0
-        return action.option_strings[0] + ("" if is_switch else f" {self._format_args(action, action.dest.upper())}")
+    command = ""
 
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False, argparse.SUPPRESS) else super()._get_help_string(action)
+    def __post_init__(self):
+        for problem in self.problems():
+            raise UsageError(problem)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.num_proc = self.num_proc or cores
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = min(8, cores - 1)
+        self.auto_train_batch, self.auto_eval_batch = (getattr(self, name) == "auto" for name in BATCH_SIZES)
+        for name in BATCH_SIZES:
+            setattr(self, name, AUTO_BATCH_SIZE if getattr(self, name) == "auto" else int(getattr(self, name)))
+        has_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.fp16 and not has_gpu:
+            raise UsageError("--fp16 needs a CUDA GPU, and there is none; leave it out")
+        self.fp16 = has_gpu and not self.bf16 if self.fp16 is None else self.fp16
+        super().__post_init__()
+        self.upload, self.push_to_hub = self.push_to_hub, False  # at the end, and what is complete
+        if self.hub_token:
+            # Kept in the environment alone: the Trainer pickles its arguments into every checkpoint.
+            os.environ["HF_TOKEN"], self.hub_token = self.hub_token, None
+        if self.n_gpu > 1:  # nn.DataParallel, the Trainer's way, is slower than one process a GPU
+            say(
+                f"{self.n_gpu} GPUs are here and one is used; for all: torchrun --nproc_per_node {self.n_gpu} {PROGRAM}"
+            )
+            self._n_gpu = 1
+
+    def __reduce__(self):
+        """As a plain TrainingArguments, in training_args.bin, which can be read without this script."""
+        plain = transformers.TrainingArguments
+        return object.__new__, (plain,), {item.name: getattr(self, item.name) for item in dataclasses.fields(plain)}
+
+    def to_dict(self):
+        return public(super().to_dict())
+
+    @property
+    def is_first(self):
+        """Whether this is the first of the processes, which writes what is written once."""
+        return self.process_index == 0
+
+    @property
+    def clips_an_update(self):
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def trains(self):
+        return not any(getattr(self, mode) for mode in MODES)
+
+    def splits(self, on_disk=False):
+        """The splits of a run; `on_disk` those whose audio has to lie there: a stream keeps none of the training's."""
+        splits = SPLITS[1 if self.tune_lm else 2 :] if self.eval_only else SPLITS
+        return tuple(split for split in splits if not (on_disk and self.streaming and split == "train"))
+
+    def problems(self):
+        """Yield what cannot work, each in a line that names the flag, the value and the valid ones."""
+        for name in BATCH_SIZES:
+            if not re.fullmatch(r"auto|0*[1-9]\d*", str(getattr(self, name))):
+                yield f"--{name} is {getattr(self, name)}; it must be a number of clips above 0, or auto"
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            for bound in getattr(hint, "__metadata__", ()):
+                value = getattr(self, name)
+                if value is not None and not (0 <= value < np.inf and (value or bound == "0 or more")):
+                    yield f"--{name} is {value:g}; it must be {bound}, and finite"
+        for name, needed in FIXED.items():
+            if getattr(self, name) != needed:
+                yield f"--{name} is {getattr(self, name)}; this program needs {needed}: leave the flag out"
+        if self.window_seconds < 3 * WINDOW_OVERLAP_SECONDS:
+            yield f"--window_seconds is {self.window_seconds:g}; it must be at least {3 * WINDOW_OVERLAP_SECONDS:g}"
+        best = str(self.metric_for_best_model or "wer").removeprefix("eval_")
+        if best not in ("wer", "cer", "loss", *(f"wer_by_domain/{domain}" for domain in DOMAINS)):
+            yield f"--metric_for_best_model is {best}; it must be wer, cer, loss or wer_by_domain/clinical"
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+                yield f"--{name} is not supported: this model needs no sharding; torchrun gives each GPU a copy"
+        stems = [file_stem(public(name)) for name in self.also_score or ()]
+        for name, stem in zip(self.also_score or (), stems):
+            if stem in SPLITS or stems.count(stem) > 1:
+                yield f"--also_score has '{name}', a split's name or there twice (as '{stem}'); give another path"
+        yield from self.problems_of_folders()
+        modes = [name for name in MODES if getattr(self, name)]
+        is_transcript_flag = self.transcript_dir or self.format_dictation or self.transcript_format != "text"
+        for is_bad, problem in (
+            (len(modes) > 1, f"--{' and --'.join(modes)} cannot be used together; choose one"),
+            (self.tune_lm and not self.lm, "--tune_lm needs --lm: there is nothing to tune without a language model"),
+            (self.tune_lm and self.transcribe, "--tune_lm needs the dev clips of a corpus: use it with --eval_only"),
+            (
+                self.lm and self.score_file,
+                "--lm needs a model to decode, and --score_file has texts alone; leave one out",
+            ),
+            (
+                self.lm and not importlib.util.find_spec("flashlight"),
+                "--lm needs a package: pip install flashlight-text",
+            ),
+            (self.streaming and self.max_steps <= 0, "--streaming needs --max_steps: a stream has no epochs to count"),
+            (self.streaming and self.max_train_samples, "--max_train_samples cannot be used with --streaming"),
+            (
+                self.also_score and (self.score_file or self.transcribe),
+                "--also_score is for runs and --eval_only alone",
+            ),
+            (is_transcript_flag and not self.transcribe, "--transcript_* and --format_dictation need --transcribe"),
+        ):
+            if is_bad:
+                yield problem
+        if self.transcribe:
+            find_recordings(self)
+
+    def problems_of_folders(self):
+        """Yield folders that cannot be written to, and those that a run would delete."""
+        for name in ("output_dir", "data_dir", "transcript_dir"):
+            if (folder := getattr(self, name)) is None:
+                continue
+            path = Path(folder).expanduser().absolute()
+            found = next(parent for parent in (path, *path.parents) if parent.exists())
+            if not folder.strip() or not (found.is_dir() and os.access(found, os.W_OK | os.X_OK)):
+                yield f"--{name} is '{folder}': {found} is no folder that can be written to; choose another"
+        output = Path(self.output_dir).expanduser().resolve()
+        read = {name: getattr(self, name) for name in ("model", "dataset", "resume_from_checkpoint")}
+        for name, folder in {"data_dir": self.data_dir, **(read if self.overwrite_output_dir else {})}.items():
+            path = Path(folder or "").expanduser().resolve()
+            if folder and path.is_relative_to(output) and MADE_BY_A_RUN.match(path.relative_to(output).as_posix()):
+                yield f"--{name} {folder} is what a run under --output_dir {output} replaces or deletes; choose another"
 
 
-def make_parser(*dataclass_types):
-    """An HfArgumentParser over `dataclass_types` that raises UsageError instead of printing its usage."""
-    from transformers.hf_argparser import HfArgumentParser
+@functools.cache
+def settings_class():
+    """The one object of settings: this script's flags over transformers' `TrainingArguments`."""
+    kinds = CheckedSettings, ScriptFlags, TrainingFlags, transformers.TrainingArguments
+    return dataclass(type("Settings", kinds, {}), repr=False)
 
-    class Parser(HfArgumentParser):
+
+def make_parser(show_all):
+    """An argparse parser of every flag, whose --help shows the script's own and what people change, or all of them."""
+
+    class Parser(transformers.HfArgumentParser):
         def error(self, message):
             raise UsageError(message)
 
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=150)
     texts = {"prog": PROGRAM, "usage": "%(prog)s [FILE.yaml] [flags]", "description": __doc__.split("\n\n")[0]}
-    parser = Parser(dataclass_types, allow_abbrev=False, formatter_class=HelpFormatter, **texts)
-    parser.add_argument("--help_all", action="store_true", help="show every flag, those of TrainingArguments included")
+    training = dataclass(type("Training", (TrainingFlags, transformers.TrainingArguments), {}))
+    parser = Parser([ScriptFlags, training], allow_abbrev=False, formatter_class=layout, **texts)
+    parser.add_argument("--help_all", action="help", help="show every flag, those of TrainingArguments included")
+    parser.set_defaults(**TRAINING_DEFAULTS, **FIXED)
+    for action in parser._actions:
+        action.option_strings = action.option_strings[:1]  # one spelling in the help
+        if not show_all and not (action.nargs == 0 or action.dest in {**vars(ScriptFlags), **vars(TrainingFlags)}):
+            action.help = argparse.SUPPRESS
+        elif action.default not in (None, False, argparse.SUPPRESS):
+            action.help = f"{action.help} (default: {action.default})"
     return parser
-
-
-def read_config_file(path):
-    """The settings in a YAML file, a dict; raises UsageError."""
-    import yaml
-
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} cannot be read as a YAML file of flags ({one_line(error)})") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"{path} holds a {type(settings).__name__}; it must hold lines of the form 'flag: value'")
-    return settings
 
 
 def as_flags(settings):
@@ -440,529 +558,724 @@ def as_flags(settings):
     return flags
 
 
-def parse_arguments(argv):
-    """(ScriptArguments, TrainingArguments) for a command line; raises UsageError.
-
-    The script's own flags are checked first, before torch is imported.
-    """
+def parse_settings(argv):
+    """The settings of a command line; raises UsageError."""
     quiet_libraries()
+    command = redact(shlex.join(["python", PROGRAM, *map(public, argv)]))
     if argv and not argv[0].startswith("-"):
-        argv = as_flags(read_config_file(argv[0])) + argv[1:]
+        try:
+            given = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"{argv[0]} cannot be read as a YAML file of flags ({one_line(error)})") from error
+        if not isinstance(given, dict):
+            raise UsageError(f"{argv[0]} holds a {type(given).__name__}; it must hold lines of the form 'flag: value'")
+        argv = as_flags(given) + argv[1:]
     if "--demo" in argv:
         # A model this small gains nothing from a second thread, and loses much where it has to wait for one.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        argv = as_flags(DEMO_SETTINGS) + argv
-    parser = make_parser(ScriptArguments, CommonTrainingArguments)
-    script, common, others, rest = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if others.help_all:
-        from transformers import TrainingArguments
-
-        make_parser(ScriptArguments, TrainingArguments).print_help()
-        raise SystemExit(0)
-    given = {token.partition("=")[0][2:].replace("-", "_") for token in rest if token.startswith("--")}
-    own = Path(common.output_dir).expanduser() / "final"
-    if (
-        script.transcribe
-        and (own / "config.json").is_file()
-        and not any(re.match("--model(=|$)", token) for token in argv)
-    ):
-        script.model = str(own)
-        say(f"transcribing with {own}; --model chooses another", sys.stderr)
-    for problem in refusals(script, common, given):
-        raise UsageError(problem)
-    return script, make_training_arguments(vars(common), rest, script)
-
-
-AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
-BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
-BOUNDS = {
-    "above 0": """max_train_seconds window_seconds max_train_samples max_eval_samples max_test_samples num_proc
-        learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
-        num_train_epochs eval_steps save_steps logging_steps lm_beam""",
-    "0 or more": "lm_weight early_stopping_patience warmup_steps dataloader_num_workers save_total_limit seed",
-}
-MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")
-STRATEGIES = {"eval_strategy", "save_strategy", "load_best_model_at_end"}  # the Trainer checks them itself
-# What the code relies on; another value breaks the training, or the loss, half-way.
-FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
-
-
-@functools.cache
-def known_flags():
-    """The names of all flags, TrainingArguments' from its source: importing it takes too long for a typing error."""
-    from importlib.util import find_spec
-
-    source = Path(find_spec("transformers").origin).with_name("training_args.py").read_text(encoding="utf-8")
-    own = [item.name for item in dataclasses.fields(ScriptArguments)]
-    return own + re.findall(r"^    (\w+): .*=", source, re.MULTILINE)
-
-
-def unknown_flag(found):
-    near = difflib.get_close_matches(found.lstrip("-"), known_flags(), n=3)
-    hint = f"did you mean {' or '.join('--' + name for name in near)}?" if near else "see --help"
-    return f"unknown flag or stray value {found}; {hint}"
-
-
-# Of what a run makes in --output_dir; it replaces these, and --overwrite_output_dir deletes them.
-MADE_BY_A_RUN = re.compile(r"(?:final|results|runs|run\.json|checkpoint-\d+)(?:/|$)")
-
-
-def made_by_a_run(path, output_dir):
-    """Whether `path` lies in what a run replaces or deletes in `output_dir`."""
-    path, output = (Path(folder).expanduser().resolve() for folder in (path, output_dir))
-    return path.is_relative_to(output) and bool(MADE_BY_A_RUN.match(path.relative_to(output).as_posix()))
-
-
-def folder_refusals(script, common):
-    """Yield folders that cannot be written to, and those that a run would delete with what it makes itself."""
-    output, resumed = common.output_dir, common.resume_from_checkpoint
-    folders = ("output_dir", output), ("data_dir", script.data_dir), ("transcript_dir", script.transcript_dir)
-    for name, folder in folders if script.transcript_dir is not None else folders[:2]:
-        path = Path(folder).expanduser().absolute()
-        found = next(parent for parent in (path, *path.parents) if parent.exists())
-        if not folder.strip():
-            yield f"--{name} is empty; give a folder"
-        if not found.is_dir():
-            yield f"--{name} is {folder}: {found} is a file, not a folder; choose another"
-        if not os.access(found, os.W_OK | os.X_OK):
-            yield f"--{name} is {folder}: {found} cannot be written to; choose another"
-    if made_by_a_run(script.data_dir, output):
-        advice = "choose another, such as a folder beside it"
-        yield f"--data_dir is {script.data_dir}, which a run under --output_dir {output} replaces; {advice}"
-    if resumed and resumed.lower() not in ("true", "false") and not Path(resumed).is_dir():
-        yield f"--resume_from_checkpoint is {resumed}: there is no such folder; give a complete checkpoint"
-    for name, value in (("model", script.model), ("dataset", script.dataset), ("resume_from_checkpoint", resumed)):
-        if script.overwrite_output_dir and value and made_by_a_run(value, output):
-            yield f"--overwrite_output_dir would delete --{name} {value}; choose another --output_dir"
-
-
-def lm_refusals(script):
-    """Yield what cannot work with a language model."""
-    from importlib.util import find_spec
-
-    if not np.isfinite(script.lm_word_score):
-        yield f"--lm_word_score is {script.lm_word_score:g}; it must be a finite number"
-    if script.tune_lm and not script.lm:
-        yield "--tune_lm needs --lm: there is nothing to tune without a language model"
-    if script.tune_lm and script.transcribe:
-        yield "--tune_lm needs the dev clips of a corpus: use it with --eval_only, and what it finds with --transcribe"
-    if script.lm and script.score_file:
-        yield "--lm needs a model to decode, and --score_file has texts alone; leave one of them out"
-    if script.lm and not find_spec("flashlight"):
-        yield "--lm needs a package that is not installed: pip install flashlight-text"
-    if script.lm not in (None, "auto") and not Path(script.lm).is_file():
-        yield f"--lm is {script.lm}: there is no such file; give an n-gram in ARPA or KenLM format, or auto"
-
-
-def refusals(script, common, given):
-    """Yield what cannot work, each in a line that names the flag, the value found and the valid ones.
-
-    `given` holds the names of the other flags on the command line.
-    """
-    for name in BATCH_SIZES:
-        if re.fullmatch(r"-?\d+", text := getattr(common, name)):
-            setattr(common, name, int(text))
-        elif text != "auto":
-            yield f"--{name} is {text}; it must be a number of clips, or auto"
-    settings = {**vars(script), **vars(common)}
-    for name in sorted(given):
-        if name.removeprefix("no_") not in known_flags():
-            yield unknown_flag(f"--{name}")
-    for bound, name in [(bound, name) for bound, names in BOUNDS.items() for name in names.split()]:
-        value = settings[name]
-        if value not in (None, "auto") and not (0 <= value < float("inf") and (value or bound == "0 or more")):
-            yield f"--{name} is {value:g}; it must be {bound}, and finite"
-    if common.seed >= 2**32:
-        yield f"--seed is {common.seed}; it must be below 2**32"
-    if script.window_seconds < 3 * WINDOW_OVERLAP_SECONDS:
-        yield f"--window_seconds is {script.window_seconds:g}; it must be at least {3 * WINDOW_OVERLAP_SECONDS:g}"
-    if common.max_steps != -1 and common.max_steps < 1:
-        yield f"--max_steps is {common.max_steps}; it must be above 0, or -1 for --num_train_epochs"
-    if common.save_steps % common.eval_steps and not given & STRATEGIES:
-        what = f"--save_steps {common.save_steps} is not a multiple of --eval_steps {common.eval_steps}"
-        yield f"{what}, so the best model could not be kept"
-    yield from folder_refusals(script, common)
-    for country in script.countries or []:
-        if not re.fullmatch("[A-Za-z]{2}", country):
-            yield f"--countries has '{country}'; countries are two letters, such as NG, KE or ZA"
-    for domain in script.domains or []:
-        if domain not in DOMAINS:
-            yield f"--domains has '{domain}'; the domains are {' and '.join(DOMAINS)}"
-    for names in (MODES, ("fp16", "bf16")):
-        chosen = [name for name in names if settings[name]]
-        if len(chosen) > 1:
-            yield f"--{chosen[0]} and --{chosen[1]} cannot be used together; choose one"
-    yield from lm_refusals(script)
-    if script.streaming and common.max_steps <= 0:
-        yield "--streaming needs --max_steps: a stream has no length, so its epochs cannot be counted"
-    if script.streaming and script.max_train_samples:
-        yield "--max_train_samples cannot be used with --streaming: choose a part by --accents or --domains"
-    if script.also_score and (script.score_file or script.transcribe):
-        yield "--also_score is of use in a run and with --eval_only, not with --score_file or --transcribe"
-    stems = [file_stem(name) for name in further_names(script)]
-    for name, stem in zip(further_names(script), stems):
-        if stem in SPLITS or stems.count(stem) > 1:
-            what = f"which names a split or is there twice (as '{stem}')"
-            yield f"--also_score has '{name}', {what}; give it another path"
-    named = [(name, settings[name]) for name in ("model", "dataset")]
-    for name, value in named + [("also_score", value) for value in script.also_score or ()]:
-        if not value.strip():
-            yield f"--{name} is empty; give a folder or a Hub id such as {DEFAULT_MODEL}"
-        folder = value if name == "model" else split_config(value)[0]
-        if re.match(r"[./~]", value) and not Path(folder).expanduser().is_dir():
-            yield f"--{name} is {value}: there is no such folder; give a folder or a Hub id such as {DEFAULT_MODEL}"
-    if script.score_file is not None and not Path(script.score_file).is_file():
-        yield f"--score_file is {script.score_file}: there is no such file"
-    if script.transcribe:
-        find_recordings(script)
-    for name in ("transcript_format", "transcript_dir", "format_dictation"):
-        if not script.transcribe and settings[name] not in ("text", None, False):
-            yield f"--{name} is of use with --transcribe only"
-
-
-def make_training_arguments(common, rest, script):
-    """`TrainingArguments` from the common flags and the remaining ones; raises UsageError for what it does not know."""
-    from transformers import TrainingArguments
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    script.num_proc = script.num_proc or cores
-    if common["dataloader_num_workers"] is None:
-        common["dataloader_num_workers"] = min(8, cores - 1)
-    automatic = {name for name in BATCH_SIZES if common[name] == "auto"}
-    common |= dict.fromkeys(automatic, AUTO_BATCH_SIZE)
-    parser = make_parser(TrainingArguments)
-    parser.set_defaults(**TRAINING_DEFAULTS, **common)
-    values, unknown = parser.parse_known_args(rest)
+        argv = DEMO_FLAGS + argv
+    parser = make_parser("--help_all" in argv)
+    values, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UsageError(unknown_flag(unknown[0].partition("=")[0]))
-    del values.help_all
-    for name in ("fsdp", "deepspeed"):
-        if getattr(values, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
-            raise UsageError(
-                f"--{name} is not supported: a model of this size needs no sharding; torchrun gives each GPU a copy"
-            )
-    check_training_values(values)
-    import torch
-
-    has_gpu = torch.cuda.is_available() and not values.use_cpu
-    if values.fp16 and not has_gpu:
-        raise UsageError("--fp16 needs a CUDA GPU, and there is none; leave it out")
-    values.fp16 = has_gpu and not values.bf16 if values.fp16 is None else values.fp16
+        found = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(found, parser._option_string_actions, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
+        raise UsageError(f"unknown flag or stray value {found}; {hint}")
+    made, model_is_given = (
+        Path(values.output_dir).expanduser() / "final",
+        any(re.match("--model(=|$)", word) for word in argv),
+    )
+    if values.transcribe and (made / "config.json").is_file() and not model_is_given:
+        values.model = str(made)
+        say(f"transcribing with {made}; --model chooses another", sys.stderr)
     try:
-        training = TrainingArguments(**vars(values))
-        get_reporting_integration_callbacks(training.report_to)  # raises for a name that it does not know
+        settings = settings_class()(**vars(values))
+        transformers.integrations.get_reporting_integration_callbacks(settings.report_to)  # raises for unknown names
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
-    script.push_to_hub, training.push_to_hub = training.push_to_hub, False  # at the end, and what is complete
-    if training.hub_token:
-        # Kept in the environment alone: the Trainer pickles its arguments into every checkpoint.
-        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
-    training.auto_train_batch, training.auto_eval_batch = (name in automatic for name in BATCH_SIZES)
-    training.batch_limit = None  # clips a step that still fit, where an earlier start of the run has filled the memory
-    use_one_gpu(training)
-    return training
-
-
-def check_training_values(values):
-    """Refuse values of TrainingArguments' fields that it takes itself and that fail only later, or go unnoticed."""
-    for name, value in vars(values).items():
-        if isinstance(value, float) and not np.isfinite(value):
-            raise UsageError(f"--{name} is {value:g}; it must be a finite number")
-    for name, needed in FIXED.items():
-        if getattr(values, name) != needed:
-            raise UsageError(f"--{name} is {getattr(values, name)}; this program needs {needed}: leave the flag out")
-    best = values.metric_for_best_model
-    if not re.fullmatch(r"(eval_)?(wer|cer|loss|wer_by_domain/(clinical|general))", best or "wer"):
-        raise UsageError(
-            f"--metric_for_best_model is {best}; it must be wer, cer, loss, wer_by_domain/clinical or "
-            "wer_by_domain/general"
-        )
-
-
-def use_one_gpu(training):
-    """Keep the Trainer from wrapping the model in nn.DataParallel, which is slower than one process a GPU."""
-    if (count := training.n_gpu) > 1:
-        say(f"{count} GPUs are here and one is used; for all start torchrun --nproc_per_node {count} {PROGRAM}")
-        training._n_gpu = 1
+    settings.command = command
+    return settings
 
 
 def quiet_libraries():
     """Keep the libraries' advice off the screen: the script says itself what a user needs to know."""
-    import threading
-    import warnings
-
     # TensorBoard writes in a thread, and raises the same in the program itself.
     threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # OpenMP's threads spin while they wait for each other, by default. Where another process wants a core too, be it a
     # worker that decodes audio, the small steps of a model then take many times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+    for name, value in {**quiet, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
+        os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     warnings.filterwarnings("ignore", message="Glyph|Tight layout")  # matplotlib's, of names in the pictures
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    Lazy("transformers.utils.logging").disable_progress_bar()
 
 
 # ---------------------------------------------------------------- Hub
 
 
+def unreachable_errors():
+    """The exceptions that say that the Hub cannot be reached."""
+    return hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, httpx2.ConnectError
+
+
 @contextlib.contextmanager
 def explained_hub_errors(repo, kind):
     """Turn the Hub client's exceptions about `repo` (a "model" or "dataset") into one line that says what to do."""
-    import httpx2
-    from huggingface_hub import errors
-
-    known = errors.EntryNotFoundError, errors.RevisionResolutionError, errors.HFValidationError
     try:
         yield
-    except (httpx2.HTTPError, OSError, *known) as error:
+    except (httpx2.HTTPError, OSError, hub_errors.RevisionResolutionError, hub_errors.HFValidationError) as error:
         # A server that answers 5xx comes out as "not found locally", with the answer as its cause.
-        behind = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
-        cause = behind if isinstance(behind, errors.HfHubHTTPError) else error
-        raise RunError(f"{kind} {repo} {hub_advice(cause, repo, kind)}") from cause
-
-
-def unreachable_errors():
-    """The exceptions that say that the Hub cannot be reached."""
-    import httpx2
-    from huggingface_hub import errors
-
-    return errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.ConnectError
-
-
-def hub_advice(error, repo, kind):
-    """What an exception of the Hub client means, and what to do."""
-    from huggingface_hub import constants, errors, get_token
-
-    terms = f"accept its terms at {constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
-    denied = f"is gated and your account has no access to it: {terms} with the account that 'hf auth whoami' names"
-    anonymous = f"is gated and you are not logged in: {terms}, then run 'hf auth login' (or set HF_TOKEN)"
-    absent = f"is not on this machine and {constants.ENDPOINT} cannot be reached"
-    no_revision = errors.RevisionNotFoundError, errors.RevisionResolutionError
-    meanings = (  # some exceptions are kinds of others below them
-        (errors.GatedRepoError, anonymous if get_token() is None else denied),
-        (errors.RepositoryNotFoundError, f"is not on the Hub, or is private: check --{kind}, or run 'hf auth login'"),
-        (errors.HFValidationError, f"is neither a local folder nor a Hub id of the form owner/name: check --{kind}"),
-        (no_revision, f"has no such revision: check --{kind}_revision"),
-        (unreachable_errors(), f"{absent}: go online, or give --{kind} a local folder"),
-        (errors.EntryNotFoundError, f"lacks a file that it should have ({one_line(error)}): check --{kind}_revision"),
-    )
-    for exceptions, meaning in meanings:
-        if isinstance(error, exceptions):
-            return meaning
-    if getattr(getattr(error, "response", None), "status_code", None) == 401:
-        return "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
-    return f"could not be read ({one_line(error)}): run the same command again, what is finished is kept"
-
-
-def model_source(args):
-    """The folder or Hub id of the model; raises RunError if its first file, where a gated model shows, is not there."""
-    from huggingface_hub import hf_hub_download
-
-    folder = Path(args.model).expanduser()
-    if not folder.is_dir():
-        with explained_hub_errors(args.model, "model"):
-            hf_hub_download(args.model, "config.json", revision=args.model_revision)
-        return args.model
-    for pattern in ("config.json", "*.safetensors"):
-        if not any(folder.glob(pattern)):
-            raise RunError(
-                f"model {args.model} has no {pattern}: give a folder with a model's config.json, its weights as "
-                "safetensors (others can hold code and are not loaded) and its processor"
+        behind = error.__cause__ if isinstance(error, hub_errors.LocalEntryNotFoundError) else None
+        error = behind if isinstance(behind, hub_errors.HfHubHTTPError) else error
+        endpoint = Lazy("huggingface_hub.constants").ENDPOINT
+        terms = f"accept its terms at {endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+        gated = f"is gated and you are not logged in: {terms}, then run 'hf auth login' (or set HF_TOKEN)"
+        if hub.get_token():
+            gated = (
+                f"is gated and your account has no access to it: {terms} with the account that 'hf auth whoami' names"
             )
-    return str(folder)
-
-
-def not_finite(model):
-    """The name of a floating-point weight or statistic of `model` that is not finite, "" if there is none."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            return name
-    return ""
-
-
-def load_processor_and_model(args, trains=False):
-    """The processor and the float32 CTC model that `args.model` names; raises RunError that says what to do.
-
-    Raises UsageError if the run `trains` and the model is of a kind that cannot be trained.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCTC, AutoProcessor
-
-    source, revision = model_source(args), args.model_revision
-    # trust_remote_code: by default it asks on the terminal. use_safetensors: a pickle runs what it holds.
-    options = dict(dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
-    refusals = OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError
-    try:
-        processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
-        model, loading = AutoModelForCTC.from_pretrained(source, revision=revision, trust_remote_code=False, **options)
-    except refusals as error:
-        problem = f"cannot be loaded as a CTC model with its processor ({one_line(error)})"
-        if "trust_remote_code" in str(error):
-            problem = "needs code of its own, and no code of a model is run"
-        raise RunError(f"model {args.model} {problem}") from error
-    if problem := model_problem(processor, model, loading):
-        raise RunError(f"model {args.model} {problem}; it cannot be used")
-    if trains and model.config.model_type != "lasr_ctc":
-        raise UsageError(
-            f"--model {args.model} is a {model.config.model_type} model: only MedASR's kind (lasr_ctc) can be "
-            "fine-tuned; any CTC model can be scored with --eval_only"
-        )
-    return processor, model
-
-
-def model_problem(processor, model, loading):
-    """Why a model that was loaded cannot be used, "" if it can; `loading` is what transformers says of its weights."""
-    import torch
-
-    if not hasattr(processor, "tokenizer") or not hasattr(processor, "feature_extractor"):
-        return "has no feature extractor and tokenizer together, and needs both"
-    for name, found, needed in sorted(loading["mismatched_keys"]):
-        return f"has weights that do not fit its config.json: {name} is {tuple(found)}, not {tuple(needed)}"
-    # The library fills them with noise. wav2vec2's mask is used in its own pre-training alone.
-    if missing := sorted(name for name in loading["missing_keys"] if "masked_spec_embed" not in name):
-        return f"lacks {plural(len(missing), 'weight')} of its kind, such as {missing[0]}"
-    if broken := not_finite(model):
-        return f"holds weights that are not finite, in {broken}"
-    rate = processor.feature_extractor.sampling_rate
-    if rate != SAMPLE_RATE:
-        return f"takes audio of {rate:,} Hz, not {SAMPLE_RATE:,} Hz"
-    encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")
-    if not decode_ids(processor, encoder(["patient PATIENT"])[0]):
-        return "has a tokenizer without letters, or for another vocabulary than its head's"
-    try:
-        batch = CTCCollator(processor.feature_extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
-        with torch.inference_mode():
-            model.eval()(**model_inputs(batch, processor.feature_extractor, "cpu"))
-    except (RuntimeError, ValueError, TypeError) as error:
-        return f"does not fit its processor ({one_line(error)})"
-    return ""
-
-
-def push_to_hub(training, final=None):
-    """Make the repository that --push_to_hub means, and upload the folder `final`, if given, in one commit."""
-    import httpx2
-    from huggingface_hub import create_repo, upload_folder
-
-    name = training.hub_model_id or Path(training.output_dir).resolve().name
-    sending = f"the model is complete in {final}, 'hf upload' sends it"
-    advice = sending if final else "run 'hf auth login' with a token that may write"
-    failures = httpx2.HTTPError, OSError, ValueError
-    with explained(f"--push_to_hub: {name} cannot be written on the Hub", failures, advice):
-        repo = create_repo(name, private=training.hub_private_repo, exist_ok=True)
-        if final:
-            upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message="Upload the final model")
-            say(f"uploaded to {repo}")
+        meanings = {  # some exceptions are kinds of others below them
+            hub_errors.GatedRepoError: gated,
+            hub_errors.RepositoryNotFoundError: f"is not on the Hub, or is private: check --{kind}, or 'hf auth login'",
+            hub_errors.HFValidationError: f"is neither a folder nor a Hub id of the form owner/name: check --{kind}",
+            (hub_errors.RevisionNotFoundError, hub_errors.RevisionResolutionError): "has no such revision: "
+            f"check --{kind}_revision",
+            unreachable_errors(): f"is not on this machine and {endpoint} cannot be reached: go online, or give "
+            f"--{kind} a local folder",
+            hub_errors.EntryNotFoundError: f"lacks a file ({one_line(error)}): check --{kind}_revision",
+            Exception: f"could not be read ({one_line(error)}): run the same command again, what is finished is kept",
+        }
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            meanings[Exception] = "cannot be read: your token is not valid, 'hf auth login' again, or unset HF_TOKEN"
+        meaning = next(meaning for kinds, meaning in meanings.items() if isinstance(error, kinds))
+        raise RunError(f"{kind} {repo} {meaning}") from error
 
 
 RETRIES = 6  # drops of a connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
 
 
 class HubStream(io.RawIOBase):
-    """A file of a dataset on the Hub as a stream of bytes from `position` on, through dropped connections.
+    """A file of `size` bytes on the Hub as a stream from `position` on, through dropped connections.
 
-    After resets, time-outs and stalls it goes on from the byte reached, which hf_hub_download does by 10 MiB chunks and
-    not across processes; answers of 5xx and 429 (with its Retry-After) are the Hub client's to wait for. Raises the
-    client's exceptions when nothing more arrives.
+    The Hub client waits out answers of 5xx and 429 by itself, and goes on once after a drop.
     """
 
-    def __init__(self, corpus, path, position=0):
-        from huggingface_hub import hf_hub_url
-
-        self.url = hf_hub_url(corpus.name, path, repo_type="dataset", revision=corpus.revision)
-        self.size = corpus.files[path][0]
-        self.position = position
-        self.chunks, self.rest = self._chunks(), b""
+    def __init__(self, path, size, position=0):
+        self.file, self.size = hub.HfFileSystem().open(path, block_size=0), size
+        self.file.loc = position
 
     def readable(self):
         return True
 
-    def seekable(self):
-        return True
-
-    def seek(self, offset, whence=io.SEEK_SET):
-        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        if position != self.position:
-            self.chunks.close()
-            self.position, self.chunks, self.rest = position, self._chunks(), b""
-        return position
-
-    def _chunks(self):
-        """Yield the bytes from `position` on, over a connection that ends with this generator."""
-        from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
-        from huggingface_hub.utils._http import http_stream_backoff
-
-        headers = {**build_hf_headers(), "Range": f"bytes={self.position}-", "Accept-Encoding": "identity"}
-        options = dict(headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        with http_stream_backoff("GET", self.url, retry_on_exceptions=(), **options) as response:
-            hf_raise_for_status(response)
-            if self.position and response.status_code != 206:
-                raise OSError(f"{self.url} ignores byte ranges")
-            yield from response.iter_raw(1 << 16)
-
     def readinto(self, buffer):
-        import httpx2
-
-        if self.position >= self.size:
-            return 0
-        for attempt in range(RETRIES):
-            if attempt:
-                time.sleep(2 ** (attempt - 1))
-                self.chunks = self._chunks()
+        for attempt in range(RETRIES if self.file.loc < self.size else 0):
             try:
-                self.rest = self.rest or next(self.chunks, b"")
+                data = self.file.read(len(buffer))
+                buffer[: len(data)] = data
+                return len(data)
             except httpx2.TransportError:
                 if attempt == RETRIES - 1:
                     raise
-            if self.rest:
-                count = min(len(buffer), len(self.rest))
-                buffer[:count], self.rest = self.rest[:count], self.rest[count:]
-                self.position += count
-                return count
-        raise OSError(f"{self.url} ends after {self.position:,} of {self.size:,} bytes")
-
-    def close(self):
-        self.chunks.close()
-        super().close()
+                time.sleep(2**attempt)
+        return 0
 
 
-def download(corpus, path, target):
-    """Fetch a file of the corpus to `target`, complete with the Hub's checksum, or absent; goes on where it stopped."""
-    from filelock import FileLock
+@dataclass
+class Repository:
+    """A dataset on the Hub or in a local `folder`. `files` are {path: [bytes, sha256 on the Hub, or time of change]}.
 
-    size, checksum = corpus.files[path]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    with FileLock(f"{partial}.lock"):
-        for _ in range(2):
-            if target.exists() and target.stat().st_size == size:  # by another process, meanwhile
-                return
-            with open(partial, "ab") as file, HubStream(corpus, path, file.tell()) as stream:
-                shutil.copyfileobj(stream, file, 1 << 20)
-            with open(partial, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if partial.stat().st_size == size and checksum in (None, found):
-                os.replace(partial, target)
-                return
-            partial.unlink()
-    raise RunError(f"{path} was fetched twice and is not what the Hub announces ({size:,} bytes, sha256 {checksum})")
+    `cache` is the folder for what is downloaded of it.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path | None
+    cache: Path
+    files: dict[str, list] = field(default_factory=dict)
+
+    def list(self):
+        """Have `files`, from the Hub once for each commit; raises RunError."""
+        if self.folder:
+            with explained(f"{self.folder} cannot be read"):
+                found = [(path, path.stat()) for path in files_below(self.folder) if path.is_file()]
+            for path, status in found:
+                self.files[path.relative_to(self.folder).as_posix()] = [status.st_size, status.st_mtime_ns]
+            return
+        listing = self.cache / "files.json"
+        self.files = read_json(listing) or {}
+        if self.files and re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            return  # a commit never changes: no network is needed to go on
+        try:
+            with explained_hub_errors(self.name, "dataset"):
+                tree = list(hub.list_repo_tree(self.name, recursive=True, revision=self.revision, repo_type="dataset"))
+        except RunError as error:
+            if not self.files or not isinstance(error.__cause__, unreachable_errors()):
+                raise
+            say("  the Hub cannot be reached: taken as it was when it was listed last")
+            return
+        found = [item for item in tree if hasattr(item, "size")]
+        self.files = {file.path: [file.size, file.lfs.sha256 if file.lfs else None] for file in found}
+        write_text(listing, json.dumps(self.files, indent=1))
+
+    def size(self, paths):
+        """Bytes of files of the repository."""
+        return sum(self.files[path][0] for path in paths)
+
+    def local(self, path):
+        """Where a file lies on this machine, None if it does not, or is of another version."""
+        if self.folder:
+            return self.folder / path
+        cached = hub.try_to_load_from_cache(self.name, path, repo_type="dataset", revision=self.revision)
+        places = [Path(cached)] if isinstance(cached, str) else []
+        places.append(self.cache / "hub" / path)
+        return next((place for place in places if place.exists() and place.stat().st_size == self.files[path][0]), None)
+
+    def on_hub(self, path):
+        """The path of a file for `HfFileSystem`."""
+        return f"datasets/{self.name}@{self.revision or 'main'}/{path}"
+
+    @contextlib.contextmanager
+    def open(self, path):
+        """A file of the repository as a stream of bytes: the local file, or as much of the Hub's as is read."""
+        if local := self.local(path):
+            with open(local, "rb") as stream:
+                yield stream
+            return
+        with explained_hub_errors(self.name, "dataset"):
+            with io.BufferedReader(HubStream(self.on_hub(path), self.files[path][0]), 1 << 16) as stream:
+                yield stream
+
+    def fetch(self, path):
+        """The local path of a file, downloaded if need be, going on where that stopped; raises RunError."""
+        if local := self.local(path):
+            return local
+        (size, checksum), target = self.files[path], self.cache / "hub" / path
+        partial = target.with_name(target.name + ".partial")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with explained_hub_errors(self.name, "dataset"), filelock.FileLock(f"{partial}.lock"):
+            for _ in range(2):
+                if self.local(path):  # by another process, meanwhile
+                    return target
+                with open(partial, "ab") as file, HubStream(self.on_hub(path), size, file.tell()) as stream:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+                with open(partial, "rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if partial.stat().st_size == size and checksum in (None, found):
+                    os.replace(partial, target)
+                    return target
+                partial.unlink()
+        raise RunError(
+            f"{path} was fetched twice and is not what the Hub announces ({size:,} bytes, sha256 {checksum})"
+        )
+
+    def release(self, path):
+        """Delete what was downloaded of a file; one in the user's folder or Hub cache is never touched."""
+        for ending in () if self.folder else ("", ".partial.lock"):
+            (self.cache / "hub" / f"{path}{ending}").unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- corpus
+def files_below(folder):
+    """The paths of all files in a folder and below it; raises OSError where rglob would pass over a part."""
+
+    def refuse(error):
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+        yield from (Path(parent, name) for name in names)
 
 
-def slugify(accent):
-    """The folder of an accent in the Hub repository: 'Akan (Fante)' -> 'akan-fante'."""
-    return re.sub(r"[^a-z0-9]+", "-", accent.lower()).strip("-")
+# All that decides what LasrFeatureExtractor computes, and what decides nothing.
+EXTRACTOR_SETTINGS = """feature_size sampling_rate hop_length n_fft win_length padding_value padding_side
+    return_attention_mask feature_extractor_type processor_class""".split()
+
+
+def load_model(settings):
+    """The processor and the float32 LasrForCTC that --model names; raises RunError that says what to do."""
+    name, folder = settings.model, Path(settings.model).expanduser()
+    # trust_remote_code: by default it asks on the terminal. use_safetensors: a pickle runs what it holds.
+    source = dict(pretrained_model_name_or_path=name, revision=settings.model_revision, trust_remote_code=False)
+    options = dict(dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    if folder.is_dir():
+        source["pretrained_model_name_or_path"] = str(folder)
+        if not all(any(folder.glob(pattern)) for pattern in ("config.json", "*.safetensors")):
+            needed = "config.json, weights as safetensors (others can hold code and are not loaded) and processor"
+            raise RunError(f"model {name} is no folder with a model: give one with {needed}")
+    else:
+        with explained_hub_errors(name, "model"):  # a gated model shows at its first file
+            hub.hf_hub_download(name, "config.json", revision=settings.model_revision)
+    try:
+        kind = transformers.AutoConfig.from_pretrained(**source).model_type
+        if kind != "lasr_ctc":
+            raise RunError(f"model {name} is a {kind} model; only MedASR's kind (lasr_ctc) can be used")
+        processor = transformers.AutoProcessor.from_pretrained(**source)
+        model, loading = transformers.AutoModelForCTC.from_pretrained(**source, **options)
+        extractor, tokenizer = processor.feature_extractor, processor.tokenizer
+    except (*checkpoint_errors(), TypeError, AttributeError, ImportError) as error:
+        problem = f"cannot be loaded as a CTC model with its processor ({one_line(error)})"
+        if "trust_remote_code" in str(error):
+            problem = "needs code of its own, and no code of a model is run"
+        raise RunError(f"model {name} {problem}") from error
+
+    strange = [key for key in extractor.to_dict() if key not in EXTRACTOR_SETTINGS]
+    encoder = LabelEncoder(tokenizer, model.config.vocab_size, "as_written")
+    problem = ""
+    if unfit := [key for key, *_ in loading["mismatched_keys"]] + sorted(loading["missing_keys"]):
+        problem = f"lacks weights of its config.json, such as {unfit[0]}"  # the library fills them with noise
+    elif broken := not_finite(model):
+        problem = f"holds weights that are not finite, in {broken}"
+    elif strange or (extractor.sampling_rate, extractor.padding_value) != (SAMPLE_RATE, 0.0):
+        problem = f"takes other features than MedASR: {(strange or [f'{extractor.sampling_rate:,} Hz'])[0]}"
+    elif not decode_ids(processor, encoder(["patient PATIENT"])[0]):
+        problem = "has a tokenizer without letters, or for another vocabulary than its head's"
+    if problem:
+        raise RunError(f"model {name} {problem}; it cannot be used")
+    return processor, model
+
+
+def not_finite(model):
+    """The name of a floating-point weight or statistic of `model` that is not finite, "" if there is none."""
+    tensors = model.state_dict().items()
+    return next((name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()), "")
+
+
+def push_to_hub(settings, final=None):
+    """Make the repository that --push_to_hub means, and upload the folder `final`, if given, in one commit."""
+    name = settings.hub_model_id or Path(settings.output_dir).resolve().name
+    advice = f"the model is complete in {final}, 'hf upload' sends it"
+    advice = advice if final else "run 'hf auth login' with a token that may write"
+    failures = httpx2.HTTPError, OSError, ValueError
+    with explained(f"--push_to_hub: {name} cannot be written on the Hub", failures, advice):
+        repo = hub.create_repo(name, private=settings.hub_private_repo, exist_ok=True)
+        if final:
+            hub.upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message="Upload the final model")
+            say(f"uploaded to {repo}")
+
+
+# ---------------------------------------------------------------- tables
+
+# What a table says of a clip -> the names that its column may have: AfriSpeech-200's, NeMo's and other people's.
+COLUMNS = {
+    "clip": ("file_name", "audio_paths", "audio_path", "audio_filepath"),
+    "text": ("text", "sentence", "transcript", "transcription"),
+    "speaker": ("speaker", "speaker_id", "user_ids", "user_id", "client_id"),
+    "accent": ("accent", "accents"),
+    "country": ("country",),
+    "domain": ("domain",),
+    "gender": ("gender", "sex"),
+    "age_group": ("age_group", "age"),
+    "split": ("split",),
+    "duration": ("duration", "seconds"),
+    "pred_text": ("pred_text",),
+    "baseline_text": ("baseline_text",),
+}
+GROUP_COLUMNS = ("speaker", "accent", "country", "domain", "gender", "age_group")
+# The columns of every table of clips, beside num_samples, the length at 16 kHz. `problem` is why one cannot be used.
+CLIP_COLUMNS = ("clip", "text", *GROUP_COLUMNS, "split", "problem")
+SPLIT_NAMES = {"train": "train training", "dev": "dev validation valid val", "test": "test testing eval evaluation"}
+
+
+def split_in(path):
+    """The split that a folder of a path, or a word of its file's name, stands for; "" if none does."""
+    *folders, name = path.lower().split("/")
+    words = [*folders, *re.split("[^a-z]+", name)]
+    return next((split for word in words for split, names in SPLIT_NAMES.items() if word in names.split()), "")
+
+
+def read_table(path, text_column=None, needed=("clip", "text"), name=None):
+    """(a DataFrame of a CSV or of lines of JSON, notes on its defects); raises RunError or UsageError.
+
+    Its columns are those of COLUMNS that the table has, `text` being `text_column` if given, and `problem`; its cells
+    are str, or missing. `name` is what the table is called in messages.
+
+    csv, not pandas: the country code NA is Namibia, and after an unclosed quote pandas loses most rows.
+    """
+    notes, name = [], name or path
+    with explained(f"{name} cannot be read"):
+        data = Path(path).read_bytes()
+    if data.startswith(b"version https://git-lfs"):
+        raise RunError(f"{name} is a Git LFS pointer, not the file: run 'git lfs pull'")
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text, notes = data.decode("cp1252", "replace"), ["it is not UTF-8 and was read as Latin-1 (Windows-1252)"]
+
+    if Path(path).suffix.lower() in (".csv", ".tsv"):
+        text, number = text.replace("\0", ""), 0
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows
+        rows = csv.DictReader(io.StringIO(text, newline=""), restkey="", delimiter=delimiter)
+        names = rows.fieldnames or []
+        try:
+            for _ in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True):
+                number += 1
+        except csv.Error:
+            notes.append(f"an unclosed quote in row {number}: look at the rows after it, its text may have taken some")
+    else:
+        with explained(f"{name} is not lines of JSON", (ValueError, RecursionError)):
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        if wrong := [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
+            raise RunError(f"{name}: row {wrong[0]} is not an object with keys such as {' and '.join(needed)}")
+        names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    columns = choose_columns(names, text_column, name, needed)
+    values, problems = {ours: [] for ours in columns}, []
+    for number, row in enumerate(rows, start=1):
+        is_surplus = any(map(str.strip, row.get("", ())))
+        problems.append(f"more cells than columns (row {number}): its text needs quotes" if is_surplus else "")
+        for ours, theirs in columns.items():
+            values[ours].append(None if is_surplus and ours not in ("clip", "text") else cell_text(row.get(theirs)))
+    if count := sum(map(bool, problems)):
+        notes.append(f"{plural(count, 'row')} with more cells than columns: not used")
+    return pandas.DataFrame({**values, "problem": problems}, dtype="str"), notes
+
+
+def choose_columns(names, text_column, table, needed):
+    """{what COLUMNS calls a column: its name among `names`}; raises UsageError without one column of texts."""
+    lower = {name.lower(): name for name in reversed(names) if name}
+    found = {ours: [lower[name] for name in theirs if name in lower] for ours, theirs in COLUMNS.items()}
+    if text_column:
+        found["text"] = [text_column] * (text_column in names)
+    listed = f"its columns are {' '.join(', '.join(names)[:200].split()) or 'none'}"
+    if len(found["text"]) != 1:
+        problem = f"no column {text_column or ' or '.join(COLUMNS['text'])}"
+        problem = f"both {' and '.join(found['text'])}" if found["text"] else problem
+        raise UsageError(f"{table} has {problem}; name the column of the texts with --text_column: {listed}")
+    for ours in needed:
+        if not found[ours]:
+            raise RunError(f"{table} has no column {' or '.join(COLUMNS[ours])}; {listed}")
+    return {ours: theirs[0] for ours, theirs in found.items() if theirs}
+
+
+def cell_text(cell):
+    """A cell of any table as text, None for one that is missing; JSON can hold halves of characters, no file can."""
+    return None if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
+
+
+def clip_samples(cell):
+    """Samples at 16 kHz of the duration in a cell; 0 if it holds none, or none that a clip can have."""
+    try:
+        return int(float(cell) * SAMPLE_RATE) if 0 < float(cell) < 86_400 else 0
+    except (TypeError, ValueError):
+        return 0
+
+
+def clip_table(cells, split="", accent=""):
+    """The table of clips, with every column, of what `read_table` gives; `split` and `accent` stand for empty cells."""
+    table = pandas.DataFrame({name: cells.get(name) for name in CLIP_COLUMNS}, cells.index, dtype="str").fillna("")
+    table["split"] = (
+        table["split"].map({cell: split_in(cell) or split for cell in table["split"].unique()}).astype("str")
+    )
+    table["accent"] = table["accent"].replace("", accent)
+    table["num_samples"] = list(map(clip_samples, cells["duration"])) if "duration" in cells else 0
+    return table
+
+
+# ---------------------------------------------------------------- sources
+
+
+@dataclass
+class Shard:
+    """What becomes one prepared file, `path`: an archive, a group of audio files, or a parquet file.
+
+    `rows` are the table of the clips that are announced for it; `files` are what it is made of; `split` is "" where the
+    rows name several.
+    """
+
+    name: str
+    path: Path
+    rows: object
+    files: list[str]
+    split: str = ""
+
+
+def split_config(dataset):
+    """(folder or Hub id, configuration or "") that a --dataset names."""
+    name, _, config = (dataset, "", "") if Path(dataset).expanduser().is_dir() else dataset.partition(":")
+    return name, config
+
+
+ARCHIVE = re.compile(r"audio/([^/]+)/([^/]+)/[^/]+\.tar\.gz")
+METADATA = re.compile(r"(.*/)?metadata\.(csv|jsonl)")
+GROUP_CLIPS = 256  # recordings of a folder that are converted to one prepared file
+
+
+class Source:
+    """A corpus as `shards` of clips: AfriSpeech-200's archives, audio files with tables, or parquet files.
+
+    `announced` is the table of the clips that its tables tell of, `names` are those of all shards that it has, `accents`
+    the folders or slugs of all its accents. `folder` holds its prepared files. The splits `made`, which it lacks, are
+    taken from train by `assignment`, {speaker: split}.
+    """
+
+    def __init__(self, dataset, settings, splits, is_extra=False):
+        """The corpus, its tables read as far as `splits` need them; raises RunError or UsageError.
+
+        `is_extra` is one of --also_score, to which the flags on the corpus and its parts do not apply.
+        """
+        name, config = split_config(dataset)
+        revision = None if is_extra else settings.dataset_revision
+        revision = DEFAULT_DATASET_REVISION if name == DEFAULT_DATASET and not revision else revision
+        self.text_column, asked = (None, None) if is_extra else (settings.text_column, settings.accents)
+        self.dataset, self.is_extra, self.keep = dataset, is_extra, settings.keep_archives
+        self.made, self.assignment, self.unnamed = (), {}, ""
+        place = Path(name).expanduser()
+        place = place.resolve() if place.is_dir() else None
+        identity = digest([str(place or name), revision, config, self.text_column])
+        self.folder = Path(settings.data_dir).expanduser() / f"{file_stem(public(dataset))}-{identity[:8]}"
+        self.repository = Repository(name, revision, place, self.folder)
+        self.repository.list()
+        paths = sorted(self.repository.files)
+        archives = list(filter(ARCHIVE.fullmatch, paths))
+        self.layout = "archives" if archives else "recordings"
+        if archives:
+            self.accents = {path.split("/")[1] for path in paths if re.match(r"(audio|transcripts)/[^/]+/", path)}
+            self.add_archives(archives, splits, self.accents & set(map(slugify, asked)) if asked else self.accents)
+            return
+        if settings.streaming and not is_extra:
+            raise UsageError(f"--streaming is for AfriSpeech-200's layout, which {name} is not in; leave it out")
+        if any(path.endswith(".parquet") for path in paths):
+            self.add_parquet_files(name, config, splits)
+        elif config:
+            raise UsageError(f"--dataset names '{config}'; {name} has no configurations: leave it out")
+        elif tables := list(filter(METADATA.fullmatch, paths)):
+            self.add_audio_files(tables)
+        else:
+            kinds = "no audio/<accent>/<split>/*.tar.gz, no metadata.csv or metadata.jsonl and no parquet files"
+            raise RunError(f"{name} has {kinds}: it has {plural(len(paths), 'file')}, such as {(paths or ['none'])[0]}")
+        self.names = [shard.name for shard in self.shards]
+        tables = [shard.rows.assign(shard=number) for number, shard in enumerate(self.shards)]
+        self.announced = pandas.concat(tables, ignore_index=True)
+        self.accents = set(map(slugify, self.announced["accent"].unique())) - {""}
+        self.plan_splits(splits, settings.seed)
+
+    def new_shard(self, name, rows, files, made_of=None, split=""):
+        """A `Shard` whose prepared file is another one where anything that it is made of has changed."""
+        mark = digest([made_of, *([path, *self.repository.files[path]] for path in files)])[:12]
+        return Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", rows, files, split)
+
+    @staticmethod
+    def stem(name):
+        """What the names of all prepared files of a shard begin with."""
+        return f"{slugify(name)[-80:]}-{digest(name)[:6]}"
+
+    def read(self, path):
+        """`read_table` of a file of the repository; warns of its defects."""
+        cells, notes = read_table(self.repository.fetch(path), self.text_column, name=path)
+        for note in notes:
+            warn(f"{path}: {note}")
+        return cells
+
+    def add_archives(self, archives, splits, accents):
+        """AfriSpeech-200's layout: audio/<accent>/<split>/*.tar.gz and transcripts/<accent>/<split>.csv."""
+        tables, self.shards, self.names = {}, [], archives
+        for accent, split in itertools.product(sorted(accents), splits):
+            if f"transcripts/{accent}/{split}.csv" in self.repository.files:
+                tables[accent, split] = f"transcripts/{accent}/{split}.csv"
+        with ThreadPoolExecutor(8) as pool:  # some hundred small files on the Hub, so several at once
+            list(pool.map(self.repository.fetch, tables.values()))
+        for (accent, split), path in tables.items():
+            cells = self.read(path).dropna(subset="clip")
+            cells["clip"], cells["split"] = cells["clip"].map(clip_key), split
+            tables[accent, split] = clip_table(cells.drop_duplicates("clip"), split, accent)
+        nothing = clip_table(pandas.DataFrame())
+        self.announced = pandas.concat([nothing, *tables.values()], ignore_index=True)
+        for path in archives:
+            accent, split = ARCHIVE.fullmatch(path).groups()
+            if accent in accents and split in splits:
+                rows = tables.get((accent, split), nothing)
+                made_of = [accent, *rows[["clip", "text", *GROUP_COLUMNS, "problem"]].to_numpy().ravel()]
+                self.shards.append(self.new_shard(path, rows, [path], made_of, split))
+
+    def add_audio_files(self, tables):
+        """Audio files in folders, with a metadata.csv or metadata.jsonl beside or above them."""
+        files, found = self.repository.files, []
+        for path in tables:
+            table = clip_table(self.read(path))
+            keys = [os.path.normpath(os.path.join(os.path.dirname(path), name)) for name in table["clip"]]
+            for place, (key, name) in enumerate(zip(keys, table["clip"])):
+                problem = "" if key in files else "no audio"
+                if not name.strip():
+                    keys[place], problem = f"{path}, row {place + 1}", "no file_name"
+                elif key.startswith(("/", "../")):
+                    problem = "refused: its path climbs out of the folder"
+                if problem:
+                    table.iat[place, table.columns.get_loc("problem")] = problem
+            # "stress-test.wav" is of no test split.
+            splits = [split_in(path) or split_in(f"{os.path.dirname(key)}/") for key in keys]
+            found.append(table.assign(clip=keys, split=table["split"].where(table["split"] != "", splits)))
+        listed = pandas.concat(found).drop_duplicates("clip")
+        if not listed["clip"].isin(files).any():
+            example = f"{plural(len(listed), 'row')}, such as {next(iter(listed['clip']), 'none')}"
+            raise RunError(f"{tables[0]} names no file that is there among {example}")
+        rest = [path for path in sorted(files.keys() - set(listed["clip"])) if is_audio_name(path)]
+        rest = pandas.DataFrame({"clip": rest, "split": [os.path.dirname(path) + "/" for path in rest]}, dtype="str")
+        table = pandas.concat([listed, clip_table(rest.assign(problem="no transcript"))])
+        self.shards = []
+        for split, rows in table.groupby("split"):
+            for start in range(0, len(rows), GROUP_CLIPS):
+                group = rows.iloc[start : start + GROUP_CLIPS]
+                present, made_of = group["clip"][group["problem"] == ""], group.astype("str").to_numpy().ravel()
+                name = f"{split or 'clips'}-{start // GROUP_CLIPS:05d}"
+                self.shards.append(self.new_shard(name, group, present.tolist(), made_of.tolist()))
+
+    def add_parquet_files(self, name, config, splits):
+        """Parquet files as `push_to_hub` writes them, divided by their names or the README's configs, as datasets does."""
+        repository, named = self.repository, {}
+        noted = self.folder / f"parquet-{digest(repository.files)[:12]}.json"
+        if not (named := read_json(noted) or {}):
+            try:
+                place = str(repository.folder or name)
+                found = datasets.load_dataset_builder(
+                    place, config or None, revision=repository.revision
+                ).config.data_files
+            except (ValueError, OSError, yaml.YAMLError) as error:
+                raise UsageError(f"--dataset {self.dataset}: {one_line(error)}") from error
+            for split, file in [(split, str(file)) for split, files in found.items() for file in files]:
+                path = os.path.relpath(file, place) if repository.folder else re.sub("^hf://([^/]+/){3}", "", file)
+                # What names no split is "train" for datasets.
+                if path in repository.files:
+                    named[path] = split_in(path) if list(found) == ["train"] else split_in(split)
+            write_text(noted, json.dumps(named, indent=1))
+        if set(splits) <= set(named.values()):  # a corpus may be large beside its test split
+            named = {path: split for path, split in named.items() if split in splits}
+        with ThreadPoolExecutor(8) as pool:
+            tables = pool.map(self.parquet_rows, named, named.values())
+            self.shards = [self.new_shard(path, table, [path]) for path, table in zip(named, tables)]
+        if not self.shards:
+            raise RunError(f"{self.dataset} has no parquet file in its configuration")
+
+    @contextlib.contextmanager
+    def open_parquet(self, path):
+        """(a pyarrow ParquetFile, the name of its column of audio, structs of bytes and path); raises RunError."""
+        local = self.repository.local(path)
+        problems = OSError, ValueError, NotImplementedError  # pyarrow's own exceptions are kinds of these
+        with explained(f"{path} cannot be read as parquet", problems):
+            stream = open(local, "rb") if local else hub.HfFileSystem().open(self.repository.on_hub(path))
+            with stream, parquet.ParquetFile(stream) as file:
+                structs = [item for item in file.schema_arrow if str(item.type).startswith("struct<")]
+                names = [item.name for item in structs if item.type.get_field_index("bytes") >= 0]
+                names = ["audio"] if "audio" in names else names
+                if len(names) != 1:
+                    problem = f"more than one: {', '.join(names)}" if names else "no audio column (of bytes and path)"
+                    raise RunError(f"{path} has {problem}; its columns are {', '.join(file.schema_arrow.names)}")
+                yield file, names[0]
+
+    def parquet_rows(self, path, split):
+        """The table of a parquet file's clips; of one that is not converted yet, what is no audio is read."""
+        prepared = self.new_shard(path, None, [path]).path
+        if prepared.exists():
+            return prepared_rows(open_prepared(prepared))
+        with self.open_parquet(path) as (file, audio):
+            features = datasets.Features.from_arrow_schema(file.schema_arrow)
+            names = [name for name in features if name != audio]
+            columns = choose_columns(names, self.text_column, path, ("text",))
+            columns.pop("clip", None)
+            rows = file.read([*columns.values(), f"{audio}.path"]).to_pylist()
+        cells = {}
+        for ours, theirs in columns.items():
+            kind, values = features[theirs], [row[theirs] for row in rows]
+            if isinstance(kind, datasets.ClassLabel):
+                values = [kind.int2str(value) if value is not None and value >= 0 else None for value in values]
+            cells[ours] = list(map(cell_text, values))
+        names = [os.path.basename((row.get(audio) or {}).get("path") or "") for row in rows]
+        keys = [f"{number:05d}{'-' if name else ''}{name}" for number, name in enumerate(names)]
+        cells["clip"] = [f"{path.removesuffix('.parquet')}/{key}" for key in keys]
+        return clip_table(pandas.DataFrame(cells, dtype="str"), split)
+
+    def plan_splits(self, splits, seed):
+        """Draw speakers of the train split for dev and test, about a tenth of the clips each, where `splits` lack one.
+
+        Where no clip names a split, all are of train, or of the test set that is scored too. Raises RunError where it
+        cannot be done.
+        """
+        table = self.announced
+        self.unnamed = "" if (table["split"] != "").any() else ("test" if self.is_extra else "train")
+        self.assign_splits(table)
+        if lost := table["clip"][table["split"] == ""].tolist():
+            warn(f"{plural(len(lost), 'clip')}, such as {lost[0]}, of no split that is named: left out")
+        found = set(table["split"])
+        if set(splits) <= found:
+            return
+        self.made = tuple(split for split in SPLITS if split not in found)
+        what = f"{self.dataset} has no {' and no '.join(self.made)} split"
+        speakers = table["speaker"][(table["split"] == "train") & (table["speaker"] != "")]
+        sizes = speakers.value_counts(sort=False).to_dict()
+        if "train" in self.made or len(sizes) <= len(self.made):
+            advice = (
+                f"{plural(len(sizes), 'speaker')} of train to make it of: name speakers in a column such as speaker"
+            )
+            raise RunError(f"{what}, and {advice}, or give it in train, dev and test folders or in a column split")
+        # The order is one of checksums, so that more recordings later move few speakers.
+        left = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
+        for split in self.made:
+            room, drawn = sum(sizes.values()) // 10, []
+            for speaker in left:
+                if sizes[speaker] <= room:
+                    drawn.append(speaker)
+                    room -= sizes[speaker]
+            drawn = drawn or [min(left, key=sizes.get)]
+            left = [speaker for speaker in left if speaker not in drawn]
+            self.assignment |= dict.fromkeys(drawn, split)
+        self.assign_splits(table)
+        say(f"  {' and '.join(self.made)} made of the train split by speaker, by --seed {seed}")
+
+    def assign_splits(self, table):
+        """Give the clips of a table the splits that are planned, in place."""
+        table["split"] = table["split"].replace("", self.unnamed)
+        if self.assignment:
+            drawn = table["speaker"].map(self.assignment).fillna("train").astype("str")
+            table["split"] = table["split"].where(table["split"] != "train", drawn)
+            speakerless = (table["split"] == "train") & (table["speaker"] == "") & (table["problem"] == "")
+            table["problem"] = table["problem"].mask(speakerless, "no speaker to make a split by")
+
+    def needed(self, splits):
+        """The shards that have clips of `splits`."""
+        numbers = (
+            set(self.announced["shard"][self.announced["split"].isin(splits)]) if "shard" in self.announced else ()
+        )
+        return [shard for number, shard in enumerate(self.shards) if shard.split in splits or number in numbers]
+
+    def part(self, shards):
+        """What a worker process needs to convert `shards`."""
+        part = copy.copy(self)
+        part.announced, part.shards, part.names = None, [], []
+        files = {path: self.repository.files[path] for shard in shards for path in shard.files}
+        part.repository = dataclasses.replace(self.repository, files=files)
+        return part
+
+    def clips(self, shard):
+        """Yield the clips of a shard as rows of its prepared file."""
+        rows = shard.rows.to_dict("records")
+        if self.layout == "archives":
+            pairs = self.archive_clips(shard, {row["clip"]: row for row in rows})
+        elif shard.name.endswith(".parquet"):
+            pairs = zip(rows, self.parquet_audio(shard.name))
+        else:
+            pairs = ((row, self.repository.local(row["clip"])) for row in rows)
+        for row, audio in pairs:
+            yield make_clip(row, audio)
+
+    def parquet_audio(self, path):
+        """Yield the encoded audio of each row, None where there is none."""
+        with self.open_parquet(path) as (file, audio):
+            for batch in file.iter_batches(batch_size=50, columns=[audio]):
+                yield from ((cell or {}).get("bytes") for cell in batch.column(0).to_pylist())
+
+    def archive_clips(self, shard, rows):
+        """Yield (row, encoded audio) of an archive; damage ends it with a row that says so."""
+        nothing = dict.fromkeys(CLIP_COLUMNS, "") | {"split": shard.split, "accent": shard.name.split("/")[1]}
+        seen = set()
+        with self.repository.open(shard.name) as stream:
+            try:
+                for name, audio, problem in archive_members(stream):
+                    row = rows.get(key := clip_key(name)) or {**nothing, "clip": key, "problem": "no transcript"}
+                    problem = problem or row["problem"] or ("a second copy" if key in seen else "")
+                    yield {**row, "problem": problem}, audio
+                    seen.add(key)
+            except DAMAGE as error:
+                problem = f"damaged archive ({one_line(error)}): {plural(len(seen), 'clip')} of it kept"
+                yield {**nothing, "clip": shard.name, "problem": problem}, None
 
 
 def clip_key(path):
@@ -970,379 +1283,22 @@ def clip_key(path):
     return "/".join(path.strip("/").split("/")[-2:])
 
 
-@dataclass
-class Corpus:
-    """The AfriSpeech-200 repository, on the Hub or as a local folder, and its prepared form under `data_dir`.
+# ---------------------------------------------------------------- audio
 
-    `files` maps each path in the repository to [its size in bytes, its sha256 on the Hub or its time of change in a
-    folder]; `stamps` each archive of a folder to what `files` said of it and its transcripts when it was converted.
-    `chosen` are the folders of the accents that a run is of, None for all. `made` are the splits that the program made
-    itself, which AfriSpeech-200 needs none of.
-    """
-
-    layout = "archives"
-    made = ()
-
-    name: str
-    revision: str | None
-    folder: Path | None
-    data_dir: Path
-    keep_archives: bool
-    files: dict[str, list] = field(default_factory=dict)
-    stamps: dict[str, list] = field(default_factory=dict)
-    chosen: set[str] | None = None
-    config: str = ""
-
-    def find(self, pattern, splits):
-        """The paths of `splits` that match `pattern`, whose groups are the accent and the split."""
-        found = [match for match in map(re.compile(pattern).fullmatch, sorted(self.files)) if match]
-        chosen = [match for match in found if self.chosen is None or match[1] in self.chosen]
-        return [match[0] for split in splits for match in chosen if match[2] == split]
-
-    def archives(self, *splits):
-        return self.find(r"audio/([^/]+)/([^/]+)/[^/]+\.tar\.gz", splits)
-
-    def tables(self, *splits):
-        """The paths of the transcripts."""
-        return self.find(r"transcripts/([^/]+)/([^/]+)\.csv", splits)
-
-    def size(self, paths):
-        """Bytes of files of the repository."""
-        return sum(self.files[path][0] for path in paths)
-
-    def prepared_path(self, archive):
-        return self.data_dir / archive.split("/")[2] / (Path(archive).name.removesuffix(".tar.gz") + ".arrow")
-
-    def stamp(self, archive):
-        _, accent, split, _ = archive.split("/")
-        return [self.files[archive], self.files.get(f"transcripts/{accent}/{split}.csv")]
-
-    def unprepared(self, archives):
-        """Those of `archives` that are not converted, or have changed since then, they or their transcripts."""
-        return [
-            path
-            for path in archives
-            if not self.prepared_path(path).exists() or self.stamps.get(path, self.stamp(path)) != self.stamp(path)
-        ]
-
-    def read_stamps(self):
-        """Have the `stamps` as another process may have written them since."""
-        self.stamps = (read_json(self.data_dir / "source.json") or {}).get("stamps", {})
-
-    def write_source(self, converted=()):
-        """Note down what the prepared files come from, those of the archives `converted` as these are now."""
-        self.read_stamps()
-        self.stamps |= {path: self.stamp(path) for path in converted}
-        source = {"dataset": self.identity(), "revision": self.revision, "stamps": self.stamps}
-        source["files"] = {} if self.folder else self.files
-        write_text(self.data_dir / "source.json", json.dumps(source, indent=1))
-
-    def identity(self):
-        """The folder or Hub id, with its configuration, that the prepared files come from."""
-        return f"{self.folder or self.name}{self.config and ':'}{self.config}"
-
-    def find_local(self, path):
-        """Where a file of the repository lies on this machine, None if it does not, or is of another version."""
-        if self.folder:
-            return self.folder / path
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(self.name, path, repo_type="dataset", revision=self.revision)
-        places = [*([Path(cached)] if isinstance(cached, str) else []), self.data_dir / "hub" / path]
-        return next((place for place in places if place.exists() and place.stat().st_size == self.files[path][0]), None)
-
-    @contextlib.contextmanager
-    def open(self, path):
-        """A file of the repository as a stream of bytes: the local file, or as much of the Hub's as is asked for."""
-        local = self.find_local(path)
-        with (
-            contextlib.nullcontext() if local else explained_hub_errors(self.name, "dataset"),
-            open(local, "rb") if local else io.BufferedReader(HubStream(self, path), 1 << 16) as stream,
-        ):
-            yield stream
-
-    def fetch(self, path):
-        """The local path of a file of the repository, downloaded if need be; raises RunError."""
-        if local := self.find_local(path):
-            return local
-        target = self.data_dir / "hub" / path
-        with explained_hub_errors(self.name, "dataset"):
-            download(self, path, target)
-        return target
-
-    def files_of(self, archive):
-        """The paths of the files that an archive is made of."""
-        return [archive]
-
-    def release(self, archive):
-        """Delete what we downloaded of an archive; a file in the user's folder or cache is never touched."""
-        if self.keep_archives or self.folder:
-            return
-        for path in self.files_of(archive):
-            target = self.data_dir / "hub" / path
-            target.unlink(missing_ok=True)
-            target.with_name(target.name + ".partial.lock").unlink(missing_ok=True)
-
-    def transcripts(self, accent, split):
-        """{clip key: row} of one accent's CSV in a split; the first of rows with the same path counts."""
-        path = f"transcripts/{accent}/{split}.csv"
-        rows = {}
-        for row in read_transcripts(self.fetch(path))[0] if path in self.files else ():
-            if audio_path := row.get("audio_paths") or row.get("audio_path"):
-                rows.setdefault(clip_key(audio_path), row)
-        return rows
-
-    def rows(self, split):
-        """The rows of a split as its transcripts announce them, without audio."""
-        return [
-            clip_row(key, split, accent, row)
-            for accent in [path.split("/")[1] for path in self.tables(split)]
-            for key, row in self.transcripts(accent, split).items()
-        ]
-
-    def accents(self):
-        """The folders of the accents."""
-        return {path.split("/")[1] for path in self.files if re.match(r"(audio|transcripts)/[^/]+/", path)}
-
-    def make_splits(self, splits, seed, unnamed="train"):
-        """AfriSpeech-200 has all of them."""
-
-    def part(self, archive):
-        """What a worker process needs to convert an archive."""
-        return self
-
-    def clips(self, archive):
-        """Yield the rows of an archive's prepared file; damage ends it with a row that says so."""
-        _, accent, split, _ = archive.split("/")
-        rows, count, seen = self.transcripts(accent, split), 0, set()
-        with self.open(archive) as stream:
-            try:
-                for name, audio, problem in archive_members(stream):
-                    key = clip_key(name)
-                    row = clip_row(key, split, accent, rows.get(key))
-                    absent = row["problem"] if key in rows else "no transcript"
-                    problem = problem or absent or ("a second copy" if key in seen else "")
-                    seen.add(key)
-                    yield make_clip(row, audio, problem)
-                    count += 1
-            except DAMAGE as error:
-                problem = f"damaged archive ({one_line(error)}): {plural(count, 'clip')} of it kept"
-                yield make_clip(clip_row(archive, split, accent, None), None, problem)
-
-    def split_clips(self, clips, split):
-        """Those of the prepared `clips`, a Dataset, that are of a split and of the accents chosen."""
-        return clips
-
-    def fetch_transcripts(self, splits):
-        """Have every CSV of `splits` here, some hundred, so several at once; warns of defects."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        paths = self.tables(*splits)
-        with ThreadPoolExecutor(8) as pool:
-            for path, local in zip(paths, pool.map(self.fetch, paths)):
-                for note in read_transcripts(local)[1]:
-                    warn(f"{path}: {note}")
+CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
+LOUDEST = 1e30  # full scale is 1; what comes near float32's limit overflows when it is resampled
+# Samples at 16 kHz read on each side of a window, more than the resampler's filter is long. Windows begin at multiples
+# of 640, and with a margin of such a multiple at a sample of every common rate.
+RESAMPLING_MARGIN = 3 * 640
+MOST_FRAMES = 2**40  # more is how libsndfile says that it does not know
+# Of the files in a folder those are taken that libsndfile can read, or that are audio which it should be said not to.
+MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov 3gp".split()
 
 
-MENDED_QUOTES = 100  # in a file with more unclosed quotes than these none is taken for one
-SURPLUS = "more cells than columns"  # the key, in such a row of a CSV, of why it is not used
-
-
-def read_text(path):
-    """(text, notes on what was mended) of a file of text; raises RunError if it cannot be read or is none."""
-    with explained(f"{path} cannot be read"):
-        data = Path(path).read_bytes()
-    if data.startswith(b"version https://git-lfs"):
-        raise RunError(f"{path} is a Git LFS pointer, not the file: run 'git lfs pull'")
-    try:
-        utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return data.decode("utf-16" if utf_16 else "utf-8-sig"), []
-    except UnicodeDecodeError:
-        return data.decode("cp1252", "replace"), ["it is not UTF-8 and was read as Latin-1 (Windows-1252)"]
-
-
-def json_lines(text):
-    """What each line of a text holds as JSON, but for blank ones; raises ValueError or RecursionError."""
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-def read_transcripts(path, columns=(("transcript",), ("audio_paths", "audio_path"))):
-    """(rows, a dict each; notes on what was mended) of a CSV that has one of each of `columns`; raises RunError.
-
-    csv, not pandas: the country code NA is Namibia, and no cell may turn into a NaN.
-    """
-    (text, notes), rows, start, quoting = read_text(path), [], 1, csv.QUOTE_MINIMAL
-    lines = list(io.StringIO(text.replace("\0", ""), newline=""))
-    header = lines[0] if lines else ""
-    delimiter = max(",;\t", key=header.count)
-    names = next(csv.reader([header], delimiter=delimiter), [])
-    for needed in columns:
-        if not set(needed) & set(names):
-            found = " ".join(", ".join(names)[:200].split()) or "none"
-            raise RunError(f"{path} has no column {' or '.join(needed)}; its columns are {found}")
-    csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows, which is found below
-    broken, surplus = [], []
-    while start < len(lines):
-        # Strict: otherwise an unclosed quote may join two rows into one with the right number of cells.
-        rest = map(lines.__getitem__, range(start, len(lines)))
-        reader = csv.reader(rest, delimiter=delimiter, quoting=quoting, strict=True)
-        try:
-            cells = next(reader)
-            closed = reader.line_num == 1 or len(cells) in (0, len(names))
-        except csv.Error:
-            cells = next(csv.reader(lines[start : start + 1], delimiter=delimiter, quoting=quoting), [])
-            closed = reader.line_num == 1 and len(cells) == len(names)
-        if not closed:
-            # A quote that is not: its line is taken as it stands, and reading goes on behind it.
-            broken.append(start + 1)
-            cells = [cell.strip('"') for cell in lines[start].rstrip("\r\n").split(delimiter)]
-            quoting = csv.QUOTE_NONE if len(broken) > MENDED_QUOTES else quoting
-        rows += [dict(zip(names, cells))] if cells else []
-        if any(cell.strip() for cell in cells[len(names) :]):
-            surplus.append(start + 1)
-            rows[-1][SURPLUS] = f"{SURPLUS} (line {start + 1}): its text needs quotes"
-        start += reader.line_num if closed else 1
-    if broken:
-        notes.append(f"{plural(len(broken), 'unclosed quote')}, the first in line {broken[0]}: read as they stand")
-    if surplus:
-        notes.append(f"{plural(len(surplus), 'row')} with {SURPLUS}, the first in line {surplus[0]}: not used")
-    return rows, notes
-
-
-def split_config(dataset):
-    """(folder or Hub id, configuration or "") that a --dataset names."""
-    if Path(dataset).expanduser().is_dir():
-        return dataset, ""
-    name, _, config = dataset.partition(":")
-    return name, config
-
-
-def open_corpus(args):
-    """The `Corpus` of `args`, with its files listed; raises RunError or UsageError."""
-    name, config = split_config(args.dataset)
-    folder = Path(name).expanduser()
-    folder = folder.resolve() if folder.is_dir() else None
-    revision = args.dataset_revision or (DEFAULT_DATASET_REVISION if args.dataset == DEFAULT_DATASET else None)
-    corpus = Corpus(name, revision, folder, Path(args.data_dir).expanduser(), args.keep_archives, config=config)
-    stored = read_json(corpus.data_dir / "source.json") or {}
-    held, asked = [stored.get("dataset"), stored.get("revision")], [corpus.identity(), revision]
-    if stored and held != asked:
-        raise UsageError(
-            f"--data_dir {args.data_dir} holds audio of {held[0]} at revision {held[1]}, not of {asked[0]} at "
-            f"{asked[1]}; choose another --data_dir"
-        )
-    if folder:
-        corpus.files = list_folder(folder)
-    elif stored and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        corpus.files = stored["files"]  # a commit never changes: no network is needed to go on
-    else:
-        try:
-            corpus.files = list_hub_files(name, revision)
-        except RunError as error:
-            if not stored or not isinstance(error.__cause__, unreachable_errors()):
-                raise
-            say("  the Hub cannot be reached: taken as it was when it was listed last")
-            corpus.files = stored["files"]
-    corpus.stamps = stored.get("stamps", {})
-    if not corpus.archives(*SPLITS):
-        corpus = open_recordings(corpus, args)
-    elif config or args.text_column:
-        what = f"--text_column is {args.text_column}" if args.text_column else f"--dataset names '{config}'"
-        raise UsageError(f"{what}; {name} is in AfriSpeech-200's layout, which has none to choose: leave it out")
-    corpus.write_source()
-    corpus.chosen = chosen_accents(corpus, args.accents)
-    return corpus
-
-
-def files_below(folder):
-    """The paths of all files in a folder and below it; raises OSError where rglob would pass over a part.
-
-    Links to folders elsewhere are followed, each of these folders once and none that holds another: links may go round.
-    """
-    top = Path(folder).resolve()
-    roots, above, found = {top}, set(top.parents), []
-
-    def refuse(error):
-        raise error
-
-    def is_new(path):
-        if os.path.islink(path):
-            real = Path(path).resolve()
-            if real in above or roots & {real, *real.parents}:
-                return False
-            roots.add(real)
-            above.update(real.parents)
-        return True
-
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        found += [os.path.join(parent, name) for name in names]
-        folders[:] = [name for name in folders if is_new(os.path.join(parent, name))]
-    return found
-
-
-def list_folder(folder):
-    """{path: [size in bytes, time of change]} of a folder; raises RunError."""
-    with explained(f"{folder} cannot be read"):
-        paths = list(map(Path, files_below(folder)))
-    found = [(path.relative_to(folder).as_posix(), path.stat()) for path in paths if path.is_file()]
-    files = {path: [status.st_size, status.st_mtime_ns] for path, status in found}
-    if strange := [path for path in files if printable(path) != path]:
-        names = f"such as {printable(strange[0])}"
-        warn(f"{plural(len(strange), 'file')} of {folder}, {names}, passed over: their names are not UTF-8")
-    for path in strange:
-        del files[path]
-    return files
-
-
-def list_hub_files(name, revision):
-    """{path: [size in bytes, sha256 or None]} of a dataset repository, in one call."""
-    from huggingface_hub import list_repo_tree
-    from huggingface_hub.hf_api import RepoFile
-
-    with explained_hub_errors(name, "dataset"):
-        tree = list_repo_tree(name, recursive=True, revision=revision, repo_type="dataset")
-        files = [item for item in tree if isinstance(item, RepoFile)]
-    return {file.path: [file.size, file.lfs.sha256 if file.lfs else None] for file in files}
-
-
-def read_json(path):
-    """What a JSON object that this program wrote holds; None if it is not there, or not whole."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-@contextlib.contextmanager
-def complete_file(path):
-    """The name of a file to write, which takes the place of `path` when complete; whatever happens, no half is left."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    """Write a text file so that it is complete or absent."""
-    with explained(f"{path} cannot be written", advice=ROOM_ADVICE), complete_file(Path(path)) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def chosen_accents(corpus, accents):
-    """The folders of the accents named by the user (None: all); raises UsageError with the nearest names."""
-    known = sorted(corpus.accents())
-    for accent in accents or []:
-        if slugify(accent) not in known:
-            near = difflib.get_close_matches(slugify(accent), known, n=3, cutoff=0.5)
-            hint = (
-                f"did you mean {' or '.join(near)}?" if near else f"the accents are {', '.join(known) or 'not given'}"
-            )
-            raise UsageError(f"--accents has '{accent}', which {corpus.name} does not have; {hint}")
-    return {slugify(accent) for accent in accents} if accents else None
+def is_audio_name(path):
+    """Whether a file is taken for audio where a folder is searched."""
+    name, suffixes = os.path.basename(path), {*map(str.lower, soundfile.available_formats()), *MORE_SUFFIXES} - {"raw"}
+    return os.path.splitext(name)[1][1:].lower() in suffixes and not name.startswith(".")
 
 
 class AudioBytes(io.BytesIO):
@@ -1354,28 +1310,9 @@ class AudioBytes(io.BytesIO):
         return self.tell()
 
 
-# Of the files in a folder those are taken that libsndfile can read, or that are audio which it should be said not to.
-MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov 3gp".split()
-
-
-@functools.cache
-def audio_suffixes():
-    import soundfile
-
-    return {kind.lower() for kind in soundfile.available_formats()} - {"raw"} | set(MORE_SUFFIXES)
-
-
-def is_audio_name(path):
-    """Whether a file is taken for audio where a folder is searched."""
-    name = os.path.basename(path)
-    return os.path.splitext(name)[1][1:].lower() in audio_suffixes() and not name.startswith(".")
-
-
 @contextlib.contextmanager
 def open_audio(source):
     """A soundfile.SoundFile of encoded audio, bytes or a path; raises ValueError, also for what it raises in use."""
-    import soundfile
-
     try:
         # Opened here: soundfile refuses names that are not UTF-8.
         stream = AudioBytes(source) if isinstance(source, bytes) else open(source, "rb")
@@ -1386,19 +1323,11 @@ def open_audio(source):
         raise ValueError(getattr(error, "error_string", None) or one_line(error)) from error
 
 
-# Samples at 16 kHz read on each side of a window, more than the resampler's filter is long. Windows begin at multiples
-# of 640, and with a margin of such a multiple at a sample of every common rate.
-RESAMPLING_MARGIN = 3 * 640
-MOST_FRAMES = 2**40  # more is how libsndfile says that it does not know
-
-
 def decode_audio(source, start=0, stop=None):
     """Encoded audio (bytes or a path) -> 16 kHz mono float32 samples `start` to `stop` of it; raises ValueError.
 
     Only what is asked for is decoded: a window of an hour costs what a window of a minute does.
     """
-    import librosa
-
     with open_audio(source) as file:
         rate = file.samplerate
         margin = 0 if rate == SAMPLE_RATE else RESAMPLING_MARGIN
@@ -1423,8 +1352,6 @@ def audio_length(path):
     A header may name no length, as of a stream, or that of a recording that was cut off: the last sample is tried, and
     if it is not there all are counted. Raises it for a file without any sample too.
     """
-    import soundfile
-
     with open_audio(path) as file:
         rate, promised = file.samplerate, file.frames
         with contextlib.suppress(soundfile.SoundFileError):
@@ -1437,120 +1364,76 @@ def audio_length(path):
             count += found
     if not count:
         raise ValueError("no audio samples")
-    unknown = promised > MOST_FRAMES
-    return int(np.ceil(count * SAMPLE_RATE / rate)), 0 if unknown else (promised - count) / rate
+    return int(np.ceil(count * SAMPLE_RATE / rate)), 0 if promised > MOST_FRAMES else (promised - count) / rate
 
 
-def encode_flac(samples):
-    """16 kHz mono samples -> FLAC bytes, lossless at 16 bits and about half the size of PCM."""
-    import soundfile
-
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(samples, -1.0, 1.0), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    return buffer.getvalue()
-
-
-def clip_features():
-    """The columns of a prepared file. `problem` is why a clip cannot be used, empty for a good one."""
-    from datasets import Features, Value
-
-    texts = dict.fromkeys(("clip", "text", *CLIP_COLUMNS, "split", "problem"), Value("string"))
-    return Features({"audio": Value("binary"), "num_samples": Value("int32"), **texts})
-
-
-def clip_row(key, split, accent, row):
-    """The columns of a prepared file but for the audio, from a row of the transcripts (None if there is none)."""
-    row = row or {}
-    problem = row.get(SURPLUS, "")
-    cells = {name: cell for name, cell in row.items() if cell and (name == "transcript" or not problem)}
-    return {
-        "clip": key,
-        "text": cells.get("transcript", ""),
-        "speaker": cells.get("user_ids", ""),
-        "accent": cells.get("accent", accent),
-        **{name: cells.get(name, "") for name in ("country", "domain", "gender", "age_group")},
-        "num_samples": int(clip_seconds(cells.get("duration")) * SAMPLE_RATE),
-        "split": split,
-        "problem": problem,
-    }
-
-
-def make_clip(row, audio, problem=""):
-    """One row of a prepared file, from that of `clip_row`; its length is the audio's own, 0 with a `problem`."""
-    samples = ()
+def make_clip(row, audio):
+    """A row of a prepared file: that of a table of clips, with its `audio` as FLAC, lossless at 16 bits; its length is
+    the audio's own, 0 with a problem.
+    """
+    samples, flac, problem = (), io.BytesIO(), row["problem"] or ("" if audio else "no audio")
     if not problem:
         try:
             samples = decode_audio(audio)
             problem = "" if len(samples) else "no audio samples"
         except ValueError as error:
             problem = f"undecodable audio ({error})"
-    flac = b"" if problem else encode_flac(samples)
-    return {**row, "audio": flac, "num_samples": len(samples), "problem": problem}
-
-
-class Header(tarfile.TarInfo):
-    """One that cannot be read is damage: tarfile would take it for the end of the archive."""
-
-    @classmethod
-    def frombuf(cls, buffer, encoding, errors):
-        if buffer and not buffer.strip(b"\0"):
-            raise tarfile.EOFHeaderError("zeros")  # fewer than a block at the very end too
-        try:
-            return super().frombuf(buffer, encoding, errors)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
-            raise tarfile.ReadError(str(error)) from error
-
-
-# Zeros end a tar: what was appended to it comes behind them. Names that are not UTF-8 could not be written anywhere.
-TAR_OPTIONS = {"tarinfo": Header, "ignore_zeros": True, "encoding": "utf-8", "errors": "replace"}
-
-
-def archive_members(stream):
-    """Yield (name, bytes, problem) for each member of a tar.gz or tar read as a stream; raises DAMAGE if it is corrupt.
-
-    gzip under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end.
-    """
-    head = stream.peek(64)
-    if head.startswith(b"version https://git-lfs"):
-        raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
-    plain = gzip.open(stream) if head.startswith(b"\x1f\x8b") else stream
-    with plain, tarfile.open(fileobj=plain, mode="r|", **TAR_OPTIONS) as tar:
-        for member in tar:
-            problem = ""
-            if member.isdir():
-                continue
-            if member.name.startswith("/") or ".." in member.name.split("/"):
-                problem = "refused: its path climbs out of the archive"
-            elif not member.isreg():
-                problem = "refused: it is a link or a device, not a file"
-            elif member.size > CLIP_BYTES_LIMIT:
-                problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB"
-            yield member.name, b"" if problem else tar.extractfile(member).read(), problem
-            if member.size > 100 * CLIP_BYTES_LIMIT:
-                raise tarfile.ReadError("a member claims a size that would take for ever to skip")
+    if not problem:
+        soundfile.write(flac, np.clip(samples, -1.0, 1.0), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return {**row, "audio": flac.getvalue(), "num_samples": len(samples), "problem": problem}
 
 
 # tarfile raises ValueError and its kin for numbers in headers that are none.
 DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
 
 
-def prepare_archive(corpus, archive):
-    """Convert one archive to its prepared file, complete or absent; returns (clips, hours) of it. Raises RunError."""
-    from datasets.arrow_writer import ArrowWriter
+def archive_members(stream):
+    """Yield (name, bytes, problem) for each member of a tar.gz read as a stream; raises DAMAGE if it is corrupt.
 
-    clips, samples = 0, 0
-    with explained(f"{archive} cannot be prepared"):
-        for path in corpus.files_of(archive):
-            corpus.fetch(path)
-        with (
-            complete_file(corpus.prepared_path(archive)) as partial,
-            ArrowWriter(path=str(partial), features=clip_features(), writer_batch_size=50) as writer,
-        ):
-            for clip in corpus.clips(archive):
-                writer.write(clip)
-                clips, samples = clips + 1, samples + clip["num_samples"]
-            writer.finalize()
-        corpus.release(archive)
+    gzip under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end.
+    """
+    if stream.peek(64).startswith(b"version https://git-lfs"):
+        raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
+    options = {"encoding": "utf-8", "errors": "replace"}  # other names could not be written anywhere
+    with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", **options) as tar:
+        for member in (member for member in tar if not member.isdir()):
+            problem = ""
+            if member.name.startswith("/") or ".." in member.name.split("/"):
+                problem = "refused: its path climbs out of the archive"
+            elif not member.isreg() or member.size > CLIP_BYTES_LIMIT:
+                what = f"it is over {CLIP_BYTES_LIMIT / 1e9:g} GB" if member.isreg() else "it is a link or a device"
+                problem = f"refused: {what}"
+            yield member.name, b"" if problem else tar.extractfile(member).read(), problem
+        # tarfile takes a header that it cannot read for the end; the checksum is behind what follows.
+        while plain.read(1 << 20):
+            pass
+
+
+# ---------------------------------------------------------------- preparation
+
+FLAC_BYTES_AN_HOUR = 59e6  # of 16 kHz mono speech
+
+
+def clip_features():
+    """The columns of a prepared file."""
+    texts = dict.fromkeys(CLIP_COLUMNS, datasets.Value("string"))
+    return datasets.Features(audio=datasets.Value("binary"), num_samples=datasets.Value("int32"), **texts)
+
+
+def prepare_shard(source, shard):
+    """Convert a shard to its prepared file, complete or absent; returns (clips, hours) of it. Raises RunError."""
+    clips, samples, writer_of = 0, 0, Lazy("datasets.arrow_writer").ArrowWriter
+    with explained(f"{shard.name} cannot be prepared"):
+        for path in shard.files:
+            source.repository.fetch(path)
+        with complete(shard.path) as partial:
+            with writer_of(path=str(partial), features=clip_features(), writer_batch_size=50) as writer:
+                for clip in source.clips(shard):
+                    writer.write(clip)
+                    clips, samples = clips + 1, samples + clip["num_samples"]
+                writer.finalize()
+        for path in () if source.keep else shard.files:
+            source.repository.release(path)
     return clips, samples / SAMPLE_RATE / 3600
 
 
@@ -1559,7 +1442,6 @@ def start_worker(connection):
 
     It would wait for work for ever otherwise, or convert to its end an archive that nobody wants any more.
     """
-    import threading
 
     def watch():
         with contextlib.suppress(EOFError, OSError):
@@ -1570,639 +1452,350 @@ def start_worker(connection):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def disk_needed(corpus, todo, splits, num_proc):
-    """(bytes that preparing `todo` needs at its peak, bytes that stay), from the durations in the transcripts."""
-    share = corpus.size(todo) / max(1, corpus.size(corpus.archives(*splits)))
-    stays = share * sum(hours(corpus.rows(split)) for split in splits) * FLAC_BYTES_AN_HOUR
-    stays = stays or corpus.size(todo)  # of recordings whose durations nobody noted down
-    if corpus.folder:
-        return stays, stays
-    if corpus.keep_archives:
-        return (stays + corpus.size(todo),) * 2
-    sizes = sorted((corpus.files[path][0] for path in todo), reverse=True)
-    return stays + sum(sizes[:num_proc]), stays
+def prepare(source, splits, settings):
+    """Convert every shard of `splits` that is not converted yet, with a progress bar; raises RunError if one cannot be.
 
-
-def hours(rows):
-    return sum(row["num_samples"] or 0 for row in rows) / SAMPLE_RATE / 3600
-
-
-def clip_seconds(cell):
-    """The duration in a CSV or JSON cell, in seconds; 0.0 if it holds none, or none that a clip can have."""
-    try:
-        return float(cell) if 0 < float(cell) < 86_400 else 0.0
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
-
-
-def prepare_corpus(corpus, splits, args):
-    """Convert every archive that the run needs and that is not converted yet; raises RunError when some could not be.
-
-    Several processes may call this at once: one works, the others wait at the lock, without a time-out.
+    Several programs may call this at once: one works, the others wait at the lock, without a time-out.
     """
-    from filelock import FileLock
-
-    with FileLock(corpus.data_dir / "prepare.lock"):
-        corpus.fetch_transcripts(SPLITS if args.streaming else splits)
-        check_selection(args, corpus)
-        archives = corpus.archives(*splits)
-        corpus.read_stamps()
-        todo = corpus.unprepared(archives)
-        # What a killed preparation left: half-written files, and the archives of finished ones.
-        for stale in corpus.data_dir.glob("*/*.arrow.*.tmp"):
+    source.folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(source.folder / "prepare.lock"):
+        shards = source.needed(splits)
+        todo = [shard for shard in shards if not shard.path.exists()]
+        # What was left: half-written files, archives of finished shards, and by an earlier state of the corpus other
+        # versions of these shards and shards that it has no more.
+        for stale in source.folder.glob("*.arrow.*.tmp"):
             stale.unlink()
-        for archive in set(archives).difference(todo):
-            corpus.release(archive)
+        for path in [path for shard in shards if shard not in todo and not source.keep for path in shard.files]:
+            source.repository.release(path)
         if not todo:
             return
-        need, _ = disk_needed(corpus, todo, splits, args.num_proc)
-        free = shutil.disk_usage(corpus.data_dir).free
+        current = dict.fromkeys(map(source.stem, source.names)) | {
+            source.stem(shard.name): shard.path for shard in todo
+        }
+        for path in source.folder.glob("*.arrow"):
+            if current.get(path.name.partition(".")[0], "none") not in (None, path):
+                path.unlink()
+        need, free = disk_needed(source, todo, settings.num_proc)[0], shutil.disk_usage(source.folder).free
         if need > free:
-            raise RunError(
-                f"preparing {plural(len(todo), 'archive')} needs {need / 1e9:.1f} GB in {corpus.data_dir} and "
-                f"{free / 1e9:.1f} GB are free: choose another --data_dir, fewer --accents, or a lower --num_proc"
-            )
-        prepare_archives(corpus, todo, args.num_proc)
+            what = f"preparing {plural(len(todo), 'archive')} needs {need / 1e9:.1f} GB in {source.folder}"
+            advice = "choose another --data_dir, fewer --accents, or a lower --num_proc"
+            raise RunError(f"{what} and {free / 1e9:.1f} GB are free: {advice}")
+        clips, hours, failures = 0, 0.0, []
+        # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker, (theirs,))
+        # However this ends, the workers end with it.
+        with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool, contextlib.closing(ours):
+            # The largest first, so that none is left alone at the end.
+            todo.sort(key=lambda shard: -source.repository.size(shard.files))
+            for job in as_completed([pool.submit(prepare_shard, source.part([shard]), shard) for shard in todo]):
+                try:
+                    more_clips, more_hours = job.result()
+                    clips, hours = clips + more_clips, hours + more_hours
+                except RunError as error:
+                    failures.append(error)
+                except BrokenProcessPool as error:
+                    advice = "most likely for want of memory: run the same command again with a lower --num_proc"
+                    raise RunError(f"a process that prepares audio was killed, {advice}") from error
+                bar.set_postfix_str(f"{clips:,} clips, {hours:.2f} h")
+                bar.update()
+        if failures:
+            failed = f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready"
+            raise RunError(f"{failed}; the first: {failures[0]}")
 
 
-def prepare_archives(corpus, todo, num_proc):
-    """Convert archives in parallel, with a progress bar; raises RunError when some could not be."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from concurrent.futures.process import BrokenProcessPool
-
-    from tqdm import tqdm
-
-    for archive in todo:
-        corpus.prepared_path(archive).unlink(missing_ok=True)  # of a changed archive
-    corpus.write_source(todo)  # before the work: what a killed preparation leaves is known by its stamps
-    clips, spoken_hours, failures = 0, 0.0, []
-    # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    with (
-        tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar,
-        ProcessPoolExecutor(min(num_proc, len(todo)), context, start_worker, (theirs,)) as pool,
-        contextlib.closing(ours),  # however this ends, the workers end with it
-    ):
-        # The largest first, so that none is left alone at the end.
-        largest_first = sorted(todo, key=lambda archive: -corpus.files[archive][0])
-        jobs = [pool.submit(prepare_archive, corpus.part(archive), archive) for archive in largest_first]
-        for job in as_completed(jobs):
-            try:
-                more_clips, more_hours = job.result()
-                clips, spoken_hours = clips + more_clips, spoken_hours + more_hours
-            except RunError as error:
-                failures.append(error)
-            except BrokenProcessPool as error:
-                raise RunError(
-                    "a process that prepares audio was killed, most likely for want of memory: run the same command "
-                    "again with a lower --num_proc"
-                ) from error
-            bar.set_postfix_str(f"{clips:,} clips, {spoken_hours:.2f} h")
-            bar.update()
-    if failures:
-        failed = f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready"
-        raise RunError(f"{failed}; the first: {failures[0]}")
+def disk_needed(source, todo, num_proc):
+    """(bytes that preparing the shards `todo` needs at its peak, bytes that stay), from the durations in the tables."""
+    sizes = sorted((source.repository.size(shard.files) for shard in todo), reverse=True)
+    share = sum(sizes) / max(1, sum(source.repository.size(shard.files) for shard in source.shards))
+    stays = share * hours_of(source.announced) * FLAC_BYTES_AN_HOUR or sum(sizes)  # where nobody noted durations down
+    if source.repository.folder:
+        return stays, stays
+    return (stays + sum(sizes),) * 2 if source.keep else (stays + sum(sizes[:num_proc]), stays)
 
 
-def open_prepared(corpus, archive):
-    """The Dataset of an archive's prepared file; raises RunError for one that a bad disk or a power cut has damaged."""
-    import pyarrow
-    from datasets import Dataset
-
-    path = corpus.prepared_path(archive)
-    with explained(f"{path} is damaged", (OSError, pyarrow.ArrowInvalid), "delete it, the same command makes it again"):
-        return Dataset.from_file(str(path))
+def hours_of(table):
+    return float(table["num_samples"].sum()) / SAMPLE_RATE / 3600
 
 
-def load_split(corpus, split):
-    """(Dataset of every clip of a split, rows of transcripts without audio): memory-mapped, nothing copied."""
-    from datasets import Dataset, concatenate_datasets
-
-    parts = [open_prepared(corpus, path) for path in corpus.archives(split)]
-    empty = Dataset.from_dict({name: [] for name in clip_features()}, features=clip_features())
-    clips = corpus.split_clips(concatenate_datasets(parts or [empty]), split)
-    found, rows = set(clips["clip"]), corpus.rows(split)
-    missing = [row for row in rows if row["clip"] not in found]
-    return clips, [{**row, "num_samples": 0, "problem": row["problem"] or "no audio"} for row in missing]
+def sizes_of(table):
+    """How much a table of clips is, for metrics.json."""
+    people, spoken = (table[name][table[name] != ""].nunique() for name in ("speaker", "accent"))
+    return {"clips": len(table), "hours": round(hours_of(table), 4), "speakers": people, "accents": spoken}
 
 
-def balanced_shares(archives, sizes, count):
-    """`archives` dealt out to `count` shares of nearly equal bytes: the largest first, each to the smallest share."""
-    shares = [[] for _ in range(count)]
-    for archive in sorted(archives, key=lambda archive: -sizes[archive][0]):
-        min(shares, key=lambda share: sum(sizes[path][0] for path in share)).append(archive)
-    return shares
+def size_line(table):
+    """How much a table of clips is, in columns; own tables may not tell the hours before the audio is converted."""
+    hours, sizes = f"{hours_of(table):.2f}" if not len(table) or table["num_samples"].any() else "?", sizes_of(table)
+    counts = [plural(sizes[f"{noun}s"], noun) for noun in ("clip", "speaker", "accent")]
+    return f"{counts[0]:>14}{hours:>9} h{counts[1]:>16}{counts[2]:>12}"
 
 
-def streamed_clips(shares, corpus, args, check, seed, turn, skipped_file):
-    """Yield the training clips of the archives in `shares`, straight from there, one pass in an order of the `turn`.
+def dry_run(source, settings):
+    """Say what a run would do, from the tables alone: clips, hours and speakers, downloads, disk and updates."""
+    train = 0
+    for split in SPLITS:
+        table = source.announced[source.announced["split"] == split]
+        table = table[is_wanted(table, settings)]
+        if split == "train":
+            table = table[table["num_samples"] <= settings.max_train_seconds * SAMPLE_RATE]
+            train = min(len(table), settings.max_train_samples or len(table))
+        say(f"  {split:<5}{size_line(table)}")
+        refuse_empty(split, table)
+        for accent in table["accent"].value_counts().index:
+            say(f"    {accent:<24}{size_line(table[table['accent'] == accent])[:-12]}")
+    todo = [shard for shard in source.needed(settings.splits(on_disk=True)) if not shard.path.exists()]
+    fetched = 0 if source.repository.folder else sum(source.repository.size(shard.files) for shard in todo)
+    peak, kept = (size / 1e9 for size in disk_needed(source, todo, settings.num_proc))
+    disk = f"to keep {kept:.2f} GB in {settings.data_dir}, at the peak {peak:.2f} GB"
+    say(f"  to fetch {fetched / 1e9:.2f} GB in {plural(len(todo), 'archive')}; {disk}")
+    updates, an_epoch = planned_updates(settings, train)
+    steps = plural(settings.gradient_accumulation_steps, "accumulation step"), plural(settings.world_size, "device")
+    steps = " x ".join((plural(settings.per_device_train_batch_size, "clip"), *steps))
+    say(f"  {plural(updates, 'update')}, {an_epoch:,} an epoch, of {steps}")
+    return 0
 
-    Runs in the DataLoader's workers, each with shares of its own. What cannot be used is added to `skipped_file`.
+
+# ---------------------------------------------------------------- clips
+
+SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
+SKIPPED_COLUMNS = ("split", "clip", "reason", "accent", "seconds", "text")
+
+
+@dataclass
+class Clips:
+    """Clips that are trained on or scored: their `audio`, a Dataset of prepared rows, and their `table` in its order.
+
+    `skipped` is the table of those that were left out, with a `reason`.
     """
-    archives = sorted(itertools.chain.from_iterable(shares))
-    for archive in np.random.default_rng((seed, turn)).permutation(archives).tolist():
-        with explained_hub_errors(corpus.name, "dataset"):
-            for clip in corpus.clips(archive):
-                if reason := check([clip])[0]:
-                    append_skipped(skipped_file, clip, reason)
-                elif wanted(clip, args):
+
+    audio: object
+    table: object
+    skipped: object = None
+
+    def __len__(self):
+        return len(self.table)
+
+    @property
+    def reasons(self):
+        """{reason without its detail: clips left out for it}"""
+        return Counter(re.split(r"[:(]", reason)[0].strip() for reason in self.skipped["reason"])
+
+
+def open_prepared(path):
+    """The Dataset of a prepared file; raises RunError for one that a bad disk or a power cut has damaged."""
+    damaged = OSError, Lazy("pyarrow").ArrowInvalid
+    with explained(f"{path} is damaged", damaged, "delete it, the same command makes it again"):
+        return datasets.Dataset.from_file(str(path))
+
+
+def prepared_rows(prepared):
+    """The table of the clips of a prepared Dataset: memory-mapped, no audio is read."""
+    return prepared.data.select([*CLIP_COLUMNS, "num_samples"]).to_pandas()
+
+
+FILTERS = {"accents": ("accent", slugify), "domains": ("domain", str.lower), "countries": ("country", str.upper)}
+
+
+def is_wanted(table, settings):
+    """Which clips are of the --accents, --domains and --countries asked for, a bool Series.
+
+    A damaged archive or a file without a transcript has none to ask for, and counts as wanted.
+    """
+    wanted = pandas.Series(True, table.index)
+    for flag_name, (column, fold) in FILTERS.items():
+        if asked := getattr(settings, flag_name):
+            folded = table[column].map({cell: fold(cell) for cell in table[column].unique()})
+            unknown = (table[column] == "") & (table["problem"] != "")
+            wanted &= folded.isin(set(map(fold, asked))) | unknown
+    return wanted
+
+
+def check_announced(source, settings):
+    """Refuse, before any audio is converted, what the tables show to be without a clip."""
+    announced = source.announced
+    for flag_name, (column, fold) in FILTERS.items():
+        known = source.accents if column == "accent" else set(map(fold, announced[column].unique())) - {""}
+        for asked in [asked for asked in getattr(settings, flag_name) or () if known and fold(asked) not in known]:
+            near = difflib.get_close_matches(fold(asked), sorted(known), n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"they are {', '.join(sorted(known))}"
+            raise UsageError(f"--{flag_name} has '{asked}', which {source.dataset} does not have; {hint}")
+    for split in () if settings.prepare_only else settings.splits():
+        table = announced[announced["split"] == split]
+        if len(table):
+            refuse_empty(split, table[is_wanted(table, settings)])
+
+
+def refuse_empty(split, table, reasons=None):
+    """Raise RunError, with the `reasons` of its `Clips`, if a split has no clip, or none of dev or test a word."""
+    if not len(table):
+        why = ", ".join(f"{count:,} x {reason}" for reason, count in (reasons or Counter()).most_common())
+        raise RunError(f"no {split} clip is left: {why or 'these --accents, --domains and --countries have none'}")
+    if split != "train" and not any(map(normalize_wer, table["text"])):
+        raise RunError(f"no {split} transcript has a word to score: {plural(len(table), 'clip')} of punctuation")
+
+
+def load_clips(source, splits):
+    """(Dataset of all prepared clips of the shards of `splits`, table of these splits).
+
+    `row` of the table is the clip's place in the Dataset, -1 for those that are announced and have no audio.
+    """
+    prepared = [open_prepared(shard.path) for shard in source.needed(splits)]
+    audio = datasets.concatenate_datasets(prepared) if prepared else None
+    announced = source.announced[source.announced["split"].isin(splits)]
+    table = prepared_rows(audio) if prepared else announced.iloc[:0].copy()
+    source.assign_splits(table)
+    table = table.assign(row=np.arange(len(table)))[table["split"].isin(splits)]
+    missing = announced[~(announced["split"] + "/" + announced["clip"]).isin(table["split"] + "/" + table["clip"])]
+    missing = missing.assign(num_samples=0, problem=missing["problem"].replace("", "no audio"), row=-1)
+    return audio, pandas.concat([table, missing[table.columns]], ignore_index=True)
+
+
+def select_clips(audio, table, settings, check, limit=None):
+    """The `Clips` of a `table` of `load_clips` without what cannot be used, a random choice of `limit` if given.
+
+    `check(table)` gives the reason against each clip, or "". The result is ordered by falling length, so that the
+    longest batch comes first when scoring.
+    """
+    reasons = pandas.Series(check(table), table.index, "str")
+    copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
+    reasons = reasons.mask(copies, "a second copy")
+    kept, skipped = table[reasons == ""], table[reasons != ""].assign(reason=reasons[reasons != ""])
+    if limit and limit < len(kept):
+        kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[:limit]]
+    kept = kept.sort_values(["num_samples", "clip"], ascending=[False, True], ignore_index=True)
+    audio = audio.select(kept["row"].tolist(), keep_in_memory=True) if audio else None
+    return Clips(audio, kept.drop(columns="row"), skipped)
+
+
+def select_all(sources, settings, check):
+    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set of --also_score}.
+
+    Says what was left out and writes skipped_clips.csv. Raises RunError for an empty part.
+    """
+    limits = dict(zip(SPLITS, (settings.max_train_samples, settings.max_eval_samples, settings.max_test_samples)))
+    selected = {}
+    for extra, source in sources.items():
+        splits = ("test",) if extra else settings.splits(on_disk=True)
+        audio, table = load_clips(source, splits)
+        table = table if extra else table[is_wanted(table, settings)]
+        if settings.streaming and not extra and not settings.prepare_only:
+            train = source.announced[source.announced["split"] == "train"]
+            selected["train"] = Clips(None, train[is_wanted(train, settings)], table.iloc[:0].assign(reason=""))
+        for split in splits:
+            part = table[table["split"] == split].reset_index(drop=True)
+            clips = select_clips(audio, part, settings, check, None if extra else limits[split])
+            clips.skipped["split"] = extra or split
+            selected[extra or split] = clips
+    skipped, path = pandas.concat([clips.skipped for clips in selected.values()]), skipped_path(settings)
+    if settings.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
+        write_text(path, ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
+    for name, clips in selected.items():
+        say(f"  {name:<5}{size_line(clips.table)}")
+        for reason, count in sorted(clips.reasons.items()):
+            say(f"    left out of {name}: {count:,} x {reason}")
+    if len(skipped):
+        say(f"  each one is named in {path}")
+    for note in shared_speaker_notes(selected):
+        warn(note)
+    for name, clips in sorted(selected.items(), key=lambda item: not len(item[1].skipped)):  # what is known first
+        # Not every accent has every split: what is only prepared may lack one.
+        if not settings.prepare_only or len(clips.skipped) or not any(map(len, selected.values())):
+            refuse_empty(name, clips.table, clips.reasons)
+    return selected
+
+
+def shared_speakers(selected):
+    """{split: speakers of it who are in train too}"""
+    people = {split: set(selected[split].table["speaker"]) - {""} for split in SPLITS if split in selected}
+    trained = people.pop("train", set())
+    return {split: len(found & trained) for split, found in people.items() if found & trained}
+
+
+def shared_speaker_notes(selected):
+    note = "{} of {} in train too: its scores are not those of new speakers.".format
+    return [note(plural(count, "speaker"), split) for split, count in shared_speakers(selected).items()]
+
+
+def skipped_path(settings):
+    return Path(settings.output_dir) / "results" / "skipped_clips.csv"
+
+
+def csv_lines(skipped):
+    """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it.
+
+    csv puts no quotes around a carriage return, at which a spreadsheet begins another row.
+    """
+    lines, skipped = io.StringIO(), skipped.assign(seconds=(skipped["num_samples"] / SAMPLE_RATE).round(2))
+    for row in skipped[list(SKIPPED_COLUMNS)].itertuples(index=False):
+        cells = [re.sub(r"^(?=[=+\-@\t\r\n＝＋－＠])", "'", str(cell)).replace("\r", " ") for cell in row]
+        csv.writer(lines, lineterminator="\n").writerow(cells)
+    return lines.getvalue()
+
+
+def streamed_clips(shares, source, unwanted, check, seed, turn, skipped_file):
+    """Yield the training clips of the shards in `shares`, straight from there, one pass in an order of the `turn`.
+
+    Runs in the DataLoader's workers, each with shares of its own. `unwanted` are the names of clips that were not asked
+    for; what cannot be used is added to `skipped_file`, once a clip.
+    """
+    shards = sorted(itertools.chain.from_iterable(shares), key=lambda shard: shard.name)
+    for index in np.random.default_rng((seed, turn)).permutation(len(shards)):
+        with explained_hub_errors(source.repository.name, "dataset"):
+            for clip in source.clips(shards[index]):
+                if clip["clip"] in unwanted:
+                    continue
+                table = pandas.DataFrame([{**clip, "audio": None}])
+                if not (reason := check(table)[0]):
                     yield clip
+                    continue
+                line = csv_lines(table.assign(reason=reason))
+                with explained(f"{skipped_file} cannot be written", advice=ROOM_ADVICE):
+                    if line not in skipped_file.read_text(encoding="utf-8"):
+                        with open(skipped_file, "a", encoding="utf-8") as file:  # one write, in append mode, is whole
+                            file.write(line)
 
 
 class TrainingStream:
-    """The training clips of this process as endless batches: pass after pass over its share of the archives. Mixed with
+    """The training clips of this process as endless batches: pass after pass over its share of the shards. Mixed with
     torch's IterableDataset; `loader_options` are those of the DataLoader that makes the batches.
 
     Shares are balanced by bytes among the processes and among their workers; a worker that is through waits for the
     others, so nothing comes again before all of the process's share was seen.
     """
 
-    def __init__(self, corpus, args, check, training, seed):
-        archives = corpus.archives("train")
-        if len(archives) < training.world_size:
-            found = f"{plural(len(archives), 'training archive')} for {training.world_size} processes"
+    def __init__(self, source, settings, check, seed):
+        def share_out(shards, count):
+            shares, sizes = [[] for _ in range(count)], [0] * count
+            for shard in sorted(shards, key=lambda shard: -source.repository.size(shard.files)):
+                smallest = sizes.index(min(sizes))
+                shares[smallest].append(shard)
+                sizes[smallest] += source.repository.size(shard.files)
+            return shares
+
+        shards = source.needed(["train"])
+        if len(shards) < settings.world_size:
+            found = f"{plural(len(shards), 'training archive')} for {settings.world_size} processes"
             raise UsageError(f"--streaming has {found}; use fewer, or leave it out")
-        mine = balanced_shares(archives, corpus.files, training.world_size)[training.process_index]
-        self.workers = min(training.dataloader_num_workers, len(mine))
+        mine = share_out(shards, settings.world_size)[settings.process_index]
+        self.workers = min(settings.dataloader_num_workers, len(mine))
+        train = source.announced[source.announced["split"] == "train"]
         # datasets deals the items of a list out to the workers.
-        shares = balanced_shares(mine, corpus.files, max(1, self.workers))
-        self.arguments = dict(shares=shares, corpus=corpus, args=args, check=check, seed=seed)
-        self.arguments["skipped_file"] = skipped_path(training)
+        self.arguments = dict(shares=share_out(mine, max(1, self.workers)), source=source.part(mine), seed=seed)
+        self.arguments |= dict(unwanted=set(train["clip"][~is_wanted(train, settings)]), check=check)
+        self.arguments["skipped_file"] = skipped_path(settings)
 
     def __iter__(self):
-        from datasets import IterableDataset
-        from torch.utils.data import DataLoader
-
         for turn in itertools.count():
             batch, self.loader_options["collate_fn"].epoch = None, turn
-            clips = IterableDataset.from_generator(streamed_clips, clip_features(), {**self.arguments, "turn": turn})
+            arguments = {**self.arguments, "turn": turn}
+            clips = datasets.IterableDataset.from_generator(streamed_clips, clip_features(), arguments)
             clips = clips.shuffle(seed=self.arguments["seed"] + turn, buffer_size=SHUFFLE_CLIPS)
-            for batch in DataLoader(clips, num_workers=self.workers, **self.loader_options):
+            for batch in torch.utils.data.DataLoader(clips, num_workers=self.workers, **self.loader_options):
                 yield batch
             if batch is None:
                 raise RunError(f"no training clip of the stream can be used: see {self.arguments['skipped_file']}")
-
-
-@dataclass
-class Selection:
-    """The clips of a split that a run uses, and those left out (`skipped`: columns of skipped_clips.csv)."""
-
-    clips: object
-    rows: list[dict]
-    skipped: list[dict]
-
-    @functools.cached_property
-    def reasons(self):
-        """{reason without its detail: clips left out for it}"""
-        return Counter(re.split(r"[:(]", row["reason"])[0].strip() for row in self.skipped)
-
-
-def wanted(row, args):
-    """Whether a clip is of the --domains and --countries asked for."""
-    countries = {code.upper() for code in args.countries or []}
-    domain, country = row["domain"].lower(), row["country"].upper()  # as somebody's own table may not have them
-    return (not args.domains or domain in args.domains) and (not countries or country in countries)
-
-
-def select_clips(clips, missing, args, check, max_samples, seed):
-    """The `Selection` of a split: what the user asked for, without what cannot be used.
-
-    `check(rows)` gives the reason against each clip, or "". The result is ordered by falling length, so that the
-    longest batch comes first when scoring.
-    """
-    rows = clips.remove_columns("audio").to_list() + missing
-    # A damaged archive or a file without a transcript has no domain to ask for.
-    asked_for = [index for index, row in enumerate(rows) if wanted(row, args) or row["problem"] and not row["domain"]]
-    kept, skipped = {}, []  # {name: index} of clips
-    for index, reason in zip(asked_for, check([rows[index] for index in asked_for])):
-        clip = rows[index]["clip"]
-        if reason := reason or ("a second copy" if clip in kept else ""):
-            skipped.append(skipped_row(rows[index], reason))
-        else:
-            kept[clip] = index
-    kept = list(kept.values())
-    if max_samples and max_samples < len(kept):
-        kept = np.random.default_rng(seed).permutation(kept)[:max_samples].tolist()
-    kept.sort(key=lambda index: (-rows[index]["num_samples"], rows[index]["clip"]))
-    return Selection(clips.select(kept, keep_in_memory=True), [rows[index] for index in kept], skipped)
-
-
-def skipped_path(training):
-    return Path(training.output_dir) / "results" / "skipped_clips.csv"
-
-
-SKIPPED_COLUMNS = ("split", "clip", "reason", "accent", "seconds", "text")
-
-
-def skipped_row(row, reason):
-    return {**row, "reason": reason, "seconds": round(row["num_samples"] / SAMPLE_RATE, 2)}
-
-
-def csv_lines(rows):
-    """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it.
-
-    csv puts no quotes around a carriage return, at which a spreadsheet begins another row.
-    """
-    lines = io.StringIO()
-    for row in rows:
-        cells = [re.sub(r"^(?=[=+\-@\t\r\n＝＋－＠])", "'", str(row[column])) for column in SKIPPED_COLUMNS]
-        csv.writer(lines, lineterminator="\n").writerow([cell.replace("\r", " ") for cell in cells])
-    return lines.getvalue()
-
-
-def append_skipped(path, clip, reason):
-    """Add a line to skipped_clips.csv, once a clip, from any process: a single write in append mode is whole."""
-    line = csv_lines([skipped_row(clip, reason)])
-    with explained(f"{path} cannot be written", advice=ROOM_ADVICE):
-        if line not in path.read_text(encoding="utf-8"):
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(line)
-
-
-# ---------------------------------------------------------------- own recordings
-
-TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription")
-# What `clip_row` knows a cell as -> the names that its column may have in other people's tables.
-OWN_COLUMNS = {
-    "user_ids": ("speaker", "speaker_id", "user_ids", "user_id", "client_id"),
-    "accent": ("accent", "accents"),
-    "country": ("country",),
-    "gender": ("gender", "sex"),
-    "age_group": ("age_group", "age"),
-    "domain": ("domain",),
-    "duration": ("duration", "seconds"),
-    "split": ("split",),
-}
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("dev", "validation", "valid", "val"), "dev"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-METADATA = re.compile(r"(.*/)?metadata\.(csv|jsonl)")
-GROUP_CLIPS = 256  # recordings of a folder that are converted to one prepared file
-
-
-def split_in(path):
-    """The split that a folder of a path, or a word of its file's name, stands for; "" if none does."""
-    *folders, name = path.lower().split("/")
-    return next((SPLIT_NAMES[word] for word in [*folders, *re.split("[^a-z]+", name)] if word in SPLIT_NAMES), "")
-
-
-def choose_columns(names, text_column, table):
-    """{what `clip_row` knows a cell as: its column among `names`}; raises UsageError without one column of texts."""
-    found = f"its columns are {', '.join(names) or 'none'}"
-    if text_column and text_column not in names:
-        raise UsageError(f"--text_column is {text_column}, which {table} does not have; {found}")
-    texts = [text_column] if text_column else [name for name in names if name.lower() in TEXT_COLUMNS]
-    if len(texts) != 1:
-        problem = f"both {' and '.join(texts)}" if texts else f"no column {' or '.join(TEXT_COLUMNS)}"
-        raise UsageError(f"{table} has {problem}; name the column of the texts with --text_column: {found}")
-    lower = {name.lower(): name for name in reversed(names)}
-    matches = {ours: [lower[name] for name in theirs if name in lower] for ours, theirs in OWN_COLUMNS.items()}
-    return {"transcript": texts[0], **{ours: names[0] for ours, names in matches.items() if names}}
-
-
-def own_row(key, split, cells, columns):
-    """`clip_row` of a row of somebody's table, with the split that a column of it names, or else `split`."""
-    known = {
-        ours: str(cell).encode(errors="replace").decode()  # JSON can hold halves of characters, which no file can
-        for ours, column in {**columns, SURPLUS: SURPLUS}.items()
-        if (cell := cells.get(column)) is not None and cell == cell
-    }
-    named = "" if SURPLUS in known else known.get("split", "")
-    return clip_row(key, split_in(named) or split, "", known)
-
-
-def read_metadata(path):
-    """The rows of a metadata.csv or metadata.jsonl, a dict each; raises RunError."""
-    if path.suffix == ".csv":
-        rows, notes = read_transcripts(path, (("file_name",),))
-    else:
-        text, notes = read_text(path)
-        with explained(f"{path} is not lines of JSON", (ValueError, RecursionError)):
-            rows = json_lines(text)
-        if wrong := [row for row in rows if not isinstance(row, dict) or not isinstance(row.get("file_name"), str)]:
-            keys = ", ".join(wrong[0]) if isinstance(wrong[0], dict) else type(wrong[0]).__name__
-            raise RunError(f"{path} has {plural(len(wrong), 'row')} without a file_name, the first with {keys}")
-    for note in notes:
-        warn(f"{path}: {note}")
-    return rows
-
-
-def readme_settings(path):
-    """The YAML at the head of a dataset's README.md, a dict."""
-    import yaml
-
-    head = re.match(r"---\s*\n(.*?)\n---", read_text(path)[0], re.DOTALL)
-    # A date that is none raises ValueError.
-    with explained(f"{path} does not begin with YAML", (yaml.YAMLError, ValueError, RecursionError)):
-        settings = yaml.safe_load(head[1]) if head else None
-    return settings if isinstance(settings, dict) else {}
-
-
-def file_patterns(config):
-    """[(split, pattern of paths)] of one of the `configs` in a README.md; "" for a split that has no name."""
-    files = config.get("data_files") or f"{config.get('data_dir') or ''}*".lstrip("./")
-    if isinstance(files, dict):
-        files = [{"split": split, "path": path} for split, path in files.items()]
-    pairs = []
-    for item in [files] if isinstance(files, str) else files:
-        split, paths = (item.get("split", ""), item["path"]) if isinstance(item, dict) else ("", item)
-        pairs += [(str(split), path.removeprefix("./")) for path in ([paths] if isinstance(paths, str) else paths)]
-    return pairs
-
-
-def divide_speakers(sizes, splits, seed):
-    """{speaker: split} of those drawn for `splits`, for each about a tenth of the clips; `sizes` are {speaker: clips}.
-
-    The order is one of checksums, so that more recordings later move few speakers.
-    """
-    left = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
-    assignment = {}
-    for split in splits:
-        room, drawn = sum(sizes.values()) // 10, []
-        for speaker in left:
-            if sizes[speaker] <= room:
-                drawn.append(speaker)
-                room -= sizes[speaker]
-        drawn = drawn or [min(left, key=sizes.get)]
-        left = [speaker for speaker in left if speaker not in drawn]
-        assignment |= dict.fromkeys(drawn, split)
-    return assignment
-
-
-@dataclass
-class Recordings(Corpus):
-    """Somebody's recordings, on the Hub or in a local folder: parquet files, or audio files with metadata beside them.
-
-    Its archives are the parquet files, or else groups of audio files, which have entries in `files` too; `listed` holds
-    the `own_row` of each clip of an archive. Splits that are missing are `made` of the train split by `assignment`,
-    {speaker: split}; `unnamed` is the split of the clips that name none.
-    """
-
-    text_column: str | None = None
-    listed: dict[str, list] = field(default_factory=dict)
-    made: tuple = ()
-    assignment: dict[str, str] = field(default_factory=dict)
-    unnamed: str = ""
-
-    layout = "recordings"
-
-    def archives(self, *splits):
-        return [name for name, rows in self.listed.items() if any(self.split_of(row) in splits for row in rows)]
-
-    def prepared_path(self, archive):
-        from urllib.parse import quote
-
-        return self.data_dir / "clips" / f"{quote(archive, safe='')}.arrow"
-
-    def stamp(self, archive):
-        return [self.files[archive], self.text_column]
-
-    def accents(self):
-        return {slugify(row["accent"]) for rows in self.listed.values() for row in rows} - {""}
-
-    def fetch_transcripts(self, splits):
-        """They are `listed`."""
-
-    def files_of(self, archive):
-        if archive.endswith(".parquet"):
-            return [archive]
-        # Rows of metadata may name files anywhere; those that are not among `files` have a problem.
-        return [row["clip"] for row in self.listed[archive] if not row["problem"]]
-
-    def part(self, archive):
-        needed = {path: self.files[path] for path in (archive, *self.files_of(archive))}
-        listed = {archive: self.listed[archive]}
-        return dataclasses.replace(self, files=needed, stamps={}, listed=listed, assignment={})
-
-    # ---- splits
-
-    def split_of(self, row):
-        given = row["split"] or self.unnamed
-        return self.assignment.get(row["speaker"], given) if given == "train" else given
-
-    def problem_of(self, row):
-        """Why a clip cannot be used, as far as its row tells, "" if it can."""
-        no_speaker = self.assignment and self.split_of(row) == "train" and not row["speaker"]
-        return row["problem"] or ("no speaker to make a split by" if no_speaker else "")
-
-    def is_chosen(self, row, split):
-        """Whether a clip is of a split and of the --accents; one with a problem may have no accent to ask for."""
-        accent = slugify(row["accent"])
-        return self.split_of(row) == split and (
-            self.chosen is None or accent in self.chosen or bool(row["problem"] and not accent)
-        )
-
-    def rows(self, split):
-        return [
-            {**row, "split": split, "problem": self.problem_of(row)}
-            for rows in self.listed.values()
-            for row in rows
-            if self.is_chosen(row, split)
-        ]
-
-    def split_clips(self, clips, split):
-        rows = clips.remove_columns("audio").to_list()
-        usable = [self.is_chosen(row, split) and self.problem_of(row) == row["problem"] for row in rows]
-        clips = clips.remove_columns("split").add_column("split", [split] * len(rows))
-        return clips.select(np.flatnonzero(usable), keep_in_memory=True)
-
-    def make_splits(self, splits, seed, unnamed="train"):
-        """Draw speakers of the train split for dev and test, where `splits` need one that is missing.
-
-        Where no clip names a split, all are of the `unnamed` one.
-        """
-        rows = [row for rows in self.listed.values() for row in rows]
-        named = {row["split"] for row in rows} - {""}
-        self.unnamed = "" if named else unnamed
-        if lost := [row for row in rows if not self.split_of(row)]:
-            warn(f"{plural(len(lost), 'clip')}, such as {lost[0]['clip']}, of no split that is named: left out")
-        found = {self.split_of(row) for row in rows}
-        if not set(splits) - found:
-            return
-        if "train" not in found:
-            raise RunError(f"{self.identity()} has no train split; it has {' and '.join(sorted(named))}")
-        made = tuple(split for split in ("dev", "test") if split not in found)
-        what = f"{self.identity()} has no {' and no '.join(made)} split"
-        given = "give it in train, dev and test folders or in a column split"
-        sizes = Counter(row["speaker"] for row in rows if row["speaker"] and self.split_of(row) == "train")
-        if not sizes:
-            advice = "and no column speaker, speaker_id, user_ids or client_id to make one by: name the speakers"
-            raise RunError(f"{what}, {advice}, or {given}")
-        if len(sizes) <= len(made):
-            raise RunError(f"{what}, and {plural(len(sizes), 'speaker')} cannot be divided to make it: {given}")
-        self.made, self.assignment = made, divide_speakers(sizes, made, seed)
-        say(f"  {self.made_note(seed)}")
-
-    def made_note(self, seed):
-        return f"{' and '.join(self.made)} made of the train split by speaker, by --seed {seed}"
-
-    # ---- audio files with metadata
-
-    def list_folder(self, tables):
-        """List the clips of the audio files that `tables`, paths of metadata, and the folders hold, group by group."""
-        rows = {}
-        for table in tables:
-            cells = read_metadata(self.fetch(table))
-            names = [name for name in dict.fromkeys(itertools.chain.from_iterable(cells)) if name != SURPLUS]
-            columns = choose_columns(names, self.text_column, table)
-            for number, row in enumerate(cells, start=1):
-                name, problem = row.get("file_name", ""), ""  # the rows of a CSV can be short
-                key = os.path.normpath(os.path.join(os.path.dirname(table), name))
-                if not name.strip():
-                    key, problem = f"{table}, row {number}", "no file_name"
-                elif key not in self.files:
-                    outside = key.startswith(("/", "../"))
-                    problem = "refused: its path climbs out of the folder" if outside else "no audio"
-                split = split_in(table) or split_in(f"{os.path.dirname(key)}/")  # "stress-test.wav" is of no test split
-                listed = own_row(key, split, row, columns)
-                rows.setdefault(key, {**listed, "problem": problem or listed["problem"]})
-        if not any(key in self.files for key in rows):
-            count = plural(len(rows), "row")
-            raise RunError(f"{tables[0]} names no file that is there among {count}, such as {next(iter(rows))}")
-        for path in self.files:
-            if path not in rows and is_audio_name(path):
-                split = split_in(f"{os.path.dirname(path)}/")
-                rows[path] = {**own_row(path, split, {}, {}), "problem": "no transcript"}
-        for split in sorted({row["split"] for row in rows.values()}):
-            members = [row for row in rows.values() if row["split"] == split]
-            for number, start in enumerate(range(0, len(members), GROUP_CLIPS)):
-                name, group = f"{split or 'clips'}-{number:05d}", members[start : start + GROUP_CLIPS]
-                files = [self.files.get(row["clip"]) for row in group]
-                mark = hashlib.sha256(json.dumps([group, files]).encode()).hexdigest()
-                self.listed[name], self.files[name] = group, [sum(file[0] for file in files if file), mark]
-
-    # ---- parquet
-
-    def parquet_files(self):
-        """{path: split, "" for none that is named} of the parquet files of the configuration; raises UsageError."""
-        import fnmatch
-
-        settings = readme_settings(self.fetch("README.md")) if "README.md" in self.files else {}
-        unreadable = TypeError, KeyError, AttributeError
-        with explained(f"README.md of {self.name} has configs that cannot be read", unreadable):
-            configs = settings.get("configs") or [{"config_name": ""}]
-            patterns = {str(config["config_name"]): file_patterns(config) for config in configs}
-            default = next((str(config["config_name"]) for config in configs if config.get("default")), "default")
-        names = ", ".join(patterns) or "none"
-        name = self.config or (default if default in patterns else "")
-        if name and name not in patterns:
-            raise UsageError(f"--dataset names '{name}'; the configurations of {self.name} are {names}")
-        if not name and len(patterns) > 1:
-            example = f"choose one, as {self.name}:{next(iter(patterns))}"
-            raise UsageError(f"--dataset {self.name} has the configurations {names}: {example}")
-        return {
-            path: split_in(split or path)
-            for path in sorted(self.files)
-            for split, pattern in reversed(patterns[name or next(iter(patterns))])
-            if path.endswith(".parquet") and fnmatch.fnmatch(path, pattern)
-        }
-
-    def list_parquet(self, splits):
-        """List the clips of parquet files, {path: split}: of those not converted, what is no audio is read."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(8) as pool:
-            self.listed = dict(zip(splits, pool.map(self.parquet_rows, splits, splits.values())))
-
-    def parquet_rows(self, path, split):
-        import pyarrow.parquet
-
-        if not self.unprepared([path]):
-            return open_prepared(self, path).remove_columns("audio").to_list()
-        try:
-            with self.open(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
-                audio, labels = audio_column(file, path), class_names(file)
-                names = [name for name in file.schema_arrow.names if name != audio]
-                columns = choose_columns(names, self.text_column, path)
-                cells = file.read([*columns.values(), f"{audio}.path"]).to_pylist()
-        except DAMAGED_PARQUET as error:
-            return [{**clip_row(path, split, "", None), "problem": f"damaged file ({one_line(error)})"}]
-        rows = []
-        for number, row in enumerate(cells):
-            name = os.path.basename((row.pop(audio, None) or {}).get("path") or "")
-            key = f"{path.removesuffix('.parquet')}/{number:05d}{'-' if name else ''}{name}"
-            row = {column: labels[column].get(cell) if column in labels else cell for column, cell in row.items()}
-            rows.append(own_row(key, split, row, columns))
-        return rows
-
-    def parquet_audio(self, path):
-        """Yield the encoded audio of each row, None where there is none; raises DAMAGED_PARQUET."""
-        import pyarrow.parquet
-
-        with self.open(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
-            for batch in file.iter_batches(batch_size=50, columns=[audio_column(file, path)]):
-                yield from ((cell or {}).get("bytes") for cell in batch.column(0).to_pylist())
-
-    # ---- conversion
-
-    def clips(self, archive):
-        rows, damage = self.listed[archive], ""
-        if archive.endswith(".parquet"):
-            audio = self.parquet_audio(archive)
-        else:
-            audio = map(self.find_local, self.files_of(archive))
-        for row in rows:
-            problem, encoded = row["problem"] or damage, None
-            if not problem:
-                try:
-                    encoded = next(audio, None)
-                    problem = "" if encoded else "no audio"
-                except DAMAGED_PARQUET as error:
-                    problem = damage = f"damaged file ({one_line(error)})"
-            yield make_clip(row, encoded, problem)
-
-
-DAMAGED_PARQUET = (OSError, ValueError, NotImplementedError)  # pyarrow's own exceptions are kinds of these
-
-
-def audio_column(file, path):
-    """The column of a parquet file that holds audio, structs of bytes and path; raises RunError."""
-    import pyarrow
-
-    fields = [item for item in file.schema_arrow if pyarrow.types.is_struct(item.type)]
-    names = [item.name for item in fields if item.type.get_field_index("bytes") >= 0]
-    names = ["audio"] if "audio" in names else names
-    if len(names) != 1:
-        problem = f"more than one: {', '.join(names)}" if names else "no audio column (of bytes and path)"
-        raise RunError(f"{path} has {problem}; its columns are {', '.join(file.schema_arrow.names)}")
-    return names[0]
-
-
-def class_names(file):
-    """{column: {number: name}} of a parquet file that `datasets` wrote, for columns of classes; -1 has no name."""
-    try:
-        features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
-        classes = {name: feature for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
-        return {name: dict(enumerate(feature["names"])) for name, feature in classes.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return {}
-
-
-def open_recordings(corpus, args):
-    """The `Recordings` in the files of a corpus that is not in AfriSpeech-200's layout; raises RunError, UsageError."""
-    own = Recordings(**vars(corpus), text_column=args.text_column)
-    if args.streaming:
-        raise UsageError(f"--streaming is for AfriSpeech-200's layout, which {own.name} is not in; leave it out")
-    if any(path.endswith(".parquet") for path in own.files):
-        files = own.parquet_files()
-        # A corpus may be large beside its test split.
-        only_test = args.eval_only and not args.tune_lm and "test" in files.values()
-        own.list_parquet({path: split for path, split in files.items() if split == "test" or not only_test})
-    elif tables := [path for path in sorted(own.files) if METADATA.fullmatch(path)]:
-        if own.config:
-            raise UsageError(f"--dataset names '{own.config}'; {own.name} has no configurations: leave it out")
-        own.list_folder(tables)
-    if not own.listed:
-        example = f", such as {min(own.files)}" if own.files else ""
-        raise RunError(
-            f"{own.identity()} has no audio/<accent>/<split>/*.tar.gz, no metadata.csv or metadata.jsonl beside "
-            f"recordings and no parquet files: it has {plural(len(own.files), 'file')}{example}"
-        )
-    return own
 
 
 # ---------------------------------------------------------------- text
@@ -2310,11 +1903,8 @@ def normalize_wer(text):
     """
     text = CONTROL_TOKEN.sub(" ", resolve(text)).translate(FOLD_TABLE).lower()
     decomposed = unicodedata.normalize("NFKD", text).translate(FOLD_TABLE)
-    plain = "".join(
-        character
-        for character in decomposed
-        if not unicodedata.combining(character) and unicodedata.category(character) != "Cf"
-    )
+    kept = (sign for sign in decomposed if not unicodedata.combining(sign) and unicodedata.category(sign) != "Cf")
+    plain = "".join(kept)
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain))
 
 
@@ -2327,92 +1917,85 @@ def normalize_paper(text):
     text = re.sub(r"\s{2,}", " ", text).strip()
     text = text.replace(">", "").replace("\t", " ").replace("\n", "")
     text = text.lower()
-    for spoken, written in (
-        (" comma,", ","),
-        (" koma,", " "),
-        (" coma,", " "),
-        (" full stop.", "."),
-        (" full stop", "."),
-        (",.", "."),
-        (",,", ","),
-    ):
+    punctuation = {
+        " comma,": ",",
+        " koma,": " ",
+        " coma,": " ",
+        " full stop.": ".",
+        " full stop": ".",
+        ",.": ".",
+        ",,": ",",
+    }
+    for spoken, written in punctuation.items():
         text = text.replace(spoken, written)
     text = " ".join(text.split())
     return re.sub(r"[^a-zA-Z0-9\s.,\-?:'/()\[\]+%]", "", text)
 
 
-def normalize_raw(text):
-    """The text that `wer_raw` compares: as written."""
-    return text.strip()
-
-
-NORMALIZERS = {"wer": normalize_wer, "wer_paper": normalize_paper, "wer_raw": normalize_raw}
+def decode_ids(processor, ids):
+    """Greedy CTC text of a clip's frame ids: repeats collapsed, blanks (padding) and special tokens dropped."""
+    return " ".join(processor.tokenizer.decode(ids, skip_special_tokens=True).split())
 
 
 # ---------------------------------------------------------------- batches
 
-
-def logit_lengths(model, input_lengths):
-    """Lengths of the logits for lengths of the inputs (frames, or samples for models on waveforms), shape (clips,)."""
-    method = getattr(model, "_get_subsampling_output_length", None) or model._get_feat_extract_output_lengths
-    return method(input_lengths)
+SILENCE = float(np.log(1e-5))  # LasrFeatureExtractor floors its mel energies at 1e-5, so a frame of 0.0 would be loud
 
 
-def input_length(extractor, samples):
-    """Frames of `samples`, without centring: 1 + (samples - window) // hop; samples for models on waveforms."""
-    return 1 + (samples - extractor.win_length) // extractor.hop_length if hasattr(extractor, "hop_length") else samples
+def frame_count(extractor, samples):
+    """Frames of log-mels of so many samples, without centring."""
+    return 1 + (samples - extractor.win_length) // extractor.hop_length
+
+
+def logit_lengths(model, extractor, samples):
+    """Lengths of the logits of clips of so many samples, an array of ints."""
+    frames = torch.from_numpy(np.atleast_1d(frame_count(extractor, np.asarray(samples))))
+    return model._get_subsampling_output_length(frames).numpy()
 
 
 def shortest_clip(model, extractor):
     """The fewest samples that the model can be run on, to a hop; 2,320 (0.145 s) for MedASR."""
-    import torch
-
-    samples, step = getattr(extractor, "win_length", 80), getattr(extractor, "hop_length", 80)
-    while logit_lengths(model, torch.tensor([input_length(extractor, samples)])) < 1:
-        samples += step
-    return samples
+    candidates = itertools.count(extractor.win_length, extractor.hop_length)
+    return next(samples for samples in candidates if logit_lengths(model, extractor, samples)[0] >= 1)
 
 
 class ClipCheck:
-    """Says why clips cannot be used, "" for one that can: check(rows).
+    """Says why the clips of a table cannot be used, "" for one that can: check(table).
 
     Dev and test clips are never left out for their length: short ones are padded, long ones scored in windows. It holds
     no model, because streaming hands it to worker processes.
     """
 
     def __init__(self, model, extractor, encoder, max_train_seconds):
-        import torch
-
-        self.extractor, self.encoder, self.max_train_seconds = extractor, encoder, max_train_seconds
+        self.encoder, self.max_train_seconds, self.hop = encoder, max_train_seconds, extractor.hop_length
         self.shortest = shortest_clip(model, extractor)
-        longest = input_length(extractor, round(min(max_train_seconds * SAMPLE_RATE, CLIP_BYTES_LIMIT / 4)))
-        self.logits = logit_lengths(model, torch.arange(max(0, longest) + 1)).tolist()
+        longest = round(min(max_train_seconds * SAMPLE_RATE, CLIP_BYTES_LIMIT / 4))
+        self.logits = logit_lengths(model, extractor, np.arange(self.shortest, longest + 1, self.hop))
 
-    def __call__(self, rows):
-        reasons = [self.without_labels(row) for row in rows]
-        train = [index for index, row in enumerate(rows) if row["split"] == "train" and not reasons[index]]
-        # All at once: a call of the tokenizer for each of 58,000 texts takes several times as long.
-        for index, labels in zip(train, self.encoder([rows[index]["text"] for index in train])):
-            reasons[index] = self.with_labels(rows[index], labels)
+    def __call__(self, table):
+        reasons, to_encode = table["problem"].tolist(), []
+        for index, (split, text, samples) in enumerate(zip(table["split"], table["text"], table["num_samples"])):
+            seconds, is_train = samples / SAMPLE_RATE, split == "train"
+            if reasons[index]:
+                continue
+            if not tidy(text):
+                reasons[index] = "empty text"
+            elif is_train and samples < self.shortest:
+                reasons[index] = f"too short: {seconds:.2f} s, the model needs {self.shortest / SAMPLE_RATE:.3f} s"
+            elif is_train and seconds > self.max_train_seconds:
+                reasons[index] = f"over --max_train_seconds: {seconds:.1f} s"
+            elif is_train:
+                to_encode.append(index)
+        chosen = table.iloc[to_encode]
+        logits = self.logits[(chosen["num_samples"].to_numpy() - self.shortest) // self.hop].tolist()
+        for index, labels, room in zip(to_encode, self.encoder(chosen["text"].tolist()), logits):
+            # CTC puts a blank between two equal labels.
+            needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
+            if needed > room:
+                reasons[index] = f"more labels than frames: {needed} labels, {room} logits"
+            elif not labels:
+                reasons[index] = "no text left that the tokenizer covers"
         return reasons
-
-    def without_labels(self, row):
-        seconds = row["num_samples"] / SAMPLE_RATE
-        if row["problem"] or not tidy(row["text"]):
-            return row["problem"] or "empty text"
-        if row["split"] == "train" and row["num_samples"] < self.shortest:
-            return f"too short: {seconds:.2f} s, the model needs {self.shortest / SAMPLE_RATE:.3f} s"
-        if row["split"] == "train" and seconds > self.max_train_seconds:
-            return f"over --max_train_seconds: {seconds:.1f} s"
-        return ""
-
-    def with_labels(self, row, labels):
-        # CTC puts a blank between two equal labels.
-        needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
-        logits = self.logits[input_length(self.extractor, row["num_samples"])]
-        if needed > logits:
-            return f"more labels than frames: {needed} labels, {logits} logits"
-        return "" if labels else "no text left that the tokenizer covers"
 
 
 # SpecAugment (Park et al. 2019, arXiv 1904.08779), moderate: of 128 mel bins up to 2 x 20 are masked, of the time one
@@ -2426,40 +2009,15 @@ def draw_masks(frames, bins, seed):
 
     The seed alone decides them, whichever process makes the batch: a resumed run draws the same ones.
     """
-
-    def mask_span(longest, size):
+    generator = np.random.default_rng(seed)
+    wanted = [(FREQUENCY_MASK_BINS, bins)] * FREQUENCY_MASKS
+    wanted += [(min(TIME_MASK_FRAMES, frames // 5), frames)] * -(-frames // TIME_MASK_EVERY_FRAMES)
+    spans = []
+    for longest, size in wanted:
         width = generator.integers(min(longest, size) + 1)
         start = generator.integers(size - width + 1)
-        return start, start + width
-
-    generator = np.random.default_rng(seed)
-    bands = [mask_span(FREQUENCY_MASK_BINS, bins) for _ in range(FREQUENCY_MASKS)]
-    stretches = -(-frames // TIME_MASK_EVERY_FRAMES)
-    return [mask_span(min(TIME_MASK_FRAMES, frames // 5), frames) for _ in range(stretches)], bands
-
-
-def inside(spans, size):
-    """Which of `size` positions lie in one of a clip's `spans` (clips, spans, 2), a bool tensor (clips, size)."""
-    import torch
-
-    position = torch.arange(size, device=spans.device)
-    return ((spans[..., :1] <= position) & (position < spans[..., 1:])).any(1)
-
-
-# All that decides what LasrFeatureExtractor computes, and what decides nothing.
-KNOWN_EXTRACTOR_SETTINGS = """feature_size sampling_rate hop_length n_fft win_length padding_value padding_side
-    return_attention_mask feature_extractor_type processor_class""".split()
-
-
-def knows_log_mels(extractor):
-    """Whether `log_mels` gives what the extractor does; one with other settings is called itself."""
-    from transformers import LasrFeatureExtractor
-
-    return (
-        type(extractor) is LasrFeatureExtractor
-        and set(extractor.to_dict()) <= set(KNOWN_EXTRACTOR_SETTINGS)
-        and (extractor.padding_value, extractor.padding_side) == (0.0, "right")
-    )
+        spans.append((start, start + width))
+    return spans[FREQUENCY_MASKS:], spans[:FREQUENCY_MASKS]
 
 
 MEL_BANDS = 8  # each filter spans a few of the spectrum's bins: bands of filters leave most zeros out of the product
@@ -2472,11 +2030,8 @@ def mel_constants(extractor, device):
     The filters come in bands: (slice of the spectrum that a band spans, with real and imaginary parts side by side;
     weights (that many, bins)).
     """
-    import torch
-
     # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
     exact = torch.float64 if torch.device(device).type == "cuda" else torch.float32
-
     window = torch.hann_window(extractor.win_length, periodic=False, dtype=torch.float64)
     filters, bands = extractor.mel_filters.float().repeat_interleave(2, 0), []
     for band in filters.tensor_split(MEL_BANDS, 1):
@@ -2492,8 +2047,6 @@ def log_mels(waveforms, lengths, extractor):
     LasrFeatureExtractor's computation with its own window, filters and floor, in float32 instead of float64, which
     differs by less than 1e-3.
     """
-    import torch
-
     window, bands = mel_constants(extractor, waveforms.device)
     features = []
     # On a CPU clip by clip, whose frames fit into the cache.
@@ -2510,31 +2063,29 @@ def log_mels(waveforms, lengths, extractor):
 
 def model_inputs(batch, extractor, device):
     """What the model's forward takes, on `device`, of a batch of CTCCollator: the log-mels are computed there."""
-    import torch
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    inputs = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
 
-    inputs = {
-        name: value.to(device, non_blocking=True) for name, value in batch.items() if isinstance(value, torch.Tensor)
-    }
+    def inside(spans, size):
+        position = torch.arange(size, device=spans.device)
+        return ((spans[..., :1] <= position) & (position < spans[..., 1:])).any(1)
+
     with torch.no_grad():
-        if "waveforms" in inputs:
-            made = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
-            inputs["input_features"], inputs["attention_mask"] = made
+        features, real = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
         if "stretches" in inputs:
-            features, real = inputs["input_features"], inputs["attention_mask"].bool()
             masked = inside(inputs.pop("stretches"), features.shape[1])[:, :, None]
             masked = masked | inside(inputs.pop("bands"), features.shape[2])[:, None]
             features.masked_fill_(masked & real[..., None], SILENCE)
-    return inputs
+    return {**inputs, "input_features": features, "attention_mask": real}
 
 
 @dataclass
 class CTCCollator:
     """Rows of a prepared split -> a padded batch for `model_inputs`, in the worker processes of the DataLoader.
 
-    waveforms (clips, samples) float32 and num_samples (clips,) for LASR, or what the model's own feature extractor
-    gives; with an `encoder` labels (clips, longest) padded with -100; with `augment` the spans to mask, stretches and
-    bands (clips, spans, 2). For prepared clips `clips`, their names, and `counts`, samples without and with padding;
-    for windows `problems`.
+    waveforms (clips, samples) float32 and num_samples (clips,); with an `encoder` labels (clips, longest) padded with
+    -100; with `augment` the spans to mask, stretches and bands (clips, spans, 2). For prepared clips `clips`, their
+    names, and `counts`, samples without and with padding; for windows `problems`.
     """
 
     extractor: object
@@ -2545,30 +2096,21 @@ class CTCCollator:
     epoch: int = 0
 
     def __call__(self, rows):
-        import torch
-
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         waveforms = [row["samples"] if "samples" in row else decode_audio(row["audio"]) for row in rows]
         lacking = [max(0, self.shortest - len(samples)) for samples in waveforms]  # padding by none copies all the same
         waveforms = [np.pad(samples, (0, count)) if count else samples for samples, count in zip(waveforms, lacking)]
         lengths = [len(samples) for samples in waveforms]
         # Waveforms are padded, not features, so that padded frames come out as silence.
-        if knows_log_mels(self.extractor):
-            batch = {"waveforms": pad([torch.from_numpy(samples) for samples in waveforms])}
-            batch["num_samples"] = torch.tensor(lengths)
-        else:
-            # Some wav2vec2 models were trained without a mask and say so in their extractor.
-            masked = getattr(self.extractor, "return_attention_mask", True)
-            options = dict(padding="longest", return_attention_mask=masked, return_tensors="pt")
-            batch = dict(self.extractor(waveforms, sampling_rate=SAMPLE_RATE, **options))
+        batch = {"waveforms": pad(list(map(torch.from_numpy, waveforms))), "num_samples": torch.tensor(lengths)}
         if self.encoder:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
-            batch["labels"] = pad(labels, padding_value=IGNORED_LABEL)
+            batch["labels"] = pad(labels, padding_value=-100)
         if self.augment:
             masks = []
             for row, length in zip(rows, lengths):
                 seed = self.seed, self.epoch, zlib.crc32(row["clip"].encode())
-                masks.append(draw_masks(input_length(self.extractor, length), self.extractor.feature_size, seed))
+                masks.append(draw_masks(frame_count(self.extractor, length), self.extractor.feature_size, seed))
             batch["stretches"], batch["bands"] = (pad(list(map(torch.tensor, spans))) for spans in zip(*masks))
         if "clip" in rows[0]:
             batch["clips"] = [row["clip"] for row in rows]
@@ -2578,24 +2120,7 @@ class CTCCollator:
         return batch
 
 
-def decode_ids(processor, ids):
-    """Greedy CTC text of a clip's frame ids: repeats collapsed, blanks (padding) and special tokens dropped."""
-    return " ".join(processor.tokenizer.decode(ids, skip_special_tokens=True).split())
-
-
-# ---------------------------------------------------------------- transcribing
-
-
-@dataclass
-class Span:
-    """A clip, or a window of a long one: samples `start` to `stop`, of whose logits `first` to `last` count."""
-
-    row: int
-    start: int
-    stop: int
-    first: int
-    last: int
-    whole: bool
+# ---------------------------------------------------------------- decoding
 
 
 class Emissions(NamedTuple):
@@ -2607,19 +2132,29 @@ class Emissions(NamedTuple):
     log_probs: np.ndarray
 
 
+class Span(NamedTuple):
+    """A clip, or a window of a long one: samples `start` to `stop`, of whose logits `first` to `last` are kept."""
+
+    row: int
+    start: int
+    stop: int
+    first: int
+    last: int
+    is_whole: bool
+
+
 @dataclass
 class Windows:
-    """The spans of a dataset's clips, decoded when asked for; `problem` is why one cannot be."""
+    """The spans of clips, decoded when asked for; `problem` is why one cannot be."""
 
     clips: object
     spans: list[Span]
-    row: int | None = None  # that of `clip`, at hand for the next window
-    clip: dict | None = None
+    row, clip = None, None  # at hand for the next window of it
 
     def __getitem__(self, index):
         span, problem = self.spans[index], ""
         if span.row != self.row:
-            self.clip, self.row = self.clips[span.row], span.row
+            self.row, self.clip = span.row, self.clips[span.row]
         try:
             samples = decode_audio(self.clip["audio"], span.start, span.stop)
         except ValueError as error:
@@ -2627,444 +2162,168 @@ class Windows:
         return {"samples": samples, "text": self.clip.get("text", ""), "problem": problem}
 
 
-def window_spans(num_samples, window, overlap):
-    """[(first, last sample)] of windows of `window` samples; without `overlap` a side they tile the clip."""
-    step = window - 2 * overlap
-    spans = [(0, min(window, num_samples))]
-    while spans[-1][1] < num_samples:
-        start = spans[-1][0] + step
-        spans.append((start, min(start + window, num_samples)))
-    return spans
+EVAL_SECONDS = (160, 3_600)  # of audio in a scoring batch without a GPU, and at the most
 
 
-def plan_spans(model, extractor, num_samples, window_seconds):
-    """The `Span`s of clips of `num_samples`, the longest first, so that what does not fit in memory shows at once.
+class Decoder:
+    """One way from audio to text: for dev, test and further test sets and for files, in all processes together.
 
-    Clips longer than `window_seconds` are cut into overlapping windows, whose logits are kept from the middle of the
-    overlap.
+    `lm` is the LanguageModel that `texts` decodes with, or None.
     """
-    import torch
 
-    samples_per_logit = model.config.inputs_to_logits_ratio * getattr(extractor, "hop_length", 1)
-    overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / samples_per_logit) * samples_per_logit
-    window = round(window_seconds * SAMPLE_RATE / samples_per_logit) * samples_per_logit
-    shortest = shortest_clip(model, extractor)
-    spans = []
-    for row, length in enumerate(num_samples):
-        for start, stop in window_spans(length, window, overlap):
-            first = overlap // samples_per_logit if start else 0
-            spans.append(Span(row, start, stop, first, (window - overlap) // samples_per_logit, length <= window))
-    # What comes after a clip's own logits is padding, where `forward` leaves garbage.
-    ends = [span for span in spans if span.stop == num_samples[span.row]]
-    lengths = torch.tensor([max(span.stop - span.start, shortest) for span in ends])
-    for span, last in zip(ends, logit_lengths(model, input_length(extractor, lengths)).tolist()):
-        span.last = last
-    return sorted(spans, key=lambda span: (span.whole, span.start - span.stop, span.row, span.start))
+    def __init__(self, model, processor, settings, lm=None):
+        self.model, self.processor, self.settings, self.lm = model, processor, settings, lm
+        self.extractor = processor.feature_extractor
+        self.shortest = shortest_clip(model, self.extractor)
+        self.step = model.config.inputs_to_logits_ratio * self.extractor.hop_length  # samples a logit
 
+    def spans(self, lengths):
+        """The `Span`s of clips of so many samples, the longest first, so that what does not fit in memory shows at once:
+        clips over --window_seconds in overlapping windows, whose logits are kept from the middle of the overlap.
+        """
+        overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / self.step)  # in logits, as the next
+        window = round(self.settings.window_seconds * SAMPLE_RATE / self.step)
+        spans = []
+        for row, length in enumerate(lengths):
+            start = 0
+            while True:
+                stop, first = min(start + window * self.step, length), overlap if start else 0
+                last = window - overlap
+                if stop == length:  # what comes after a clip's own logits is padding, where `forward` leaves garbage
+                    last = int(logit_lengths(self.model, self.extractor, max(stop - start, self.shortest))[0])
+                spans.append(Span(row, start, stop, first, last, length <= window * self.step))
+                if stop == length:
+                    break
+                start += (window - 2 * overlap) * self.step
+        return sorted(spans, key=lambda span: (span.is_whole, span.start - span.stop, span.row, span.start))
 
-def pack_spans(spans, training, budget):
-    """Indices of `spans` in batches, of windows or of whole clips: --per_device_eval_batch_size of them, or, if that is
-    auto, as many as come to `budget` samples with their padding.
-    """
-    batches, start = [], 0
-    while start < len(spans):
-        longest = spans[start]  # of its batch, because `spans` are sorted
-        fitting = max(1, budget // max(1, longest.stop - longest.start))
-        stop = start + (fitting if training.auto_eval_batch else training.per_device_eval_batch_size)
-        batches.append([start + place for place, span in enumerate(spans[start:stop]) if span.whole == longest.whole])
-        start += len(batches[-1])
-    return batches
+    def batches(self, spans):
+        """Indices of `spans` in batches, of windows or of whole clips: --per_device_eval_batch_size of them, or, if
+        that is auto, as many as fit with their padding; on a GPU into half of its free memory, as measured.
+        """
+        settings, budget = self.settings, EVAL_SECONDS[0] * SAMPLE_RATE
+        if settings.auto_eval_batch and settings.device.type == "cuda":
+            rows = [{"samples": np.zeros(round(settings.window_seconds * SAMPLE_RATE), np.float32)}] * 4
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.run(CTCCollator(self.extractor)(rows))
+            a_second = (torch.cuda.max_memory_allocated() - before) / (len(rows) * settings.window_seconds)
+            seconds = torch.cuda.mem_get_info()[0] / 2 / max(a_second, 1)
+            budget = agreed(min(seconds, EVAL_SECONDS[1]) * SAMPLE_RATE, settings)
+        batches, start = [], 0
+        while start < len(spans):
+            longest = spans[start]  # of its batch, because `spans` are sorted
+            fitting = max(1, budget // max(1, longest.stop - longest.start))
+            stop = start + (fitting if settings.auto_eval_batch else settings.per_device_eval_batch_size)
+            alike = [span for span in spans[start:stop] if span.is_whole == longest.is_whole]
+            batches.append(list(range(start, start + len(alike))))
+            start += len(alike)
+        return batches
 
+    def emissions(self, clips, encoder=None, doing="scoring"):
+        """(the `Emissions` of each clip of a `Clips`, {clip's place: why it cannot be read}, the mean CTC loss).
 
-EVAL_BUDGET_SECONDS = (160, 3_600)  # without a GPU, and at the most
+        Of each frame the most probable id is kept, or as many as a search with `lm` needs. With an `encoder` of the
+        clips' labels there is a loss, of those that need no windows; otherwise it is 0.
+        """
+        settings, self.model = self.settings, self.model.to(self.settings.device).eval()
+        lengths = clips.table["num_samples"].tolist()
+        spans = self.spans(lengths)
+        mine = self.batches(spans)[settings.process_index :: settings.world_size]
+        loader = torch.utils.data.DataLoader(
+            Windows(clips.audio, spans),
+            batch_sampler=mine,
+            collate_fn=CTCCollator(self.extractor, encoder, shortest=self.shortest),
+            num_workers=min(settings.dataloader_num_workers, len(mine)),
+            pin_memory=settings.device.type == "cuda",
+            # Its own: a DataLoader draws a seed, and scoring must not move what training draws next.
+            generator=torch.Generator(),
+        )
+        pieces, loss, counted = [], 0.0, 0
+        silent = not settings.is_first or settings.disable_tqdm
+        bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=silent)
+        with bar, STOP_SIGNALS.deferring():
+            for indices, batch in zip(mine, loader):
+                if STOP_SIGNALS.number:
+                    break
+                problems, is_whole = batch.pop("problems"), spans[indices[0]].is_whole
+                if not is_whole:
+                    batch.pop("labels", None)
+                emitted, batch_loss = self.run(batch)
+                loss, counted = loss + batch_loss, counted + len(indices) * is_whole
+                for span, problem, found in zip([spans[index] for index in indices], problems, emitted):
+                    kept = Emissions(*(values[span.first : span.last] for values in found))
+                    pieces.append((span.row, span.start, problem, kept))
+                bar.update(len(indices))
+            pieces, losses, counts = zip(*accelerate.utils.gather_object([(pieces, loss, counted)]))
+            if stopped := agreed(STOP_SIGNALS.number, settings, "MAX"):
+                raise Stopped(stopped)
+        joined, problems = [[] for _ in lengths], {}
+        for row, _, problem, found in sorted(itertools.chain(*pieces), key=lambda piece: piece[:2]):
+            joined[row].append(found)
+            if problem:
+                problems[row] = problem
+        joined = [Emissions(*map(np.concatenate, zip(*parts))) for parts in joined]
+        return joined, problems, sum(losses) / max(1, sum(counts))
 
-
-def eval_budget(model, extractor, window_seconds, training):
-    """Samples with padding that a scoring batch may hold: on a GPU what half of its free memory takes, as measured."""
-    import torch
-
-    if not (training.auto_eval_batch and training.device.type == "cuda"):
-        return EVAL_BUDGET_SECONDS[0] * SAMPLE_RATE
-    rows = [{"samples": np.zeros(round(window_seconds * SAMPLE_RATE), np.float32)}] * 4
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    with torch.inference_mode():
-        run_batch(model, extractor, CTCCollator(extractor)(rows), training.device)
-    a_second = (torch.cuda.max_memory_allocated() - before) / (len(rows) * window_seconds)
-    seconds = torch.cuda.mem_get_info()[0] / 2 / max(a_second, 1)
-    return agreed(min(seconds, EVAL_BUDGET_SECONDS[1]) * SAMPLE_RATE, training)
-
-
-def best_path(emissions, lm=None):
-    """The id of each frame of a clip, blanks and repeats included: the most probable one, or the search's with `lm`."""
-    return beam_search(emissions, lm)[0] if lm else emissions.ids[:, 0].tolist()
-
-
-def clip_text(processor, emissions, lm=None):
-    return decode_ids(processor, best_path(emissions, lm))
-
-
-def clip_texts(processor, emitted, lm, training):
-    """The text of each clip with `lm`, of which each process searches its share: it takes longer than the model."""
-    from accelerate.utils import gather_object
-    from tqdm import tqdm
-
-    mine = range(training.process_index, len(emitted), training.world_size)
-    silent = training.process_index > 0 or training.disable_tqdm
-    bar = tqdm(mine, desc="language model", unit="clip", disable=silent)
-    texts = [(index, clip_text(processor, emitted[index], lm)) for index in bar]
-    return [text for _, text in sorted(gather_object(texts))]
-
-
-def emit_clips(model, processor, selection, args, training, encoder=None, lm=None, doing="scoring"):
-    """(the `Emissions` of each clip, {clip: why it cannot be read}, the mean CTC loss), by all processes together.
-
-    Of each frame the most probable id is kept, or as many as a search with `lm` needs. With an `encoder` of the clips'
-    labels there is a loss, of those that need no windows; otherwise it is 0.
-    """
-    import torch
-    from accelerate.utils import gather_object
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    extractor, model = processor.feature_extractor, model.to(training.device).eval()
-    lengths = [row["num_samples"] for row in selection.rows]
-    spans = plan_spans(model, extractor, lengths, args.window_seconds)
-    batches = pack_spans(spans, training, eval_budget(model, extractor, args.window_seconds, training))
-    mine = batches[training.process_index :: training.world_size]
-    loader = DataLoader(
-        Windows(selection.clips, spans),
-        batch_sampler=mine,
-        collate_fn=CTCCollator(extractor, encoder, shortest=shortest_clip(model, extractor)),
-        num_workers=min(training.dataloader_num_workers, len(mine)),
-        pin_memory=training.device.type == "cuda",
-        # Its own: a DataLoader draws a seed, and scoring must not move what training draws next.
-        generator=torch.Generator(),
-    )
-    silent = training.process_index > 0 or training.disable_tqdm
-    pieces, loss, counted = [], 0.0, 0
-    bar = tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=silent)
-    with torch.inference_mode(), bar, STOP_SIGNALS.deferring():
-        for indices, batch in zip(mine, loader):
-            if STOP_SIGNALS.number:
-                break
-            batch_spans, problems = [spans[index] for index in indices], batch.pop("problems")
-            whole = batch_spans[0].whole
-            if not whole:
-                batch.pop("labels", None)
-            emitted, batch_loss = run_batch(model, extractor, batch, training.device, LM_CANDIDATES if lm else 1)
-            loss, counted = loss + batch_loss, counted + len(indices) * whole
-            for span, problem, emissions in zip(batch_spans, problems, emitted):
-                kept = Emissions(*(values[span.first : span.last] for values in emissions))
-                pieces.append((span.row, span.start, problem, kept))
-            bar.update(len(indices))
-        pieces, losses, counts = zip(*gather_object([(pieces, loss, counted)]))
-        if stopped := STOP_SIGNALS.among_all(training):
-            raise Stopped(stopped)
-    joined, problems = [[] for _ in lengths], {}
-    for row, _, problem, emissions in sorted(itertools.chain(*pieces), key=lambda piece: piece[:2]):
-        joined[row].append(emissions)
-        if problem:
-            problems[row] = problem
-    joined = [Emissions(*map(np.concatenate, zip(*parts))) for parts in joined]
-    return joined, problems, sum(losses) / max(1, sum(counts))
-
-
-def run_batch(model, extractor, batch, device, count=1):
-    """(the `Emissions` of each clip, the sum of their losses) of a batch, halved where it does not fit on the GPU."""
-    import torch
-
-    size = len(next(iter(batch.values())))
-    try:
-        output = model(**model_inputs(batch, extractor, device))
-        best = output.logits.float().log_softmax(-1).topk(min(count, output.logits.shape[-1]))
-        ids, log_probs = best.indices.int().cpu().numpy(), best.values.cpu().numpy()
-        return list(map(Emissions, ids, log_probs)), float(output.loss) * size if "labels" in batch else 0.0
-    except torch.OutOfMemoryError as error:
-        if size == 1:
-            raise RunError(
-                "the GPU's memory is full with a single clip to write down: try a lower --window_seconds, or "
-                "--use_cpu true"
-            ) from error
-    torch.cuda.empty_cache()
-    emitted, loss = [], 0.0
-    for part in (slice(0, size // 2), slice(size // 2, None)):
-        halved = {name: value[part] for name, value in batch.items()}
-        more, more_loss = run_batch(model, extractor, halved, device, count)
-        emitted, loss = emitted + more, loss + more_loss
-    return emitted, loss
-
-
-# ---------------------------------------------------------------- transcripts
-
-
-@dataclass
-class Word:
-    """A word of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames."""
-
-    text: str
-    start: float
-    end: float
-    probability: float
-
-
-def frame_seconds(model, extractor):
-    """(seconds where the first frame of the logits begins, and that one frame lasts).
-
-    The first sees the shortest clip; in the middle of what it sees lies what it stands for. 0.0525 and 0.04 for MedASR.
-    """
-    step = model.config.inputs_to_logits_ratio * getattr(extractor, "hop_length", 1)
-    return (shortest_clip(model, extractor) - step) / 2 / SAMPLE_RATE, step / SAMPLE_RATE
-
-
-def word_frames(tokenizer, path):
-    """Lists of the frames of a clip's path of ids in which each word is written, without blanks and special tokens."""
-    skipped, between = set(tokenizer.all_special_ids), getattr(tokenizer, "word_delimiter_token", None)
-    pieces, words, before = tokenizer.convert_ids_to_tokens(path), [[]], None
-    for frame, (token, piece) in enumerate(zip(path, pieces)):
-        if piece == between or (piece.startswith("▁") and token not in (before, *skipped)):
-            words.append([])
-        if piece != between and token not in skipped:
-            words[-1].append(frame)
-        before = token
-    return [frames for frames in words if frames]
-
-
-def clip_words(processor, emissions, path, first, step):
-    """The `Word`s of a clip's `path` of ids, whose texts, joined by spaces, are `decode_ids` of it.
-
-    `first` and `step` are the `frame_seconds`.
-    """
-    found = np.where(emissions.ids == np.reshape(path, (-1, 1)), emissions.log_probs, -np.inf)
-    probabilities, words = np.exp(found.max(axis=1, initial=-np.inf)), []
-    for frames in word_frames(processor.tokenizer, path):
-        start, stop = frames[0], frames[-1] + 1
-        if text := decode_ids(processor, path[start:stop]):
-            words.append(Word(text, first + start * step, first + stop * step, float(probabilities[frames].mean())))
-    return words
-
-
-def join_words(words):
-    """The text of words, some of which may end in line breaks."""
-    return re.sub(r"(?<=\n) ", "", " ".join(word.text for word in words)).strip()
-
-
-# What MedASR writes for dictated punctuation and layout, and what it stands for.
-DICTATED = {
-    "period": ".", "full stop": ".", "comma": ",", "colon": ":", "semicolon": ";", "question mark": "?",
-    "exclamation mark": "!", "exclamation point": "!", "new line": "\n", "next line": "\n", "new paragraph": "\n\n",
-    "next paragraph": "\n\n", "hyphen": "-", "slash": "/", "open parenthesis": "(", "close parenthesis": ")",
-}  # fmt: skip
-DICTATED_TOKEN = r"\{(" + "|".join(DICTATED) + r")\}"
-DICTATED_OR_WORD = re.compile(rf"{DICTATED_TOKEN}|(?:(?!{DICTATED_TOKEN})\S)+")
-
-
-def format_dictation(words):
-    """`words` with dictated punctuation and layout written at the end of the word before, without a space.
-
-    Signs that open or join take the next word too. Tokens that are not known stay as they are.
-    """
-    owners = [word for word in words for _ in word.text + " "]  # of each character
-    formatted, joins = [], False
-    for match in DICTATED_OR_WORD.finditer(" ".join(word.text for word in words)):
-        owner, sign = owners[match.start()], DICTATED.get(match[1])
-        if not sign:
-            word = dataclasses.replace(owner, text=match[0])
-            if joins:
-                before = formatted.pop()
-                chance = min(before.probability, word.probability)
-                word = Word(before.text + word.text, before.start, word.end, chance)
-            formatted.append(word)
-        elif sign.isspace():
-            if formatted:
-                formatted[-1].text = formatted[-1].text.rstrip("\n") + sign
-        elif sign == "(" or not formatted:
-            formatted.append(dataclasses.replace(owner, text=sign))
-        elif not formatted[-1].text.endswith(sign):
-            formatted[-1].text += sign
-        joins = sign in ("(", "-", "/")
-    return formatted
-
-
-LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0  # of subtitles, as usual in television
-LINGER_SECONDS = 0.5  # that a subtitle stays after its last word's last frame, where there is room
-PAUSE_SECONDS = 1.0  # between the written frames of two words, at which a sentence is taken to end
-
-
-def cue_lines(words):
-    """The lines of a subtitle, none longer than LINE_CHARACTERS but of a single word."""
-    return textwrap.wrap(
-        join_words(words).replace("\n", " "), LINE_CHARACTERS, break_long_words=False, break_on_hyphens=False
-    )
-
-
-def segments(words):
-    """The words of a clip in lists, each of a subtitle, parted at pauses and line breaks and where it is full."""
-    parts = []
-    for word in words:
-        if (
-            not parts
-            or parts[-1][-1].text.endswith("\n")
-            or word.start - parts[-1][-1].end >= PAUSE_SECONDS
-            or word.end - parts[-1][0].start > CUE_SECONDS
-            or len(cue_lines([*parts[-1], word])) > CUE_LINES
-        ):
-            parts.append([])
-        parts[-1].append(word)
-    return parts
-
-
-def timestamp(seconds, decimal_mark):
-    minutes, milliseconds = divmod(round(seconds * 1000), 60_000)
-    return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}{decimal_mark}{milliseconds % 1000:03}"
-
-
-def transcript(words, kind, name=None):
-    """The words of a recording as the content of a file of `kind`, a --transcript_format.
-
-    json has the keys of Whisper's, in one line, and "file" before them if there is a `name`.
-    """
-    if kind == "text":
-        return join_words(words) + "\n"
-    parts = segments(words)
-    if kind == "json":
-        content = {"file": name} if name is not None else {}
-        content |= {"text": join_words(words), "segments": [], "language": "en"}
-        for number, part in enumerate(parts):
-            times = {"start": round(part[0].start, 3), "end": round(part[-1].end, 3)}
-            listed = [
-                {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
-                | {"probability": round(word.probability, 4)}
-                for word in part
-            ]
-            content["segments"].append({"id": number, **times, "text": join_words(part), "words": listed})
-        return json.dumps(content, ensure_ascii=False) + "\n"
-    cues, following = [], [part[0].start for part in parts[1:]] + [float("inf")]
-    for number, (part, next_start) in enumerate(zip(parts, following), start=1):
-        times = part[0].start, min(part[-1].end + LINGER_SECONDS, next_start)
-        times = " --> ".join(timestamp(seconds, "," if kind == "srt" else ".") for seconds in times)
-        lines = "\n".join(cue_lines(part))
-        cues.append(f"{number}\n{times}\n{lines}\n" if kind == "srt" else f"{times}\n{html.escape(lines, False)}\n")
-    return "\n".join(cues if kind == "srt" else ["WEBVTT\n", *cues])
-
-
-@dataclass
-class Recording:
-    """A file to transcribe: the `name` that it is called by, and its place `under` --transcript_dir, without suffix."""
-
-    name: str
-    under: str
-    path: str = ""  # what is read
-    length: int = 0  # samples at 16 kHz
-    failed: bool = False
-
-    def give_up(self, reason):
-        """Say on stderr why it cannot be read."""
-        self.length, self.failed = 0, True
-        say(f"{PROGRAM}: error: {printable(self.name)} cannot be read as audio: {reason}", sys.stderr)
-
-
-def found_in(path):
-    """[(path, place below it)] of what one PATH of --transcribe stands for; raises UsageError if that is nothing."""
-    if path == "-" or (os.path.exists(path) and not os.path.isdir(path)):
-        return [(path, "stdin" if path == "-" else os.path.basename(path))]
-    if os.path.isdir(path):
+    def run(self, batch):
+        """(the `Emissions` of each clip, the sum of their losses) of a batch, halved where it does not fit on the GPU."""
+        size = len(batch["waveforms"])
         try:
-            found = sorted(filter(is_audio_name, files_below(path)))
-        except OSError as error:
-            raise UsageError(f"--transcribe is {path}, which cannot be read ({one_line(error)})") from error
-        if not found:
-            raise UsageError(f"--transcribe is {path}: no audio file is in this folder")
-        return [(file, os.path.relpath(file, path)) for file in found]
-    matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else []
-    if not matches:
-        raise UsageError(f"--transcribe is {path}: there is no such file or folder")
-    fixed = re.split(r"[^/\\]*[*?\[]", path)[0] or "."
-    files = [found_in(match) if os.path.isdir(match) else [(match, "")] for match in matches]
-    return [(file, os.path.relpath(file, fixed)) for part in files for file, _ in part]
+            with torch.inference_mode():
+                output = self.model(**model_inputs(batch, self.extractor, self.settings.device))
+            count = min(LM_CANDIDATES if self.lm else 1, output.logits.shape[-1])
+            best = output.logits.float().log_softmax(-1).topk(count)
+            ids, log_probs = best.indices.int().cpu().numpy(), best.values.cpu().numpy()
+            return list(map(Emissions, ids, log_probs)), float(output.loss) * size if "labels" in batch else 0.0
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                advice = "try a lower --window_seconds, or --use_cpu true"
+                raise RunError(f"the GPU's memory is full with a single clip to transcribe: {advice}") from error
+        torch.cuda.empty_cache()
+        halves = [
+            {name: value[half] for name, value in batch.items()} for half in (slice(size // 2), slice(size // 2, None))
+        ]
+        (first, first_loss), (second, second_loss) = map(self.run, halves)
+        return first + second, first_loss + second_loss
 
+    def path(self, emissions):
+        """The id of each frame of a clip, blanks and repeats included: the most probable, or with `lm` the search's."""
+        return beam_search(emissions, self.lm)[0] if self.lm else emissions.ids[:, 0].tolist()
 
-def find_recordings(args):
-    """The `Recording`s of --transcribe, each once, in order; raises UsageError, also where two would be one file."""
-    found = {}
-    for path in args.transcribe:
-        for file, below in found_in(path):
-            found.setdefault(os.path.abspath(file) if file != "-" else file, (file, below))
-    kind, places = args.transcript_format, {}
-    stems = Counter(os.path.splitext(below)[0].casefold() for _, below in found.values())
-    recordings = []
-    for file, below in found.values():
-        stem = os.path.splitext(below)[0]
-        recordings.append(Recording(file, below if stems[stem.casefold()] > 1 else stem))
-        other = places.setdefault(recordings[-1].under.casefold(), file)
-        if args.transcript_dir is not None and other != file:
-            advice = "give the folder that both are in, whose parts are kept apart"
-            raise UsageError(f"--transcript_dir: {other} and {file} would both be {below}'s transcript; {advice}")
-    if kind in ("srt", "vtt") and several(args, recordings) and args.transcript_dir is None:
-        raise UsageError(f"--transcript_format {kind} of several files needs --transcript_dir: their times start anew")
-    return recordings
+    def greedy(self, emissions):
+        """The greedy text of each clip."""
+        return [decode_ids(self.processor, found.ids[:, 0].tolist()) for found in emissions]
 
-
-def several(args, recordings):
-    """Whether the texts need their names beside them: one PATH that is a file has one text."""
-    return [recording.name for recording in recordings] != args.transcribe or len(recordings) > 1
-
-
-def spooled(recording, folder):
-    """The path of a file in `folder` with what comes through a pipe, because libsndfile seeks in what it reads."""
-    if recording.name == "-" and os.isatty(0):
-        raise ValueError("standard input is a terminal; pipe audio into it")
-    target = os.path.join(folder, str(len(os.listdir(folder))))
-    given = 0 if recording.name == "-" else recording.name
-    with open(given, "rb", closefd=given != 0) as source, open(target, "wb") as file:
-        shutil.copyfileobj(source, file, 2**20)
-    if not os.path.getsize(target):
-        raise ValueError("nothing came")
-    return target
-
-
-PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
-
-
-def recording_parts(recordings, folder, seconds):
-    """Yield lists of `recordings` of about `seconds` of audio together, without those that cannot be read."""
-    part = []
-    for recording in recordings:
-        try:
-            piped = recording.name == "-" or stat.S_ISFIFO(os.stat(recording.name).st_mode)
-            recording.path = spooled(recording, folder) if piped else recording.name
-            recording.length, missing = audio_length(recording.path)
-        except (ValueError, OSError) as error:
-            if is_full_disk(error):
-                raise
-            recording.give_up(one_line(error))
-            continue
-        if missing > 0:
-            have = recording.length / SAMPLE_RATE
-            warn(f"{recording.name} ends after {have:,.1f} s, {missing:,.1f} s before what its header says")
-        part.append(recording)
-        if sum(recording.length for recording in part) >= seconds * SAMPLE_RATE:
-            yield part
-            part = []
-    if part:
-        yield part
+    def texts(self, emissions):
+        """The text of each clip with `lm`, of which each process searches its share: it takes longer than the model."""
+        settings = self.settings
+        mine = range(settings.process_index, len(emissions), settings.world_size)
+        silent = not settings.is_first or settings.disable_tqdm
+        bar = tqdm.tqdm(mine, desc="language model", unit="clip", disable=silent)
+        texts = [(index, decode_ids(self.processor, self.path(emissions[index]))) for index in bar]
+        return [text for _, text in sorted(accelerate.utils.gather_object(texts))]
 
 
 # ---------------------------------------------------------------- language model
 
 LM_CANDIDATES = 16  # the most probable ids of a frame, which the search chooses from
 KENLM_MAGIC = b"mmap lm http://kheafield.com/code"
+# What stands for "▁" in an n-gram's file: itself, or what pyctcdecode's users have to write (MedASR's lm_6.kenlm).
+LM_WORD_MARKS = "▁#"
+LM_NONSENSE = "no/such/piece"
+LM_WORDS = ["the", "and", "with", "that", "from", "this", "THE", "AND", "WITH", "THAT", "FROM", "THIS"]
 
 
+@dataclass(eq=False, slots=True)
 class Prefix:
-    """A text so far: the language model's `state` after it, what its last token has `added` to the score, and
-    {token: `longer` text} of those that were tried.
+    """A text so far: the language model's `state` after it, what its last token `added` to the score, and {token:
+    `longer` text} of those that were tried.
     """
 
-    __slots__ = ("state", "added", "longer")
-
-    def __init__(self, state, added=0.0):
-        self.state, self.added, self.longer = state, added, {}
+    state: object
+    added: float = 0.0
+    longer: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -3089,22 +2348,13 @@ class LanguageModel:
 
     @property
     def settings(self):
-        """ "lm" of metrics.json."""
         return {name: getattr(self, name) for name in ("name", "weight", "word_score", "beam")}
 
-    def start(self):
-        return Prefix(self.kenlm.start(False))
-
     def extend(self, prefix, token):
-        longer = prefix.longer.get(token)
-        if longer is None:
+        if token not in prefix.longer:
             state, log10 = self.kenlm.score(prefix.state, self.words[token])
-            longer = prefix.longer[token] = Prefix(state, self.weight * log10 * math.log(10) + self.word_score)
-        return longer
-
-    def end(self, prefix):
-        """What the end of the text adds to its score."""
-        return self.weight * self.kenlm.finish(prefix.state)[1] * math.log(10)
+            prefix.longer[token] = Prefix(state, self.weight * log10 * math.log(10) + self.word_score)
+        return prefix.longer[token]
 
 
 def beam_search(emissions, lm):
@@ -3113,24 +2363,32 @@ def beam_search(emissions, lm):
     A prefix beam search (Graves & Jaitly 2014) in Python: flashlight's decoder knows no score for a token and asks a
     language model that adds one for every id of every frame, which took ten times as long.
     """
+
+    def add(hypotheses, key, score, path):
+        # Sums the probabilities of two alignments of one text, and keeps the path of the more probable one.
+        if known := hypotheses.get(key):
+            (high, path), (low, _) = (known, (score, path)) if known[0] >= score else ((score, path), known)
+            score = high + math.log1p(math.exp(low - high))
+        hypotheses[key] = score, path
+
     ids, log_probs = lm.counts_as[emissions.ids].tolist(), emissions.log_probs.tolist()
     counts = np.maximum(1, (emissions.log_probs >= lm.min_log_prob).sum(axis=1)).tolist()
     # (text, id of the last frame) -> (score, the ids so far as nested pairs); the last id tells repeats from doubles.
-    hypotheses = {(lm.start(), lm.blank): (0.0, ())}
+    hypotheses = {(Prefix(lm.kenlm.start(False)), lm.blank): (0.0, ())}
     for frame_ids, frame_log_probs, count in zip(ids, log_probs, counts):
         grown = {}
         for (prefix, last), (score, path) in hypotheses.items():
             for token, log_prob in zip(frame_ids[:count], frame_log_probs):
                 if token == lm.blank or token == last:
-                    add_hypothesis(grown, (prefix, token), score + log_prob, (path, token))
+                    add(grown, (prefix, token), score + log_prob, (path, token))
                 else:
                     longer = lm.extend(prefix, token)
-                    add_hypothesis(grown, (longer, token), score + log_prob + longer.added, (path, token))
+                    add(grown, (longer, token), score + log_prob + longer.added, (path, token))
         best = sorted(grown.items(), key=lambda item: -item[1][0])[: lm.beam]
         hypotheses = {key: item for key, item in best if item[0] >= best[0][1][0] - lm.max_behind}
     ended = {}
     for (prefix, _), (score, path) in hypotheses.items():
-        add_hypothesis(ended, prefix, score + lm.end(prefix), path)
+        add(ended, prefix, score + lm.weight * lm.kenlm.finish(prefix.state)[1] * math.log(10), path)
     score, path = max(ended.values(), key=lambda item: item[0])
     frames = []
     while path:
@@ -3139,173 +2397,356 @@ def beam_search(emissions, lm):
     return frames[::-1], score
 
 
-def add_hypothesis(hypotheses, key, score, path):
-    """Sum the probabilities of two alignments of one text, and keep the path of the more probable one."""
-    if known := hypotheses.get(key):
-        (high, path), (low, _) = (known, (score, path)) if known[0] >= score else ((score, path), known)
-        score = high + math.log1p(math.exp(low - high))
-    hypotheses[key] = score, path
-
-
-def lm_path(args):
-    """The file that --lm means, fetched if need be; raises RunError."""
-    from huggingface_hub import errors, hf_hub_download
-
-    folder = Path(args.model).expanduser()
-    if args.lm != "auto":
-        return args.lm
-    if (folder / LM_FILE).is_file():
-        return str(folder / LM_FILE)
-    # A fine-tuned model's folder has none: MedASR's serves it too.
-    repo, revision = (DEFAULT_MODEL, None) if folder.is_dir() else (args.model, args.model_revision)
-    try:
-        with explained_hub_errors(repo, "model"):
-            return hf_hub_download(repo, LM_FILE, revision=revision)
-    except RunError as error:
-        if isinstance(error.__cause__, errors.RemoteEntryNotFoundError):
-            raise RunError(f"--lm auto: model {repo} has no {LM_FILE}; give --lm a file") from error
-        raise RunError(f"--lm auto looks for {LM_FILE} of {repo}; give --lm a file, or: {error}") from error
-
-
-def lm_file_problem(path):
-    """Why `path` is no n-gram that KenLM reads, "" if it begins like one."""
-    try:
+def lm_path(settings):
+    """The file that --lm means, fetched if need be; raises RunError if it is none that KenLM reads."""
+    folder, path = Path(settings.model).expanduser(), settings.lm
+    if path == "auto" and (folder / LM_FILE).is_file():
+        path = str(folder / LM_FILE)
+    elif path == "auto":
+        # A fine-tuned model's folder has none: MedASR's serves it too.
+        repo, revision = (DEFAULT_MODEL, None) if folder.is_dir() else (settings.model, settings.model_revision)
+        try:
+            with explained_hub_errors(repo, "model"):
+                path = hub.hf_hub_download(repo, LM_FILE, revision=revision)
+        except RunError as error:
+            raise RunError(f"--lm auto looks for {LM_FILE} of {repo}; give --lm a file, or: {error}") from error
+    with explained(f"--lm {path} cannot be read", (OSError, EOFError, zlib.error)):
         with open(path, "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
         with (gzip.open if packed else open)(path, "rb") as file:
-            head = file.read(1 << 16)
-    except (OSError, EOFError, zlib.error) as error:
-        return f"cannot be read ({one_line(error)})"
-    lines = (line.strip() for line in head.split(b"\n") if line.strip() and not line.startswith(b"#"))
-    if not head:
-        return "is empty"
-    if not head.startswith(KENLM_MAGIC) and next(lines, b"") != b"\\data\\":
-        return "is no language model: it begins neither as ARPA (\\data\\) nor as KenLM's binary format"
-    return ""
+            head = file.read(1 << 16).lstrip()
+    if not (head.startswith(KENLM_MAGIC) or re.search(rb"^\\data\\\s*$", head, re.MULTILINE)):
+        raise RunError(f"--lm {path} is no language model: neither ARPA (\\data\\) nor KenLM's binary format")
+    return path
 
 
-@contextlib.contextmanager
-def silent_stderr():
-    """KenLM draws on stderr while it reads an ARPA file."""
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def open_kenlm(path, words):
-    """The n-gram in a file, which scores the numbers of these `words`; raises RunError."""
-    if problem := lm_file_problem(path):
-        raise RunError(f"--lm {path} {problem}")
-    try:
-        from flashlight.lib.text.decoder.kenlm import KenLM
-        from flashlight.lib.text.dictionary import Dictionary
-
-        with silent_stderr():
-            return KenLM(str(path), Dictionary(words))
-    except (RuntimeError, ValueError, MemoryError, ImportError) as error:
-        # KenLM says first in which of its source files.
-        what = re.sub(r"^.* threw \w+( because `.*?')?\.", "", " ".join(str(error).split()))
-        raise RunError(f"--lm {path} cannot be loaded: {what.strip()[:300]}") from error
-
-
-def load_lm(args, processor, vocab_size):
+def load_lm(settings, processor, vocab_size):
     """The `LanguageModel` of --lm for the model's tokens, None without the flag; raises RunError."""
-    if not args.lm:
+    if not settings.lm:
         return None
-    path, tokenizer = lm_path(args), processor.tokenizer
+    path, tokenizer = lm_path(settings), processor.tokenizer
     blank, special = tokenizer.pad_token_id, {None, *tokenizer.all_special_tokens}
     pieces = dict(enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size))))
     pieces = {id: piece for id, piece in pieces.items() if piece not in special and id != blank}
     spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in LM_WORD_MARKS]
     words = list(dict.fromkeys([LM_NONSENSE, *LM_WORDS, *itertools.chain(*(names.values() for names in spellings))]))
     numbers = {word: number for number, word in enumerate(words)}
-    kenlm = open_kenlm(path, words)
-    known = known_words(kenlm, numbers)
-    spelling = max(spellings, key=lambda names: len(known & set(names.values())))
-    check_lm_vocabulary(path, known, set(spelling.values()))
-    return LanguageModel(
-        name=Path(path).name,
-        kenlm=kenlm,
-        words=[numbers[spelling.get(id, LM_NONSENSE)] for id in range(vocab_size)],
-        counts_as=np.array([id if id in pieces else blank for id in range(vocab_size)]),
-        blank=blank,
-        weight=args.lm_weight,
-        word_score=args.lm_word_score,
-        beam=args.lm_beam,
-    )
+    try:
+        dictionary = importlib.import_module("flashlight.lib.text.dictionary").Dictionary(words)
+        kenlm = importlib.import_module("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
+    except (RuntimeError, ValueError, MemoryError, ImportError) as error:
+        raise RunError(f"--lm {path} cannot be loaded ({one_line(error)})") from error
 
-
-# What stands for "▁" in an n-gram's file: itself, or what pyctcdecode's users have to write (MedASR's lm_6.kenlm).
-LM_WORD_MARKS = "▁#"
-LM_NONSENSE = "no/such/piece"
-LM_WORDS = ["the", "and", "with", "that", "from", "this", "THE", "AND", "WITH", "THAT", "FROM", "THIS"]
-
-
-def known_words(kenlm, numbers):
-    """Those of the words {word: its number} that an n-gram knows: it gives another probability than to nonsense."""
+    # A word that the n-gram knows has another probability than nonsense.
     start = kenlm.start(False)
     unknown = kenlm.score(start, numbers[LM_NONSENSE])[1]
-    return {word for word, number in numbers.items() if kenlm.score(start, number)[1] != unknown}
-
-
-def check_lm_vocabulary(path, known, pieces):
-    """Raise RunError if an n-gram that knows the words `known` cannot score texts of `pieces`, warn if not all."""
-    found = len(known & pieces)
-    share = f"{found:,} of the model's {len(pieces):,} tokens"
-    if words := [word for word in LM_WORDS if word in known - pieces]:
-        what = f"knows whole words, such as '{words[0]}'"
-        raise RunError(f"--lm {path} {what}: it must be an n-gram of the model's tokens, not of words")
-    if found < len(pieces) / 2:
-        raise RunError(f"--lm {path} knows {share}: it is for another tokenizer")
-    if found < 0.9 * len(pieces):
+    known = {word for word, number in numbers.items() if kenlm.score(start, number)[1] != unknown}
+    spelling = max(spellings, key=lambda names: len(known & set(names.values())))
+    found = len(known & set(spelling.values()))
+    share = f"{found:,} of the model's {len(spelling):,} tokens"
+    whole = [word for word in LM_WORDS if word in known - set(spelling.values())]
+    if whole or found < len(spelling) / 2:
+        problem = f"whole words, such as '{whole[0]}'" if whole else share
+        raise RunError(f"--lm {path} knows {problem}: it must be an n-gram of the tokens of this model")
+    if found < 0.9 * len(spelling):
         warn(f"--lm {path} knows only {share}")
+    words = [numbers[spelling.get(id, LM_NONSENSE)] for id in range(vocab_size)]
+    counts_as = np.array([id if id in pieces else blank for id in range(vocab_size)])
+    weights = settings.lm_weight, settings.lm_word_score, settings.lm_beam
+    return LanguageModel(Path(path).name, kenlm, words, counts_as, blank, *weights)
 
 
 TUNING_CLIPS = 500  # of dev at the most: the search is run some thirty times
-TUNING_WEIGHTS, TUNING_WORD_SCORES = (0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)
+TUNING_GRID = list(itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)))
 
 
-def tuned_lm(lm, emitted, references, processor, training):
-    """(`lm` with the weight and word score of the lowest WER, a dict of what was tried): a grid, then half its steps
-    around the best of it, the smaller values among equals.
+def tune_lm(decoder, dev):
+    """Give the decoder's `lm` the weight and word score of the lowest WER on `dev` clips; returns a dict of what was
+    tried: the smaller values among equals.
     """
-    references, tried = list(map(normalize_wer, references)), {}
+    chosen = range(0, len(dev), math.ceil(len(dev) / TUNING_CLIPS))
+    clips = Clips(dev.audio.select(chosen), dev.table.iloc[list(chosen)])
+    say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
+    emissions, tried = decoder.emissions(clips)[0], {}
+    wer = functools.partial(corpus_rate, clips.table["text"])
+    for weight, word_score in TUNING_GRID:
+        decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
+        tried[weight, word_score] = wer(decoder.texts(emissions))
+    weight, word_score = min(tried, key=lambda pair: (tried[pair], *pair))
+    decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
+    record = {"clips": len(clips), "wer": tried[weight, word_score], "wer_greedy": wer(decoder.greedy(emissions))}
+    scores = f"dev WER {percent(record['wer'])}, greedy {percent(record['wer_greedy'])}"
+    say(f"  --lm_weight {weight:g} --lm_word_score {word_score:g}: {scores}")
+    return {**decoder.lm.settings, **record, "tried": [[*pair, found] for pair, found in tried.items()]}
 
-    def best_with(pairs):
-        for weight, word_score in pairs:
-            if weight >= 0 and (weight, word_score) not in tried:
-                trial = dataclasses.replace(lm, weight=weight, word_score=word_score)
-                texts = clip_texts(processor, emitted, trial, training)
-                tried[weight, word_score] = rate(error_counts(references, list(map(normalize_wer, texts))))
-        return min(tried, key=lambda pair: (tried[pair], *pair))
 
-    greedy = [normalize_wer(clip_text(processor, emissions)) for emissions in emitted]
-    weight, word_score = best_with([(0.0, 0.0), *itertools.product(TUNING_WEIGHTS, TUNING_WORD_SCORES)])
-    around = itertools.product((weight - 0.1, weight, weight + 0.1), (word_score - 0.25, word_score, word_score + 0.25))
-    weight, word_score = best_with([(round(weight, 2), round(word_score, 2)) for weight, word_score in around])
-    best = dataclasses.replace(lm, weight=weight, word_score=word_score)
-    record = {
-        **best.settings,
-        "clips": len(references),
-        "wer": tried[weight, word_score],
-        "wer_greedy": rate(error_counts(references, greedy)),
-        "tried": [[*pair, wer] for pair, wer in tried.items()],
-    }
-    return best, record
+# ---------------------------------------------------------------- transcribing
+
+
+class Word(NamedTuple):
+    """A word of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames."""
+
+    text: str
+    start: float
+    end: float
+    probability: float
+
+
+def clip_words(decoder, emissions):
+    """The `Word`s of a clip, whose texts, joined by spaces, are its text."""
+    tokenizer, path = decoder.processor.tokenizer, decoder.path(emissions)
+    # The first frame of the logits sees the shortest clip; in the middle of what it sees lies what it stands for.
+    # 0.0525 s and 0.04 s a frame for MedASR.
+    first, step = (decoder.shortest - decoder.step) / 2 / SAMPLE_RATE, decoder.step / SAMPLE_RATE
+    special, frames_of_words, before = set(tokenizer.all_special_ids), [[]], None
+    for frame, (token, piece) in enumerate(zip(path, tokenizer.convert_ids_to_tokens(path))):
+        if piece.startswith("▁") and token not in (before, *special):
+            frames_of_words.append([])
+        if token not in special:
+            frames_of_words[-1].append(frame)
+        before = token
+    found = np.where(emissions.ids == np.reshape(path, (-1, 1)), emissions.log_probs, -np.inf)
+    probabilities, words = np.exp(found.max(axis=1, initial=-np.inf)), []
+    for frames in filter(None, frames_of_words):
+        start, stop = frames[0], frames[-1] + 1
+        if text := decode_ids(decoder.processor, path[start:stop]):
+            words.append(Word(text, first + start * step, first + stop * step, float(probabilities[frames].mean())))
+    return words
+
+
+# What MedASR writes for dictated punctuation and layout, and what it stands for.
+DICTATED = {
+    "period": ".", "full stop": ".", "comma": ",", "colon": ":", "semicolon": ";", "question mark": "?",
+    "exclamation mark": "!", "exclamation point": "!", "new line": "\n", "next line": "\n", "new paragraph": "\n\n",
+    "next paragraph": "\n\n", "hyphen": "-", "slash": "/", "open parenthesis": "(", "close parenthesis": ")",
+}  # fmt: skip
+# One of these, however often in a row, with the whitespace around it.
+DICTATED_TOKEN = re.compile(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*")
+
+
+def format_dictation(text):
+    """`text` with dictated punctuation and layout as what they stand for; tokens that are not known stay as they are."""
+
+    def sign_of(match):
+        sign = DICTATED[match[1]]
+        is_there = text[: match.start()].endswith(sign)
+        after = "" if sign in "-/\n\n(" else " "
+        return " (" if sign == "(" else ("" if is_there and after else sign) + after
+
+    text = re.sub(r" +(?=\n)", "", DICTATED_TOKEN.sub(sign_of, text))
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0  # of subtitles, as usual in television
+LINGER_SECONDS = 0.5  # that a subtitle stays after its last word's last frame, where there is room
+PAUSE_SECONDS = 1.0  # between the written frames of two words, at which a sentence is taken to end
+
+
+@dataclass
+class Transcript:
+    """The words of a recording, as the content of a file of any --transcript_format; `clean` makes a text of theirs."""
+
+    name: str
+    words: list[Word]
+    clean: object = str
+
+    def text_of(self, words):
+        return self.clean(" ".join(word.text for word in words))
+
+    def lines(self, words):
+        """The lines of a subtitle, none longer than LINE_CHARACTERS but of a single word."""
+        text = " ".join(self.text_of(words).split())
+        return textwrap.wrap(text, LINE_CHARACTERS, break_long_words=False, break_on_hyphens=False)
+
+    def segments(self):
+        """The words in lists, each of a subtitle, parted at pauses and dictated line breaks and where it is full."""
+        parts = []
+        for word in self.words:
+            ends = not parts or word.start - parts[-1][-1].end >= PAUSE_SECONDS
+            ends = ends or word.end - parts[-1][0].start > CUE_SECONDS
+            ends = ends or len(self.lines([*parts[-1], word])) > CUE_LINES
+            if ends or (self.clean is not str and parts[-1][-1].text in ("line}", "paragraph}")):
+                parts.append([])
+            parts[-1].append(word)
+        return parts
+
+    def text(self, with_name):
+        text = self.text_of(self.words)
+        return f"{self.name}\t{' '.join(text.split())}\n" if with_name else text + "\n"
+
+    def json(self, with_name):
+        """Whisper's keys, in one line, and "file" before them if `with_name`."""
+        content = {"file": self.name} if with_name else {}
+        content |= {"text": self.text_of(self.words), "segments": [], "language": "en"}
+        for number, part in enumerate(self.segments()):
+            words = []
+            for word in part:
+                times = {"start": round(word.start, 3), "end": round(word.end, 3)}
+                words.append({"word": word.text, **times, "probability": round(word.probability, 4)})
+            times = {"start": words[0]["start"], "end": words[-1]["end"]}
+            content["segments"].append({"id": number, **times, "text": self.text_of(part), "words": words})
+        return json.dumps(content, ensure_ascii=False) + "\n"
+
+    def cues(self, decimal_mark):
+        """Yield (times, text) of each subtitle."""
+        parts = self.segments()
+        for part, following in itertools.zip_longest(parts, parts[1:]):
+            end = min(part[-1].end + LINGER_SECONDS, following[0].start if following else np.inf)
+            times = []
+            for seconds in (part[0].start, end):
+                minutes, thousandths = divmod(round(seconds * 1000), 60_000)
+                clock = f"{minutes // 60:02}:{minutes % 60:02}:{thousandths // 1000:02}"
+                times.append(f"{clock}{decimal_mark}{thousandths % 1000:03}")
+            yield " --> ".join(times), "\n".join(self.lines(part))
+
+    def srt(self, with_name):
+        return "\n".join(f"{number}\n{times}\n{text}\n" for number, (times, text) in enumerate(self.cues(","), start=1))
+
+    def vtt(self, with_name):
+        return "\n".join(["WEBVTT\n", *(f"{times}\n{html.escape(text, False)}\n" for times, text in self.cues("."))])
+
+
+@dataclass
+class Recording:
+    """A file to transcribe: the `name` that it is called by, and its place `under` --transcript_dir, without suffix."""
+
+    name: str
+    under: str
+    path: str = ""  # what is read
+    length: int = 0  # samples at 16 kHz
+    failed: bool = False
+
+    def give_up(self, reason):
+        """Say on stderr why it cannot be read."""
+        self.length, self.failed = 0, True
+        say(f"{PROGRAM}: error: {self.name} cannot be read as audio: {reason}", sys.stderr)
+
+    def open(self, spool):
+        """Have its path and length; a pipe is copied into the folder `spool`, because libsndfile seeks in what it reads."""
+        self.path = self.name
+        if self.name == "-" or stat.S_ISFIFO(os.stat(self.name).st_mode):
+            self.path, given = os.path.join(spool, str(len(os.listdir(spool)))), 0 if self.name == "-" else self.name
+            if given == 0 and os.isatty(0):
+                raise ValueError("standard input is a terminal; pipe audio into it")
+            with open(given, "rb", closefd=given != 0) as source, open(self.path, "wb") as file:
+                shutil.copyfileobj(source, file, 2**20)
+        self.length, missing = audio_length(self.path)
+        if missing > 0:
+            have = f"ends after {self.length / SAMPLE_RATE:,.1f} s, {missing:,.1f} s before what its header says"
+            warn(f"{self.name} {have}")
+
+
+def find_recordings(settings):
+    """The `Recording`s of --transcribe, each once, in order; raises UsageError, also where two would be one file."""
+    found = {}
+    for path in settings.transcribe:
+        matches = [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        # What is below the fixed part of a pattern tells files of one name apart.
+        fixed = os.path.dirname(path) if os.path.isfile(path) else re.split(r"[^/\\]*[*?\[]", path)[0]
+        for match in matches:
+            try:
+                files = sorted(map(str, filter(is_audio_name, files_below(match)))) if os.path.isdir(match) else [match]
+            except OSError as error:
+                raise UsageError(f"--transcribe is {path}, which cannot be read ({one_line(error)})") from error
+            if not files:
+                raise UsageError(f"--transcribe is {path}: no audio file is in this folder")
+            for file in files:
+                below = "stdin" if file == "-" else os.path.relpath(file, fixed or ".")
+                found.setdefault(os.path.abspath(file) if file != "-" else file, (file, below))
+        if not matches:
+            raise UsageError(f"--transcribe is {path}: there is no such file or folder")
+    stems, recordings, places = Counter(os.path.splitext(below)[0].casefold() for _, below in found.values()), [], {}
+    for file, below in found.values():
+        stem = os.path.splitext(below)[0]
+        recordings.append(Recording(file, below if stems[stem.casefold()] > 1 else stem))
+        other = places.setdefault(recordings[-1].under.casefold(), file)
+        if settings.transcript_dir is not None and other != file:
+            what = f"{other} and {file} would both be {below}'s transcript"
+            raise UsageError(f"--transcript_dir: {what}; give the folder that both are in, whose parts are kept apart")
+    if settings.transcript_format in ("srt", "vtt") and settings.transcript_dir is None and len(recordings) > 1:
+        kind = settings.transcript_format
+        raise UsageError(f"--transcript_format {kind} of several files needs --transcript_dir: their times start anew")
+    return recordings
+
+
+PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
+
+
+def transcribe(settings):
+    """Print or write the text of each file of --transcribe, name unreadable ones on stderr; returns the exit status."""
+    started, recordings, part = time.monotonic(), find_recordings(settings), []
+    if "-" in settings.transcribe and settings.world_size > 1:
+        raise UsageError("--transcribe - cannot be read by several processes; start it without torchrun")
+    processor, model = load_model(settings)
+    if settings.bf16 or settings.fp16:
+        use_bfloat16(model, settings)
+    decoder = Decoder(model, processor, settings, load_lm(settings, processor, model.config.vocab_size))
+    loaded, settings.disable_tqdm = time.monotonic(), not sys.stderr.isatty()
+    clean, kind, folder = (
+        format_dictation if settings.format_dictation else str,
+        settings.transcript_format,
+        settings.transcript_dir,
+    )
+    # One PATH that is a file has one text, which needs no name.
+    with_names = folder is None and [recording.name for recording in recordings] != settings.transcribe[:1]
+    try:
+        with tempfile.TemporaryDirectory() as spool:
+            for recording in recordings:
+                try:
+                    recording.open(spool)
+                    part.append(recording)
+                except (ValueError, OSError) as error:
+                    if is_full_disk(error):
+                        raise
+                    recording.give_up(one_line(error))
+                lengths = [recording.length for recording in part]
+                if recording is not recordings[-1] and sum(lengths) < PART_SECONDS * SAMPLE_RATE * settings.world_size:
+                    continue
+                clips = Clips([{"audio": member.path} for member in part], pandas.DataFrame({"num_samples": lengths}))
+                emissions, unreadable, _ = decoder.emissions(clips, doing="transcribing") if part else ([], {}, 0)
+                for row, member in enumerate(part):
+                    if row in unreadable:
+                        member.give_up(unreadable[row])
+                    elif settings.is_first:
+                        made = Transcript(member.name, clip_words(decoder, emissions[row]), clean)
+                        text, suffix = getattr(made, kind)(with_names), "txt" if kind == "text" else kind
+                        if folder is None:
+                            print(text, end="", flush=True)
+                        else:
+                            write_text(Path(folder).expanduser() / f"{member.under}.{suffix}", text)
+                part = []
+    except Stopped as error:
+        error.advice = "what is finished is kept"
+        raise
+    except BrokenPipeError:  # `| head` has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if seconds := sum(recording.length for recording in recordings) / SAMPLE_RATE:
+        took = time.monotonic() - loaded
+        speed = f"{took:,.1f} s, {seconds / took:,.1f} times as fast as it was spoken"
+        say(f"{seconds:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s", sys.stderr)
+    return 1 if any(recording.failed for recording in recordings) else 0
 
 
 # ---------------------------------------------------------------- scores
 
+PAPER_SECONDS = 17  # the AfriSpeech authors' tables are of test clips shorter than this
+BOOTSTRAP_DRAWS = 10_000
+DRAWN_AT_ONCE = 2**20  # speakers: all draws of a corpus whose clips name none would take gigabytes
+# A smaller group is shown, and marked, but neither ranked nor averaged: its figure says more about its few speakers.
+MIN_GROUP_SPEAKERS, MIN_GROUP_WORDS = 5, 500
+GROUP_KINDS = ("domain", "accent", "country", "gender", "age_group", "seen_accent", "duration")
+DURATIONS = {"0-5 s": 5, "5-10 s": 10, "10-20 s": 20, "over 20 s": float("inf")}  # group -> its end, in seconds
 # What readers say for punctuation and layout. Many AfriSpeech speakers voice it although the prompt has only the sign.
 SPOKEN_PUNCTUATION = re.compile(
     r"\b(?:full stop|period|comma|semi ?colon|colon|question mark|exclamation mark|hyphen|dash|slash|apostrophe|"
     r"(?:open|close)(?:d)? (?:bracket|brackets|parenthesis|quote|quotes)|"
     r"next line|new line|next paragraph|new paragraph)\b"
+)
+NEGATIONS = re.compile(r"no|not|nor|none|never|without|negative|denie[sd]|deny|absent|cannot|\w+n't")
+NUMBERS = re.compile(
+    r"\w*\d\w*|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|"
+    r"sixty|seventy|eighty|ninety|hundred|thousand|million|half|once|twice"
 )
 
 
@@ -3315,12 +2756,186 @@ def drop_spoken_punctuation(reference, hypothesis):
     return " ".join(SPOKEN_PUNCTUATION.sub(lambda match: match[0] if match[0] in written else " ", hypothesis).split())
 
 
+# A rate is a normaliser: text in, words to be compared out.
+NORMALIZERS = {
+    "wer": normalize_wer,
+    "wer_spoken": normalize_wer,
+    "wer_paper": normalize_paper,
+    "wer_raw": str.strip,
+    "cer": normalize_wer,
+}
+RATE_LABELS = {
+    "wer": "WER",
+    "wer_spoken": "WER, spoken punctuation set aside",
+    "wer_paper": "WER, the AfriSpeech authors' normalisation",
+    "wer_paper_short": f"the same, clips under {PAPER_SECONDS} s, as in their tables",
+    "wer_raw": "WER as written",
+    "cer": "CER",
+}
+# What is scored on one set of clips, and its name in tables: the greedy text and that with the language model, of the
+# model before and after.
+SYSTEMS = {
+    "baseline": "before",
+    "finetuned": "fine-tuned",
+    "baseline_lm": "before, LM",
+    "finetuned_lm": "fine-tuned, LM",
+}
+
+
+def keep_words(belongs, text):
+    """A text's normalised words for which `belongs(word)` is true, for the rate of a kind of words."""
+    return " ".join(filter(belongs, normalize_wer(text).split()))
+
+
+def count_errors(rate, references, hypotheses, normalize=None):
+    """An int array (clips, 4) of a rate: substitutions, deletions, insertions, length of the reference."""
+    normalize = normalize or NORMALIZERS[rate]
+    references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
+    if rate == "wer_spoken":
+        hypotheses = list(map(drop_spoken_punctuation, references, hypotheses))
+    process = jiwer.process_characters if rate == "cer" else jiwer.process_words
+    output, kinds = process(references, hypotheses), ("substitute", "delete", "insert")
+    counts = np.zeros((len(references), 4), np.int64)
+    for index, chunks in enumerate(output.alignments):
+        counts[index, 3] = len(output.references[index])
+        for chunk in chunks:
+            if chunk.type != "equal":
+                longer = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+                counts[index, kinds.index(chunk.type)] += longer
+    return counts
+
+
+def corpus_rate(references, hypotheses, normalize=normalize_wer):
+    """The word error rate of all texts together; None without a single reference word."""
+    counts = count_errors("wer", references, hypotheses, normalize).sum(axis=0)
+    return float(counts[:3].sum() / counts[3]) if counts[3] else None
+
+
+@dataclass
+class Scores:
+    """The `texts` {system: hypotheses} of one test set and how they differ from its references; systems as in SYSTEMS.
+
+    `table` has a row a clip: its groups, and for each system and rate two columns, "<system>/<rate>", its errors, and
+    "<system>/<rate>/of", the reference's length. Every figure is a sum of its columns over some of its rows.
+    """
+
+    table: object
+    texts: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, table, texts, train_accents=None):
+        """The scores of `texts` against the transcripts of a table of clips; `train_accents` are those in training."""
+        table = table.reset_index(drop=True)
+        seconds = table["num_samples"].astype(float) / SAMPLE_RATE
+        is_seen = table["accent"].isin(train_accents or ()).map({True: "seen", False: "unseen"})
+        table["seen_accent"] = is_seen.where((table["accent"] != "") & (train_accents is not None), "unknown")
+        names = list(DURATIONS)
+        places = np.searchsorted(list(DURATIONS.values()), seconds, side="right")
+        table["duration"] = ["unknown" if np.isnan(length) else names[place] for length, place in zip(seconds, places)]
+        for kind in GROUP_KINDS:
+            table[kind] = table[kind].replace("", "unknown")
+        table["speaker_or_clip"] = table["speaker"].where(table["speaker"] != "", table["clip"])
+        is_short, columns = (seconds < PAPER_SECONDS).to_numpy(), {}
+        for system, hypotheses in texts.items():
+            for rate in NORMALIZERS:
+                counts = count_errors(rate, table["text"], hypotheses)
+                columns[f"{system}/{rate}"], columns[f"{system}/{rate}/of"] = counts[:, :3].sum(axis=1), counts[:, 3]
+                if rate == "wer":
+                    for place, kind in enumerate(("substitutions", "deletions", "insertions")):
+                        columns[f"{system}/{kind}"] = counts[:, place]
+                if rate == "wer_paper":
+                    columns[f"{system}/wer_paper_short"] = counts[:, :3].sum(axis=1) * is_short
+                    columns[f"{system}/wer_paper_short/of"] = counts[:, 3] * is_short
+        return cls(pandas.concat([table, pandas.DataFrame(columns, table.index)], axis=1), texts)
+
+    @property
+    def last(self):
+        """The system that the report is of: the fine-tuned model's greedy text, else the baseline's."""
+        return "finetuned" if "finetuned" in self.texts else "baseline"
+
+    def metrics(self):
+        """metrics.json's part of a test set: of each system and of "delta", all clips and, under "groups", each group."""
+        everything = self.metrics_of(self.table)
+        for kind in GROUP_KINDS:
+            for name, part in self.table.groupby(kind):
+                for key, figures in self.metrics_of(part).items():
+                    if figures:
+                        everything[key].setdefault("groups", {}).setdefault(kind, {})[name] = figures
+        return everything
+
+    def metrics_of(self, part):
+        """{system: its rates on some rows of the table, and their sizes}, "delta" the fine-tuned's minus the baseline's."""
+        found, sums = {}, part.sum(numeric_only=True)
+        drawn = self.draw(part)
+        for ending in ("", "_lm") if any(system.endswith("_lm") for system in self.texts) else ("",):
+            pair = f"baseline{ending}", f"finetuned{ending}"
+            found |= dict.fromkeys((*pair, f"delta{ending}"))
+            for system in [system for system in pair if system in self.texts]:
+                lengths = {rate: sums[f"{system}/{rate}/of"] for rate in RATE_LABELS}
+                rates = {rate: float(sums[f"{system}/{rate}"] / of) if of else None for rate, of in lengths.items()}
+                counts = {kind: int(sums[f"{system}/{kind}"]) for kind in ("substitutions", "deletions", "insertions")}
+                sizes = {
+                    "clips": len(part),
+                    "speakers": part["speaker_or_clip"].nunique(),
+                    "words": int(lengths["wer"]),
+                }
+                is_small = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
+                found[system] = {
+                    **rates,
+                    **sizes,
+                    "wer_ci95": np.percentile(drawn[system], (2.5, 97.5)).tolist(),
+                    **counts,
+                    "small": is_small,
+                }
+            if all(system in self.texts for system in pair):
+                before, after = (found[system] for system in pair)
+                change = drawn[pair[1]] - drawn[pair[0]]
+                errors = part[f"{pair[1]}/wer"] - part[f"{pair[0]}/wer"]
+                found[f"delta{ending}"] = {
+                    **{rate: after[rate] - before[rate] for rate in RATE_LABELS if after[rate] is not None},
+                    "wer_ci95": np.percentile(change, (2.5, 97.5)).tolist(),
+                    "probability_of_improvement": float((change < 0).mean()),
+                    "clips_better": float((errors < 0).mean()),
+                    "clips_equal": float((errors == 0).mean()),
+                    "clips_worse": float((errors > 0).mean()),
+                }
+        return found
+
+    def draw(self, part):
+        """{system: WERs of 10,000 resamplings of whole speakers, for each system the same ones, which pairs them}.
+
+        Speakers, because their clips are not independent (Bisani & Ney 2004, doi 10.1109/ICASSP.2004.1326009; blocks:
+        arXiv 1912.09508).
+        """
+        columns = [*(f"{system}/wer" for system in self.texts), f"{self.last}/wer/of"]
+        *errors, words = part.groupby("speaker_or_clip")[columns].sum().to_numpy(float).T
+        generator, rates, at_once = np.random.default_rng(0), [], max(1, DRAWN_AT_ONCE // len(words))
+        for done in range(0, BOOTSTRAP_DRAWS, at_once):
+            size = min(at_once, BOOTSTRAP_DRAWS - done), len(words)
+            drawn = generator.integers(len(words), size=size, dtype=np.int32)
+            total = np.maximum(words[drawn].sum(axis=1), 1)
+            rates.append([counts[drawn].sum(axis=1) / total for counts in errors])
+        return dict(zip(self.texts, np.concatenate(rates, axis=1)))
+
+    def predictions(self):
+        """Yield a JSON line a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
+        table, lm = self.table, f"{self.last}_lm" in self.texts
+        entries = {"audio_filepath": table["clip"], "text": table["text"], "pred_text": self.texts[self.last]}
+        entries["duration"] = (table["num_samples"] / SAMPLE_RATE).round(3)
+        for ending in ("", "_lm") if lm else ("",):
+            entries[f"pred_text{ending}"] = self.texts[f"{self.last}{ending}"]
+            before = self.texts.get(f"baseline{ending}") if self.last == "finetuned" else None
+            entries[f"baseline_text{ending}"] = before or [None] * len(table)
+        entries |= {name: table[name].replace("unknown", "") for name in GROUP_COLUMNS}
+        entries["wer"] = table[f"{self.last}/wer"] / table[f"{self.last}/wer/of"].replace(0, np.nan)
+        for entry in pandas.DataFrame(entries).to_dict("records"):
+            known = {name: None if value != value else value for name, value in entry.items()}
+            yield json.dumps(known, ensure_ascii=False) + "\n"
+
+
 @functools.cache
 def error_rates_metric():
     """jiwer's corpus-level WER and CER as an `evaluate` metric; evaluate.load("wer") would download its script."""
-    import datasets
-    import evaluate
-    import jiwer
 
     class ErrorRates(evaluate.Metric):
         def _info(self):
@@ -3333,232 +2948,7 @@ def error_rates_metric():
     return ErrorRates(experiment_id=f"medasr-{os.getpid()}", keep_in_memory=True)
 
 
-def aligned(references, hypotheses, characters=False):
-    """Yield (index of the pair, "equal" or a kind of error, stretch of the reference, of the hypothesis), all in turn.
-
-    A stretch is a list of words, or of `characters`.
-    """
-    import jiwer
-
-    output = (jiwer.process_characters if characters else jiwer.process_words)(references, hypotheses)
-    for index, chunks in enumerate(output.alignments):
-        before, after = output.references[index], output.hypotheses[index]
-        for chunk in chunks:
-            stretches = before[chunk.ref_start_idx : chunk.ref_end_idx], after[chunk.hyp_start_idx : chunk.hyp_end_idx]
-            yield index, chunk.type, *stretches
-
-
-ERROR_KINDS = ("substitute", "delete", "insert")  # jiwer's names
-
-
-def error_counts(references, hypotheses, characters=False):
-    """Errors of each pair, an int array (pairs, 4): substitutions, deletions, insertions, length of the reference."""
-    counts = np.zeros((len(references), 4), dtype=np.int64)
-    for index, kind, before, after in aligned(references, hypotheses, characters):
-        counts[index, 3] += len(before)
-        if kind != "equal":
-            counts[index, ERROR_KINDS.index(kind)] += max(len(before), len(after))
-    return counts
-
-
-def rate(counts):
-    """Corpus-level error rate of an array of `error_counts`; None without a single reference word."""
-    return float(counts[:, :3].sum() / counts[:, 3].sum()) if counts[:, 3].sum() else None
-
-
-DRAWN_AT_ONCE = 2**20  # speakers: all draws of a corpus whose clips name none would take gigabytes
-
-
-def bootstrap_rates(counts, speakers, draws=BOOTSTRAP_DRAWS, seed=0):
-    """WERs of `draws` resamplings of the speakers, shape (draws,).
-
-    Whole speakers are drawn because their clips are not independent (Bisani & Ney 2004, doi
-    10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508). The same seed and speakers draw the same speakers, which
-    pairs two systems.
-    """
-    names, block = np.unique(speakers, return_inverse=True)
-    errors = np.bincount(block, counts[:, :3].sum(axis=1), len(names))
-    words = np.bincount(block, counts[:, 3], len(names))
-    generator, rates, at_once = np.random.default_rng(seed), [], max(1, DRAWN_AT_ONCE // len(names))
-    for done in range(0, draws, at_once):
-        drawn = generator.integers(len(names), size=(min(at_once, draws - done), len(names)), dtype=np.int32)
-        rates.append(errors[drawn].sum(axis=1) / np.maximum(words[drawn].sum(axis=1), 1))
-    return np.concatenate(rates)
-
-
-def interval(values):
-    """The middle 95 % of `values`."""
-    return np.percentile(values, [2.5, 97.5]).tolist()
-
-
-RATES = ("wer", "wer_spoken", "wer_paper", "wer_raw", "cer")
-DURATIONS = {"0-5 s": 5, "5-10 s": 10, "10-20 s": 20, "over 20 s": float("inf")}  # group -> its end, in seconds
-GROUP_KINDS = ("domain", "accent", "country", "gender", "age_group", "seen_accent", "duration")
-# A smaller group is shown, and marked, but neither ranked nor averaged: its figure says more about its few speakers.
-MIN_GROUP_SPEAKERS, MIN_GROUP_WORDS = 5, 500
-
-
-def group_name(row, kind, train_accents):
-    """The name of the group of `kind` that a clip belongs to."""
-    if kind == "seen_accent":
-        if train_accents is None or not row["accent"]:
-            return "unknown"
-        return "seen" if row["accent"] in train_accents else "unseen"
-    if kind == "duration" and row["num_samples"] is not None:
-        return next(name for name, end in DURATIONS.items() if row["num_samples"] < end * SAMPLE_RATE)
-    return row.get(kind) or "unknown"
-
-
-@dataclass
-class Scored:
-    """A system's `texts` on the clips `rows`; `plain` are (references, texts) as normalised for WER.
-
-    `counts` are {rate: error_counts}, `groups` {kind: the group of each clip, shape (clips,)}.
-    """
-
-    rows: list[dict]
-    texts: list[str]
-    plain: tuple
-    counts: dict[str, np.ndarray]
-    groups: dict[str, np.ndarray]
-
-    @functools.cached_property
-    def speakers(self):
-        return np.array([row["speaker"] or row["clip"] for row in self.rows])
-
-    @functools.cached_property
-    def short(self):
-        """Whether each clip is under PAPER_SECONDS; one of unknown duration (NaN) is not."""
-        return np.array([row["num_samples"] for row in self.rows], float) < PAPER_SECONDS * SAMPLE_RATE
-
-    @functools.cached_property
-    def scores(self):
-        """What metrics.json has of a system."""
-        return for_each_group(self.groups, self.scores_of)
-
-    def scores_of(self, chosen):
-        words, speakers = self.counts["wer"][chosen], self.speakers[chosen]
-        people, total = len(np.unique(speakers)), int(words[:, 3].sum())
-        return {
-            **{name: rate(counts[chosen]) for name, counts in self.counts.items()},
-            "wer_paper_short": rate(self.counts["wer_paper"][self.short & chosen]),
-            "clips": len(words),
-            "speakers": people,
-            "words": total,
-            "wer_ci95": interval(bootstrap_rates(words, speakers)),
-            **dict(zip(("substitutions", "deletions", "insertions"), words[:, :3].sum(axis=0).tolist())),
-            "small": people < MIN_GROUP_SPEAKERS or total < MIN_GROUP_WORDS,
-        }
-
-
-def for_each_group(groups, measure):
-    """The dict measure(bool array of the clips to measure) for all clips, with that of each group under "groups"."""
-    by_group = {
-        kind: {str(name): measure(names == name) for name in np.unique(names)} for kind, names in groups.items()
-    }
-    return {**measure(np.ones(len(groups["domain"]), bool)), "groups": by_group}
-
-
-def score_texts(rows, texts, train_accents):
-    """The `Scored` of hypotheses `texts` against the transcripts of `rows`."""
-    sides = [row["text"] for row in rows], texts
-    pairs = {name: [list(map(normalize, side)) for side in sides] for name, normalize in NORMALIZERS.items()}
-    references, hypotheses = plain = pairs["wer"]
-    pairs["wer_spoken"] = references, list(map(drop_spoken_punctuation, references, hypotheses))
-    counts = {name: error_counts(*pair) for name, pair in pairs.items()}
-    counts["cer"] = error_counts(*plain, characters=True)
-    groups = {kind: np.array([group_name(row, kind, train_accents) for row in rows]) for kind in GROUP_KINDS}
-    return Scored(rows, texts, plain, counts, groups)
-
-
-# What is scored on one set of clips, and its name in tables: the greedy text and that with the language model, of the
-# model before and after. Results are made of a dict with some of these, each `Scored`, and metrics with their scores.
-SYSTEMS = {
-    "baseline": "before",
-    "finetuned": "fine-tuned",
-    "baseline_lm": "before, LM",
-    "finetuned_lm": "fine-tuned, LM",
-}
-
-
-def before_and_after(systems, kind=""):
-    """(the baseline's, the fine-tuned model's) of `systems` or metrics, None for none; "_lm" for those with the LM."""
-    return systems.get("baseline" + kind), systems.get("finetuned" + kind)
-
-
-def last_of(systems, kind=""):
-    """The fine-tuned model's of `systems`, else the baseline's, else None."""
-    before, after = before_and_after(systems, kind)
-    return after or before
-
-
-def text_kinds(systems):
-    """The endings of names in `systems`: "" of greedy texts, and "_lm" if there are texts with a language model."""
-    return ["", "_lm"] if last_of(systems, "_lm") else [""]
-
-
-def compare(baseline, finetuned):
-    """The "delta" of metrics.json: fine-tuned minus baseline on the same clips, for all of them and each group."""
-
-    def difference(chosen):
-        before, after = baseline.counts["wer"][chosen], finetuned.counts["wer"][chosen]
-        then, now = ({name: rate(side.counts[name][chosen]) for name in side.counts} for side in (baseline, finetuned))
-        speakers = baseline.speakers[chosen]
-        change = bootstrap_rates(after, speakers) - bootstrap_rates(before, speakers)
-        errors = (after - before)[:, :3].sum(axis=1)
-        return {
-            **{name: now[name] - then[name] for name in now if now[name] is not None},
-            "wer_ci95": interval(change),
-            "probability_of_improvement": float((change < 0).mean()),
-            "clips_better": float((errors < 0).mean()),
-            "clips_equal": float((errors == 0).mean()),
-            "clips_worse": float((errors > 0).mean()),
-        }
-
-    return for_each_group(baseline.groups, difference)
-
-
 # ---------------------------------------------------------------- report
-
-NEGATIONS = re.compile(r"no|not|nor|none|never|without|negative|denie[sd]|deny|absent|cannot|\w+n't")
-NUMBERS = re.compile(
-    r"\w*\d\w*|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|"
-    r"sixty|seventy|eighty|ninety|hundred|thousand|million|half|once|twice"
-)
-
-
-def clinical_words(scored):
-    """Words that clinical references have at least 5 times and, by frequency, 10 times as often as general ones; none
-    without general ones to compare with.
-    """
-    references, domains = np.array(scored.plain[0], object), scored.groups["domain"]
-    clinical, general = (Counter(" ".join(references[domains == domain]).split()) for domain in DOMAINS)
-    if not general:
-        return set()
-    scale = clinical.total() / general.total()
-    return {
-        word for word, count in clinical.items() if count >= 5 and count >= 10 * general[word] * scale and len(word) > 2
-    }
-
-
-def word_errors(scored):
-    """({kind of word: its recall in words}, {kind of error: Counter of the words}) of a `Scored`."""
-    kinds_of_words = {
-        "numbers": NUMBERS.fullmatch,
-        "negations": NEGATIONS.fullmatch,
-        "clinical words": clinical_words(scored).__contains__,
-    }
-    found, total, errors = Counter(), Counter(), {kind: Counter() for kind in ERROR_KINDS}
-    for _, kind, before, after in aligned(*scored.plain):
-        if kind != "equal":
-            pairs = itertools.zip_longest(before, after)
-            errors[kind].update(" -> ".join(filter(None, pair)) for pair in pairs)
-        for name, belongs in kinds_of_words.items():
-            count = sum(bool(belongs(word)) for word in before)
-            total[name] += count
-            found[name] += count if kind == "equal" else 0
-    recall = {name: f"{percent(found[name] / count)} of {count:,}" if count else "-" for name, count in total.items()}
-    return recall, errors
 
 
 def percent(value):
@@ -3584,100 +2974,72 @@ def markdown_table(header, rows):
     return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows] + [""]
 
 
-def group_table(kind, metrics):
-    """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *."""
-    rows, before, with_lm, delta = [], metrics["baseline"], last_of(metrics, "_lm"), metrics["delta"]
-    for name, now in sorted(last_of(metrics)["groups"][kind].items(), key=lambda item: -item[1]["words"]):
-        low, high = map(percent, now["wer_ci95"])
-        rows.append(
-            [
-                markdown_text(name) + "\\*" * now["small"],
-                *(f"{now[size]:,}" for size in ("clips", "speakers", "words")),
-                percent(before["groups"][kind][name]["wer"]) if delta else "-",
-                percent(now["wer"]),
-                f"[{low}, {high}]" if now["words"] else "-",
-                points(delta["groups"][kind][name]) if delta and now["words"] else "-",
-                *([percent(with_lm["groups"][kind][name]["wer"])] if with_lm else []),
-            ]
-        )
-    columns = ["clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"]
-    columns += ["WER, LM"] if with_lm else []
-    return markdown_table([kind.replace("_", " "), *columns], rows)
-
-
-def group_summary(kind, metrics):
-    """One line: macro average over the groups that are large enough, and the worst of them."""
-    groups = last_of(metrics)["groups"][kind]
-    large = {name: scores["wer"] for name, scores in groups.items() if not scores["small"]}
-    if len(large) < 2:
-        return f"Fewer than two groups have {MIN_GROUP_SPEAKERS} speakers and {MIN_GROUP_WORDS} words: none is ranked."
-    worst = max(large, key=large.get)
-    mean = percent(np.mean(list(large.values())))
-    average = f"Macro average over {len(large)} groups that are large enough: {mean}"
-    return f"{average}; the worst is {markdown_text(worst)}, {percent(large[worst])}."
-
-
-def error_sections(systems):
-    """Markdown lines on what goes wrong: recalls, commonest errors, clips that got worse, empty and runaway outputs."""
-    (baseline, finetuned), last = before_and_after(systems), last_of(systems)
-    recall, errors = word_errors(last)
-    before = word_errors(baseline)[0] if finetuned and baseline else {}
-    lines = ["## What goes wrong\n", "Recall, the share of the reference's words that come out right:\n"]
-    cells = [[name, before.get(name, "-"), now] for name, now in recall.items()]
-    lines += markdown_table(["words", "before", "now"], cells)
-    for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
-        common = ", ".join(f"{words} ({count})" for words, count in errors[kind].most_common(15))
-        lines.append(f"Commonest {label}: {common or 'none'}.\n")
-    words = np.array([len(text.split()) for text in last.plain[1]])
-    empty, runaway = sum(words == 0), sum(words > 2 * last.counts["wer"][:, 3] + 5)
-    lines.append(f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.\n")
-    if finetuned and baseline:
-        worse = (finetuned.counts["wer"] - baseline.counts["wer"])[:, :3].sum(axis=1)
-        cells = []
-        for index in np.argsort(-worse, kind="stable")[:10]:
-            texts = [tidy(text)[:200] for text in (last.rows[index]["text"], baseline.texts[index], last.texts[index])]
-            if worse[index] > 0:
-                cells.append([f"+{worse[index]}", *map(markdown_text, (last.rows[index]["accent"], *texts))])
-        if cells:
-            lines.append("Clips that got worse most:\n")
-            lines += markdown_table(["errors", "accent", "reference", "before", "now"], cells)
-    return lines
-
-
-RATE_LABELS = {
-    "wer": "WER",
-    "wer_spoken": "WER, spoken punctuation set aside",
-    "wer_paper": "WER, the AfriSpeech authors' normalisation",
-    "wer_paper_short": f"the same, clips under {PAPER_SECONDS} s, as in their tables",
-    "wer_raw": "WER as written",
-    "cer": "CER",
-}
+def last_of(metrics, ending=""):
+    """The fine-tuned model's scores of a test set's metrics, else the baseline's; of the LM's with the ending "_lm"."""
+    return metrics.get(f"finetuned{ending}") or metrics.get(f"baseline{ending}")
 
 
 def summary_table(metrics):
     """Markdown lines: every rate before and after, all clips."""
-    rows, kinds = [], text_kinds(metrics)
-    for name, label in RATE_LABELS.items():
+    rows, endings = [], ["", "_lm"] if last_of(metrics, "_lm") else [""]
+    for rate, label in RATE_LABELS.items():
         cells = [label]
-        for kind in kinds:
-            then, now = (system and system[name] for system in before_and_after(metrics, kind))
+        for ending in endings:
+            then, now = ((metrics.get(f"{system}{ending}") or {}).get(rate) for system in ("baseline", "finetuned"))
             cells += [percent(then), percent(now), "-" if None in (then, now) else f"{100 * (now - then):+.1f}"]
         rows.append(cells)
-    labels = [[*before_and_after(SYSTEMS, kind), "change, points"] for kind in kinds]
+    labels = [[SYSTEMS[f"baseline{ending}"], SYSTEMS[f"finetuned{ending}"], "change, points"] for ending in endings]
     return markdown_table(["rate", *itertools.chain(*labels)], rows)
 
 
+def group_table(kind, metrics):
+    """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *.
+
+    Too few speakers make no interval.
+    """
+    rows, before, with_lm, delta = [], metrics["baseline"], last_of(metrics, "_lm"), metrics["delta"]
+    for name, now in sorted(last_of(metrics)["groups"][kind].items(), key=lambda item: -item[1]["words"]):
+        has_interval = now["words"] and now["speakers"] >= MIN_GROUP_SPEAKERS
+        change = delta and now["words"] and delta["groups"][kind][name]
+        row = [markdown_text(name) + "\\*" * now["small"]]
+        row += [f"{now[size]:,}" for size in ("clips", "speakers", "words")]
+        row += [percent(before["groups"][kind][name]["wer"]) if delta else "-", percent(now["wer"])]
+        row += ["[{}, {}]".format(*map(percent, now["wer_ci95"])) if has_interval else "-"]
+        row += [(points(change) if has_interval else f"{100 * change['wer']:+.1f}") if change else "-"]
+        rows.append(row + ([percent(with_lm["groups"][kind][name]["wer"])] if with_lm else []))
+    columns = ["clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"]
+    return markdown_table([kind.replace("_", " "), *columns, *(["WER, LM"] if with_lm else [])], rows)
+
+
+def group_lines(metrics, heading, fewest=1):
+    """Markdown lines: a table of each kind of groups, where there are at least `fewest`, and what it comes to."""
+    lines = []
+    for kind, groups in last_of(metrics)["groups"].items():
+        if len(groups) < fewest:
+            continue
+        lines += [f"{heading} By {kind.replace('_', ' ')}\n", *group_table(kind, metrics)]
+        large = {name: scores["wer"] for name, scores in groups.items() if not scores["small"]}
+        summary = (
+            f"Fewer than two groups have {MIN_GROUP_SPEAKERS} speakers and {MIN_GROUP_WORDS} words: none is ranked."
+        )
+        if len(large) > 1:
+            worst, mean = max(large, key=large.get), percent(np.mean(list(large.values())))
+            summary = f"Macro average over {len(large)} groups that are large enough: {mean}"
+            summary += f"; the worst is {markdown_text(worst)}, {percent(large[worst])}."
+        lines.append(summary + "\n")
+    return lines
+
+
 def change_line(metrics):
-    """A sentence on the WER of a `metrics_of`, or on its change, with its interval."""
+    """A sentence on the WER of a test set, or on its change, with its interval."""
     last, delta = last_of(metrics), metrics["delta"]
     if not delta:
-        low, high = map(percent, last["wer_ci95"])
-        return f"WER {percent(last['wer'])}, 95 % interval over speakers {low} to {high}."
-    shares = ("probability_of_improvement", "clips_better", "clips_equal", "clips_worse")
-    improvement, better, equal, worse = (percent(delta[share]) for share in shares)
-    change = f"WER changes by {points(delta)} points (95 % interval over speakers, paired)"
-    change += f"; probability of improvement {improvement}. {better} of the clips are better"
-    return f"{change}, {equal} equal, {worse} worse."
+        interval = " to ".join(map(percent, last["wer_ci95"]))
+        return f"WER {percent(last['wer'])}, 95 % interval over speakers {interval}."
+    improvement = f"probability of improvement {percent(delta['probability_of_improvement'])}"
+    better, equal, worse = (percent(delta[f"clips_{how}"]) for how in ("better", "equal", "worse"))
+    change = f"WER changes by {points(delta)} points (95 % interval over speakers, paired); {improvement}"
+    return f"{change}. {better} of the clips are better, {equal} equal, {worse} worse."
 
 
 def score_lines(metrics):
@@ -3686,196 +3048,160 @@ def score_lines(metrics):
     return [f"{sizes}. All rates are corpus-level.\n", *summary_table(metrics), change_line(metrics) + "\n"]
 
 
-def group_lines(metrics, heading, fewest=1):
-    """Markdown lines: a table of each kind of groups, where there are at least `fewest`."""
-    lines = []
-    for kind in GROUP_KINDS:
-        if len(last_of(metrics)["groups"][kind]) >= fewest:
-            lines += [f"{heading} By {kind.replace('_', ' ')}\n", *group_table(kind, metrics)]
-            lines.append(group_summary(kind, metrics) + "\n")
+def show_scores(metrics):
+    """Print the scores, by domain, or where there is but one by the next kind of group that tells something."""
+    groups = last_of(metrics)["groups"]
+    kind = next((kind for kind in GROUP_KINDS if len(groups[kind]) > 1), None)
+    say("\n".join(["", *summary_table(metrics), *(group_table(kind, metrics) if kind else [])]))
+    for name, part in metrics.get("also", {}).items():
+        say("\n".join([f"{name}: {change_line(part)}", *summary_table(part)]))
+
+
+def error_lines(scores):
+    """Markdown lines on what goes wrong: kinds of words, commonest errors, empty and runaway texts, worse clips."""
+    table, texts, cells = scores.table, scores.texts[scores.last], []
+    systems = [system for system in ("baseline", "finetuned") if system in scores.texts]
+    # Words that clinical references have at least 5 times and, by frequency, 10 times as often as general ones.
+    clinical, general = (
+        Counter(" ".join(map(normalize_wer, table["text"][table["domain"] == name])).split()) for name in DOMAINS
+    )
+    scale = 10 * clinical.total() / max(1, general.total())
+    kinds = {"numbers": NUMBERS.fullmatch, "negations": NEGATIONS.fullmatch}
+    if general:
+        often = {word for word, count in clinical.items() if count >= max(5, general[word] * scale) and len(word) > 2}
+        kinds["clinical words"] = often.__contains__
+    for label, belongs in kinds.items():
+        keep = functools.partial(keep_words, belongs)
+        count = sum(len(keep(text).split()) for text in table["text"])
+        rates = [corpus_rate(table["text"], scores.texts[system], keep) for system in systems]
+        cells.append([label, f"{count:,}", *map(percent, rates)])
+    lines = ["## What goes wrong\n", "WER of some kinds of words alone:\n"]
+    lines += markdown_table(["words", "count", *map(SYSTEMS.get, systems)], cells)
+    errors = {"substitute": Counter(), "insert": Counter(), "delete": Counter()}
+    hypotheses = list(map(normalize_wer, texts))
+    output = jiwer.process_words(list(map(normalize_wer, table["text"])), hypotheses)
+    for before, after, chunks in zip(output.references, output.hypotheses, output.alignments):
+        for chunk in [chunk for chunk in chunks if chunk.type != "equal"]:
+            sides = before[chunk.ref_start_idx : chunk.ref_end_idx], after[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            errors[chunk.type].update(" -> ".join(filter(None, pair)) for pair in itertools.zip_longest(*sides))
+    for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
+        common = ", ".join(f"{words} ({count})" for words, count in errors[kind].most_common(15))
+        lines.append(f"Commonest {label}: {common or 'none'}.\n")
+    lengths = np.array([len(text.split()) for text in hypotheses])
+    empty, runaway = sum(lengths == 0), sum(lengths > 2 * table[f"{scores.last}/wer/of"] + 5)
+    lines.append(f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.\n")
+    if len(systems) == 2:
+        worse, cells = (table["finetuned/wer"] - table["baseline/wer"]).to_numpy(), []
+        for index in [index for index in np.argsort(-worse, kind="stable")[:10] if worse[index] > 0]:
+            shown = [tidy(text)[:200] for text in (table["text"][index], scores.texts["baseline"][index], texts[index])]
+            cells.append([f"+{worse[index]}", *map(markdown_text, (table["accent"][index], *shown))])
+        lines += ["Clips that got worse most:\n"] * bool(cells)
+        lines += markdown_table(["errors", "accent", "reference", "before", "now"], cells) if cells else []
     return lines
 
 
-def report_lines(title, systems, metrics, notes, pictures):
-    """results/report.md as lines."""
-    lines = [f"# {markdown_text(title)}\n", *score_lines(metrics)]
-    lines += [markdown_text(note) + "\n" for note in notes]
-    lines += [f"![{label}]({name})\n" for name, label in pictures.items()]
+def draw_pictures(folder, metrics, history):
+    """PNGs beside the report: {file name: label} of those that the data allows."""
+
+    def save(figure, name):
+        with complete(folder / name) as partial:
+            figure.savefig(partial, format="png")
+
+    figure_of = functools.partial(Lazy("matplotlib.figure").Figure, dpi=110, layout="tight")
+    pictures = {"wer_by_accent.png": "WER by accent", "wer_by_duration.png": "WER by duration of the clip"}
+    for (name, label), kind in zip(pictures.items(), ("accent", "duration")):
+        groups = last_of(metrics)["groups"][kind]
+        order = sorted((group for group in groups if groups[group]["words"]), key=lambda group: groups[group]["wer"])
+        if kind == "accent" and len(order) > 30:
+            order = [group for group in order if not groups[group]["small"]] or order[-30:]
+        if kind == "duration":
+            order = [group for group in ("unknown", *reversed(DURATIONS)) if group in order]
+        figure = figure_of(figsize=(8, 1.5 + 0.32 * len(order)))
+        axes = figure.subplots()
+        for offset, system in zip((0.16, -0.16), [system for system in ("baseline", "finetuned") if metrics[system]]):
+            chosen = [metrics[system]["groups"][kind][group] for group in order]
+            rates = 100 * np.array([group["wer"] for group in chosen])
+            errors = np.abs(100 * np.array([group["wer_ci95"] for group in chosen]).T - rates)
+            errors *= [group["speakers"] >= MIN_GROUP_SPEAKERS for group in chosen]
+            places = np.arange(len(order)) + offset
+            axes.errorbar(rates, places, xerr=errors, fmt="o", capsize=2, label=SYSTEMS[system])
+        labels = [f"{group[:40]} *" if groups[group]["small"] else group[:40] for group in order]
+        axes.set_yticks(range(len(order)), labels, parse_math=False)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set(xlabel="WER, % (95 % interval over speakers; * too small to rank)", xlim=(0, None), title=label)
+        axes.legend()
+        save(figure, name)
+    if evaluations := [(entry["step"], 100 * entry["eval_wer"]) for entry in history if "eval_wer" in entry]:
+        pictures["training.png"] = "Dev WER and training loss"
+        figure = figure_of(figsize=(8, 3.5))
+        axes = figure.subplots()
+        axes.plot(*zip(*evaluations), "o-")
+        axes.grid(alpha=0.3)
+        axes.set(xlabel="update", ylabel="dev WER, %", ylim=(0, None), title="Training")
+        losses = axes.twinx()
+        losses.plot(*zip(*((entry["step"], entry["loss"]) for entry in history if "loss" in entry)), color="0.6")
+        losses.set(ylabel="training loss (grey)", ylim=(0, None))
+        save(figure, "training.png")
+    return pictures
+
+
+def write_results(folder, content, scores, title, notes=(), history=()):
+    """metrics.json, predictions_*.jsonl, report.md and its pictures into `folder`, metrics.json last.
+
+    `scores` are {"test" and the names of --also_score: Scores}; `content` is the beginning of metrics.json. Returns the
+    metrics.
+    """
+    parts = {name: part.metrics() for name, part in scores.items()}
+    packages = "torch transformers datasets evaluate jiwer librosa soundfile accelerate tensorboard".split()
+    versions = {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}}
+    metrics = {"versions": versions, **content, **parts.pop("test")} | ({"also": parts} if parts else {})
+    for name, part in scores.items():
+        write_text(folder / f"predictions_{file_stem(name)}.jsonl", "".join(part.predictions()))
+    lines = [f"# {markdown_text(title)}\n", *score_lines(metrics), *(markdown_text(note) + "\n" for note in notes)]
+    lines += [f"![{label}]({name})\n" for name, label in draw_pictures(folder, metrics, history).items()]
     lines += group_lines(metrics, "##")
     limits = f"{MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words"
     lines.append(f"\\* under {limits}: not ranked and not in the macro average.\n")
     for name, part in metrics.get("also", {}).items():
         lines += [f"## Also scored: {markdown_text(name)}\n", *score_lines(part), *group_lines(part, "###", 2)]
-    return lines + error_sections(systems)
-
-
-def new_axes(height):
-    """The axes of a new picture, `height` inches high."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(8, height), dpi=110, layout="tight").subplots()
-
-
-def draw_pictures(folder, systems, history):
-    """PNGs beside the report: {file name: label} of those that the data allows."""
-    greedy = {SYSTEMS[name]: scored.scores for name, scored in systems.items() if not name.endswith("_lm")}
-    pictures = {"wer_by_accent.png": "WER by accent", "wer_by_duration.png": "WER by duration of the clip"}
-    for (name, label), kind in zip(pictures.items(), ("accent", "duration")):
-        draw_groups(folder / name, label, kind, greedy)
-    evaluations = [(entry["step"], 100 * entry["eval_wer"]) for entry in history if "eval_wer" in entry]
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    if evaluations:
-        pictures["training.png"] = "Dev WER and training loss"
-        axes = new_axes(3.5)
-        axes.plot(*zip(*evaluations), "o-")
-        axes.grid(alpha=0.3)
-        axes.set(xlabel="update", ylabel="dev WER, %", ylim=(0, None), title="Training")
-        other = axes.twinx()
-        other.plot(*zip(*losses), color="0.6")
-        other.set(ylabel="training loss (grey)", ylim=(0, None))
-        axes.figure.savefig(folder / "training.png")
-    return pictures
-
-
-def draw_groups(path, title, kind, systems):
-    """A picture of the WER of each group of `kind`, a dot and its interval for each of `systems` {name: scores}."""
-    groups = list(systems.values())[-1]["groups"][kind]
-    order = sorted((group for group in groups if groups[group]["words"]), key=lambda group: groups[group]["wer"])
-    if kind == "accent" and len(order) > 30:
-        order = [group for group in order if not groups[group]["small"]] or order[-30:]
-    if kind == "duration":
-        order = [group for group in ("unknown", *reversed(DURATIONS)) if group in order]
-    axes = new_axes(1.5 + 0.32 * len(order))
-    for offset, (system, scores) in zip((0.16, -0.16), systems.items()):
-        chosen = [scores["groups"][kind][group] for group in order]
-        rates = 100 * np.array([group["wer"] for group in chosen])
-        errors = np.abs(100 * np.array([group["wer_ci95"] for group in chosen]).T - rates)
-        axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=system)
-    labels = [f"{group[:40]} *" if groups[group]["small"] else group[:40] for group in order]
-    axes.set_yticks(range(len(order)), labels, parse_math=False)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set(xlabel="WER, % (95 % interval over speakers; * too small to rank)", xlim=(0, None), title=title)
-    axes.legend()
-    axes.figure.savefig(path)
-
-
-def library_versions():
-    from importlib.metadata import version
-
-    names = "torch transformers datasets evaluate jiwer librosa soundfile accelerate tensorboard".split()
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
-
-
-CLIP_COLUMNS = ("speaker", "accent", "country", "domain", "gender", "age_group")
-
-
-def prediction_lines(systems):
-    """One JSON object a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
-    last, kinds = last_of(systems), text_kinds(systems)
-    texts = {f"pred_text{kind}": last_of(systems, kind).texts for kind in kinds}
-    for kind in kinds:
-        before, after = before_and_after(systems, kind)
-        texts[f"baseline_text{kind}"] = before.texts if before and after else [None] * len(last.rows)
-    for index, row in enumerate(last.rows):
-        entry = {
-            "audio_filepath": row["clip"],
-            "duration": row["num_samples"] and round(row["num_samples"] / SAMPLE_RATE, 3),
-            "text": row["text"],
-            **{name: written[index] for name, written in texts.items()},
-            **{name: row[name] for name in CLIP_COLUMNS},
-            "wer": rate(last.counts["wer"][index : index + 1]),
-        }
-        yield json.dumps(entry, ensure_ascii=False) + "\n"
-
-
-@contextlib.contextmanager
-def complete_folder(target, keep=False):
-    """A folder to write into, which takes the place of `target` when complete; with `keep`, with its other files."""
-    partial, old = (target.with_name(target.name + ending) for ending in (".partial", ".old"))
-    with explained_checkpoint(f"{target} cannot be written", ROOM_ADVICE, partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for path in target.iterdir() if keep and target.is_dir() else ():
-            if not (partial / path.name).exists():
-                shutil.copy(path, partial) if path.is_file() else shutil.copytree(path, partial / path.name)
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(partial, target)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def metrics_of(systems):
-    """What metrics.json has of one test set: the scores of its {name of SYSTEMS: Scored}, and "delta", their change."""
-    metrics = {}
-    for kind in text_kinds(systems):
-        before, after = before_and_after(systems, kind)
-        metrics |= {"baseline" + kind: before and before.scores, "finetuned" + kind: after and after.scores}
-        metrics["delta" + kind] = compare(before, after) if before and after else None
-    return metrics
-
-
-def write_results(target, config, data, scored, title, notes=(), history=(), lm=None):
-    """metrics.json, predictions_test.jsonl, report.md and its pictures into the folder `target`, all or none.
-
-    `scored` are {"test" and the names of --also_score: {name of SYSTEMS: Scored}}, `lm` the settings of a language
-    model. Returns the metrics.
-    """
-    systems, parts = scored["test"], {name: metrics_of(systems) for name, systems in scored.items()}
-    metrics = {"config": config, "versions": library_versions(), "data": data, **parts.pop("test")}
-    metrics |= {name: value for name, value in (("lm", lm), ("also", parts)) if value}
-    with complete_folder(Path(target), keep=True) as folder:
-        write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
-        for name, its_systems in scored.items():
-            write_text(folder / f"predictions_{file_stem(name)}.jsonl", "".join(prediction_lines(its_systems)))
-        pictures = draw_pictures(folder, systems, history)
-        lines = report_lines(title, systems, metrics, notes, pictures)
-        write_text(folder / "report.md", "\n".join(lines) + "\n")
+    write_text(folder / "report.md", "\n".join([*lines, *error_lines(scores["test"])]) + "\n")
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
     show_scores(metrics)
     return metrics
 
 
-def show_scores(metrics):
-    say("\n".join(["", *summary_table(metrics), *group_table("domain", metrics)]))
-    for name, part in metrics.get("also", {}).items():
-        say("\n".join([f"{name}: {change_line(part)}", *summary_table(part)]))
-
-
-def write_model_card(final, results, args, metrics):
+def write_model_card(final, results, settings, metrics):
     """README.md of the final model, with the Hub's evaluation metadata, the report and its pictures."""
-    import yaml
-
     on_hub = lambda name: re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()  # noqa: E731
-    model, dataset = public(args.model), public(args.dataset)
-    data, is_own = metrics["data"], metrics["data"]["layout"] == "recordings"
-    results_index = [
-        {
-            "task": {"type": "automatic-speech-recognition"},
-            "dataset": {"name": "AfriSpeech-200" if name == DEFAULT_DATASET else name, "type": name, "split": "test"},
-            "metrics": [
-                {"type": rate.partition("_")[0], "name": rate, "value": round(100 * part["finetuned"][rate], 2)}
-                for rate in RATES
-                if part["finetuned"][rate] is not None  # texts of another script are nothing to wer_paper
-            ],
-        }
-        for name, part in {dataset: metrics, **metrics.get("also", {})}.items()
-    ]
-    header = {
-        "language": "en",
-        **({"base_model": model} if on_hub(args.model) else {}),
-        **({"datasets": [dataset.partition(":")[0]]} if on_hub(args.dataset.partition(":")[0]) else {}),
-        "pipeline_tag": "automatic-speech-recognition",
-        "library_name": "transformers",
-        "tags": ["medical", *([] if is_own else ["african-accents"]), "ctc"],
-        "license": "other",
-        "license_name": "health-ai-developer-foundations",
-        "license_link": "https://developers.google.com/health-ai-developer-foundations/terms",
-        "model-index": [{"name": "medasr-own-data" if is_own else "medasr-afrispeech-200", "results": results_index}],
-    }
-    train = data["train"]
-    new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
+    model, dataset, data = public(settings.model), public(settings.dataset), metrics["data"]
+    is_own = data["layout"] == "recordings"
+    found = []
+    for name, part in {dataset: metrics, **metrics.get("also", {})}.items():
+        rates = {rate: part["finetuned"][rate] for rate in NORMALIZERS}
+        values = [
+            {"type": rate.partition("_")[0], "name": rate, "value": round(100 * value, 2)}
+            for rate, value in rates.items()
+            if value is not None  # texts of another script are nothing to wer_paper
+        ]
+        named = {"name": "AfriSpeech-200" if name == DEFAULT_DATASET else name, "type": name, "split": "test"}
+        found.append({"task": {"type": "automatic-speech-recognition"}, "dataset": named, "metrics": values})
+    header = {"language": "en", "pipeline_tag": "automatic-speech-recognition", "library_name": "transformers"}
+    header |= {"base_model": model} if on_hub(settings.model) else {}
+    header |= {"datasets": [dataset.partition(":")[0]]} if on_hub(settings.dataset.partition(":")[0]) else {}
+    header |= {"license": "other", "license_name": "health-ai-developer-foundations"}
+    header["license_link"] = "https://developers.google.com/health-ai-developer-foundations/terms"
+    header["tags"] = ["medical", *([] if is_own else ["african-accents"]), "ctc"]
+    header["model-index"] = [{"name": "medasr-own-data" if is_own else "medasr-afrispeech-200", "results": found}]
+    train, new_speakers = data["train"], data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    decoding = ""
+    if metrics.get("finetuned_lm"):
+        lm = metrics["lm"]
+        greedy, searched = (percent(metrics[system]["wer"]) for system in ("finetuned", "finetuned_lm"))
+        flags = {"lm": public(settings.lm), **{f"lm_{name}": lm[name] for name in ("weight", "word_score", "beam")}}
+        command = shlex.join(["python", PROGRAM, "--transcribe", "visit.wav", "--model", "final", *as_flags(flags)])
+        decoding = f"\nThis is the greedy text (WER {greedy}). With the language model {markdown_text(lm['name'])} "
+        decoding += f"(WER {searched}):\n\n```\n{command}\n```\n"
     card = f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
 # {markdown_text(model)} adapted to {markdown_text(dataset) if is_own else "African-accented English"}
@@ -3892,12 +3218,12 @@ audio, _ = librosa.load("visit.wav", sr=16000)
 ids = model.generate(**processor(audio, sampling_rate=16000))
 print(processor.batch_decode(ids, skip_special_tokens=True)[0])
 ```
-{lm_paragraph(metrics, args)}
+{decoding}
 The base model's terms (Health AI Developer Foundations) hold for this derivative too, and those of the data:
 {"see where it comes from" if is_own else "AfriSpeech-200 is CC-BY-NC-SA-4.0, for non-commercial use"}.
 Not a medical device: a person checks every transcript that a decision rests on.
 
-Made with `{args.command}`; {versions}.
+Made with `{settings.command}`; {versions}.
 
 """
     report = (results / "report.md").read_text(encoding="utf-8")
@@ -3906,75 +3232,50 @@ Made with `{args.command}`; {versions}.
         shutil.copy(picture, final)
 
 
-def lm_paragraph(metrics, args):
-    """The model card's lines on decoding with the language model that the test clips were scored with, if any."""
-    if not metrics.get("finetuned_lm"):
-        return ""
-    lm = metrics["lm"]
-    greedy, searched = (percent(metrics[system]["wer"]) for system in ("finetuned", "finetuned_lm"))
-    flags = {"lm": public(args.lm), "lm_weight": lm["weight"], "lm_word_score": lm["word_score"], "lm_beam": lm["beam"]}
-    return f"""
-This is the greedy text (WER {greedy}). With the language model {markdown_text(lm["name"])} (WER {searched}):
-
-```
-{shlex.join(["python", PROGRAM, "--transcribe", "visit.wav", "--model", "final", *as_flags(flags)])}
-```
-"""
+def speaker_note(table):
+    """What the report has to say of intervals for clips without speakers, in a list."""
+    note = "No clip names its speaker: each one counts as a speaker of its own, which makes the intervals too narrow."
+    return [] if (table["speaker"] != "").any() else [note]
 
 
-def read_score_file(path):
-    """(rows, {name of SYSTEMS: its texts}, notes, rows left out) of JSON lines or CSV.
-
-    The keys are those of `prediction_lines`; without a baseline_text in each row the texts are the baseline's. A row
-    without a reference or a text is left out and noted. Raises UsageError for a file of another kind.
-    """
+def score_file(settings):
+    """The whole report for the texts in --score_file, made by any system; returns the exit status."""
+    path = Path(settings.score_file)
     try:
-        if Path(path).suffix.lower() in (".csv", ".tsv"):
-            entries, notes = read_transcripts(path, (("text",), ("pred_text",)))
-        else:
-            content, notes = read_text(path)
-            entries = json_lines(content)
+        cells, notes = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
     except RunError as error:
-        raise UsageError(f"--score_file: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--score_file {path} is neither JSON lines nor CSV ({one_line(error)})") from error
-    notes = [f"{Path(path).name}: {note}" for note in notes]
-    rows, texts, before = [], [], []
-    for number, entry in enumerate(entries, start=1):
-        if not isinstance(entry, dict):
-            raise UsageError(f"--score_file {path}: row {number} is not an object with keys such as text and pred_text")
-        # JSON can hold halves of characters, which no file can.
-        entry = {
-            key: cell.encode(errors="replace").decode() if isinstance(cell, str) else cell
-            for key, cell in entry.items()
-        }
-        clip, seconds = entry.get("audio_filepath"), clip_seconds(entry.get("duration"))
-        lacking = [key for key in ("text", "pred_text") if not isinstance(entry.get(key), str)]
-        if "text" not in lacking and not tidy(entry["text"]):
-            lacking.insert(0, "text")
-        if lacking or SURPLUS in entry:
-            problem = f"no {' and no '.join(lacking)}" if lacking else SURPLUS
-            notes.append(f"Row {number} ({clip or 'no audio_filepath'}) has {problem}: left out.")
-            continue
-        length = int(seconds * SAMPLE_RATE) or None
-        row = {"clip": clip or f"row {number}", "text": entry["text"], "num_samples": length}
-        cells = {name: entry.get(name) for name in CLIP_COLUMNS}  # a speaker may be 0
-        rows.append(row | {name: "" if cell is None else str(cell) for name, cell in cells.items()})
-        texts.append(entry["pred_text"])
-        before.append(entry.get("baseline_text"))
-    if not rows:
-        raise UsageError(f"--score_file {path} has no row with both text and pred_text among {len(entries)}")
-    if not any(normalize_wer(row["text"]) for row in rows):
-        raise UsageError(f"--score_file {path} has no text with a word to score among {plural(len(rows), 'row')}")
-    if unknown := sum(row["num_samples"] is None for row in rows):
+        raise UsageError(str(error)) from error
+    notes = [f"{path.name}: {note}" for note in notes]
+    table = clip_table(cells).assign(number=range(1, len(cells) + 1))
+    table["clip"] = table["clip"].where(table["clip"] != "", [f"row {number}" for number in table["number"]])
+    table["num_samples"] = table["num_samples"].replace(0, np.nan)
+    for lacking, what in ((table["text"].map(tidy) == "", "no text"), (cells["pred_text"].isna(), "no pred_text")):
+        table["problem"] = table["problem"].mask(lacking & (table["problem"] == ""), what)
+    good = table["problem"] == ""
+    for row in table[~good].itertuples():
+        notes.append(f"Row {row.number} ({row.clip}) has {row.problem}: left out.")
+    if not good.any():
+        raise UsageError(f"--score_file {path} has no row with both text and pred_text among {len(table)}")
+    table, cells, left_out = table[good], cells[good], int((~good).sum())
+    if not any(map(normalize_wer, table["text"])):
+        raise UsageError(f"--score_file {path} has no text with a word to score among {plural(len(table), 'row')}")
+    if unknown := int(table["num_samples"].isna().sum()):
         effect = f"in the group 'unknown', and not among clips under {PAPER_SECONDS} s"
         notes.append(f"{plural(unknown, 'row')} without a duration: {effect}.")
-    written = {"baseline": before, "finetuned": texts}
-    if not all(isinstance(text, str) for text in before):
-        written = {"baseline": texts}
-        if any(isinstance(text, str) and text for text in before):
-            notes.append("Some rows have no baseline_text: no comparison is made.")
-    return rows, written, notes, len(entries) - len(rows)
+    texts, before = {"baseline": cells["pred_text"].tolist()}, cells.get("baseline_text")
+    if before is not None and before.notna().all():
+        texts = {"baseline": before.tolist(), "finetuned": texts["baseline"]}
+    elif before is not None and before.fillna("").any():
+        notes.append("Some rows have no baseline_text: no comparison is made.")
+    for note in notes:
+        warn(note)
+    content = {"config": public({"command": settings.command, "score_file": settings.score_file})}
+    content["data"] = {"test": {"clips": len(table), "hours": round(hours_of(table), 4), "left_out": left_out}}
+    folder = Path(settings.output_dir) / "results"
+    scores = {"test": Scores.of(table, texts)}
+    write_results(folder, content, scores, f"Scores of {path.name}", [*notes, *speaker_note(table)])
+    say(f"\nresults: {folder}")
+    return 0
 
 
 # ---------------------------------------------------------------- half precision
@@ -3986,101 +3287,50 @@ HALF_PRECISION_LIMIT = 65_504 / 8
 MAX_SKIPPED_UPDATES = 10
 
 
-def new_mixed(kinds):
-    """An empty instance of `mixed`, for copies and pickles."""
-    return mixed(*kinds).__new__(mixed(*kinds))
+def wrap_forward(module, wrapper):
+    """Have `wrapper(forward, *inputs, **options)` called in place of the forward of a module."""
+    module.forward = functools.partial(wrapper, module.forward)
 
 
-class Guarded:
-    """Mixed in before the class of a module that is there already.
+def in_float32(forward, *inputs, **options):
+    """A forward in float32 where autocast would use half precision."""
 
-    A class, not a replaced `forward` or a hook with state: it survives replication, deep copies, pickling, gradient
-    checkpointing and torch.compile, and nothing of it is in the state dict or the config.
-    """
+    def widen(value):
+        return value.float() if torch.is_tensor(value) and value.is_floating_point() else value
 
-    def __reduce_ex__(self, protocol):
-        return new_mixed, (type(self).kinds,), self.__dict__
-
-    @classmethod
-    def guard(cls, module):
-        module.__class__ = mixed(cls, *getattr(type(module), "kinds", (type(module),)))
+    with torch.autocast([*inputs, *options.values()][0].device.type, enabled=False):
+        return forward(*map(widen, inputs), **{name: widen(value) for name, value in options.items()})
 
 
-class Float32(Guarded):
-    """A module that computes in float32 where autocast would use half precision."""
-
-    def forward(self, *inputs, **options):
-        import torch
-
-        def widen(value):
-            return value.float() if torch.is_tensor(value) and value.is_floating_point() else value
-
-        with torch.autocast([*inputs, *options.values()][0].device.type, enabled=False):
-            return super().forward(*map(widen, inputs), **{name: widen(value) for name, value in options.items()})
+def in_bfloat16(forward, *inputs, **options):
+    """A model's forward in bfloat16 where autocast takes that for good enough; its inputs are made outside."""
+    with torch.autocast([*inputs, *options.values()][0].device.type, torch.bfloat16):
+        return forward(*inputs, **options)
 
 
-class BFloat16(Guarded):
-    """A model that computes in bfloat16 where autocast takes that for good enough; its inputs are made outside."""
-
-    def forward(self, *inputs, **options):
-        import torch
-
-        with torch.autocast(self.device.type, torch.bfloat16):
-            return super().forward(*inputs, **options)
-
-
-def use_bfloat16(model, training):
-    """Compute in bfloat16 where a GPU can; MedASR's activations overflow float16."""
-    import torch
-
-    if training.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
-        BFloat16.guard(model)
-
-
-class FiniteStatistics(Guarded):
-    """A BatchNorm that keeps what overflows out of its running statistics.
+def with_finite_statistics(forward, *inputs, **options):
+    """A forward of a BatchNorm that keeps what overflows out of its running statistics.
 
     The gradient scaler skips the update of a batch that overflows, but the forward pass has moved the statistics by
     then: from one infinity on, every evaluation would give blank text while the training loss looks normal.
     """
-
-    def forward(self, *inputs, **options):
-        import torch
-
-        # The batch moves copies, because autograd holds on to what a forward pass has moved.
-        kept = {name: getattr(self, name) for name in ("running_mean", "running_var")} if self.training else {}
-        for name, values in kept.items():
-            setattr(self, name, values.clone())
-        output = super().forward(*inputs, **options)
-        for name, values in kept.items():
-            moved = getattr(self, name)
-            values.copy_(torch.where(moved.isfinite(), moved, values))
-            setattr(self, name, values)
-        return output
+    module = forward.__self__
+    # The batch moves copies, because autograd holds on to what a forward pass has moved.
+    kept = {name: getattr(module, name) for name in ("running_mean", "running_var")} if module.training else {}
+    for name, values in kept.items():
+        setattr(module, name, values.clone())
+    output = forward(*inputs, **options)
+    for name, values in kept.items():
+        moved = getattr(module, name)
+        values.copy_(torch.where(moved.isfinite(), moved, values))
+        setattr(module, name, values)
+    return output
 
 
-def activation_peaks(model, batches):
-    """{name: largest absolute input or output} of the subsampler and modules with weights, in float32 on `batches`."""
-    import torch
-
-    peaks = Counter()
-    watched = {
-        module: name
-        for name, module in model.named_modules()
-        if list(module.parameters(recurse=False)) or name.endswith("subsampler")
-    }
-
-    def watch(module, inputs, output):
-        if module in watched:
-            tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
-            found = [float(tensor.abs().max()) for tensor in tensors if tensor.numel()]
-            peaks[watched[module]] = max([peaks[watched[module]], *found])
-
-    model.eval()
-    with torch.nn.modules.module.register_module_forward_hook(watch), torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    return peaks
+def use_bfloat16(model, settings):
+    """Compute in bfloat16 where a GPU can; MedASR's activations overflow float16."""
+    if settings.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
+        wrap_forward(model, in_bfloat16)
 
 
 def guard_half_precision(model, batches, device):
@@ -4089,15 +3339,26 @@ def guard_half_precision(model, batches, device):
     MedASR's subsampler reaches about 1.1e5 and other activations more: plain float16 gives inf, then NaN. Raises
     RunError if the outputs are not finite all the same.
     """
-    import torch
+    peaks, watched = Counter(), {}
+    for name, module in model.named_modules():
+        if list(module.parameters(recurse=False)) or name.endswith("subsampler"):
+            watched[module] = name
 
-    peaks = activation_peaks(model.to(device), batches)
+    def watch(module, inputs, output):
+        if name := watched.get(module):
+            tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
+            peaks[name] = max([peaks[name], *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())])
+
+    model.to(device).eval()
+    with torch.nn.modules.module.register_module_forward_hook(watch), torch.no_grad():
+        for batch in batches:
+            model(**batch)
     guarded = {name: peak for name, peak in peaks.items() if peak > HALF_PRECISION_LIMIT or name.endswith("subsampler")}
     for name in guarded:
-        Float32.guard(model.get_submodule(name))
+        wrap_forward(model.get_submodule(name), in_float32)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
-            FiniteStatistics.guard(module)
+            wrap_forward(module, with_finite_statistics)
     with torch.no_grad(), torch.autocast(torch.device(device).type, torch.float16):
         for batch in batches:
             if not torch.isfinite(model(**batch).logits).all():
@@ -4106,34 +3367,6 @@ def guard_half_precision(model, batches, device):
 
 
 # ---------------------------------------------------------------- training
-
-
-@dataclass
-class DevSet:
-    """The dev clips and how the model does on them; `samples` holds a few texts of the last evaluation, as Markdown."""
-
-    selection: Selection
-    processor: object
-    encoder: LabelEncoder
-    args: ScriptArguments
-    samples: str = ""
-
-    def score(self, model, training):
-        """Loss and rates of `model`, with the clips written down as the test clips are."""
-        emitted, _, loss = emit_clips(model, self.processor, self.selection, self.args, training, self.encoder)
-        return {"loss": loss, **self.rates([clip_text(self.processor, emissions) for emissions in emitted])}
-
-    def rates(self, texts):
-        """WER and CER, all and WER by domain, of a text for each clip."""
-        rows = self.selection.rows
-        references = [normalize_wer(row["text"]) for row in rows]
-        hypotheses = [normalize_wer(text) for text in texts]
-        counts, domains = error_counts(references, hypotheses), np.array([row["domain"] for row in rows])
-        by_domain = {f"wer_by_domain/{name}": rate(counts[domains == name]) for name in np.unique(domains) if name}
-        shown = list(zip(rows, texts))[:: max(1, len(rows) // 5)][:5]
-        cells = [map(markdown_text, (row["accent"], tidy(row["text"]), text)) for row, text in shown]
-        self.samples = "\n".join(markdown_table(["accent", "reference", "hypothesis"], cells))
-        return {**error_rates_metric().compute(predictions=hypotheses, references=references), **by_domain}
 
 
 class EpochOrder:
@@ -4149,54 +3382,50 @@ class EpochOrder:
         self.seed, self.epoch = seed, epoch
 
     def __iter__(self):
-        import torch
-
         self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
         return super().__iter__()
 
 
-class CTCTraining:
-    """Mixed with the Trainer: its order of clips, the stream, dev texts, and speed and overflow in the logs.
+class CTCTrainer:
+    """Mixed with the Trainer: its order of clips, the stream, dev scores, and speed and overflow in the logs.
 
-    `dev` is a DevSet.
+    `dev` are the dev `Clips`, `decoder` transcribes them, `samples` are a few of their texts as Markdown.
     """
 
-    dev = None
-    counts = np.zeros(2)  # samples without and with padding since the last log,
-    mark = None  # which was at this time, with this much SPENT until then
-    heard = 0  # samples trained on, in this process
+    dev = decoder = encoder = None
+    samples = ""
+    heard = np.zeros(2)  # samples without and with padding since the last log,
+    started, waited, paused = (
+        None,
+        0.0,
+        0.0,
+    )  # which was then; seconds since, of waiting for data, of evaluating and saving
     clips = ()  # of the update under way
-    making_up = False  # for an evaluation that was due at the checkpoint that is gone on from
+    is_catching_up = False  # with an evaluation that was due at the checkpoint that is gone on from
     skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16 since the last log, and just now
 
     def _get_train_sampler(self, train_dataset=None):
-        from transformers.trainer_pt_utils import LengthGroupedSampler
-
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         # [:] makes a list: from the column each length is read apart, which takes minutes for the training split.
         lengths = (train_dataset or self.train_dataset)[self.args.length_column_name][:]
-        sampler = mixed(EpochOrder, LengthGroupedSampler)
-        return sampler(clips_an_update(self.args), lengths, self.args.seed, lambda: int(self.state.epoch or 0))
+        sampler = mixed(EpochOrder, Lazy("transformers.trainer_pt_utils").LengthGroupedSampler)
+        return sampler(self.args.clips_an_update, lengths, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def get_train_dataloader(self):
-        from torch.utils.data import DataLoader
-
         if not isinstance(self.train_dataset, TrainingStream):
             return super().get_train_dataloader()
         # The stream makes the batches of this process's own share; accelerate would divide it again.
-        self.train_dataset.loader_options = {
-            "batch_size": self.args.train_batch_size,
-            "collate_fn": self.data_collator,
-            "pin_memory": self.args.dataloader_pin_memory,
-        }
-        return DataLoader(self.train_dataset, batch_size=None)
+        options = {"batch_size": self.args.train_batch_size, "pin_memory": self.args.dataloader_pin_memory}
+        self.train_dataset.loader_options = {**options, "collate_fn": self.data_collator}
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=None)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of an update, each with its share of the update's clips, timed."""
-        self.mark = self.mark or (time.monotonic(), Counter(SPENT))
-        with spending("waiting for data"):
-            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        start = time.monotonic()
+        self.started = self.started or start
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.waited += time.monotonic() - start
         clips = sum(len(batch["clips"]) for batch in batches)
         for batch in batches:
             batch["share"] = len(batch["clips"]) / clips
@@ -4204,8 +3433,7 @@ class CTCTraining:
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.clips += tuple(inputs["clips"])
-        self.counts = self.counts + inputs["counts"]
-        self.heard += inputs["counts"][0]
+        self.heard = self.heard + inputs["counts"]
         self.share = inputs["share"]
         inputs = model_inputs(inputs, self.processing_class.feature_extractor, self.args.device)
         return super().training_step(model, inputs, num_items_in_batch)
@@ -4225,22 +3453,17 @@ class CTCTraining:
         if np.isfinite(float(norm)):
             self.skipped_in_a_row = 0
             return norm
-        step = self.state.global_step + 1
-        if not self.args.fp16:
-            raise RunError(
-                f"the gradient is not finite at update {step}: lower --learning_rate, or raise --warmup_steps; earlier "
-                f"checkpoints are good. Its clips: {', '.join(clips)}"
-            )
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        step, rest = self.state.global_step + 1, f"earlier checkpoints are good. Its clips: {', '.join(clips)}"
+        if not self.args.fp16:
+            advice = "lower --learning_rate, or raise --warmup_steps"
+            raise RunError(f"the gradient is not finite at update {step}: {advice}; {rest}")
         if self.skipped_in_a_row == MAX_SKIPPED_UPDATES:
-            raise RunError(
-                f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates in a row, up to update {step}: use --bf16, or "
-                f"lower --learning_rate; earlier checkpoints are good. The last clips: {', '.join(clips)}"
-            )
+            raise RunError(f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates up to {step}: {self.advice}; {rest}")
         return norm
 
     @property
-    def calmer(self):
+    def advice(self):
         """What to do against numbers that are not finite."""
         return "use --bf16, or lower --learning_rate" if self.args.fp16 else "lower --learning_rate"
 
@@ -4252,94 +3475,99 @@ class CTCTraining:
             super()._run_epoch(**options)
 
     def _load_from_checkpoint(self, checkpoint, model=None):
-        with explained_checkpoint(f"{checkpoint} cannot be loaded", "choose another, or --overwrite_output_dir"):
+        with explained(f"{checkpoint} cannot be loaded", checkpoint_errors(), "delete it: an older one is taken then"):
             super()._load_from_checkpoint(checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        with explained_checkpoint(f"{checkpoint} cannot be loaded", "choose another, or --overwrite_output_dir"):
+        with explained(f"{checkpoint} cannot be loaded", checkpoint_errors(), "delete it: an older one is taken then"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _load_rng_state(self, checkpoint):
-        with explained_checkpoint(f"{checkpoint} cannot be loaded", "choose another, or --overwrite_output_dir"):
-            super()._load_rng_state(checkpoint)
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the first process writes trainer_state.json next, and last
 
     def _save_checkpoint(self, model, trial):
-        """A checkpoint that is complete once its MANIFEST is there, and never one of a model that is not finite."""
-        from transformers.trainer_utils import rotate_checkpoints
-
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        """A checkpoint that is complete once its trainer_state.json is there, never one of a model that is not finite."""
+        start, folder = time.monotonic(), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if broken := not_finite(self.model):
-            raise RunError(f"the model is not finite at update {self.state.global_step}, in {broken}: {self.calmer}")
-        (folder / MANIFEST).unlink(missing_ok=True)
-        # Older ones are deleted here, when this one is complete: the Trainer does it before.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        removed = folder if self.args.should_save else None  # the other processes write into it too
-        with spending("saving"), explained_checkpoint(f"{folder} cannot be written", ROOM_ADVICE, removed):
+            raise RunError(f"the model is not finite at update {self.state.global_step}, in {broken}: {self.advice}")
+        if self.args.should_save:
+            (folder / "trainer_state.json").unlink(missing_ok=True)
+        with explained(f"{folder} cannot be written", checkpoint_errors(), ROOM_ADVICE):
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            self.args.save_total_limit = limit
-            if self.args.should_save:
-                sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-                write_text(folder / MANIFEST, json.dumps(sizes, indent=1))
-                rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
+        self.paused += time.monotonic() - start
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The dev scores, made as the test scores are: Trainer.evaluate would gather logits, and cut no windows."""
-        from transformers.trainer_utils import speed_metrics
-
-        start = time.time()
+        start, table = time.monotonic(), self.dev.table
         try:
-            with spending("evaluation"):
-                scores = self.dev.score(self.model, self.args)
+            emissions, _, loss = self.decoder.emissions(self.dev, self.encoder)
         except Stopped:
-            if not self.making_up:
-                self._save_checkpoint(self.model, None)  # from which the evaluation is made up for
+            if not self.is_catching_up:
+                self._save_checkpoint(self.model, None)  # from which it is caught up with
             raise
-        if not np.isfinite(scores["loss"]):
-            step = self.state.global_step
-            raise RunError(f"the dev loss is not finite at update {step}: {self.calmer}; earlier checkpoints are good")
+        if not np.isfinite(loss):
+            step, rest = self.state.global_step, "earlier checkpoints are good"
+            raise RunError(f"the dev loss is not finite at update {step}: {self.advice}; {rest}")
+        texts = self.decoder.greedy(emissions)
+        references, hypotheses = (list(map(normalize_wer, side)) for side in (table["text"], texts))
+        scores = {"loss": loss, **error_rates_metric().compute(predictions=hypotheses, references=references)}
+        for domain in sorted(set(table["domain"]) - {""}):
+            chosen = np.flatnonzero(table["domain"] == domain)
+            scores[f"wer_by_domain/{domain}"] = corpus_rate(
+                *([side[index] for index in chosen] for side in (table["text"], texts))
+            )
+        shown = range(0, len(texts), max(1, len(texts) // 5))[:5]
+        cells = [map(markdown_text, (table["accent"][at], tidy(table["text"][at]), texts[at])) for at in shown]
+        self.samples = "\n".join(markdown_table(["accent", "reference", "hypothesis"], cells))
+        self.paused += time.monotonic() - start
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(self.dev.selection.rows))
+        metrics |= {f"{metric_key_prefix}_runtime": round(time.monotonic() - start, 4)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs, start_time=None):
-        if "loss" in logs and self.mark:
-            import torch
-
-            counts = torch.tensor(self.counts, dtype=torch.float32, device=self.args.device)
-            real, padded = self.accelerator.reduce(counts, "sum").tolist()
-            now, spent = (time.monotonic(), Counter(SPENT)), SPENT - self.mark[1]
-            seconds = max(now[0] - self.mark[0] - spent["evaluation"] - spent["saving"], 1e-3)
+        if "loss" in logs and self.started:
+            heard = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device)
+            real, padded = self.accelerator.reduce(heard, "sum").tolist()
+            seconds = max(time.monotonic() - self.started - self.paused, 1e-3)
             logs["audio_seconds_per_second"] = round(real / SAMPLE_RATE / seconds, 1)
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
-            logs["data_wait_percent"] = round(100 * spent["waiting for data"] / seconds, 1)
-            self.counts, self.mark = np.zeros(2), now
+            logs["data_wait_percent"] = round(100 * self.waited / seconds, 1)
+            self.heard, self.started, self.waited, self.paused = np.zeros(2), time.monotonic(), 0.0, 0.0
         if "loss" in logs and self.args.fp16:
             earlier = [entry["skipped_updates"] for entry in self.state.log_history if "skipped_updates" in entry]
             logs["skipped_updates"], self.skipped = self.skipped + sum(earlier[-1:]), 0
         super().log(logs, start_time)
 
 
-class Lifecycle:
-    """Mixed with TrainerCallback: what happens to `trainer` when its run begins, goes on, or is told to stop."""
+class RunCallback:
+    """Mixed with TrainerCallback: what happens to `trainer` when its run begins, goes on, or is told to stop.
+
+    `writer` is TensorBoard's, to which a few dev texts go at each evaluation, or None.
+    """
 
     stopping = 0
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, trainer, writer):
+        self.trainer, self.writer = trainer, writer
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.writer:
+            self.writer.add_text("eval/transcriptions", self.trainer.samples, state.global_step)
+            self.writer.flush()  # a run that is killed does not write them again
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """After a resumption: make up for an evaluation that is due, and find the best checkpoint where it is now."""
+        """After a resumption: catch up with an evaluation that is due, and find the best checkpoint where it is now."""
         evaluated = any("eval_wer" in entry and entry["step"] == state.global_step for entry in state.log_history)
         due = args.eval_strategy == "steps" and state.global_step and state.global_step % state.eval_steps == 0
         if due and not evaluated:
             # Without saving: the random state of the checkpoint is restored only later.
-            control.should_evaluate = self.trainer.making_up = True
+            control.should_evaluate = self.trainer.is_catching_up = True
             self.trainer._maybe_log_save_evaluate(None, None, self.trainer.model_wrapped, None, 0, None, None)
-            self.trainer.making_up = False
+            self.trainer.is_catching_up = False
         if state.best_global_step:
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
@@ -4347,27 +3575,14 @@ class Lifecycle:
         self.trainer.data_collator.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.stopping = STOP_SIGNALS.among_all(args)
-        if self.stopping:  # the evaluation, which may take minutes, is made up for
+        self.stopping = agreed(STOP_SIGNALS.number, args, "MAX")
+        if self.stopping:  # the evaluation, which may take minutes, is caught up with
             control.should_save, control.should_evaluate = True, False
 
     def on_save(self, args, state, control, **kwargs):
         if self.stopping:
             say(f"  checkpoint-{state.global_step} written")
             raise Stopped(self.stopping)
-
-
-class TensorBoardTexts:
-    """Mixed with TensorBoardCallback: under `<output_dir>/runs`, with a few dev transcriptions at each evaluation."""
-
-    def __init__(self, folder, dev):
-        super().__init__()
-        self.logging_dir, self.dev = str(folder), dev
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self.tb_writer is not None:
-            self.tb_writer.add_text("eval/transcriptions", self.dev.samples, state.global_step)
-            self.tb_writer.flush()  # a run that is killed does not write them again
 
 
 class ProgressLines:
@@ -4378,8 +3593,9 @@ class ProgressLines:
             return
         if "loss" in logs:
             skipped = f", {plural(count, 'update')} skipped" if (count := logs.get("skipped_updates")) else ""
-            speed, wait = logs["audio_seconds_per_second"], logs["data_wait_percent"]
-            speed = f"{speed:.0f} audio s/s, {wait:.0f} % waiting for data"
+            speed = (
+                f"{logs['audio_seconds_per_second']:.0f} audio s/s, {logs['data_wait_percent']:.0f} % waiting for data"
+            )
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed}{skipped}")
         elif "eval_wer" in logs:
             scores = f"dev WER {percent(logs['eval_wer'])}, CER {percent(logs['eval_cer'])}"
@@ -4398,857 +3614,466 @@ class Patience:
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
-            say(
-                f"  stopped early: {plural(self.early_stopping_patience_counter, 'evaluation')} without a better dev "
-                "WER; a higher --early_stopping_patience goes on"
-            )
+            count = plural(self.early_stopping_patience_counter, "evaluation")
+            say(f"  stopped early: {count} without a better dev WER; a higher --early_stopping_patience goes on")
 
 
-def clips_an_update(training):
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-
-
-def planned_updates(training, clips):
+def planned_updates(settings, clips):
     """(updates in all, updates an epoch) of a run on so many training clips."""
-    batches = -(-clips // (training.per_device_train_batch_size * training.world_size))
-    an_epoch = max(1, -(-batches // training.gradient_accumulation_steps))
-    updates = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * an_epoch)
+    batches = -(-clips // (settings.per_device_train_batch_size * settings.world_size))
+    an_epoch = max(1, -(-batches // settings.gradient_accumulation_steps))
+    updates = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * an_epoch)
     return updates, an_epoch
 
 
-def fit_schedule(training, clips):
+def fit_schedule(settings, clips):
     """The updates planned; shortens the default warm-up and evaluation interval where a run is too short for them."""
-    updates, _ = planned_updates(training, clips)
-    default = CommonTrainingArguments
-    if updates < training.eval_steps == default.eval_steps and training.save_steps == default.save_steps:
-        training.eval_steps = training.save_steps = max(1, updates // 5)
-        say(f"  {plural(updates, 'update')} in all: evaluating and saving every {training.eval_steps}")
-    if updates < 2 * training.warmup_steps and training.warmup_steps == default.warmup_steps:
-        training.warmup_steps = max(1, updates // 10)
-        say(f"  {plural(updates, 'update')} in all: warming up over {training.warmup_steps}")
+    (updates, _), default = planned_updates(settings, clips), TrainingFlags
+    if updates < settings.eval_steps == default.eval_steps and settings.save_steps == default.save_steps:
+        settings.eval_steps = settings.save_steps = max(1, updates // 5)
+        say(f"  {plural(updates, 'update')} in all: evaluating and saving every {settings.eval_steps}")
+    if updates < 2 * settings.warmup_steps and settings.warmup_steps == default.warmup_steps:
+        settings.warmup_steps = max(1, updates // 10)
+        say(f"  {plural(updates, 'update')} in all: warming up over {settings.warmup_steps}")
     return updates
-
-
-def guard_trained_model(model, clips, collator, training):
-    """Make the model safe in float16, measured on dev clips (a stream has none), and say what was done."""
-    chosen = np.linspace(0, len(clips) - 1, 16).astype(int).reshape(4, 4)
-    batches = [collator([clips[index] for index in indices]) for indices in chosen.tolist()]
-    batches = [model_inputs(batch, collator.extractor, training.device) for batch in batches]
-    guarded = guard_half_precision(model, batches, training.device)
-    name, peak = max(guarded.items(), key=lambda item: item[1])
-    say(f"  float16, with {len(guarded)} modules in float32 (the largest activation is {peak:.3g}, in {name})")
 
 
 TRIED_BATCH_SIZES = (32, 16, 8, 4, 2, 1)
 SPARE_MEMORY = 0.05  # of the GPU's, left over in a trial for what batches of other lengths leave in pieces
 
 
-def step_fits(model, collator, rows, training):
-    """Whether a training step on `rows` fits into the GPU's memory, beside what optimizer and processes keep there.
+def choose_batch_size(model, collator, train, settings, limit):
+    """Split the clips of an update into steps that fit the GPU with the longest clips of the run.
 
-    The model comes out as it went in.
+    Larger steps are tried first, down from `limit` if given, beside what optimizer and processes keep in memory. The
+    model comes out as it went in.
     """
-    import torch
+    device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
+    clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    sizes = [size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= (limit or clips)]
+    if device.type != "cuda":
+        sizes = [size for size in sizes if size <= AUTO_BATCH_SIZE][:1]
+    seconds, text = settings.max_train_seconds, "the " * int(2 * settings.max_train_seconds)
+    if not settings.streaming:
+        seconds, text = train[0]["num_samples"] / SAMPLE_RATE, train[0]["text"]  # they are sorted
+    longest = {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": text}
+    left = iter(sizes[1:])
 
-    device, half = training.device, torch.float16 if training.fp16 else torch.bfloat16
+    @accelerate.utils.find_executable_batch_size(starting_batch_size=sizes[0], reduce_batch_size_fn=lambda: next(left))
+    def try_step(size):
+        if size == sizes[-1]:
+            return size
+        # AdamW's two averages, and the buckets in which processes exchange gradients.
+        copies = 2 + (settings.world_size > 1)
+        kept = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
+        spare = int(SPARE_MEMORY * torch.cuda.get_device_properties(device).total_memory)
+        kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
+        inputs = model_inputs(collator([longest] * size), collator.extractor, device)
+        with torch.autocast(device.type, half, enabled=settings.fp16 or settings.bf16):
+            loss = model.train()(**inputs).loss
+        loss.backward()
+        return size
+
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     layerdrop, model.encoder.layerdrop = model.encoder.layerdrop, 0.0
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            # AdamW's two averages, and the buckets in which processes exchange gradients.
-            kept = [
-                torch.empty_like(weight) for weight in model.parameters() for _ in range(2 + (training.world_size > 1))
-            ]
-            if device.type == "cuda":
-                total = torch.cuda.get_device_properties(device).total_memory
-                kept.append(torch.empty(int(SPARE_MEMORY * total), dtype=torch.uint8, device=device))
-            inputs = model_inputs(collator(rows), collator.extractor, device)
-            with torch.autocast(device.type, half, enabled=training.fp16 or training.bf16):
-                loss = model.train()(**inputs).loss
-            loss.backward()
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        model.encoder.layerdrop = layerdrop
-        model.zero_grad()
-        kept = inputs = loss = None
-        for name, buffer in model.named_buffers():
-            buffer.data.copy_(buffers[name])
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def longest_clip(train, args):
-    """A silent clip as long as the longest that the run can draw, with a text as long as its."""
-    if args.streaming:
-        seconds, text = args.max_train_seconds, "the " * int(2 * args.max_train_seconds)
-    else:
-        seconds, text = train[0]["num_samples"] / SAMPLE_RATE, train[0]["text"]  # they are sorted
-    return {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": text}
-
-
-def possible_batch_sizes(training):
-    """Clips a step into which those of an update can be split, the largest first; a single one without a GPU."""
-    clips = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    sizes = [size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= (training.batch_limit or clips)]
-    return sizes if training.device.type == "cuda" else [size for size in sizes if size <= AUTO_BATCH_SIZE][:1]
-
-
-def choose_batch_size(model, collator, longest, training, sizes):
-    """Split the clips of an update into steps of the largest of `sizes` that fits the GPU with clips like `longest`."""
-    clips = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    for size in sizes:
-        if agreed(size == sizes[-1] or step_fits(model, collator, [longest] * size, training), training):
-            break
-    training.per_device_train_batch_size, training.gradient_accumulation_steps = size, clips // size
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        size = agreed(try_step(), settings)
+    model.encoder.layerdrop = layerdrop
+    model.zero_grad()
+    for name, buffer in model.named_buffers():
+        buffer.data.copy_(buffers[name])
+    torch.cuda.empty_cache()  # nothing where there is no GPU
+    settings.per_device_train_batch_size, settings.gradient_accumulation_steps = size, clips // size
     say(f"  {plural(clips, 'clip')} an update and device: {size} a step x {plural(clips // size, 'accumulation step')}")
 
 
-def make_trainer(args, training, model, train, dev):
-    """The Trainer for the training clips `train` and a `DevSet`; raises RunError if float16 cannot be made safe."""
-    from transformers import EarlyStoppingCallback, Trainer
-    from transformers.integrations import TensorBoardCallback
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+def make_trainer(settings, decoder, encoder, train, dev, seed=None, batch_limit=None):
+    """The Trainer for the training clips `train` and the dev `Clips`; raises RunError if float16 cannot be made safe.
 
-    extractor = dev.processor.feature_extractor
-    plain = CTCCollator(extractor, dev.encoder, shortest=shortest_clip(model, extractor))
-    collator = dataclasses.replace(plain, augment=args.spec_augment, seed=training.seed)
-    if args.streaming:
-        training.train_sampling_strategy, training.ignore_data_skip = "random", True
-    if training.gradient_checkpointing:
+    `seed` is SpecAugment's, that of the settings if not given.
+    """
+    model, extractor, device = decoder.model, decoder.extractor, settings.device
+    plain = CTCCollator(extractor, encoder, shortest=decoder.shortest)
+    seed = settings.seed if seed is None else seed
+    collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=seed)
+    if settings.streaming:
+        settings.train_sampling_strategy, settings.ignore_data_skip = "random", True
+    if settings.gradient_checkpointing:
         # Under DDP checkpointing forbids unused parameters, which a dropped layer would leave.
         model.encoder.layerdrop = 0.0
         model.activation_checkpointing_enable()  # now, for the trial of batch sizes; the Trainer does when it starts
-    if training.ddp_find_unused_parameters is None:
-        training.ddp_find_unused_parameters = model.encoder.layerdrop > 0
-    if training.fp16:
-        guard_trained_model(model, dev.selection.clips, plain, training)
-    if training.auto_train_batch:
-        sizes = possible_batch_sizes(training)
-        choose_batch_size(model.to(training.device), plain, longest_clip(train, args), training, sizes)
-    try:
-        trainer = mixed(CTCTraining, Trainer)(
-            model=model,
-            args=training,
-            data_collator=collator,
-            train_dataset=train,
-            eval_dataset=dev.selection.clips,
-            processing_class=dev.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
-        )
-    except TRAINER_REFUSALS as error:
-        raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
-    trainer.dev = dev
+    if settings.ddp_find_unused_parameters is None:
+        settings.ddp_find_unused_parameters = model.encoder.layerdrop > 0
+    if settings.fp16:
+        # Measured on dev clips: a stream has none.
+        chosen = np.linspace(0, len(dev) - 1, 16).astype(int).reshape(4, 4).tolist()
+        batches = [plain([dev.audio[index] for index in indices]) for indices in chosen]
+        guarded = guard_half_precision(model, [model_inputs(batch, extractor, device) for batch in batches], device)
+        name, peak = max(guarded.items(), key=lambda item: item[1])
+        say(f"  float16, with {len(guarded)} modules in float32 (the largest activation is {peak:.3g}, in {name})")
+    if settings.auto_train_batch:
+        choose_batch_size(model.to(device), plain, train, settings, batch_limit)
+    trainer = mixed(CTCTrainer, transformers.Trainer)(
+        model=model,
+        args=settings,
+        data_collator=collator,
+        train_dataset=train,
+        eval_dataset=dev.audio,
+        processing_class=decoder.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
+    )
+    trainer.dev, trainer.decoder, trainer.encoder = dev, decoder, encoder
     # LasrForCTC.forward takes **kwargs, from which the Trainer concludes that it averages over accumulated batches by
     # itself. It does not: without this line, 4 accumulation steps give 4 times the loss and the gradient (transformers
     # issue 47688).
     trainer.model_accepts_loss_kwargs = False
-    if trainer.pop_callback(TensorBoardCallback):
-        trainer.add_callback(mixed(TensorBoardTexts, TensorBoardCallback)(Path(training.output_dir) / "runs", dev))
-    if args.early_stopping_patience and training.load_best_model_at_end:
-        trainer.add_callback(mixed(Patience, EarlyStoppingCallback)(args.early_stopping_patience))
-    trainer.add_callback(mixed(Lifecycle, TrainerCallback)(trainer))
-    if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(mixed(ProgressLines, ProgressCallback))
-    trainer.remove_callback(PrinterCallback)
+    callbacks, tensorboard = Lazy("transformers.trainer_callback"), transformers.integrations.TensorBoardCallback
+    writer = None
+    if trainer.pop_callback(tensorboard) and settings.should_save:
+        writer = Lazy("torch.utils.tensorboard").SummaryWriter(str(Path(settings.output_dir) / "runs"))
+        trainer.add_callback(tensorboard(writer))
+    trainer.add_callback(mixed(RunCallback, callbacks.TrainerCallback)(trainer, writer))
+    if settings.early_stopping_patience and settings.load_best_model_at_end:
+        trainer.add_callback(mixed(Patience, callbacks.EarlyStoppingCallback)(settings.early_stopping_patience))
+    if trainer.pop_callback(callbacks.ProgressCallback):
+        trainer.add_callback(mixed(ProgressLines, callbacks.ProgressCallback))
+    trainer.remove_callback(callbacks.PrinterCallback)
     return trainer
 
 
-MANIFEST = "files.json"  # of a checkpoint: the size in bytes of each of its files, written last
-
-
-@contextlib.contextmanager
-def explained_checkpoint(what, advice, folder=None):
-    """Turn what the libraries raise for files that they cannot read or write into one line; a half-written one goes."""
-    from safetensors import SafetensorError
-
-    unreadable = pickle.UnpicklingError, SafetensorError
-    try:
-        yield
-    except (RunError, OSError, RuntimeError, ValueError, KeyError, EOFError, *unreadable) as error:
-        shutil.rmtree(folder or "", ignore_errors=True)
-        if isinstance(error, RunError) or LOST_PROCESS.search(str(error)):  # which say what it was themselves
-            raise
-        raise RunError(f"{what} ({one_line(error)}): {advice}") from error
-
-
-def checkpoint_problem(folder):
-    """What a checkpoint lacks, "" if it is complete."""
-    sizes = read_json(folder / MANIFEST)
-    if sizes is None:
-        return "it was not finished"
-    found = {path.name: path.stat().st_size for path in folder.iterdir()}
-    broken = [f"{name} is {'cut' if name in found else 'missing'}" for name in sizes if found.get(name) != sizes[name]]
-    if not broken and read_json(folder / "trainer_state.json") is None:
-        return "trainer_state.json is not JSON"
-    return ", ".join(broken)
-
-
-def numbered_checkpoints(output):
-    """The folders checkpoint-NUMBER in `output`, the newest first."""
-    found = [path for path in Path(output).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return sorted(found, key=lambda path: -int(path.name[11:]))
-
-
-def checkpoint_to_resume(training):
-    """The complete checkpoint to go on from, the newest or the one of --resume_from_checkpoint; None: there is none.
+def checkpoint_to_resume(settings):
+    """(the complete checkpoint to go on from, None for none; its updates): the newest, or --resume_from_checkpoint's.
 
     Raises UsageError if the one asked for is not complete, RunError if the processes find different ones.
     """
-    wanted = training.resume_from_checkpoint
+
+    def updates_of(folder):  # the Trainer writes trainer_state.json last
+        return (read_json(folder / "trainer_state.json") or {}).get("global_step")
+
+    wanted = settings.resume_from_checkpoint
+    found = [path for path in Path(settings.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    found.sort(key=lambda path: -int(path.name[11:]))
     if wanted and wanted.lower() not in ("true", "false"):
-        if problem := checkpoint_problem(Path(wanted)):
-            raise UsageError(f"--resume_from_checkpoint is {wanted}: {problem}; give a complete checkpoint")
-        found = str(Path(wanted))
-    else:
-        found = newest_complete(training.output_dir)
-    done = updates_done(found)
-    if agreed(done, training) != agreed(done, training, "MAX"):
+        if updates_of(Path(wanted)) is None:
+            raise UsageError(f"--resume_from_checkpoint is {wanted}: it was not finished; give a complete checkpoint")
+        found = [Path(wanted)]
+    while found and updates_of(found[0]) is None:
+        warn(f"{found.pop(0)} is left aside: it was not finished")
+    checkpoint, done = (str(found[0]), updates_of(found[0])) if found else (None, 0)
+    if agreed(done, settings) != agreed(done, settings, "MAX"):
+        what = f"the processes find different checkpoints in {settings.output_dir}"
         raise RunError(
-            f"the processes find different checkpoints in {training.output_dir}: nodes have to share it to go on from "
-            "one; share it, or --overwrite_output_dir starts anew"
+            f"{what}: nodes have to share it to go on from one; share it, or --overwrite_output_dir starts anew"
         )
-    return found
-
-
-def newest_complete(output):
-    """The newest complete checkpoint in `output`, None if there is none; warns of newer ones."""
-    for folder in numbered_checkpoints(output):
-        problem = checkpoint_problem(folder)
-        if not problem:
-            return str(folder)
-        warn(f"{folder} is left aside: {problem}")
-    return None
-
-
-# What a run is of: with another of these, what is in --output_dir is of no use.
-IDENTITY = """model model_revision dataset dataset_revision text_column accents domains countries max_train_seconds
-    max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds
-    learning_rate seed weights clips_an_update""".split()
-NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
-GOAL = "max_steps num_train_epochs early_stopping_patience".split()  # may change from one start of a run to the next
-LM_FLAGS = "lm lm_weight lm_word_score lm_beam tune_lm".split()  # so may these: the texts are made again
-RUN_NOTES = "baseline baseline_lm reached batch_limit".split()
-
-
-@dataclass
-class RunState:
-    """What a run notes down in `<output_dir>/run.json`: what it is of, the baseline's texts, what it reached.
-
-    `baseline_lm` has those with a language model: "asked" (its file and flags), "lm" (what was used), "texts".
-    """
-
-    path: Path
-    identity: dict
-    goal: dict
-    baseline: dict | None = None  # clip -> text
-    reached: dict | None = None  # the goal of the run that finished
-    baseline_lm: dict | None = None
-    batch_limit: int | None = None  # clips a step that still fit, where more have filled the GPU's memory
-
-    def save(self):
-        content = {name: getattr(self, name) for name in ("identity", *RUN_NOTES)}
-        write_text(self.path, json.dumps(content, ensure_ascii=False, indent=1))
-
-
-def weights_mark(name):
-    """A checksum of the beginning of a local model's weights, which tells two models in folders of one name apart."""
-    file = Path(name).expanduser() / "model.safetensors"
-    return zlib.crc32(file.open("rb").read(1 << 20)) if file.is_file() else None
-
-
-def lm_asked(args):
-    """What of the command line makes the texts with a language model; {} without one."""
-    if not args.lm:
-        return {}
-    size = Path(args.lm).stat().st_size if args.lm != "auto" else None
-    return public({**{name: getattr(args, name) for name in LM_FLAGS}, "lm_bytes": size})
-
-
-def open_run(args, training):
-    """The `RunState` of --output_dir; raises UsageError where what is there is of another run."""
-    from accelerate.utils import gather_object
-
-    output = Path(training.output_dir)
-    if args.overwrite_output_dir and training.process_index == 0:
-        for path in [path for path in output.glob("*") if MADE_BY_A_RUN.match(path.name)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    settings = {**vars(training), **vars(args)}
-    settings |= {"weights": weights_mark(args.model), "clips_an_update": clips_an_update(training)}
-    identity = public({name: settings[name] for name in IDENTITY})
-    goal = {name: settings[name] for name in GOAL} | lm_asked(args)
-    goal |= {"also_score": further_names(args)} if args.also_score else {}
-    state = RunState(output / "run.json", identity, goal)
-    foreign = "" if state.path.exists() else next(foreign_parts(output), "")
-    stored = None if args.overwrite_output_dir else read_json(state.path)
-    # The first one's, because nodes need not share the folder, and all have to do the same.
-    stored, foreign = gather_object([(stored, foreign)])[0]
-    if stored is None:
-        if foreign:
-            raise UsageError(
-                f"--output_dir {output} holds {foreign}, which no run of this program has made and this one would "
-                "delete; choose another --output_dir, or --overwrite_output_dir to delete it"
-            )
-        return state
-    different = [name for name in identity if stored["identity"].get(name) != identity[name]]
-    if different:
-        name = different[0]
-        raise UsageError(
-            f"--output_dir {output} holds a run with {NO_FLAGS.get(name, f'--{name}')} "
-            f"{stored['identity'].get(name)}, not {identity[name]}; choose another --output_dir, "
-            "or --overwrite_output_dir to start anew"
-        )
-    for name in RUN_NOTES:
-        setattr(state, name, stored.get(name))
-    return state
-
-
-def foreign_parts(output):
-    """Yield the names of what a run replaces or deletes in a folder without run.json, which is written before them."""
-    if (output / "final").exists():
-        yield "final"
-    for folder in numbered_checkpoints(output):
-        if not (folder / MANIFEST).exists():  # a checkpoint that was copied can be gone on from
-            yield folder.name
-
-
-def show_finished(state, training):
-    """Show the scores of a run that is finished; returns whether it is, with its results there."""
-    output = state.path.parent
-    metrics = read_json(output / "results" / "metrics.json")
-    complete = state.reached == state.goal and metrics and (output / "final" / "config.json").is_file()
-    if not agreed(bool(complete), training, "MAX"):
-        return False
-    if training.process_index:
-        return True
-    say(
-        f"{output} holds this run, finished; --overwrite_output_dir starts anew, more --max_steps or "
-        "--num_train_epochs go on"
-    )
-    show_scores(metrics)
-    say(f"\nmodel: {output / 'final'}\nresults: {output / 'results'}")
-    return True
-
-
-def updates_done(checkpoint):
-    """The updates that the Trainer had made when it wrote `checkpoint`; 0 for None."""
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
+    return checkpoint, done
 
 
 # What the Trainer raises, before the first batch, for flags such as --optim whose packages or values it cannot use.
 TRAINER_REFUSALS = (ValueError, TypeError, ImportError, NotImplementedError)
 
 
-def train_model(trainer, checkpoint, updates, state):
-    """Train, from `checkpoint` if given, and leave the best model loaded; raises RunError with what to change."""
-    import torch
-    from torch._dynamo.exc import TorchDynamoException
+# ---------------------------------------------------------------- the run
 
-    if checkpoint:
-        say(f"  going on from {checkpoint}, update {updates_done(checkpoint)} of {updates}")
-    try:
-        with STOP_SIGNALS.deferring(), spending("training"):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    except TRAINER_REFUSALS as error:
-        if trainer.mark is not None:
-            raise
-        raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
-    except (RunError, Stopped, torch.OutOfMemoryError, TorchDynamoException) as error:
-        if trainer.args.process_index == 0 and not trainer.args.disable_tqdm:
-            print(file=sys.stderr)  # the message does not belong behind the progress bar
-        if isinstance(error, torch.OutOfMemoryError):
-            raise RunError(full_memory(trainer, state)) from error
-        if isinstance(error, TorchDynamoException):
-            what = f"the model cannot be compiled ({one_line(error)})"
-            raise RunError(f"--torch_compile: {what}: leave it out") from error
-        raise
+# What a run is of: with another of these, what is in --output_dir is of no use.
+IDENTITY = """model model_revision dataset dataset_revision text_column accents domains countries max_train_seconds
+    max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds
+    learning_rate seed weights clips_an_update""".split()
+NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
+# These may change from one start of a run to the next; the texts with a language model are made again.
+GOAL = "max_steps num_train_epochs early_stopping_patience".split()
+LM_FLAGS = "lm lm_weight lm_word_score lm_beam tune_lm".split()
+RUN_NOTES = "baseline baseline_lm reached batch_limit".split()
 
 
-def full_memory(trainer, state):
-    """What to do where a training step has filled the GPU's memory; with auto, noted down for the next start."""
-    batch, steps = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
-    advice = f"try --per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps {steps * 2}, "
-    if trainer.args.auto_train_batch and batch > 1:
-        state.batch_limit = batch // 2
-        state.save()
-        advice = f"the same command goes on with {batch // 2} a step and {steps * 2} accumulation steps; or try "
-    advice += "--gradient_checkpointing, or a lower --max_train_seconds"
-    return f"the GPU's memory is full with {plural(batch, 'clip')} a step: {advice}"
+class Run:
+    """A run in --output_dir, and what it notes down there in run.json: what it is of, the baseline's texts, its end.
 
-
-def where_time_went(trainer):
-    """A line on the speed of the training and what the time of this start of the program was spent on."""
-    spent = Counter(SPENT)
-    steps = spent.pop("training") - spent["evaluation"] - spent["saving"]
-    audio = trainer.heard * trainer.args.world_size / SAMPLE_RATE
-    spent["forward and backward"] = steps - spent["waiting for data"]
-    with_final = sum(spent.values())
-    shares = ", ".join(f"{what} {100 * seconds / with_final:.0f} %" for what, seconds in spent.most_common())
-    return f"trained on {audio / 3600:.2f} audio hours at {audio / max(steps, 1e-3):.0f} an hour; time: {shares}"
-
-
-# ---------------------------------------------------------------- phases
-
-
-def transcribe_files(args, training):
-    """Print or write the text of each file of --transcribe, name unreadable ones on stderr; returns the exit status."""
-    started, recordings = time.monotonic(), find_recordings(args)
-    named = several(args, recordings)
-    if "-" in args.transcribe and training.world_size > 1:
-        raise UsageError("--transcribe - cannot be read by several processes; start it without torchrun")
-    processor, model = load_processor_and_model(args)
-    if training.bf16 or training.fp16:
-        use_bfloat16(model, training)
-    lm = load_lm(args, processor, model.config.vocab_size)
-    loaded = time.monotonic()
-    training.disable_tqdm = not sys.stderr.isatty()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for part in recording_parts(recordings, folder, PART_SECONDS * training.world_size):
-                for recording, words in part_words(part, processor, model, lm, args, training):
-                    write_transcript(recording, words, named, args)
-    except Stopped as error:
-        error.advice = "what is finished is kept"
-        raise
-    except BrokenPipeError:  # `| head` has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    if seconds := sum(recording.length for recording in recordings) / SAMPLE_RATE:
-        took = time.monotonic() - loaded
-        speed = f"{took:,.1f} s, {seconds / took:,.1f} times as fast as it was spoken"
-        say(f"{seconds:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s", sys.stderr)
-    return 1 if any(recording.failed for recording in recordings) else 0
-
-
-def part_words(part, processor, model, lm, args, training):
-    """Yield each recording of a `part` that can be read and its `Word`s, in the first of several processes."""
-    frames = frame_seconds(model, processor.feature_extractor)
-    clips = [{"audio": recording.path, "num_samples": recording.length} for recording in part]
-    selection = Selection(clips, clips, [])
-    emitted, unreadable, _ = emit_clips(model, processor, selection, args, training, lm=lm, doing="transcribing")
-    for row, (recording, emissions) in enumerate(zip(part, emitted)):
-        if row in unreadable:
-            recording.give_up(unreadable[row])
-        elif training.process_index == 0:
-            words = clip_words(processor, emissions, best_path(emissions, lm), *frames)
-            yield recording, format_dictation(words) if args.format_dictation else words
-
-
-def write_transcript(recording, words, named, args):
-    """Print the text of a recording, after its name where it is `named`, or write it into --transcript_dir."""
-    kind, folder = args.transcript_format, args.transcript_dir
-    if folder is not None:
-        suffix = "txt" if kind == "text" else kind
-        write_text(Path(folder).expanduser() / f"{recording.under}.{suffix}", transcript(words, kind))
-        return
-    text = transcript(words, kind, recording.name if named else None)
-    if named and kind == "text":  # one line a file
-        text = f"{printable(recording.name)}\t{' '.join(text.split())}\n"
-    print(text, end="", flush=True)
-
-
-def speaker_note(rows):
-    """What the report has to say of intervals for clips without speakers, in a list."""
-    if any(row["speaker"] for row in rows):
-        return []
-    return ["No clip names its speaker: each one counts as a speaker of its own, which makes the intervals too narrow."]
-
-
-def score_file(args, training):
-    """The whole report for the texts in --score_file, made by any system; returns the exit status."""
-    rows, written, notes, left_out = read_score_file(args.score_file)
-    for note in notes:
-        warn(note)
-    scored = {system: score_texts(rows, texts, None) for system, texts in written.items()}
-    notes += speaker_note(rows)
-    folder, title = Path(training.output_dir) / "results", f"Scores of {Path(args.score_file).name}"
-    config = public({"command": args.command, "score_file": args.score_file})
-    data = {"test": {"clips": len(rows), "hours": round(hours(rows), 4), "left_out": left_out}}
-    write_results(folder, config, data, {"test": scored}, title, notes)
-    say(f"\nresults: {folder}")
-    return 0
-
-
-def dry_run(args, training, corpus):
-    """Say what a run would do, from the transcripts alone: clips, hours and speakers, downloads, disk and updates."""
-    corpus.fetch_transcripts(SPLITS)
-    train = 0
-    for split in SPLITS:
-        rows = [row for row in corpus.rows(split) if wanted(row, args)]
-        if split == "train":
-            rows = [row for row in rows if row["num_samples"] <= args.max_train_seconds * SAMPLE_RATE]
-            train = min(len(rows), args.max_train_samples or len(rows))
-        say(split_line(split, rows))
-        if not rows:
-            refuse_empty(split, rows)
-        for accent, _ in Counter(row["accent"] for row in rows).most_common():
-            say(f"    {accent:<24}{size_columns([row for row in rows if row['accent'] == accent])}")
-    splits = splits_of(args, on_disk=True)
-    todo = corpus.unprepared(corpus.archives(*splits))
-    fetched = 0 if corpus.folder else corpus.size(todo)
-    peak, kept = (size / 1e9 for size in disk_needed(corpus, todo, splits, args.num_proc))
-    say(
-        f"  to fetch {fetched / 1e9:.2f} GB in {plural(len(todo), 'archive')}; to keep {kept:.2f} GB in "
-        f"{args.data_dir}, at the peak {peak:.2f} GB"
-    )
-    updates, an_epoch = planned_updates(training, train)
-    sizes = (training.per_device_train_batch_size, "clip"), (training.gradient_accumulation_steps, "accumulation step")
-    steps = " x ".join(plural(*size) for size in (*sizes, (training.world_size, "device")))
-    say(f"  {plural(updates, 'update')}, {an_epoch:,} an epoch, of {steps}")
-    return 0
-
-
-def splits_of(args, on_disk=False):
-    """The splits of a run; with `on_disk` those whose audio has to lie there: a stream keeps none of the training's."""
-    splits = SPLITS[1 if args.tune_lm else 2 :] if args.eval_only else SPLITS
-    return tuple(split for split in splits if not (on_disk and args.streaming and split == "train"))
-
-
-def totals(rows):
-    people, spoken = ({row[name] for row in rows} - {""} for name in ("speaker", "accent"))
-    return {"clips": len(rows), "hours": round(hours(rows), 4), "speakers": len(people), "accents": len(spoken)}
-
-
-def size_columns(rows):
-    """How much `rows` are, in columns."""
-    speakers = plural(totals(rows)["speakers"], "speaker")
-    known = not rows or any(row["num_samples"] for row in rows)  # own tables may not tell, before audio is converted
-    return f"{plural(len(rows), 'clip'):>14}{f'{hours(rows):.2f}' if known else '?':>9} h{speakers:>16}"
-
-
-def split_line(split, rows):
-    return f"  {split:<5}{size_columns(rows)}{plural(totals(rows)['accents'], 'accent'):>12}"
-
-
-def refuse_empty(split, rows, reasons=None):
-    """Raise RunError, with the `reasons` of its `Selection`, if a split has no clip, or none of dev or test a word."""
-    if not rows:
-        why = ", ".join(f"{count:,} x {reason}" for reason, count in (reasons or Counter()).most_common())
-        raise RunError(f"no {split} clip is left: {why or 'these --accents, --domains and --countries have none'}")
-    if split != "train" and not any(normalize_wer(row["text"]) for row in rows):
-        raise RunError(f"no {split} transcript has a word to score: {plural(len(rows), 'clip')} of punctuation")
-
-
-def further_names(args):
-    """The names of the test sets of --also_score in results."""
-    return [public(name) for name in args.also_score or ()]
-
-
-def file_stem(name):
-    """What a test set is called in files and folders; a slug alone leaves nothing of other alphabets."""
-    mark = "" if name.isascii() else hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8]
-    return f"{slugify(name)}-{mark}".strip("-")
-
-
-def open_further(args, training):
-    """{name: (arguments, Corpus, split)} of --also_score; prepared audio has folders of its own under --data_dir."""
-    further = {}
-    for name, dataset in zip(further_names(args), args.also_score or ()):
-        say(f"also scored: {name}")
-        chosen = dict.fromkeys(("dataset_revision", "accents", "domains", "countries", "text_column"))
-        data_dir = str(Path(args.data_dir) / "also" / file_stem(name))
-        own = dict(dataset=dataset, data_dir=data_dir, streaming=False, eval_only=True, tune_lm=False)
-        own = dataclasses.replace(args, **chosen, **own)
-        corpus = open_corpus(own)
-        corpus.make_splits(splits_of(own), training.seed, unnamed="test")
-        further[name] = own, corpus, "test"
-    return further
-
-
-def select_splits(args, parts, check, training):
-    """{name: Selection} of `parts`, {split, or name of --also_score: (arguments, Corpus, split)}.
-
-    Says what was left out and writes skipped_clips.csv. Raises RunError for an empty part.
+    `baseline` are {clip: text}; `baseline_lm` has those with a language model: "asked" (its file and flags), "lm" (what
+    was used), "texts". `reached` is the `goal` of the start that finished; `batch_limit` are the clips a step that
+    still fit, where more have filled the GPU's memory.
     """
-    limits = {"train": args.max_train_samples, "dev": args.max_eval_samples, "test": args.max_test_samples}
-    selections = {}
-    for name, (own, corpus, split) in parts.items():
-        if own.streaming and split == "train":
-            part = Selection(None, [row for row in corpus.rows(split) if wanted(row, own)], [])
-        else:
-            part = select_clips(*load_split(corpus, split), own, check, limits[split], training.seed)
-        part.skipped = [{**row, "split": name} for row in part.skipped]
-        selections[name] = part
-        say(split_line(name, part.rows))
-    skipped = [row for selection in selections.values() for row in selection.skipped]
-    if training.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
-        write_text(skipped_path(training), ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
-    for split in sorted(selections):
-        for reason, count in sorted(selections[split].reasons.items()):
-            say(f"  left out of {split}: {count:,} x {reason}")
-    if skipped:
-        say(f"  each one is named in {skipped_path(training)}")
-    for note in shared_speaker_notes(selections):
-        warn(note)
-    for split, selection in sorted(selections.items(), key=lambda item: not item[1].skipped):  # what is known first
-        # Not every accent has every split: what is only prepared may lack one.
-        if not args.prepare_only or selection.skipped or not any(other.rows for other in selections.values()):
-            refuse_empty(split, selection.rows, selection.reasons)
-    return selections
 
+    baseline = baseline_lm = reached = batch_limit = None
 
-def shared_speakers(selections):
-    """{split: speakers of it who are in train too}"""
-    rows = {split: selections[split].rows for split in SPLITS if split in selections}
-    people = {split: {row["speaker"] for row in rows[split]} - {""} for split in rows}
-    trained = people.pop("train", set())
-    return {split: len(found & trained) for split, found in people.items() if found & trained}
+    def __init__(self, settings):
+        self.settings, self.output = settings, Path(settings.output_dir)
+        self.results, self.final, self.path = self.output / "results", self.output / "final", self.output / "run.json"
+        self.lm_settings = {}  # of the systems that were decoded
+        weights = Path(settings.model).expanduser() / "model.safetensors"  # tells models in folders of one name apart
+        values = {**vars(settings), "clips_an_update": settings.clips_an_update}
+        values["weights"] = zlib.crc32(weights.open("rb").read(1 << 20)) if weights.is_file() else None
+        self.identity = public({name: values[name] for name in IDENTITY})
+        self.lm_asked = public({name: values[name] for name in LM_FLAGS}) if settings.lm else {}
+        if settings.lm and settings.lm != "auto":
+            self.lm_asked["lm_bytes"] = Path(settings.lm).stat().st_size
+        self.goal = {name: values[name] for name in GOAL} | self.lm_asked
+        self.goal |= {"also_score": public(settings.also_score)} if settings.also_score else {}
 
+    def open(self):
+        """Take up what an earlier start of the run has left; raises UsageError where it is of another run."""
+        settings, output = self.settings, self.output
+        if settings.overwrite_output_dir and settings.is_first:
+            for path in [path for path in output.glob("*") if MADE_BY_A_RUN.match(path.name)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        foreign = ""
+        if not self.path.exists():  # a checkpoint that was copied can be gone on from
+            strange = [path for path in output.glob("checkpoint-*") if not (path / "trainer_state.json").exists()]
+            foreign = next((path.name for path in [self.final, *strange] if path.exists()), "")
+        stored = None if settings.overwrite_output_dir else read_json(self.path)
+        # The first one's, because all have to do the same.
+        stored, foreign = accelerate.utils.gather_object([(stored, foreign)])[0]
+        if stored is None and foreign:
+            raise UsageError(
+                f"--output_dir {output} holds {foreign}, which no run of this program has made and this one would "
+                "delete; choose another --output_dir, or --overwrite_output_dir to delete it"
+            )
+        for name, value in self.identity.items() if stored else ():
+            if (found := stored["identity"].get(name)) != value:
+                what = f"holds a run with {NO_FLAGS.get(name, f'--{name}')} {found}, not {value}"
+                advice = "choose another --output_dir, or --overwrite_output_dir to start anew"
+                raise UsageError(f"--output_dir {output} {what}; {advice}")
+        for name in RUN_NOTES if stored else ():
+            setattr(self, name, stored.get(name))
 
-def shared_speaker_notes(selections):
-    return [
-        f"{plural(count, 'speaker')} of {split} in train too: its scores are not those of new speakers."
-        for split, count in shared_speakers(selections).items()
-    ]
+    def save(self):
+        if self.settings.is_first:
+            content = {name: getattr(self, name) for name in ("identity", *RUN_NOTES)}
+            write_text(self.path, json.dumps(content, ensure_ascii=False, indent=1))
 
+    def show_finished(self):
+        """Show the scores of a run that is finished; returns whether it is, with its results there."""
+        metrics = read_json(self.results / "metrics.json")
+        complete = self.reached == self.goal and metrics and (self.final / "config.json").is_file()
+        if not agreed(bool(complete), self.settings, "MAX"):
+            return False
+        if self.settings.is_first:
+            more = "--overwrite_output_dir starts anew, more --max_steps or --num_train_epochs go on"
+            say(f"{self.output} holds this run, finished; {more}")
+            show_scores(metrics)
+            say(f"\nmodel: {self.final}\nresults: {self.results}")
+            if self.settings.upload:
+                push_to_hub(self.settings, self.final)
+        return True
 
-def check_selection(args, corpus):
-    """Refuse, before any audio is converted, what the transcripts show to be without a clip."""
-    rows = {split: corpus.rows(split) for split in splits_of(args)}
-    known = {row["country"].upper() for split in rows for row in rows[split]}
-    unknown = {code.upper() for code in args.countries or []} - known
-    if unknown and known:
-        countries = ", ".join(sorted(known - {""})) or "not given"
-        raise UsageError(f"--countries has '{min(unknown)}', of which no clip is; the countries are {countries}")
-    for split in rows:
-        if rows[split] and not args.prepare_only:
-            refuse_empty(split, [row for row in rows[split] if wanted(row, args)])
+    def prepare(self, processor, model, lm, sources):
+        """Select the clips of `sources`, {"": the corpus, name: test set of --also_score}; raises RunError."""
+        settings, self.source = self.settings, sources[""]
+        self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, settings.target_text)
+        self.check = ClipCheck(model, processor.feature_extractor, self.encoder, settings.max_train_seconds)
+        self.clips = select_all(sources, settings, self.check)
+        self.tests = {name or "test": self.clips[name or "test"] for name in sources}
+        self.decoder = Decoder(model, processor, settings, lm)
 
-
-def run(args, training):
-    """The whole job, phase by phase; returns the exit status."""
-    from transformers import set_seed
-
-    output = Path(training.output_dir)
-    if (args.eval_only or args.score_file) and (output / "run.json").is_file():
-        training.output_dir = str(output / "scores")
-        say(f"the results of the run in {output} stay: these go to {training.output_dir}")
-    if args.score_file:
-        return score_file(args, training)
-    if args.transcribe:
-        return transcribe_files(args, training)
-    set_seed(training.seed)
-    trains = not (args.prepare_only or args.eval_only or args.dry_run)
-    pushes = trains and args.push_to_hub and training.process_index == 0
-    state = open_run(args, training) if trains else None
-    if state and show_finished(state, training):
-        if pushes:
-            push_to_hub(training, Path(training.output_dir) / "final")
-        return 0
-    checkpoint = checkpoint_to_resume(training) if trains else None
-    say(f"corpus: {args.dataset}")
-    # Before the audio: what cannot be used should not be found out after hours of preparation.
-    processor, model = load_processor_and_model(args, trains) if trains or args.eval_only else (None, None)
-    lm = load_lm(args, processor, model.config.vocab_size) if model else None
-    if lm:
-        say(f"language model: {lm.name}")
-    if pushes:
-        push_to_hub(training)
-    corpus = open_corpus(args)
-    corpus.make_splits(splits_of(args), training.seed)
-    if args.dry_run:
-        return dry_run(args, training, corpus)
-    further = open_further(args, training)
-    prepare_corpus(corpus, splits_of(args, on_disk=True), args)
-    for own, its_corpus, split in further.values():
-        prepare_corpus(its_corpus, (split,), own)
-    parts = {split: (args, corpus, split) for split in splits_of(args, on_disk=args.prepare_only)} | further
-    if args.prepare_only:
-        select_splits(args, parts, lambda rows: [row["problem"] for row in rows], training)
-        say(f"  ready in {args.data_dir}")
-        return 0
-    job = Job(args, training, processor, model, parts, lm)
-    return job.fit_and_score(state, checkpoint) if trains else job.score()
-
-
-class Job:
-    """A loaded model and prepared audio, on the way to results and a final model."""
-
-    def __init__(self, args, training, processor, model, parts, lm=None):
-        self.args, self.training, self.corpus = args, training, parts["test"][1]
-        self.processor, self.model, self.lm = processor, model, lm
-        self.lm_settings = {}  # of the systems that were written down
-        self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
-        self.check = ClipCheck(model, processor.feature_extractor, self.encoder, args.max_train_seconds)
-        self.selections = select_splits(args, parts, self.check, training)
-        self.tests = {name: self.selections[name] for name, (_, _, split) in parts.items() if split == "test"}
-        self.output = Path(training.output_dir)
-        self.is_first = training.process_index == 0
-
-    def emit(self, model, split):
-        return emit_clips(model, self.processor, split, self.args, self.training, lm=self.lm)[0]
-
-    def write_down(self, model, system):
-        """{system: the model's text of each clip of `tests`}, and with a language model {system_lm: those with it}."""
-        from datasets import concatenate_datasets
-
-        if self.args.tune_lm:
-            self.tune_lm(model)
-        with spending("scoring"):
-            parts = self.tests.values()
-            rows = [row for part in parts for row in part.rows]
-            emitted = self.emit(model, Selection(concatenate_datasets([part.clips for part in parts]), rows, []))
-            texts = {system: [clip_text(self.processor, emissions) for emissions in emitted]}
-            if self.lm:
-                texts[f"{system}_lm"] = clip_texts(self.processor, emitted, self.lm, self.training)
-                self.lm_settings[system] = self.lm.settings
+    def decode_tests(self, system):
+        """{system: the model's text of each clip of all `tests`}, and with a language model {system_lm: those with it}."""
+        decoder, tests = self.decoder, list(self.tests.values())
+        if self.settings.tune_lm:
+            record = tune_lm(decoder, self.clips["dev"])
+            if self.settings.is_first:
+                write_text(self.results / "lm.json", json.dumps(record, indent=1))
+        audio = datasets.concatenate_datasets([clips.audio for clips in tests])
+        table = pandas.concat([clips.table for clips in tests], ignore_index=True)
+        emissions = decoder.emissions(Clips(audio, table))[0]
+        texts = {system: decoder.greedy(emissions)}
+        if decoder.lm:
+            texts[f"{system}_lm"], self.lm_settings[system] = decoder.texts(emissions), decoder.lm.settings
         return texts
 
-    def tune_lm(self, model):
-        """Take the weight and word score of the lowest dev WER, and note in results/lm.json what was tried."""
-        dev = self.selections["dev"]
-        chosen = range(0, len(dev.rows), math.ceil(len(dev.rows) / TUNING_CLIPS))
-        dev = Selection(dev.clips.select(chosen), [dev.rows[index] for index in chosen], [])
-        say(f"choosing --lm_weight and --lm_word_score on {plural(len(dev.rows), 'dev clip')}")
-        with spending("tuning the language model"):
-            references = [row["text"] for row in dev.rows]
-            self.lm, record = tuned_lm(self.lm, self.emit(model, dev), references, self.processor, self.training)
-        if self.is_first:
-            write_text(self.output / "results" / "lm.json", json.dumps(record, indent=1))
-        weights = f"--lm_weight {self.lm.weight:g} --lm_word_score {self.lm.word_score:g}"
-        say(f"  {weights}: dev WER {percent(record['wer'])}, greedy {percent(record['wer_greedy'])}")
+    def decode_baseline(self):
+        """`decode_tests` of the untouched model, whose texts an earlier start of the run may have noted down."""
+        names = {name: "" if name == "test" else f"{name}: " for name in self.tests}
+        clips = [f"{prefix}{clip}" for name, prefix in names.items() for clip in self.tests[name].table["clip"]]
+        noted, kept = self.baseline_lm or {}, {"baseline": self.baseline}
+        if self.decoder.lm:
+            kept["baseline_lm"] = noted["texts"] if noted.get("asked") == self.lm_asked else None
+        if any(set(texts or ()) != set(clips) for texts in kept.values()):
+            say(f"scoring {self.settings.model} as it is on the test split")
+            kept = {name: dict(zip(clips, texts)) for name, texts in self.decode_tests("baseline").items()}
+            self.baseline = kept["baseline"]
+            if self.decoder.lm:
+                used = self.lm_settings["baseline"]
+                self.baseline_lm = {"asked": self.lm_asked, "lm": used, "texts": kept["baseline_lm"]}
+            self.save()
+        if self.decoder.lm:
+            self.lm_settings["baseline"] = self.baseline_lm["lm"]
+        texts = {name: [texts[clip] for clip in clips] for name, texts in kept.items()}
+        for name, part in self.split_texts(texts).items():
+            for system, hypotheses in part.items():
+                wer = percent(corpus_rate(self.tests[name].table["text"], hypotheses))
+                say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
+        return texts
 
-    def score_texts(self, texts):
-        """{test set: {system: Scored}} of {system: its text of each clip of `tests`}."""
-        seen = None if self.args.eval_only else {row["accent"] for row in self.selections["train"].rows}
-        scored, start = {}, 0
-        for name, part in self.tests.items():
-            chosen = slice(start, start := start + len(part.rows))
-            scored[name] = {system: score_texts(part.rows, written[chosen], seen) for system, written in texts.items()}
-        return scored
+    def split_texts(self, texts):
+        """{test set: {system: its texts}} of {system: the texts of all `tests`}."""
+        parts, start = {}, 0
+        for name, clips in self.tests.items():
+            parts[name] = {system: found[start : start + len(clips)] for system, found in texts.items()}
+            start += len(clips)
+        return parts
 
-    def write_results(self, scored, history=()):
-        args, lm = self.args, last_of(self.lm_settings)
-        config = public({**vars(args), "training": json.loads(self.training.to_json_string())})
-        data = {split: {**totals(part.rows), "skipped": part.reasons} for split, part in self.selections.items()}
-        data |= {"made_splits": list(self.corpus.made), "speakers_in_train_too": shared_speakers(self.selections)}
-        data |= {"layout": self.corpus.layout, "characters_dropped_from_labels": self.encoder.dropped}
-        longer = sum(row["num_samples"] > args.window_seconds * SAMPLE_RATE for row in self.selections["test"].rows)
-        windows = f"{plural(longer, 'clip')} over {args.window_seconds:g} s scored in overlapping windows"
-        title = f"{public(args.model)} on {public(args.dataset)}"
-        notes = [f"{windows}; none left out for its length.", *speaker_note(self.selections["test"].rows)]
-        notes += shared_speaker_notes(self.selections)
-        if self.corpus.made:
-            notes.append(f"{self.corpus.made_note(self.training.seed)}.")
+    def write_results(self, texts, history=()):
+        """The results of {system: the texts of all `tests`}; returns the metrics."""
+        settings, source, test = self.settings, self.source, self.clips["test"].table
+        seen = None if settings.eval_only else set(self.clips["train"].table["accent"])
+        scores = {name: Scores.of(self.tests[name].table, part, seen) for name, part in self.split_texts(texts).items()}
+        values, own = settings.to_dict(), [item.name for item in dataclasses.fields(ScriptFlags)]
+        config = {name: values.pop(name) for name in own} | {"command": settings.command, "training": values}
+        data = {name: {**sizes_of(clips.table), "skipped": clips.reasons} for name, clips in self.clips.items()}
+        data |= {"made_splits": source.made, "speakers_in_train_too": shared_speakers(self.clips)}
+        data |= {"layout": source.layout, "characters_dropped_from_labels": self.encoder.dropped}
+        longer = plural(int((test["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum()), "clip")
+        notes = [
+            f"{longer} over {settings.window_seconds:g} s scored in overlapping windows; none left out for its length."
+        ]
+        notes += [*speaker_note(test), *shared_speaker_notes(self.clips), *([f"{source.made}."] if source.made else [])]
+        content, lm = (
+            {"config": config, "data": data},
+            self.lm_settings.get("finetuned") or self.lm_settings.get("baseline"),
+        )
         if lm:
             notes.append("LM: {name}, weight {weight:g}, word score {word_score:g}, beam {beam}.".format(**lm))
             before = self.lm_settings.get("baseline", lm)
             if before != lm:  # each model is tuned by itself
                 notes.append("LM before: weight {weight:g}, word score {word_score:g}.".format(**before))
                 lm = {**lm, "baseline": before}
-        return write_results(self.output / "results", config, data, scored, title, notes, history, lm)
+            content["lm"] = lm
+        title = f"{public(settings.model)} on {public(settings.dataset)}"
+        return write_results(self.results, content, scores, title, notes, history)
 
     def score(self):
         """--eval_only; returns the exit status."""
-        say(f"scoring {self.args.model} on the test split")
-        scored = self.score_texts(self.write_down(self.model, "baseline"))
-        if self.is_first:
-            self.write_results(scored)
-            say(f"\nresults: {self.output / 'results'}")
+        say(f"scoring {self.settings.model} on the test split")
+        texts = self.decode_tests("baseline")
+        if self.settings.is_first:
+            self.write_results(texts)
+            say(f"\nresults: {self.results}")
         return 0
 
-    def score_baseline(self, state):
-        """`score_texts` of the untouched model, whose texts an earlier start of the run may have left in `state`."""
-        tests = {"" if name == "test" else f"{name}: ": part for name, part in self.tests.items()}
-        clips = [f"{prefix}{row['clip']}" for prefix, part in tests.items() for row in part.rows]
-        kept, asked = {"baseline": state.baseline}, lm_asked(self.args)
-        if self.lm:
-            noted = state.baseline_lm or {}
-            kept["baseline_lm"] = noted["texts"] if noted.get("asked") == asked else None
-        if any(set(texts or ()) != set(clips) for texts in kept.values()):
-            say(f"scoring {self.args.model} as it is on the test split")
-            written = self.write_down(self.model, "baseline")
-            kept = {name: dict(zip(clips, texts)) for name, texts in written.items()}
-            state.baseline = kept["baseline"]
-            if self.lm:
-                state.baseline_lm = {"asked": asked, "lm": self.lm.settings, "texts": kept["baseline_lm"]}
-            if self.is_first:
-                state.save()
-        if self.lm:
-            self.lm_settings["baseline"] = state.baseline_lm["lm"]
-        scored = self.score_texts({name: [texts[clip] for clip in clips] for name, texts in kept.items()})
-        for name, systems in scored.items():
-            place = "" if name == "test" else f" on {name}"
-            for system, how in zip(systems.values(), ("", " with the language model")):
-                say(f"  WER {percent(system.scores['wer'])} before training{place}{how}")
-        return scored
+    def train(self, checkpoint, done):
+        """Train, from `checkpoint` with its updates `done` if given, and leave the best model; returns the trainer.
 
-    def training_clips(self, checkpoint):
-        if not self.args.streaming:
-            return self.selections["train"].clips
-        from torch.utils.data import IterableDataset
-
-        # Another seed after a resumption: the stream starts anew, and should not start with the same clips.
-        seed = self.training.seed + updates_done(checkpoint)
-        stream = mixed(TrainingStream, IterableDataset)
-        return stream(self.corpus, self.args, self.check, self.training, seed)
-
-    def fit_and_score(self, state, checkpoint):
-        """The main job; returns the exit status."""
-        from accelerate.utils import broadcast
-
-        if self.is_first:
-            state.save()
-        self.training.batch_limit = state.batch_limit
-        baseline = {} if self.args.skip_baseline else self.score_baseline(state)
+        Raises RunError that says what to change.
+        """
+        settings, train, seed = self.settings, self.clips["train"].audio, self.settings.seed
         say("training")
-        updates = fit_schedule(self.training, len(self.selections["train"].rows))
-        dev = DevSet(self.selections["dev"], self.processor, self.encoder, self.args)
-        trainer = make_trainer(self.args, self.training, self.model, self.training_clips(checkpoint), dev)
-        train_model(trainer, checkpoint, updates, state)
+        updates = fit_schedule(settings, len(self.clips["train"]))
+        if settings.streaming:
+            # Another seed after a resumption: the stream starts anew, and should not start with the same clips and masks.
+            seed += done
+            train = mixed(TrainingStream, torch.utils.data.IterableDataset)(self.source, settings, self.check, seed)
+        trainer = None
+        try:
+            greedy = Decoder(self.decoder.model, self.decoder.processor, settings)
+            trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], seed, self.batch_limit)
+            if checkpoint:
+                say(f"  going on from {checkpoint}, update {done} of {updates}")
+            with STOP_SIGNALS.deferring():
+                trainer.train(resume_from_checkpoint=checkpoint)
+        except TRAINER_REFUSALS as error:
+            if trainer and trainer.started:
+                raise
+            raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
+        except torch.OutOfMemoryError as error:
+            batch, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+            less = f"--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps {steps * 2}"
+            if settings.auto_train_batch and batch > 1:
+                self.batch_limit, less = batch // 2, f"the same command, which goes on with {batch // 2} a step"
+                self.save()
+            advice = f"try {less}, --gradient_checkpointing, or a lower --max_train_seconds"
+            raise RunError(f"the GPU's memory is full with {plural(batch, 'clip')} a step: {advice}") from error
+        finally:
+            if settings.is_first and not settings.disable_tqdm:
+                print(file=sys.stderr)  # no message belongs behind the progress bar
+        return trainer
+
+    def fit_and_score(self, checkpoint, done):
+        """The main job; returns the exit status."""
+        settings = self.settings
+        self.save()
+        texts = {} if settings.skip_baseline else self.decode_baseline()
+        trainer = self.train(checkpoint, done)
         say("scoring the fine-tuned model on the test split")
         # Without the wrapper that autocasts: before and after are scored alike, in float32.
-        tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        broadcast(tuned.state_dict())  # in place: nodes without the first's folder could not load the best checkpoint
-        finetuned = self.score_texts(self.write_down(tuned, "finetuned"))
-        if self.is_first:
-            scored = {name: baseline.get(name, {}) | systems for name, systems in finetuned.items()}
-            self.finish(state, trainer, scored)
+        self.decoder.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        accelerate.utils.broadcast(self.decoder.model.state_dict())  # in place: the first process's is the best model
+        texts |= self.decode_tests("finetuned")
+        if settings.is_first:
+            metrics = self.write_results(texts, trainer.state.log_history)
+            with explained(f"{self.final} cannot be written", checkpoint_errors(), ROOM_ADVICE):
+                with complete(self.final) as final:
+                    trainer.save_model(str(final))
+                    write_model_card(final, self.results, settings, metrics)
+            self.write_tensorboard(metrics, trainer.state.global_step)
+            self.reached = self.goal
+            self.save()
+            if settings.upload:
+                push_to_hub(settings, self.final)
+            say(f"\nmodel: {self.final}\nresults: {self.results}\ncurves: tensorboard --logdir {self.output / 'runs'}")
         return 0
 
-    def finish(self, state, trainer, scored):
-        """Write the final model, its results and its card, each complete or not at all."""
-        metrics = self.write_results(scored, trainer.state.log_history)
-        with spending("saving"), complete_folder(self.output / "final") as final:
-            trainer.save_model(str(final))
-            write_model_card(final, self.output / "results", self.args, metrics)
-        write_test_scores_to_tensorboard(self.output, metrics, trainer.state.global_step)
-        state.reached = state.goal
-        state.save()
-        if self.args.push_to_hub:
-            push_to_hub(self.training, self.output / "final")
-        say(f"\nmodel: {self.output / 'final'}\nresults: {self.output / 'results'}")
-        say(f"curves: tensorboard --logdir {self.output / 'runs'}\n{where_time_went(trainer)}")
+    def write_tensorboard(self, metrics, step):
+        """The test scores and the picture by accent, under the same `runs` as the training curves."""
+        with Lazy("torch.utils.tensorboard").SummaryWriter(str(self.output / "runs")) as writer:
+            for label, part in {"test": metrics, **metrics.get("also", {})}.items():
+                for system, rate in itertools.product(SYSTEMS, NORMALIZERS):
+                    if part.get(system) and part[system][rate] is not None:
+                        writer.add_scalar(f"{file_stem(label)}_{system}/{rate}", part[system][rate], step)
+            picture = Lazy("matplotlib.image").imread(self.results / "wer_by_accent.png")
+            writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
 
 
-def write_test_scores_to_tensorboard(output, metrics, step):
-    """The test scores and the picture by accent, under the same `runs` as the training curves."""
-    import matplotlib.image
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(output / "runs")) as writer:
-        for label, part in {"test": metrics, **metrics.get("also", {})}.items():
-            for system in [system for system in SYSTEMS if part.get(system)]:
-                for name in [name for name in RATES if part[system][name] is not None]:
-                    writer.add_scalar(f"{file_stem(label)}_{system}/{name}", part[system][name], step)
-        picture = matplotlib.image.imread(output / "results" / "wer_by_accent.png")
-        writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
+def run(settings):
+    """The whole job, phase by phase; returns the exit status."""
+    if (settings.eval_only or settings.score_file) and (Path(settings.output_dir) / "run.json").is_file():
+        kept, settings.output_dir = settings.output_dir, str(Path(settings.output_dir) / "scores")
+        say(f"the results of the run in {kept} stay: these go to {settings.output_dir}")
+    if settings.score_file:
+        return score_file(settings)
+    if settings.transcribe:
+        return transcribe(settings)
+    transformers.set_seed(settings.seed)
+    this, checkpoint, done = Run(settings), None, 0
+    if settings.trains:
+        this.open()
+        if this.show_finished():
+            return 0
+        checkpoint, done = checkpoint_to_resume(settings)
+    say(f"corpus: {settings.dataset}")
+    processor = model = lm = None
+    if settings.trains or settings.eval_only:
+        # Before the audio: what cannot be used should not be found out after hours of preparation.
+        processor, model = load_model(settings)
+        if lm := load_lm(settings, processor, model.config.vocab_size):
+            say(f"language model: {lm.name}")
+    if settings.trains and settings.upload and settings.is_first:
+        push_to_hub(settings)
+    sources = {"": Source(settings.dataset, settings, settings.splits())}
+    check_announced(sources[""], settings)
+    if settings.dry_run:
+        return dry_run(sources[""], settings)
+    for name in settings.also_score or ():
+        say(f"also scored: {public(name)}")
+        sources[public(name)] = Source(name, settings, ("test",), is_extra=True)
+    for name, source in sources.items():
+        prepare(source, ("test",) if name else settings.splits(on_disk=True), settings)
+    if settings.prepare_only:
+        select_all(sources, settings, lambda table: table["problem"])
+        say(f"  ready in {settings.data_dir}")
+        return 0
+    this.prepare(processor, model, lm, sources)
+    return this.fit_and_score(checkpoint, done) if settings.trains else this.score()
 
 
 def main(argv=None):
     """Run the command line `argv` (sys.argv's if None); returns 0, 2 for a usage error, 1 for one while running."""
     argv = sys.argv[1:] if argv is None else list(argv)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    rank = os.environ.get("RANK", "0")
     try:
         STOP_SIGNALS.install()
-        SPENT.clear()
-        args, training = parse_arguments(argv)
-        # It is written into the model card, which people publish.
-        args.command = redact(shlex.join(["python", PROGRAM, *map(public, argv)]))
-        return run(args, training)
+        return run(parse_settings(argv))
     except UsageError as error:
         status, message = 2, str(error)
-        if os.environ.get("RANK", "0") != "0":
+        if rank != "0":
             return status  # each process refuses the same flags
     except RunError as error:
         # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
@@ -5261,19 +4086,16 @@ def main(argv=None):
     except Exception as error:
         if os.environ.get("MEDASR_TRACEBACK"):
             raise
-        status = 1
+        status, message = 1, f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
         if is_full_disk(error):
             message = f"a file cannot be written ({one_line(error)}): {ROOM_ADVICE}"
         elif LOST_PROCESS.search(str(error)):
             message = "another process has ended; its own message says why, the same command goes on from here"
-        else:
-            message = f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
     finally:
         for number, handler in handlers.items():
             # Not the main thread, or a handler that Python did not set.
             with contextlib.suppress(ValueError, TypeError):
                 signal.signal(number, handler)
-    rank = os.environ.get("RANK", "0")
     place = "" if rank == "0" else f" (process {rank})"
     print(f"{PROGRAM}: error{place}: {redact(message)}", file=sys.stderr)
     return status
