@@ -70,46 +70,26 @@ def wav_bytes(samples, rate=RATE):
     return buffer.getvalue()
 
 
-def make_selection(texts_and_samples, split):
-    """The script's Selection of clips made of (text, samples) pairs, in its order: the longest first."""
+def make_clips(texts_and_samples, split):
+    """The script's Clips of (text, samples) pairs, in its order: the longest first."""
+    import pandas
     from datasets import Dataset
 
-    clips = [
-        script.make_clip(
-            script.clip_row(
-                f"session/{split}-{number}",
-                split,
-                "igbo",
-                {"transcript": text, "user_ids": f"speaker-{number}", "domain": "clinical"},
-            ),
-            wav_bytes(samples),
-        )
+    groups = {"accent": "igbo", "country": "NG", "domain": "clinical", "gender": "", "age_group": ""}
+    rows = [
+        {"audio": wav_bytes(samples), "clip": f"session/{split}-{number}", "text": text, "num_samples": len(samples),
+         "speaker": f"speaker-{number}", **groups, "split": split, "problem": ""}
         for number, (text, samples) in enumerate(texts_and_samples)
-    ]
-    args = script.ScriptArguments()
-    return script.select_clips(
-        Dataset.from_list(clips, features=script.clip_features()), [], args, lambda rows: [""] * len(rows), None, 0
-    )
+    ]  # fmt: skip
+    rows.sort(key=lambda row: -row["num_samples"])
+    return script.Clips(Dataset.from_list(rows), pandas.DataFrame(rows).drop(columns="audio"))
 
 
 def parse(output_dir, *flags):
-    """(args, training) of a command line on the small model, on the CPU, without evaluation, checkpoints and
-    TensorBoard.
-    """
+    """The settings of a command line on the small model and the CPU, without evaluation, checkpoints, TensorBoard."""
     quiet = (
         "--use_cpu true --dataloader_num_workers 0 --dataloader_pin_memory false --report_to none --disable_tqdm true"
     )
     still = "--eval_strategy no --save_strategy no --load_best_model_at_end false"
-    return script.parse_arguments(
-        [
-            "--model",
-            str(MODEL),
-            "--dataset",
-            str(CORPUS),
-            "--output_dir",
-            str(output_dir),
-            *quiet.split(),
-            *still.split(),
-            *map(str, flags),
-        ]
-    )
+    corpus = ["--model", MODEL, "--dataset", CORPUS, "--output_dir", output_dir, "--data_dir", f"{output_dir}/audio"]
+    return script.parse_settings([str(word) for word in (*corpus, *quiet.split(), *still.split(), *flags)])
