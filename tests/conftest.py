@@ -7,12 +7,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import kills
 import pytest
 import soundfile
@@ -85,11 +87,29 @@ def write_wav(path, clip):
 
 
 @pytest.fixture(scope="session")
-def hub_corpus(tmp_path_factory):
+def shared_folder(tmp_path_factory):
+    """shared_folder(name, make) -> a folder that make(folder) has filled, once for all processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def shared_folder(name, make):
+        folder = base / name
+        with filelock.FileLock(base / f"{name}.lock"):
+            if not (base / f"{name}.made").exists():  # a process whose make() fails leaves it to the next, to fail too
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                (base / f"{name}.made").touch()
+        return folder
+
+    return shared_folder
+
+
+@pytest.fixture(scope="session")
+def hub_corpus(shared_folder):
     """The fixture corpus with the Hub's kind of audio: 44.1 kHz stereo WAV."""
     from loopback_hub import hub_copy
 
-    return hub_copy(CORPUS, tmp_path_factory.mktemp("hub") / "corpus")
+    return shared_folder("hub", lambda folder: hub_copy(CORPUS, folder / "corpus")) / "corpus"
 
 
 @pytest.fixture(scope="session")
@@ -106,18 +126,21 @@ def run_two(warm):
         yield functools.partial(run_ranks, (warm, second))
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """The demo, run in an empty folder on a machine that reaches no network."""
-    folder = tmp_path_factory.mktemp("demo")
-    offline = {
-        "HF_ENDPOINT": NOWHERE,
-        "HTTP_PROXY": NOWHERE,
-        "HTTPS_PROXY": NOWHERE,
-        "HF_HOME": str(folder.parent / "demo_hf_home"),
-    }
-    done = run_script(*shlex.split(DEMO_COMMAND)[2:], cwd=folder, env={**os.environ, **offline})
+def run_demo(folder):
+    """The demo in a new folder, on a machine that reaches no network; what it printed is in files beside it."""
+    folder.mkdir()
+    offline = dict.fromkeys(("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE)
+    env = {**os.environ, **offline, "HF_HOME": f"{folder}-hf_home"}
+    done = run_script(*shlex.split(DEMO_COMMAND)[2:], cwd=folder, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("stdout", "stderr"):
+        folder.with_name(f"{folder.name}.{name}").write_text(getattr(done, name), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def demo(shared_folder):
+    """The demo, run once; tests only read its folder."""
+    folder = shared_folder("demo", run_demo)
     output = folder / "medasr-demo"
     return SimpleNamespace(
         folder=folder,
@@ -125,8 +148,8 @@ def demo(tmp_path_factory):
         results=output / "results",
         final=output / "final",
         audio=output / "audio",
-        stdout=done.stdout,
-        stderr=done.stderr,
+        stdout=folder.with_name("demo.stdout").read_text(encoding="utf-8"),
+        stderr=folder.with_name("demo.stderr").read_text(encoding="utf-8"),
         metrics=load_json(output / "results/metrics.json"),
         predictions=load_predictions(output / "results"),
     )

@@ -21,7 +21,7 @@ import datasets, evaluate, librosa, matplotlib.pyplot, torch.utils.tensorboard
 import finetune_medasr
 from accelerate.state import AcceleratorState
 from transformers import AutoProcessor, LasrForCTC, Trainer
-finetune_medasr.parse_arguments(["--use_cpu", "true"])  # imports the rest
+finetune_medasr.parse_settings(["--use_cpu", "true"])  # imports the rest
 AcceleratorState._reset_state(reset_partial_state=True)  # how many processes a run has is its own affair
 channel = socket.socket(fileno=int(sys.argv[1]))
 while True:
