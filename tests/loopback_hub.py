@@ -236,12 +236,15 @@ class Handler(BaseHTTPRequestHandler):
         self.send({"id": name, "sha": self.hub.commit(name), "tags": [], "siblings": files})
 
     def tree(self, kind, name, revision, path):
-        """list_repo_tree: all files below a folder on one page."""
-        entries = listing(self.repository(kind, name, revision)).values()
-        found = [entry for entry in entries if entry["path"].startswith(f"{path}/" if path else "")]
+        """list_repo_tree on one page: all files below a folder, or, without `recursive`, what is in it."""
+        entries, folder = listing(self.repository(kind, name, revision)).values(), f"{path}/" if path else ""
+        found = {entry["path"]: entry for entry in entries if entry["path"].startswith(folder)}
         if path and not found:
             raise HubError(404, "EntryNotFound", f"{path} does not exist on main")
-        self.send(found)
+        if "recursive=true" not in urlsplit(self.path).query.lower():
+            below = {folder + name[len(folder) :].split("/")[0] for name in found}
+            found = {name: found.get(name, {"type": "directory", "path": name, "size": 0}) for name in sorted(below)}
+        self.send([{"oid": "0" * 40} | entry for entry in found.values()])
 
     def resolve(self, kind, name, revision, path):
         """The file itself, with what the client reads from HEAD (commit, ETag, size) and ranges to resume with."""
@@ -258,11 +261,12 @@ class Handler(BaseHTTPRequestHandler):
         headers["ETag"] = f'"{entry.get("lfs", entry)["oid"]}"'
         if "Range" not in self.headers:
             return self.send(content, 200, headers)
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        start, end = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"]).groups()
+        start, end = int(start), min(int(end or len(content)) + 1, len(content))
         if start >= len(content):
             raise HubError(416, "", "Range not satisfiable", **{"Content-Range": f"bytes */{len(content)}"})
-        headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.send(content[start:], 206, headers)
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+        self.send(content[start:end], 206, headers)
 
     def create_repo(self):
         """Create an empty model repository, or say that there is one."""
