@@ -5,21 +5,17 @@
     python finetune_medasr.py                                           # MedASR on all of AfriSpeech-200
     python finetune_medasr.py --accents yoruba igbo --domains clinical  # a part of it
     python finetune_medasr.py --dataset ./recordings                    # your own recordings
-    python finetune_medasr.py --eval_only --model ./medasr-afrispeech-200/final
     python finetune_medasr.py --transcribe visit.wav recordings/        # with the model that a run has made
     torchrun --nproc_per_node 8 finetune_medasr.py
 
-The path of the data: archives, audio files or parquet files, on the Hub or in a folder -> 16 kHz mono FLAC in
-memory-mapped Arrow files -> length-grouped batches of log-mels -> LasrForCTC -> CTC text -> word error rates by group ->
-report, TensorBoard, model card.
+The path of the data: archives, audio files or parquet files, on the Hub or in a folder -> 16 kHz mono FLAC in Arrow
+files -> length-grouped batches of log-mels -> LasrForCTC -> CTC text -> word error rates by group -> report and card.
 """
 
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036
-    sys.exit(
-        "finetune_medasr.py: error: this needs Python 3.11 or newer and was started with Python " + sys.version[:6]
-    )
+    sys.exit("finetune_medasr.py: error: this needs Python 3.11 or newer, not Python " + sys.version.split()[0])
 
 import argparse
 import contextlib
@@ -64,19 +60,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError as missing:
+    sys.exit(f"finetune_medasr.py: error: {missing}: pip install -r requirements.txt")
 
 
+@dataclass(frozen=True)
 class Lazy:
-    """A module that is imported when it is first used: torch takes seconds and 400 MB, which the processes that convert
-    audio, and import this script too, should not pay.
-    """
+    """A module that is imported when it is first used: the processes that convert audio should not pay for torch."""
 
-    def __init__(self, name):
-        self._name = name
+    name: str
 
     def __getattr__(self, attribute):
-        return getattr(importlib.import_module(self._name), attribute)
+        return getattr(importlib.import_module(self.name), attribute)
 
 
 accelerate, datasets, evaluate, filelock, httpx2 = map(Lazy, "accelerate datasets evaluate filelock httpx2".split())
@@ -85,7 +82,7 @@ tqdm, transformers, yaml = map(Lazy, "tqdm transformers yaml".split())
 hub, hub_errors, parquet = map(Lazy, "huggingface_hub huggingface_hub.errors pyarrow.parquet".split())
 
 PROGRAM = "finetune_medasr.py"
-HERE = Path(__file__).resolve().parent
+FIXTURES = Path(__file__).resolve().parent / "tests" / "fixtures"
 DEFAULT_MODEL = "google/medasr"
 DEFAULT_DATASET = "intronhealth/afrispeech-200"
 # Earlier revisions of the repository leave out the transcripts of dev and test.
@@ -149,8 +146,8 @@ def explained(what, errors=OSError, advice=""):
 
 def checkpoint_errors():
     """What the libraries raise for models and checkpoints that they cannot read or write."""
-    safetensors = Lazy("safetensors").SafetensorError
-    return OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, safetensors
+    unreadable = pickle.UnpicklingError, Lazy("safetensors").SafetensorError
+    return OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError, ImportError, *unreadable
 
 
 def is_full_disk(error):
@@ -163,8 +160,7 @@ STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could
 
 def redact(text):
     """`text` without tokens (of the environment, URLs and flags, what looks like the Hub's), harmless to print."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        text = text.replace(os.environ.get(name) or "\0", "***")
+    text = text.replace(os.environ.get("HF_TOKEN") or "\0", "***")
     return STEERING.sub("\ufffd", SECRET.sub("***", text))
 
 
@@ -195,10 +191,9 @@ def digest(content):
 def read_json(path):
     """What a JSON object that this program or the Trainer wrote holds; None if it is not there, or not whole."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return None
-    return content if isinstance(content, dict) else None
 
 
 @contextlib.contextmanager
@@ -227,10 +222,8 @@ LAUNCHER_SECONDS = 5  # in which torchrun or Slurm passes on a signal that the p
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C. They raise Stopped at once, or, where `deferred`, leave their `number` to be looked at.
-
-    Training and scoring look after each update and batch, because several processes have to stop at the same one. A
-    second signal ends the program at once. Worker processes leave signals to the program itself.
+    """SIGTERM and Ctrl-C raise Stopped at once, or, where `deferred`, leave their `number` to be looked at: in training
+    and scoring several processes have to stop after the same update or batch. A second one ends the program.
     """
 
     deferred, number, since, process = False, 0, 0.0, 0
@@ -243,7 +236,7 @@ class StopSignals:
 
     def receive(self, number, frame):
         is_passed_on = "RANK" in os.environ and time.monotonic() - self.since < LAUNCHER_SECONDS
-        if os.getpid() != self.process or (self.number and is_passed_on):
+        if os.getpid() != self.process or (self.number and is_passed_on):  # another process is a worker of ours
             return
         if self.number:
             os.write(2, f"\n{PROGRAM}: error: ended by a second {signal.Signals(number).name}\n".encode())
@@ -363,28 +356,24 @@ class TrainingFlags:
     seed: NotNegative[int] = flag(42, "seed of everything random")
 
 
-# What the Trainer needs for this job beside the fields above; each can still be set by its own flag.
-TRAINING_DEFAULTS = dict(
-    eval_strategy="steps",
-    save_strategy="steps",
-    load_best_model_at_end=True,
-    metric_for_best_model="wer",
-    greater_is_better=False,
-    report_to=["tensorboard"],
-    train_sampling_strategy="group_by_length",
-    disable_tqdm=False,  # its default follows the libraries' log level, which quiet_libraries lowers
-)
+# What the Trainer needs for this job beside the fields above; each can still be set by its own flag. disable_tqdm's
+# default follows the libraries' log level, which quiet_libraries lowers.
+TRAINING_DEFAULTS = {
+    **dict(eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True, metric_for_best_model="wer"),
+    **dict(greater_is_better=False, report_to=["tensorboard"], disable_tqdm=False),
+    **dict(train_sampling_strategy="group_by_length"),
+}
 # What the code relies on: the collator reads columns that are not arguments of the model, one of them the lengths.
 FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
 DEMO_FLAGS = [
-    *("--model", str(HERE / "tests/fixtures/model"), "--dataset", str(HERE / "tests/fixtures/corpus")),
-    *"--output_dir ./medasr-demo --data_dir ./medasr-demo/audio --learning_rate 2e-3 --max_steps 120".split(),
-    *"--gradient_accumulation_steps 2 --warmup_steps 15 --eval_steps 40 --save_steps 40 --logging_steps 5".split(),
-    *"--spec_augment false --dataloader_num_workers 0".split(),  # a model this small underfits masked audio
+    *("--model", str(FIXTURES / "model"), "--dataset", str(FIXTURES / "corpus"), "--output_dir", "./medasr-demo"),
+    *"--data_dir ./medasr-demo/audio --learning_rate 2e-3 --max_steps 120 --gradient_accumulation_steps 2".split(),
+    *"--warmup_steps 15 --eval_steps 40 --save_steps 40 --logging_steps 5 --dataloader_num_workers 0".split(),
+    *"--spec_augment false".split(),  # a model this small underfits masked audio
 ]
 AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
 BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
-MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")
+MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")  # without training
 # Of what a run makes in --output_dir; it replaces these, and --overwrite_output_dir deletes them.
 MADE_BY_A_RUN = re.compile(r"(?:final|results|runs|run\.json|checkpoint-\d+)(?:/|$)")
 
@@ -392,11 +381,9 @@ MADE_BY_A_RUN = re.compile(r"(?:final|results|runs|run\.json|checkpoint-\d+)(?:/
 class CheckedSettings:
     """Mixed before the flags and `TrainingArguments`: checks of what they say, before torch looks for devices.
 
-    Beside its fields the object has `auto_train_batch` and `auto_eval_batch`, whether these sizes are "auto"; `upload`,
-    whether --push_to_hub is given; and `command`, the command line as it may be published.
+    Beside its fields the object has `auto_train_batch` and `auto_eval_batch`, whether these sizes are "auto", `upload`,
+    whether --push_to_hub is given, and `command`, the command line as it may be published.
     """
-
-    command = ""
 
     def __post_init__(self):
         for problem in self.problems():
@@ -417,10 +404,8 @@ class CheckedSettings:
         if self.hub_token:
             # Kept in the environment alone: the Trainer pickles its arguments into every checkpoint.
             os.environ["HF_TOKEN"], self.hub_token = self.hub_token, None
-        if self.n_gpu > 1:  # nn.DataParallel, the Trainer's way, is slower than one process a GPU
-            say(
-                f"{self.n_gpu} GPUs are here and one is used; for all: torchrun --nproc_per_node {self.n_gpu} {PROGRAM}"
-            )
+        if (count := self.n_gpu) > 1:  # nn.DataParallel, the Trainer's way, is slower than one process a GPU
+            say(f"{count} GPUs are here and one is used; for all: torchrun --nproc_per_node {count} {PROGRAM}")
             self._n_gpu = 1
 
     def __reduce__(self):
@@ -439,10 +424,6 @@ class CheckedSettings:
     @property
     def clips_an_update(self):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-
-    @property
-    def trains(self):
-        return not any(getattr(self, mode) for mode in MODES)
 
     def splits(self, on_disk=False):
         """The splits of a run; `on_disk` those whose audio has to lie there: a stream keeps none of the training's."""
@@ -539,9 +520,10 @@ def make_parser(show_all):
     parser = Parser([ScriptFlags, training], allow_abbrev=False, formatter_class=layout, **texts)
     parser.add_argument("--help_all", action="help", help="show every flag, those of TrainingArguments included")
     parser.set_defaults(**TRAINING_DEFAULTS, **FIXED)
+    shown = {"--help", "--help_all", *(f"--{name}" for kind in (ScriptFlags, TrainingFlags) for name in vars(kind))}
     for action in parser._actions:
-        action.option_strings = action.option_strings[:1]  # one spelling in the help
-        if not show_all and not (action.nargs == 0 or action.dest in {**vars(ScriptFlags), **vars(TrainingFlags)}):
+        action.option_strings = action.option_strings[-1:] if action.dest == "help" else action.option_strings[:1]
+        if not show_all and action.option_strings[0].replace("--no_", "--") not in shown:
             action.help = argparse.SUPPRESS
         elif action.default not in (None, False, argparse.SUPPRESS):
             action.help = f"{action.help} (default: {action.default})"
@@ -551,10 +533,9 @@ def make_parser(show_all):
 def as_flags(settings):
     """The command line that a dict stands for: {"learning_rate": 1e-5} is --learning_rate 1e-5."""
     flags = []
-    for name, value in settings.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            flags += [f"--{name}", *map(str, values)]
+    for name, value in [item for item in settings.items() if item[1] is not None]:
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{name}", *map(str, values)]
     return flags
 
 
@@ -564,12 +545,11 @@ def parse_settings(argv):
     command = redact(shlex.join(["python", PROGRAM, *map(public, argv)]))
     if argv and not argv[0].startswith("-"):
         try:
-            given = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"{argv[0]} cannot be read as a YAML file of flags ({one_line(error)})") from error
-        if not isinstance(given, dict):
-            raise UsageError(f"{argv[0]} holds a {type(given).__name__}; it must hold lines of the form 'flag: value'")
-        argv = as_flags(given) + argv[1:]
+            argv = as_flags(dict(yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {})) + argv[1:]
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise UsageError(
+                f"{argv[0]} is no YAML file with lines of the form 'flag: value' ({one_line(error)})"
+            ) from error
     if "--demo" in argv:
         # A model this small gains nothing from a second thread, and loses much where it has to wait for one.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -581,11 +561,8 @@ def parse_settings(argv):
         near = difflib.get_close_matches(found, parser._option_string_actions, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
         raise UsageError(f"unknown flag or stray value {found}; {hint}")
-    made, model_is_given = (
-        Path(values.output_dir).expanduser() / "final",
-        any(re.match("--model(=|$)", word) for word in argv),
-    )
-    if values.transcribe and (made / "config.json").is_file() and not model_is_given:
+    made = Path(values.output_dir).expanduser() / "final"
+    if values.transcribe and (made / "config.json").is_file() and not re.search("--model(=| |$)", " ".join(argv)):
         values.model = str(made)
         say(f"transcribing with {made}; --model chooses another", sys.stderr)
     try:
@@ -603,9 +580,9 @@ def quiet_libraries():
     threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
     # OpenMP's threads spin while they wait for each other, by default. Where another process wants a core too, be it a
     # worker that decodes audio, the small steps of a model then take many times as long.
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
-    for name, value in {**quiet, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name in ("TRANSFORMERS_VERBOSITY=error", "TOKENIZERS_PARALLELISM=false", "HF_HUB_DISABLE_PROGRESS_BARS=1"):
+        os.environ.setdefault(*name.split("="))
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     warnings.filterwarnings("ignore", message="Glyph|Tight layout")  # matplotlib's, of names in the pictures
@@ -629,28 +606,28 @@ def explained_hub_errors(repo, kind):
         # A server that answers 5xx comes out as "not found locally", with the answer as its cause.
         behind = error.__cause__ if isinstance(error, hub_errors.LocalEntryNotFoundError) else None
         error = behind if isinstance(behind, hub_errors.HfHubHTTPError) else error
-        endpoint = Lazy("huggingface_hub.constants").ENDPOINT
-        terms = f"accept its terms at {endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo}"
-        gated = f"is gated and you are not logged in: {terms}, then run 'hf auth login' (or set HF_TOKEN)"
-        if hub.get_token():
-            gated = (
-                f"is gated and your account has no access to it: {terms} with the account that 'hf auth whoami' names"
-            )
-        meanings = {  # some exceptions are kinds of others below them
-            hub_errors.GatedRepoError: gated,
-            hub_errors.RepositoryNotFoundError: f"is not on the Hub, or is private: check --{kind}, or 'hf auth login'",
-            hub_errors.HFValidationError: f"is neither a folder nor a Hub id of the form owner/name: check --{kind}",
-            (hub_errors.RevisionNotFoundError, hub_errors.RevisionResolutionError): "has no such revision: "
-            f"check --{kind}_revision",
-            unreachable_errors(): f"is not on this machine and {endpoint} cannot be reached: go online, or give "
-            f"--{kind} a local folder",
-            hub_errors.EntryNotFoundError: f"lacks a file ({one_line(error)}): check --{kind}_revision",
-            Exception: f"could not be read ({one_line(error)}): run the same command again, what is finished is kept",
-        }
-        if getattr(getattr(error, "response", None), "status_code", None) == 401:
-            meanings[Exception] = "cannot be read: your token is not valid, 'hf auth login' again, or unset HF_TOKEN"
-        meaning = next(meaning for kinds, meaning in meanings.items() if isinstance(error, kinds))
-        raise RunError(f"{kind} {repo} {meaning}") from error
+        endpoint, of = Lazy("huggingface_hub.constants").ENDPOINT, "datasets/" * (kind == "dataset")
+        account = (
+            "your account has no access to it" if hub.get_token() else "you are not logged in: 'hf auth login', and"
+        )
+        no_revision = hub_errors.RevisionNotFoundError, hub_errors.RevisionResolutionError
+        invalid_token = "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
+        later = f"could not be read ({one_line(error)}): run the same command again, what is finished is kept"
+        is_invalid = getattr(getattr(error, "response", None), "status_code", None) == 401
+        for kinds, meaning in (  # some exceptions are kinds of others below them
+            (hub_errors.GatedRepoError, f"is gated and {account} accept its terms at {endpoint}/{of}{repo}"),
+            (hub_errors.RepositoryNotFoundError, f"is not on the Hub, or is private: check --{kind}, or log in"),
+            (hub_errors.HFValidationError, f"is neither a local folder nor a Hub id owner/name: check --{kind}"),
+            (no_revision, f"has no such revision: check --{kind}_revision"),
+            (
+                unreachable_errors(),
+                f"is not on this machine and {endpoint} cannot be reached: go online, or give a folder",
+            ),
+            (hub_errors.EntryNotFoundError, f"lacks a file ({one_line(error)}): check --{kind}_revision"),
+            (Exception, invalid_token if is_invalid else later),
+        ):
+            if isinstance(error, kinds):
+                raise RunError(f"{kind} {repo} {meaning}") from error
 
 
 RETRIES = 6  # drops of a connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
@@ -659,7 +636,7 @@ RETRIES = 6  # drops of a connection in a row without a byte of progress, waited
 class HubStream(io.RawIOBase):
     """A file of `size` bytes on the Hub as a stream from `position` on, through dropped connections.
 
-    The Hub client waits out answers of 5xx and 429 by itself, and goes on once after a drop.
+    The Hub client waits out answers of 5xx and 429 by itself.
     """
 
     def __init__(self, path, size, position=0):
@@ -672,13 +649,14 @@ class HubStream(io.RawIOBase):
     def readinto(self, buffer):
         for attempt in range(RETRIES if self.file.loc < self.size else 0):
             try:
-                data = self.file.read(len(buffer))
-                buffer[: len(data)] = data
-                return len(data)
+                if data := self.file.read(min(len(buffer), 1 << 16)):
+                    buffer[: len(data)] = data
+                    return len(data)
             except httpx2.TransportError:
                 if attempt == RETRIES - 1:
                     raise
-                time.sleep(2**attempt)
+            self.file.response = None  # it connects again, and goes on from the byte reached
+            time.sleep(2**attempt)
         return 0
 
 
@@ -777,13 +755,12 @@ class Repository:
 
 
 def files_below(folder):
-    """The paths of all files in a folder and below it; raises OSError where rglob would pass over a part."""
-
-    def refuse(error):
-        raise error
-
-    for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True):
-        yield from (Path(parent, name) for name in names)
+    """The paths of all files in a folder and below it, sorted; raises OSError where rglob would pass over a part."""
+    found, folders = [], [Path(folder)]
+    for place in folders:
+        for path in sorted(place.iterdir()):
+            (folders if path.is_dir() else found).append(path)
+    return sorted(found)
 
 
 # All that decides what LasrFeatureExtractor computes, and what decides nothing.
@@ -794,43 +771,33 @@ EXTRACTOR_SETTINGS = """feature_size sampling_rate hop_length n_fft win_length p
 def load_model(settings):
     """The processor and the float32 LasrForCTC that --model names; raises RunError that says what to do."""
     name, folder = settings.model, Path(settings.model).expanduser()
+    source = dict(pretrained_model_name_or_path=str(folder) if folder.is_dir() else name)
     # trust_remote_code: by default it asks on the terminal. use_safetensors: a pickle runs what it holds.
-    source = dict(pretrained_model_name_or_path=name, revision=settings.model_revision, trust_remote_code=False)
+    source |= dict(revision=settings.model_revision, trust_remote_code=False)
     options = dict(dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
-    if folder.is_dir():
-        source["pretrained_model_name_or_path"] = str(folder)
-        if not all(any(folder.glob(pattern)) for pattern in ("config.json", "*.safetensors")):
-            needed = "config.json, weights as safetensors (others can hold code and are not loaded) and processor"
-            raise RunError(f"model {name} is no folder with a model: give one with {needed}")
-    else:
+    if not folder.is_dir():
         with explained_hub_errors(name, "model"):  # a gated model shows at its first file
             hub.hf_hub_download(name, "config.json", revision=settings.model_revision)
-    try:
+    what = f"model {name} cannot be loaded"
+    with explained(what, checkpoint_errors(), "give a folder or Hub id with config.json, *.safetensors and processor"):
         kind = transformers.AutoConfig.from_pretrained(**source).model_type
         if kind != "lasr_ctc":
-            raise RunError(f"model {name} is a {kind} model; only MedASR's kind (lasr_ctc) can be used")
+            raise RunError(f"{what}: it is a {kind} model, not of MedASR's kind (lasr_ctc)")
         processor = transformers.AutoProcessor.from_pretrained(**source)
         model, loading = transformers.AutoModelForCTC.from_pretrained(**source, **options)
-        extractor, tokenizer = processor.feature_extractor, processor.tokenizer
-    except (*checkpoint_errors(), TypeError, AttributeError, ImportError) as error:
-        problem = f"cannot be loaded as a CTC model with its processor ({one_line(error)})"
-        if "trust_remote_code" in str(error):
-            problem = "needs code of its own, and no code of a model is run"
-        raise RunError(f"model {name} {problem}") from error
-
-    strange = [key for key in extractor.to_dict() if key not in EXTRACTOR_SETTINGS]
-    encoder = LabelEncoder(tokenizer, model.config.vocab_size, "as_written")
-    problem = ""
-    if unfit := [key for key, *_ in loading["mismatched_keys"]] + sorted(loading["missing_keys"]):
-        problem = f"lacks weights of its config.json, such as {unfit[0]}"  # the library fills them with noise
-    elif broken := not_finite(model):
-        problem = f"holds weights that are not finite, in {broken}"
-    elif strange or (extractor.sampling_rate, extractor.padding_value) != (SAMPLE_RATE, 0.0):
-        problem = f"takes other features than MedASR: {(strange or [f'{extractor.sampling_rate:,} Hz'])[0]}"
-    elif not decode_ids(processor, encoder(["patient PATIENT"])[0]):
-        problem = "has a tokenizer without letters, or for another vocabulary than its head's"
-    if problem:
-        raise RunError(f"model {name} {problem}; it cannot be used")
+        extractor = processor.feature_extractor
+        encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")
+    features = {name: value for name, value in extractor.to_dict().items() if name not in EXTRACTOR_SETTINGS}
+    unfit = [key for key, *_ in loading["mismatched_keys"]] + sorted(loading["missing_keys"])  # filled with noise
+    for is_bad, problem in (
+        (unfit, f"it lacks weights of its config.json, such as {unfit[:1]}"),
+        (broken := not_finite(model), f"it holds weights that are not finite, in {broken}"),
+        (features, f"its features are not MedASR's: {features}"),
+        (extractor.sampling_rate != SAMPLE_RATE, f"it takes audio of {extractor.sampling_rate:,} Hz"),
+        (not decode_ids(processor, encoder(["patient PATIENT"])[0]), "its tokenizer is not for its vocabulary"),
+    ):
+        if is_bad:
+            raise RunError(f"{what}: {problem}")
     return processor, model
 
 
@@ -1003,9 +970,9 @@ GROUP_CLIPS = 256  # recordings of a folder that are converted to one prepared f
 class Source:
     """A corpus as `shards` of clips: AfriSpeech-200's archives, audio files with tables, or parquet files.
 
-    `announced` is the table of the clips that its tables tell of, `names` are those of all shards that it has, `accents`
-    the folders or slugs of all its accents. `folder` holds its prepared files. The splits `made`, which it lacks, are
-    taken from train by `assignment`, {speaker: split}.
+    `announced` is the table of the clips that its tables tell of, `names` are those of all its shards, `accents` the
+    slugs of all its accents. `folder` holds its prepared files. The splits `made`, which it lacks, are taken from train
+    by `assignment`, {speaker: split}.
     """
 
     def __init__(self, dataset, settings, splits, is_extra=False):
@@ -1120,7 +1087,7 @@ class Source:
                 self.shards.append(self.new_shard(name, group, present.tolist(), made_of.tolist()))
 
     def add_parquet_files(self, name, config, splits):
-        """Parquet files as `push_to_hub` writes them, divided by their names or the README's configs, as datasets does."""
+        """Parquet files as `push_to_hub` writes them, divided into splits as datasets does."""
         repository, named = self.repository, {}
         noted = self.folder / f"parquet-{digest(repository.files)[:12]}.json"
         if not (named := read_json(noted) or {}):
@@ -1734,68 +1701,47 @@ def csv_lines(skipped):
     return lines.getvalue()
 
 
-def streamed_clips(shares, source, unwanted, check, seed, turn, skipped_file):
-    """Yield the training clips of the shards in `shares`, straight from there, one pass in an order of the `turn`.
+def streamed_clips(shards, source, unwanted, check, seed, skipped_file):
+    """Yield the training clips of `shards`, straight from there, pass after pass, each in another order, without end.
 
-    Runs in the DataLoader's workers, each with shares of its own. `unwanted` are the names of clips that were not asked
+    Runs in the DataLoader's workers, each with shards of its own. `unwanted` are the names of clips that were not asked
     for; what cannot be used is added to `skipped_file`, once a clip.
     """
-    shards = sorted(itertools.chain.from_iterable(shares), key=lambda shard: shard.name)
-    for index in np.random.default_rng((seed, turn)).permutation(len(shards)):
-        with explained_hub_errors(source.repository.name, "dataset"):
-            for clip in source.clips(shards[index]):
-                if clip["clip"] in unwanted:
-                    continue
-                table = pandas.DataFrame([{**clip, "audio": None}])
-                if not (reason := check(table)[0]):
-                    yield clip
-                    continue
-                line = csv_lines(table.assign(reason=reason))
-                with explained(f"{skipped_file} cannot be written", advice=ROOM_ADVICE):
-                    if line not in skipped_file.read_text(encoding="utf-8"):
-                        with open(skipped_file, "a", encoding="utf-8") as file:  # one write, in append mode, is whole
-                            file.write(line)
+    for epoch in itertools.count():
+        used = 0
+        for index in np.random.default_rng((seed, epoch)).permutation(len(shards)):
+            with explained_hub_errors(source.repository.name, "dataset"):
+                for clip in source.clips(shards[index]):
+                    table = pandas.DataFrame([{**clip, "audio": None}])
+                    if not (reason := check(table)[0]) and clip["clip"] not in unwanted:
+                        used += 1
+                        yield {**clip, "epoch": epoch}
+                    elif reason:
+                        line = csv_lines(table.assign(reason=reason))
+                        with explained(f"{skipped_file} cannot be written", advice=ROOM_ADVICE):
+                            if line not in skipped_file.read_text(encoding="utf-8"):
+                                with open(skipped_file, "a", encoding="utf-8") as file:  # one write, which is whole
+                                    file.write(line)
+        if not used:
+            raise RunError(f"no training clip of the stream can be used: see {skipped_file}")
 
 
-class TrainingStream:
-    """The training clips of this process as endless batches: pass after pass over its share of the shards. Mixed with
-    torch's IterableDataset; `loader_options` are those of the DataLoader that makes the batches.
+def training_stream(source, settings, check, seed):
+    """The training clips of this process, without end, as a datasets.IterableDataset, shuffled by `seed`.
 
-    Shares are balanced by bytes among the processes and among their workers; a worker that is through waits for the
-    others, so nothing comes again before all of the process's share was seen.
+    The shards are dealt out, the largest first, to the processes, and by datasets to the DataLoader's workers.
     """
-
-    def __init__(self, source, settings, check, seed):
-        def share_out(shards, count):
-            shares, sizes = [[] for _ in range(count)], [0] * count
-            for shard in sorted(shards, key=lambda shard: -source.repository.size(shard.files)):
-                smallest = sizes.index(min(sizes))
-                shares[smallest].append(shard)
-                sizes[smallest] += source.repository.size(shard.files)
-            return shares
-
-        shards = source.needed(["train"])
-        if len(shards) < settings.world_size:
-            found = f"{plural(len(shards), 'training archive')} for {settings.world_size} processes"
-            raise UsageError(f"--streaming has {found}; use fewer, or leave it out")
-        mine = share_out(shards, settings.world_size)[settings.process_index]
-        self.workers = min(settings.dataloader_num_workers, len(mine))
-        train = source.announced[source.announced["split"] == "train"]
-        # datasets deals the items of a list out to the workers.
-        self.arguments = dict(shares=share_out(mine, max(1, self.workers)), source=source.part(mine), seed=seed)
-        self.arguments |= dict(unwanted=set(train["clip"][~is_wanted(train, settings)]), check=check)
-        self.arguments["skipped_file"] = skipped_path(settings)
-
-    def __iter__(self):
-        for turn in itertools.count():
-            batch, self.loader_options["collate_fn"].epoch = None, turn
-            arguments = {**self.arguments, "turn": turn}
-            clips = datasets.IterableDataset.from_generator(streamed_clips, clip_features(), arguments)
-            clips = clips.shuffle(seed=self.arguments["seed"] + turn, buffer_size=SHUFFLE_CLIPS)
-            for batch in torch.utils.data.DataLoader(clips, num_workers=self.workers, **self.loader_options):
-                yield batch
-            if batch is None:
-                raise RunError(f"no training clip of the stream can be used: see {self.arguments['skipped_file']}")
+    shards = sorted(source.needed(["train"]), key=lambda shard: -source.repository.size(shard.files))
+    if len(shards) < settings.world_size:
+        found = f"{plural(len(shards), 'training archive')} for {settings.world_size} processes"
+        raise UsageError(f"--streaming has {found}; use fewer, or leave it out")
+    train = source.announced[source.announced["split"] == "train"]
+    arguments = {"shards": shards[settings.process_index :: settings.world_size], "check": check, "seed": seed}
+    arguments |= {"source": source.part(shards), "unwanted": set(train["clip"][~is_wanted(train, settings)])}
+    arguments["skipped_file"] = skipped_path(settings)
+    return datasets.IterableDataset.from_generator(streamed_clips, gen_kwargs=arguments).shuffle(
+        seed, buffer_size=SHUFFLE_CLIPS
+    )
 
 
 # ---------------------------------------------------------------- text
@@ -1902,7 +1848,7 @@ def normalize_wer(text):
     resolved first: MedASR has no token for them and can only write the word.
     """
     text = CONTROL_TOKEN.sub(" ", resolve(text)).translate(FOLD_TABLE).lower()
-    decomposed = unicodedata.normalize("NFKD", text).translate(FOLD_TABLE)
+    decomposed = unicodedata.normalize("NFKD", text).lower().translate(FOLD_TABLE)  # of ™ come capitals
     kept = (sign for sign in decomposed if not unicodedata.combining(sign) and unicodedata.category(sign) != "Cf")
     plain = "".join(kept)
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain))
@@ -2109,7 +2055,7 @@ class CTCCollator:
         if self.augment:
             masks = []
             for row, length in zip(rows, lengths):
-                seed = self.seed, self.epoch, zlib.crc32(row["clip"].encode())
+                seed = self.seed, row.get("epoch", self.epoch), zlib.crc32(row["clip"].encode())
                 masks.append(draw_masks(frame_count(self.extractor, length), self.extractor.feature_size, seed))
             batch["stretches"], batch["bands"] = (pad(list(map(torch.tensor, spans))) for spans in zip(*masks))
         if "clip" in rows[0]:
@@ -2178,8 +2124,9 @@ class Decoder:
         self.step = model.config.inputs_to_logits_ratio * self.extractor.hop_length  # samples a logit
 
     def spans(self, lengths):
-        """The `Span`s of clips of so many samples, the longest first, so that what does not fit in memory shows at once:
-        clips over --window_seconds in overlapping windows, whose logits are kept from the middle of the overlap.
+        """The `Span`s of clips of so many samples, the longest first: what does not fit in memory shows at once.
+
+        Clips over --window_seconds are in overlapping windows, whose logits are kept from the middle of the overlap.
         """
         overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / self.step)  # in logits, as the next
         window = round(self.settings.window_seconds * SAMPLE_RATE / self.step)
@@ -2267,7 +2214,7 @@ class Decoder:
         return joined, problems, sum(losses) / max(1, sum(counts))
 
     def run(self, batch):
-        """(the `Emissions` of each clip, the sum of their losses) of a batch, halved where it does not fit on the GPU."""
+        """(the `Emissions` of each clip, the sum of their losses) of a batch, halved where it fills the memory."""
         size = len(batch["waveforms"])
         try:
             with torch.inference_mode():
@@ -2525,7 +2472,7 @@ DICTATED_TOKEN = re.compile(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*
 
 
 def format_dictation(text):
-    """`text` with dictated punctuation and layout as what they stand for; tokens that are not known stay as they are."""
+    """`text` with dictated punctuation and layout as what they stand for; tokens not known stay as they are."""
 
     def sign_of(match):
         sign = DICTATED[match[1]]
@@ -2622,7 +2569,7 @@ class Recording:
         say(f"{PROGRAM}: error: {self.name} cannot be read as audio: {reason}", sys.stderr)
 
     def open(self, spool):
-        """Have its path and length; a pipe is copied into the folder `spool`, because libsndfile seeks in what it reads."""
+        """Have its path and length; a pipe is copied into the folder `spool`, because libsndfile seeks."""
         self.path = self.name
         if self.name == "-" or stat.S_ISFIFO(os.stat(self.name).st_mode):
             self.path, given = os.path.join(spool, str(len(os.listdir(spool)))), 0 if self.name == "-" else self.name
@@ -2682,11 +2629,8 @@ def transcribe(settings):
         use_bfloat16(model, settings)
     decoder = Decoder(model, processor, settings, load_lm(settings, processor, model.config.vocab_size))
     loaded, settings.disable_tqdm = time.monotonic(), not sys.stderr.isatty()
-    clean, kind, folder = (
-        format_dictation if settings.format_dictation else str,
-        settings.transcript_format,
-        settings.transcript_dir,
-    )
+    clean = format_dictation if settings.format_dictation else str
+    kind, folder = settings.transcript_format, settings.transcript_dir
     # One PATH that is a file has one text, which needs no name.
     with_names = folder is None and [recording.name for recording in recordings] != settings.transcribe[:1]
     try:
@@ -2736,6 +2680,7 @@ DRAWN_AT_ONCE = 2**20  # speakers: all draws of a corpus whose clips name none w
 # A smaller group is shown, and marked, but neither ranked nor averaged: its figure says more about its few speakers.
 MIN_GROUP_SPEAKERS, MIN_GROUP_WORDS = 5, 500
 GROUP_KINDS = ("domain", "accent", "country", "gender", "age_group", "seen_accent", "duration")
+ERROR_KINDS = ("substitutions", "deletions", "insertions")
 DURATIONS = {"0-5 s": 5, "5-10 s": 10, "10-20 s": 20, "over 20 s": float("inf")}  # group -> its end, in seconds
 # What readers say for punctuation and layout. Many AfriSpeech speakers voice it although the prompt has only the sign.
 SPOKEN_PUNCTUATION = re.compile(
@@ -2750,27 +2695,21 @@ NUMBERS = re.compile(
 )
 
 
-def drop_spoken_punctuation(reference, hypothesis):
-    """The normalised hypothesis without the spoken-punctuation words that its reference lacks, for `wer_spoken`."""
-    written = set(SPOKEN_PUNCTUATION.findall(reference))
-    return " ".join(SPOKEN_PUNCTUATION.sub(lambda match: match[0] if match[0] in written else " ", hypothesis).split())
+def keep(pattern):
+    """A normaliser that keeps the words of one kind."""
+    return lambda text: " ".join(filter(pattern.fullmatch, normalize_wer(text).split()))
 
 
-# A rate is a normaliser: text in, words to be compared out.
-NORMALIZERS = {
-    "wer": normalize_wer,
-    "wer_spoken": normalize_wer,
-    "wer_paper": normalize_paper,
-    "wer_raw": str.strip,
-    "cer": normalize_wer,
-}
-RATE_LABELS = {
-    "wer": "WER",
-    "wer_spoken": "WER, spoken punctuation set aside",
-    "wer_paper": "WER, the AfriSpeech authors' normalisation",
-    "wer_paper_short": f"the same, clips under {PAPER_SECONDS} s, as in their tables",
-    "wer_raw": "WER as written",
-    "cer": "CER",
+# A rate is a normaliser, text in and words to be compared out, and its name in tables.
+RATES = {
+    "wer": (normalize_wer, "WER"),
+    "wer_spoken": (normalize_wer, "WER, spoken punctuation set aside"),
+    "wer_paper": (normalize_paper, "WER, the AfriSpeech authors' normalisation"),
+    "wer_paper_short": (normalize_paper, f"the same, clips under {PAPER_SECONDS} s, as in their tables"),
+    "wer_raw": (str.strip, "WER as written"),
+    "wer_numbers": (keep(NUMBERS), "WER of numbers alone"),
+    "wer_negations": (keep(NEGATIONS), "WER of negations alone"),
+    "cer": (normalize_wer, "CER"),
 }
 # What is scored on one set of clips, and its name in tables: the greedy text and that with the language model, of the
 # model before and after.
@@ -2782,32 +2721,33 @@ SYSTEMS = {
 }
 
 
-def keep_words(belongs, text):
-    """A text's normalised words for which `belongs(word)` is true, for the rate of a kind of words."""
-    return " ".join(filter(belongs, normalize_wer(text).split()))
-
-
-def count_errors(rate, references, hypotheses, normalize=None):
-    """An int array (clips, 4) of a rate: substitutions, deletions, insertions, length of the reference."""
-    normalize = normalize or NORMALIZERS[rate]
+def align(rate, references, hypotheses):
+    """jiwer's alignment of texts as normalised for a rate: of characters for "cer", otherwise of words."""
+    normalize, process = RATES[rate][0], jiwer.process_characters if rate == "cer" else jiwer.process_words
     references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
-    if rate == "wer_spoken":
-        hypotheses = list(map(drop_spoken_punctuation, references, hypotheses))
-    process = jiwer.process_characters if rate == "cer" else jiwer.process_words
-    output, kinds = process(references, hypotheses), ("substitute", "delete", "insert")
-    counts = np.zeros((len(references), 4), np.int64)
+    for index, reference in enumerate(references if rate == "wer_spoken" else ()):
+        # Spoken punctuation that the reference has not got is no error.
+        written = set(SPOKEN_PUNCTUATION.findall(reference))
+        words = SPOKEN_PUNCTUATION.sub(lambda match, kept=written: match[0] * (match[0] in kept), hypotheses[index])
+        hypotheses[index] = " ".join(words.split())
+    return process(references, hypotheses)
+
+
+def count_errors(rate, references, hypotheses):
+    """An int array (clips, 4) of a rate: substitutions, deletions, insertions, length of the reference."""
+    output, kinds = align(rate, references, hypotheses), ("substitute", "delete", "insert")
+    counts = np.zeros((len(output.references), 4), np.int64)
     for index, chunks in enumerate(output.alignments):
         counts[index, 3] = len(output.references[index])
-        for chunk in chunks:
-            if chunk.type != "equal":
-                longer = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
-                counts[index, kinds.index(chunk.type)] += longer
+        for chunk in [chunk for chunk in chunks if chunk.type != "equal"]:
+            longer = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+            counts[index, kinds.index(chunk.type)] += longer
     return counts
 
 
-def corpus_rate(references, hypotheses, normalize=normalize_wer):
-    """The word error rate of all texts together; None without a single reference word."""
-    counts = count_errors("wer", references, hypotheses, normalize).sum(axis=0)
+def corpus_rate(references, hypotheses):
+    """The WER of all texts together; None without a single reference word."""
+    counts = count_errors("wer", references, hypotheses).sum(axis=0)
     return float(counts[:3].sum() / counts[3]) if counts[3] else None
 
 
@@ -2828,25 +2768,18 @@ class Scores:
         table = table.reset_index(drop=True)
         seconds = table["num_samples"].astype(float) / SAMPLE_RATE
         is_seen = table["accent"].isin(train_accents or ()).map({True: "seen", False: "unseen"})
-        table["seen_accent"] = is_seen.where((table["accent"] != "") & (train_accents is not None), "unknown")
-        names = list(DURATIONS)
+        table["seen_accent"] = is_seen.where((table["accent"] != "") & (train_accents is not None), "")
         places = np.searchsorted(list(DURATIONS.values()), seconds, side="right")
-        table["duration"] = ["unknown" if np.isnan(length) else names[place] for length, place in zip(seconds, places)]
-        for kind in GROUP_KINDS:
-            table[kind] = table[kind].replace("", "unknown")
+        table["duration"] = [[*DURATIONS, ""][place] for place in places]  # NaN comes last
         table["speaker_or_clip"] = table["speaker"].where(table["speaker"] != "", table["clip"])
-        is_short, columns = (seconds < PAPER_SECONDS).to_numpy(), {}
-        for system, hypotheses in texts.items():
-            for rate in NORMALIZERS:
-                counts = count_errors(rate, table["text"], hypotheses)
-                columns[f"{system}/{rate}"], columns[f"{system}/{rate}/of"] = counts[:, :3].sum(axis=1), counts[:, 3]
-                if rate == "wer":
-                    for place, kind in enumerate(("substitutions", "deletions", "insertions")):
-                        columns[f"{system}/{kind}"] = counts[:, place]
-                if rate == "wer_paper":
-                    columns[f"{system}/wer_paper_short"] = counts[:, :3].sum(axis=1) * is_short
-                    columns[f"{system}/wer_paper_short/of"] = counts[:, 3] * is_short
-        return cls(pandas.concat([table, pandas.DataFrame(columns, table.index)], axis=1), texts)
+        table[list(GROUP_KINDS)] = table[list(GROUP_KINDS)].replace("", "unknown")
+        is_short, columns = (seconds < PAPER_SECONDS).to_numpy()[:, None], {}
+        for system, rate in itertools.product(texts, RATES):
+            counts = count_errors(rate, table["text"], texts[system]) * (is_short if rate == "wer_paper_short" else 1)
+            columns[f"{system}/{rate}"], columns[f"{system}/{rate}/of"] = counts[:, :3].sum(axis=1), counts[:, 3]
+            if rate == "wer":
+                columns |= {f"{system}/{kind}": counts[:, place] for place, kind in enumerate(ERROR_KINDS)}
+        return cls(pandas.concat([table, pandas.DataFrame(columns)], axis=1), texts)
 
     @property
     def last(self):
@@ -2854,78 +2787,59 @@ class Scores:
         return "finetuned" if "finetuned" in self.texts else "baseline"
 
     def metrics(self):
-        """metrics.json's part of a test set: of each system and of "delta", all clips and, under "groups", each group."""
+        """metrics.json's part of a test set: {system, or "delta": rates of all clips, and "groups": of each group}."""
         everything = self.metrics_of(self.table)
-        for kind in GROUP_KINDS:
-            for name, part in self.table.groupby(kind):
-                for key, figures in self.metrics_of(part).items():
-                    if figures:
-                        everything[key].setdefault("groups", {}).setdefault(kind, {})[name] = figures
+        for kind, (name, part) in [(one, group) for one in GROUP_KINDS for group in self.table.groupby(one)]:
+            for key, figures in self.metrics_of(part).items():
+                if figures:
+                    everything[key].setdefault("groups", {}).setdefault(kind, {})[name] = figures
         return everything
 
     def metrics_of(self, part):
-        """{system: its rates on some rows of the table, and their sizes}, "delta" the fine-tuned's minus the baseline's."""
-        found, sums = {}, part.sum(numeric_only=True)
-        drawn = self.draw(part)
-        for ending in ("", "_lm") if any(system.endswith("_lm") for system in self.texts) else ("",):
-            pair = f"baseline{ending}", f"finetuned{ending}"
-            found |= dict.fromkeys((*pair, f"delta{ending}"))
-            for system in [system for system in pair if system in self.texts]:
-                lengths = {rate: sums[f"{system}/{rate}/of"] for rate in RATE_LABELS}
-                rates = {rate: float(sums[f"{system}/{rate}"] / of) if of else None for rate, of in lengths.items()}
-                counts = {kind: int(sums[f"{system}/{kind}"]) for kind in ("substitutions", "deletions", "insertions")}
-                sizes = {
-                    "clips": len(part),
-                    "speakers": part["speaker_or_clip"].nunique(),
-                    "words": int(lengths["wer"]),
-                }
-                is_small = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
-                found[system] = {
-                    **rates,
-                    **sizes,
-                    "wer_ci95": np.percentile(drawn[system], (2.5, 97.5)).tolist(),
-                    **counts,
-                    "small": is_small,
-                }
-            if all(system in self.texts for system in pair):
-                before, after = (found[system] for system in pair)
-                change = drawn[pair[1]] - drawn[pair[0]]
-                errors = part[f"{pair[1]}/wer"] - part[f"{pair[0]}/wer"]
-                found[f"delta{ending}"] = {
-                    **{rate: after[rate] - before[rate] for rate in RATE_LABELS if after[rate] is not None},
-                    "wer_ci95": np.percentile(change, (2.5, 97.5)).tolist(),
-                    "probability_of_improvement": float((change < 0).mean()),
-                    "clips_better": float((errors < 0).mean()),
-                    "clips_equal": float((errors == 0).mean()),
-                    "clips_worse": float((errors > 0).mean()),
-                }
-        return found
+        """{system: rates on some rows of the table, and their sizes; "delta": the fine-tuned's minus the baseline's}.
 
-    def draw(self, part):
-        """{system: WERs of 10,000 resamplings of whole speakers, for each system the same ones, which pairs them}.
-
-        Speakers, because their clips are not independent (Bisani & Ney 2004, doi 10.1109/ICASSP.2004.1326009; blocks:
-        arXiv 1912.09508).
+        Intervals are of 10,000 resamplings of whole speakers, because their clips are not independent (Bisani & Ney
+        2004, doi 10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508); systems get the same ones, which pairs them.
         """
         columns = [*(f"{system}/wer" for system in self.texts), f"{self.last}/wer/of"]
         *errors, words = part.groupby("speaker_or_clip")[columns].sum().to_numpy(float).T
-        generator, rates, at_once = np.random.default_rng(0), [], max(1, DRAWN_AT_ONCE // len(words))
+        generator, drawn, at_once = np.random.default_rng(0), [], max(1, DRAWN_AT_ONCE // len(words))
         for done in range(0, BOOTSTRAP_DRAWS, at_once):
             size = min(at_once, BOOTSTRAP_DRAWS - done), len(words)
-            drawn = generator.integers(len(words), size=size, dtype=np.int32)
-            total = np.maximum(words[drawn].sum(axis=1), 1)
-            rates.append([counts[drawn].sum(axis=1) / total for counts in errors])
-        return dict(zip(self.texts, np.concatenate(rates, axis=1)))
+            chosen = generator.integers(len(words), size=size, dtype=np.int32)
+            total = np.maximum(words[chosen].sum(axis=1), 1)
+            drawn.append([counts[chosen].sum(axis=1) / total for counts in errors])
+        drawn, sums, found = dict(zip(self.texts, np.concatenate(drawn, axis=1))), part.sum(numeric_only=True), {}
+        sizes = {"clips": len(part), "speakers": len(words), "words": int(words.sum())}
+        is_small = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
+        for ending in ("", "_lm") if f"{self.last}_lm" in self.texts else ("",):
+            baseline, finetuned = f"baseline{ending}", f"finetuned{ending}"
+            found |= dict.fromkeys((baseline, finetuned, f"delta{ending}"))
+            for system in {baseline, finetuned} & set(self.texts):
+                lengths = {rate: sums[f"{system}/{rate}/of"] for rate in RATES}
+                rates = {rate: float(sums[f"{system}/{rate}"] / of) if of else None for rate, of in lengths.items()}
+                counts = {kind: int(sums[f"{system}/{kind}"]) for kind in ERROR_KINDS}
+                ends = np.percentile(drawn[system], (2.5, 97.5)).tolist()
+                found[system] = {**rates, **sizes, "wer_ci95": ends, **counts, "small": is_small}
+            if {baseline, finetuned} <= set(self.texts):
+                before, after = found[baseline], found[finetuned]
+                errors = (part[f"{finetuned}/wer"] - part[f"{baseline}/wer"]).to_numpy()
+                change = drawn[finetuned] - drawn[baseline]
+                delta = {rate: after[rate] - before[rate] for rate in RATES if after[rate] is not None}
+                delta |= {"wer_ci95": np.percentile(change, (2.5, 97.5)).tolist()}
+                shares = {"probability_of_improvement": change < 0, "clips_better": errors < 0}
+                shares |= {"clips_equal": errors == 0, "clips_worse": errors > 0}
+                found[f"delta{ending}"] = delta | {name: float(share.mean()) for name, share in shares.items()}
+        return found
 
     def predictions(self):
         """Yield a JSON line a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
-        table, lm = self.table, f"{self.last}_lm" in self.texts
-        entries = {"audio_filepath": table["clip"], "text": table["text"], "pred_text": self.texts[self.last]}
-        entries["duration"] = (table["num_samples"] / SAMPLE_RATE).round(3)
-        for ending in ("", "_lm") if lm else ("",):
+        table, before = self.table, "baseline" if self.last == "finetuned" else ""
+        seconds, nothing = [round(count / SAMPLE_RATE, 3) for count in table["num_samples"]], [None] * len(table)
+        entries = {"audio_filepath": table["clip"], "duration": seconds, "text": table["text"]}
+        for ending in ("", "_lm") if f"{self.last}_lm" in self.texts else ("",):
             entries[f"pred_text{ending}"] = self.texts[f"{self.last}{ending}"]
-            before = self.texts.get(f"baseline{ending}") if self.last == "finetuned" else None
-            entries[f"baseline_text{ending}"] = before or [None] * len(table)
+            entries[f"baseline_text{ending}"] = self.texts.get(f"{before}{ending}", nothing)
         entries |= {name: table[name].replace("unknown", "") for name in GROUP_COLUMNS}
         entries["wer"] = table[f"{self.last}/wer"] / table[f"{self.last}/wer/of"].replace(0, np.nan)
         for entry in pandas.DataFrame(entries).to_dict("records"):
@@ -2982,8 +2896,8 @@ def last_of(metrics, ending=""):
 def summary_table(metrics):
     """Markdown lines: every rate before and after, all clips."""
     rows, endings = [], ["", "_lm"] if last_of(metrics, "_lm") else [""]
-    for rate, label in RATE_LABELS.items():
-        cells = [label]
+    for rate in RATES:
+        cells = [RATES[rate][1]]
         for ending in endings:
             then, now = ((metrics.get(f"{system}{ending}") or {}).get(rate) for system in ("baseline", "finetuned"))
             cells += [percent(then), percent(now), "-" if None in (then, now) else f"{100 * (now - then):+.1f}"]
@@ -3058,28 +2972,10 @@ def show_scores(metrics):
 
 
 def error_lines(scores):
-    """Markdown lines on what goes wrong: kinds of words, commonest errors, empty and runaway texts, worse clips."""
-    table, texts, cells = scores.table, scores.texts[scores.last], []
-    systems = [system for system in ("baseline", "finetuned") if system in scores.texts]
-    # Words that clinical references have at least 5 times and, by frequency, 10 times as often as general ones.
-    clinical, general = (
-        Counter(" ".join(map(normalize_wer, table["text"][table["domain"] == name])).split()) for name in DOMAINS
-    )
-    scale = 10 * clinical.total() / max(1, general.total())
-    kinds = {"numbers": NUMBERS.fullmatch, "negations": NEGATIONS.fullmatch}
-    if general:
-        often = {word for word, count in clinical.items() if count >= max(5, general[word] * scale) and len(word) > 2}
-        kinds["clinical words"] = often.__contains__
-    for label, belongs in kinds.items():
-        keep = functools.partial(keep_words, belongs)
-        count = sum(len(keep(text).split()) for text in table["text"])
-        rates = [corpus_rate(table["text"], scores.texts[system], keep) for system in systems]
-        cells.append([label, f"{count:,}", *map(percent, rates)])
-    lines = ["## What goes wrong\n", "WER of some kinds of words alone:\n"]
-    lines += markdown_table(["words", "count", *map(SYSTEMS.get, systems)], cells)
+    """Markdown lines on what goes wrong: commonest errors, empty and runaway texts, clips that got worse."""
+    lines, table, texts = ["## What goes wrong\n"], scores.table, scores.texts[scores.last]
     errors = {"substitute": Counter(), "insert": Counter(), "delete": Counter()}
-    hypotheses = list(map(normalize_wer, texts))
-    output = jiwer.process_words(list(map(normalize_wer, table["text"])), hypotheses)
+    output = align("wer", table["text"], texts)
     for before, after, chunks in zip(output.references, output.hypotheses, output.alignments):
         for chunk in [chunk for chunk in chunks if chunk.type != "equal"]:
             sides = before[chunk.ref_start_idx : chunk.ref_end_idx], after[chunk.hyp_start_idx : chunk.hyp_end_idx]
@@ -3087,10 +2983,10 @@ def error_lines(scores):
     for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
         common = ", ".join(f"{words} ({count})" for words, count in errors[kind].most_common(15))
         lines.append(f"Commonest {label}: {common or 'none'}.\n")
-    lengths = np.array([len(text.split()) for text in hypotheses])
+    lengths = np.array(list(map(len, output.hypotheses)))
     empty, runaway = sum(lengths == 0), sum(lengths > 2 * table[f"{scores.last}/wer/of"] + 5)
     lines.append(f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.\n")
-    if len(systems) == 2:
+    if {"baseline", "finetuned"} <= set(scores.texts):
         worse, cells = (table["finetuned/wer"] - table["baseline/wer"]).to_numpy(), []
         for index in [index for index in np.argsort(-worse, kind="stable")[:10] if worse[index] > 0]:
             shown = [tidy(text)[:200] for text in (table["text"][index], scores.texts["baseline"][index], texts[index])]
@@ -3177,21 +3073,24 @@ def write_model_card(final, results, settings, metrics):
     is_own = data["layout"] == "recordings"
     found = []
     for name, part in {dataset: metrics, **metrics.get("also", {})}.items():
-        rates = {rate: part["finetuned"][rate] for rate in NORMALIZERS}
-        values = [
-            {"type": rate.partition("_")[0], "name": rate, "value": round(100 * value, 2)}
-            for rate, value in rates.items()
-            if value is not None  # texts of another script are nothing to wer_paper
-        ]
-        named = {"name": "AfriSpeech-200" if name == DEFAULT_DATASET else name, "type": name, "split": "test"}
-        found.append({"task": {"type": "automatic-speech-recognition"}, "dataset": named, "metrics": values})
-    header = {"language": "en", "pipeline_tag": "automatic-speech-recognition", "library_name": "transformers"}
-    header |= {"base_model": model} if on_hub(settings.model) else {}
-    header |= {"datasets": [dataset.partition(":")[0]]} if on_hub(settings.dataset.partition(":")[0]) else {}
-    header |= {"license": "other", "license_name": "health-ai-developer-foundations"}
-    header["license_link"] = "https://developers.google.com/health-ai-developer-foundations/terms"
-    header["tags"] = ["medical", *([] if is_own else ["african-accents"]), "ctc"]
-    header["model-index"] = [{"name": "medasr-own-data" if is_own else "medasr-afrispeech-200", "results": found}]
+        shown = {"dataset_name": "AfriSpeech-200" if name == DEFAULT_DATASET else name, "dataset_type": name}
+        shown |= {"task_type": "automatic-speech-recognition", "dataset_split": "test"}
+        for rate in [rate for rate in RATES if part["finetuned"][rate] is not None]:  # None: of another script
+            value = round(100 * part["finetuned"][rate], 2)
+            found.append(hub.EvalResult(metric_type=rate[:3], metric_name=rate, metric_value=value, **shown))
+    header = hub.ModelCardData(
+        language="en",
+        license="other",
+        license_name="health-ai-developer-foundations",
+        license_link="https://developers.google.com/health-ai-developer-foundations/terms",
+        base_model=model if on_hub(settings.model) else None,
+        datasets=[dataset.partition(":")[0]] if on_hub(settings.dataset.partition(":")[0]) else None,
+        tags=["medical", *([] if is_own else ["african-accents"]), "ctc"],
+        library_name="transformers",
+        pipeline_tag="automatic-speech-recognition",
+        model_name="medasr-own-data" if is_own else "medasr-afrispeech-200",
+        eval_results=found,
+    )
     train, new_speakers = data["train"], data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     decoding = ""
@@ -3203,7 +3102,8 @@ def write_model_card(final, results, settings, metrics):
         decoding = f"\nThis is the greedy text (WER {greedy}). With the language model {markdown_text(lm['name'])} "
         decoding += f"(WER {searched}):\n\n```\n{command}\n```\n"
     card = f"""---
-{yaml.safe_dump(header, sort_keys=False)}---
+{header.to_yaml()}
+---
 # {markdown_text(model)} adapted to {markdown_text(dataset) if is_own else "African-accented English"}
 
 Fine-tuned on {markdown_text(dataset)}, {plural(train["clips"], "clip")} and {train["hours"]:.1f} hours,
@@ -3372,9 +3272,9 @@ def guard_half_precision(model, batches, device):
 class EpochOrder:
     """Mixed with LengthGroupedSampler: an order from the seed and the epoch alone, so that a resumed run goes on in it.
 
-    The Trainer restores the state of its random generator only after the first batch has been drawn, and accelerate's
-    wrappers for several processes hide a sampler from set_epoch: `epoch()` is asked instead. The order is the same for
-    any division of an update's clips into batches, accumulation steps and processes.
+    The Trainer restores its random state only after the first batch has been drawn, and accelerate's wrappers hide a
+    sampler from set_epoch: `epoch()` is asked instead. The order is the same for any division of an update's clips into
+    batches, accumulation steps and processes.
     """
 
     def __init__(self, clips_an_update, lengths, seed, epoch):
@@ -3389,20 +3289,15 @@ class EpochOrder:
 class CTCTrainer:
     """Mixed with the Trainer: its order of clips, the stream, dev scores, and speed and overflow in the logs.
 
-    `dev` are the dev `Clips`, `decoder` transcribes them, `samples` are a few of their texts as Markdown.
+    `dev` are the dev `Clips`, `decoder` transcribes them, `encoder` makes labels, `samples` are a few of the texts.
     """
 
     dev = decoder = encoder = None
-    samples = ""
-    heard = np.zeros(2)  # samples without and with padding since the last log,
-    started, waited, paused = (
-        None,
-        0.0,
-        0.0,
-    )  # which was then; seconds since, of waiting for data, of evaluating and saving
-    clips = ()  # of the update under way
-    is_catching_up = False  # with an evaluation that was due at the checkpoint that is gone on from
+    samples, clips = "", ()  # of the last evaluation, of the update under way
+    # Since the last log: samples without and with padding, when that was, seconds of waiting for data, of other work.
+    heard, started, waited, paused = np.zeros(2), None, 0.0, 0.0
     skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16 since the last log, and just now
+    is_catching_up = False  # with an evaluation that was due at the checkpoint that is gone on from
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -3413,12 +3308,12 @@ class CTCTrainer:
         return sampler(self.args.clips_an_update, lengths, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def get_train_dataloader(self):
-        if not isinstance(self.train_dataset, TrainingStream):
+        if not isinstance(self.train_dataset, datasets.IterableDataset):
             return super().get_train_dataloader()
-        # The stream makes the batches of this process's own share; accelerate would divide it again.
-        options = {"batch_size": self.args.train_batch_size, "pin_memory": self.args.dataloader_pin_memory}
-        self.train_dataset.loader_options = {**options, "collate_fn": self.data_collator}
-        return torch.utils.data.DataLoader(self.train_dataset, batch_size=None)
+        # The stream is this process's own share; accelerate would divide it again.
+        workers = min(self.args.dataloader_num_workers, self.train_dataset.num_shards)
+        options = dict(batch_size=self.args.train_batch_size, collate_fn=self.data_collator, num_workers=workers)
+        return torch.utils.data.DataLoader(self.train_dataset, pin_memory=self.args.dataloader_pin_memory, **options)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of an update, each with its share of the update's clips, timed."""
@@ -3426,22 +3321,18 @@ class CTCTrainer:
         self.started = self.started or start
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.waited += time.monotonic() - start
-        clips = sum(len(batch["clips"]) for batch in batches)
         for batch in batches:
-            batch["share"] = len(batch["clips"]) / clips
+            batch["share"] = len(batch["clips"]) / sum(len(batch["clips"]) for batch in batches)
         return batches, items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.clips += tuple(inputs["clips"])
-        self.heard = self.heard + inputs["counts"]
+        self.clips, self.heard = (*self.clips, *inputs["clips"]), self.heard + inputs["counts"]
         self.share = inputs["share"]
-        inputs = model_inputs(inputs, self.processing_class.feature_extractor, self.args.device)
+        inputs = model_inputs(inputs, self.decoder.extractor, self.args.device)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, **options):
-        """The batch's part in the mean over the update's clips; the Trainer would take that over its batches, of which
-        the last of an epoch is smaller.
-        """
+        """The batch's part in the mean over the update's clips; the Trainer's is over batches, also of other sizes."""
         return super().compute_loss(model, inputs, **options) * self.share * self.current_gradient_accumulation_steps
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -3450,47 +3341,38 @@ class CTCTrainer:
         accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default.
         """
         norm, clips, self.clips = super()._get_grad_norm(model, grad_norm), self.clips, ()
-        if np.isfinite(float(norm)):
-            self.skipped_in_a_row = 0
-            return norm
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        step, rest = self.state.global_step + 1, f"earlier checkpoints are good. Its clips: {', '.join(clips)}"
-        if not self.args.fp16:
-            advice = "lower --learning_rate, or raise --warmup_steps"
-            raise RunError(f"the gradient is not finite at update {step}: {advice}; {rest}")
+        is_finite = bool(np.isfinite(float(norm)))
+        self.skipped, self.skipped_in_a_row = (
+            self.skipped + (not is_finite),
+            0 if is_finite else self.skipped_in_a_row + 1,
+        )
+        if not is_finite and not self.args.fp16:
+            self.refuse(f"the gradient is not finite (clips: {', '.join(clips)})")
         if self.skipped_in_a_row == MAX_SKIPPED_UPDATES:
-            raise RunError(f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates up to {step}: {self.advice}; {rest}")
+            self.refuse(f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates in a row (clips: {', '.join(clips)})")
         return norm
 
-    @property
-    def advice(self):
-        """What to do against numbers that are not finite."""
-        return "use --bf16, or lower --learning_rate" if self.args.fp16 else "lower --learning_rate"
+    def refuse(self, problem):
+        """Raise RunError for numbers that are not finite."""
+        advice = "use --bf16, or lower --learning_rate" if self.args.fp16 else "lower --learning_rate"
+        advice += ", or raise --warmup_steps; earlier checkpoints are good"
+        raise RunError(f"{problem} at update {self.state.global_step + 1}: {advice}")
 
     def _run_epoch(self, **options):
         """Nothing, where a run that is gone on with is at its end already: the Trainer would make one more update."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         if not self.control.should_training_stop:
             super()._run_epoch(**options)
-
-    def _load_from_checkpoint(self, checkpoint, model=None):
-        with explained(f"{checkpoint} cannot be loaded", checkpoint_errors(), "delete it: an older one is taken then"):
-            super()._load_from_checkpoint(checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        with explained(f"{checkpoint} cannot be loaded", checkpoint_errors(), "delete it: an older one is taken then"):
-            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the first process writes trainer_state.json next, and last
 
     def _save_checkpoint(self, model, trial):
-        """A checkpoint that is complete once its trainer_state.json is there, never one of a model that is not finite."""
+        """A checkpoint, complete once its trainer_state.json is there; never one of a model that is not finite."""
         start, folder = time.monotonic(), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if broken := not_finite(self.model):
-            raise RunError(f"the model is not finite at update {self.state.global_step}, in {broken}: {self.advice}")
+            self.refuse(f"the model is not finite, in {broken},")
         if self.args.should_save:
             (folder / "trainer_state.json").unlink(missing_ok=True)
         with explained(f"{folder} cannot be written", checkpoint_errors(), ROOM_ADVICE):
@@ -3508,35 +3390,31 @@ class CTCTrainer:
                 self._save_checkpoint(self.model, None)  # from which it is caught up with
             raise
         if not np.isfinite(loss):
-            step, rest = self.state.global_step, "earlier checkpoints are good"
-            raise RunError(f"the dev loss is not finite at update {step}: {self.advice}; {rest}")
-        texts = self.decoder.greedy(emissions)
-        references, hypotheses = (list(map(normalize_wer, side)) for side in (table["text"], texts))
-        scores = {"loss": loss, **error_rates_metric().compute(predictions=hypotheses, references=references)}
-        for domain in sorted(set(table["domain"]) - {""}):
-            chosen = np.flatnonzero(table["domain"] == domain)
-            scores[f"wer_by_domain/{domain}"] = corpus_rate(
-                *([side[index] for index in chosen] for side in (table["text"], texts))
-            )
-        shown = range(0, len(texts), max(1, len(texts) // 5))[:5]
-        cells = [map(markdown_text, (table["accent"][at], tidy(table["text"][at]), texts[at])) for at in shown]
+            self.refuse("the dev loss is not finite")
+        table = table.assign(hypothesis=self.decoder.greedy(emissions))
+        pairs = {name: list(map(normalize_wer, table[name])) for name in ("text", "hypothesis")}
+        scores = error_rates_metric().compute(references=pairs["text"], predictions=pairs["hypothesis"])
+        for domain, part in table[table["domain"] != ""].groupby("domain"):
+            scores[f"wer_by_domain/{domain}"] = corpus_rate(part["text"], part["hypothesis"])
+        shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]]
+        cells = [map(markdown_text, row) for row in shown.itertuples(index=False)]
         self.samples = "\n".join(markdown_table(["accent", "reference", "hypothesis"], cells))
-        self.paused += time.monotonic() - start
+        scores |= {"loss": loss, "runtime": round(time.monotonic() - start, 2)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        metrics |= {f"{metric_key_prefix}_runtime": round(time.monotonic() - start, 4)}
+        self.paused += time.monotonic() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self.started:
-            heard = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device)
+            heard, now = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device), time.monotonic()
             real, padded = self.accelerator.reduce(heard, "sum").tolist()
-            seconds = max(time.monotonic() - self.started - self.paused, 1e-3)
+            seconds = max(now - self.started - self.paused, 1e-3)
             logs["audio_seconds_per_second"] = round(real / SAMPLE_RATE / seconds, 1)
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
             logs["data_wait_percent"] = round(100 * self.waited / seconds, 1)
-            self.heard, self.started, self.waited, self.paused = np.zeros(2), time.monotonic(), 0.0, 0.0
+            self.heard, self.started, self.waited, self.paused = np.zeros(2), now, 0.0, 0.0
         if "loss" in logs and self.args.fp16:
             earlier = [entry["skipped_updates"] for entry in self.state.log_history if "skipped_updates" in entry]
             logs["skipped_updates"], self.skipped = self.skipped + sum(earlier[-1:]), 0
@@ -3544,31 +3422,30 @@ class CTCTrainer:
 
 
 class RunCallback:
-    """Mixed with TrainerCallback: what happens to `trainer` when its run begins, goes on, or is told to stop.
+    """Mixed with TrainerCallback: what happens to `trainer` when its run begins, goes on, evaluates or is told to stop.
 
-    `writer` is TensorBoard's, to which a few dev texts go at each evaluation, or None.
+    `writer` is TensorBoard's, `patience` the Trainer's early stopping; either may be None.
     """
 
     stopping = 0
 
-    def __init__(self, trainer, writer):
-        self.trainer, self.writer = trainer, writer
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self.writer:
-            self.writer.add_text("eval/transcriptions", self.trainer.samples, state.global_step)
-            self.writer.flush()  # a run that is killed does not write them again
+    def __init__(self, trainer, writer, patience):
+        self.trainer, self.writer, self.patience = trainer, writer, patience
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """After a resumption: catch up with an evaluation that is due, and find the best checkpoint where it is now."""
-        evaluated = any("eval_wer" in entry and entry["step"] == state.global_step for entry in state.log_history)
+        """After a resumption: catch up with an evaluation that is due, and with what early stopping and best are."""
+        evaluated = [entry["step"] for entry in state.log_history if "eval_wer" in entry]
         due = args.eval_strategy == "steps" and state.global_step and state.global_step % state.eval_steps == 0
-        if due and not evaluated:
+        if self.patience:
+            late = sum(step > (state.best_global_step or 0) for step in evaluated)
+            self.patience.early_stopping_patience_counter = late
+            control.should_training_stop |= late >= self.patience.early_stopping_patience
+        if due and state.global_step not in evaluated:
             # Without saving: the random state of the checkpoint is restored only later.
             control.should_evaluate = self.trainer.is_catching_up = True
             self.trainer._maybe_log_save_evaluate(None, None, self.trainer.model_wrapped, None, 0, None, None)
             self.trainer.is_catching_up = False
-        if state.best_global_step:
+        if state.best_global_step:  # the folder may have been moved
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -3583,6 +3460,17 @@ class RunCallback:
         if self.stopping:
             say(f"  checkpoint-{state.global_step} written")
             raise Stopped(self.stopping)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.writer:
+            self.writer.add_text("eval/transcriptions", self.trainer.samples, state.global_step)
+            self.writer.flush()  # a run that is killed does not write them again
+
+    def on_train_end(self, args, state, control, **kwargs):
+        late = self.patience.early_stopping_patience_counter if self.patience else 0
+        if late and late >= self.patience.early_stopping_patience:
+            more = "a higher --early_stopping_patience goes on"
+            say(f"  stopped early: {plural(late, 'evaluation')} without a better dev WER; {more}")
 
 
 class ProgressLines:
@@ -3602,40 +3490,11 @@ class ProgressLines:
             self.training_bar.write(f"  step {state.global_step:>6}: {scores}")
 
 
-class Patience:
-    """Mixed with EarlyStoppingCallback: counts on after a resumption, from what the log says of earlier evaluations."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        evaluated = [entry["step"] for entry in state.log_history if "eval_wer" in entry]
-        self.early_stopping_patience_counter = sum(step > (state.best_global_step or 0) for step in evaluated)
-        if self.early_stopping_patience_counter >= self.early_stopping_patience:
-            control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.early_stopping_patience_counter >= self.early_stopping_patience:
-            count = plural(self.early_stopping_patience_counter, "evaluation")
-            say(f"  stopped early: {count} without a better dev WER; a higher --early_stopping_patience goes on")
-
-
 def planned_updates(settings, clips):
     """(updates in all, updates an epoch) of a run on so many training clips."""
     batches = -(-clips // (settings.per_device_train_batch_size * settings.world_size))
     an_epoch = max(1, -(-batches // settings.gradient_accumulation_steps))
-    updates = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * an_epoch)
-    return updates, an_epoch
-
-
-def fit_schedule(settings, clips):
-    """The updates planned; shortens the default warm-up and evaluation interval where a run is too short for them."""
-    (updates, _), default = planned_updates(settings, clips), TrainingFlags
-    if updates < settings.eval_steps == default.eval_steps and settings.save_steps == default.save_steps:
-        settings.eval_steps = settings.save_steps = max(1, updates // 5)
-        say(f"  {plural(updates, 'update')} in all: evaluating and saving every {settings.eval_steps}")
-    if updates < 2 * settings.warmup_steps and settings.warmup_steps == default.warmup_steps:
-        settings.warmup_steps = max(1, updates // 10)
-        say(f"  {plural(updates, 'update')} in all: warming up over {settings.warmup_steps}")
-    return updates
+    return settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * an_epoch), an_epoch
 
 
 TRIED_BATCH_SIZES = (32, 16, 8, 4, 2, 1)
@@ -3650,16 +3509,18 @@ def choose_batch_size(model, collator, train, settings, limit):
     """
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    sizes = [size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= (limit or clips)]
-    if device.type != "cuda":
-        sizes = [size for size in sizes if size <= AUTO_BATCH_SIZE][:1]
+    largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
+    sizes = [size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= largest]
+    sizes = sizes if device.type == "cuda" else sizes[:1]
     seconds, text = settings.max_train_seconds, "the " * int(2 * settings.max_train_seconds)
     if not settings.streaming:
         seconds, text = train[0]["num_samples"] / SAMPLE_RATE, train[0]["text"]  # they are sorted
     longest = {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": text}
-    left = iter(sizes[1:])
+    smaller = iter(sizes[1:])
 
-    @accelerate.utils.find_executable_batch_size(starting_batch_size=sizes[0], reduce_batch_size_fn=lambda: next(left))
+    @accelerate.utils.find_executable_batch_size(
+        starting_batch_size=sizes[0], reduce_batch_size_fn=lambda: next(smaller)
+    )
     def try_step(size):
         if size == sizes[-1]:
             return size
@@ -3695,7 +3556,6 @@ def make_trainer(settings, decoder, encoder, train, dev, seed=None, batch_limit=
     model, extractor, device = decoder.model, decoder.extractor, settings.device
     plain = CTCCollator(extractor, encoder, shortest=decoder.shortest)
     seed = settings.seed if seed is None else seed
-    collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=seed)
     if settings.streaming:
         settings.train_sampling_strategy, settings.ignore_data_skip = "random", True
     if settings.gradient_checkpointing:
@@ -3708,15 +3568,13 @@ def make_trainer(settings, decoder, encoder, train, dev, seed=None, batch_limit=
         # Measured on dev clips: a stream has none.
         chosen = np.linspace(0, len(dev) - 1, 16).astype(int).reshape(4, 4).tolist()
         batches = [plain([dev.audio[index] for index in indices]) for indices in chosen]
-        guarded = guard_half_precision(model, [model_inputs(batch, extractor, device) for batch in batches], device)
-        name, peak = max(guarded.items(), key=lambda item: item[1])
-        say(f"  float16, with {len(guarded)} modules in float32 (the largest activation is {peak:.3g}, in {name})")
+        guard_half_precision(model, [model_inputs(batch, extractor, device) for batch in batches], device)
     if settings.auto_train_batch:
         choose_batch_size(model.to(device), plain, train, settings, batch_limit)
     trainer = mixed(CTCTrainer, transformers.Trainer)(
         model=model,
         args=settings,
-        data_collator=collator,
+        data_collator=dataclasses.replace(plain, augment=settings.spec_augment, seed=seed),
         train_dataset=train,
         eval_dataset=dev.audio,
         processing_class=decoder.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
@@ -3726,17 +3584,18 @@ def make_trainer(settings, decoder, encoder, train, dev, seed=None, batch_limit=
     # itself. It does not: without this line, 4 accumulation steps give 4 times the loss and the gradient (transformers
     # issue 47688).
     trainer.model_accepts_loss_kwargs = False
-    callbacks, tensorboard = Lazy("transformers.trainer_callback"), transformers.integrations.TensorBoardCallback
-    writer = None
+    kinds, tensorboard = Lazy("transformers.trainer_callback"), transformers.integrations.TensorBoardCallback
+    writer = patience = None
     if trainer.pop_callback(tensorboard) and settings.should_save:
         writer = Lazy("torch.utils.tensorboard").SummaryWriter(str(Path(settings.output_dir) / "runs"))
         trainer.add_callback(tensorboard(writer))
-    trainer.add_callback(mixed(RunCallback, callbacks.TrainerCallback)(trainer, writer))
     if settings.early_stopping_patience and settings.load_best_model_at_end:
-        trainer.add_callback(mixed(Patience, callbacks.EarlyStoppingCallback)(settings.early_stopping_patience))
-    if trainer.pop_callback(callbacks.ProgressCallback):
-        trainer.add_callback(mixed(ProgressLines, callbacks.ProgressCallback))
-    trainer.remove_callback(callbacks.PrinterCallback)
+        patience = kinds.EarlyStoppingCallback(settings.early_stopping_patience)
+        trainer.add_callback(patience)
+    trainer.add_callback(mixed(RunCallback, kinds.TrainerCallback)(trainer, writer, patience))
+    if trainer.pop_callback(kinds.ProgressCallback):
+        trainer.add_callback(mixed(ProgressLines, kinds.ProgressCallback))
+    trainer.remove_callback(kinds.PrinterCallback)
     return trainer
 
 
@@ -3745,30 +3604,25 @@ def checkpoint_to_resume(settings):
 
     Raises UsageError if the one asked for is not complete, RunError if the processes find different ones.
     """
-
-    def updates_of(folder):  # the Trainer writes trainer_state.json last
-        return (read_json(folder / "trainer_state.json") or {}).get("global_step")
-
-    wanted = settings.resume_from_checkpoint
-    found = [path for path in Path(settings.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    asked, output, done = settings.resume_from_checkpoint, Path(settings.output_dir), {}
+    found = [path for path in output.glob("checkpoint-*") if path.name[11:].isdecimal()]
     found.sort(key=lambda path: -int(path.name[11:]))
-    if wanted and wanted.lower() not in ("true", "false"):
-        if updates_of(Path(wanted)) is None:
-            raise UsageError(f"--resume_from_checkpoint is {wanted}: it was not finished; give a complete checkpoint")
-        found = [Path(wanted)]
-    while found and updates_of(found[0]) is None:
-        warn(f"{found.pop(0)} is left aside: it was not finished")
-    checkpoint, done = (str(found[0]), updates_of(found[0])) if found else (None, 0)
-    if agreed(done, settings) != agreed(done, settings, "MAX"):
-        what = f"the processes find different checkpoints in {settings.output_dir}"
-        raise RunError(
-            f"{what}: nodes have to share it to go on from one; share it, or --overwrite_output_dir starts anew"
-        )
-    return checkpoint, done
-
-
-# What the Trainer raises, before the first batch, for flags such as --optim whose packages or values it cannot use.
-TRAINER_REFUSALS = (ValueError, TypeError, ImportError, NotImplementedError)
+    is_asked = asked and asked.lower() not in ("true", "false")
+    for path in [Path(asked)] if is_asked else found:
+        state = read_json(path / "trainer_state.json")  # the Trainer writes it last
+        if state:
+            done[str(path)] = state["global_step"]
+            break
+        if is_asked:
+            raise UsageError(
+                f"--resume_from_checkpoint is {asked}: it is no checkpoint that was finished; choose another"
+            )
+        warn(f"{path} is left aside: it was not finished")
+    checkpoint, updates = next(iter(done.items()), (None, 0))
+    if agreed(updates, settings) != agreed(updates, settings, "MAX"):
+        what = f"the processes find different checkpoints in {output}, which nodes have to share"
+        raise RunError(f"{what}; --overwrite_output_dir starts anew")
+    return checkpoint, updates
 
 
 # ---------------------------------------------------------------- the run
@@ -3779,7 +3633,7 @@ IDENTITY = """model model_revision dataset dataset_revision text_column accents 
     learning_rate seed weights clips_an_update""".split()
 NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
 # These may change from one start of a run to the next; the texts with a language model are made again.
-GOAL = "max_steps num_train_epochs early_stopping_patience".split()
+GOAL = "max_steps num_train_epochs early_stopping_patience also_score".split()
 LM_FLAGS = "lm lm_weight lm_word_score lm_beam tune_lm".split()
 RUN_NOTES = "baseline baseline_lm reached batch_limit".split()
 
@@ -3787,26 +3641,25 @@ RUN_NOTES = "baseline baseline_lm reached batch_limit".split()
 class Run:
     """A run in --output_dir, and what it notes down there in run.json: what it is of, the baseline's texts, its end.
 
-    `baseline` are {clip: text}; `baseline_lm` has those with a language model: "asked" (its file and flags), "lm" (what
-    was used), "texts". `reached` is the `goal` of the start that finished; `batch_limit` are the clips a step that
-    still fit, where more have filled the GPU's memory.
+    `baseline` are {test set: the text of each clip}; `baseline_lm` has those with a language model: "asked" (its file
+    and flags), "lm" (what was used), "texts". `reached` is the `goal` of the start that finished; `batch_limit` are the
+    clips a step that still fit, where more have filled the GPU's memory.
     """
 
     baseline = baseline_lm = reached = batch_limit = None
 
     def __init__(self, settings):
-        self.settings, self.output = settings, Path(settings.output_dir)
+        self.settings, self.output, self.lm_settings = settings, Path(settings.output_dir), {}  # of the systems decoded
         self.results, self.final, self.path = self.output / "results", self.output / "final", self.output / "run.json"
-        self.lm_settings = {}  # of the systems that were decoded
         weights = Path(settings.model).expanduser() / "model.safetensors"  # tells models in folders of one name apart
-        values = {**vars(settings), "clips_an_update": settings.clips_an_update}
-        values["weights"] = zlib.crc32(weights.open("rb").read(1 << 20)) if weights.is_file() else None
-        self.identity = public({name: values[name] for name in IDENTITY})
+        values = {**vars(settings), "clips_an_update": settings.clips_an_update, "weights": None}
+        if weights.is_file():
+            values["weights"] = zlib.crc32(weights.open("rb").read(1 << 20))
+        self.identity, self.goal = (public({name: values[name] for name in names}) for names in (IDENTITY, GOAL))
         self.lm_asked = public({name: values[name] for name in LM_FLAGS}) if settings.lm else {}
         if settings.lm and settings.lm != "auto":
             self.lm_asked["lm_bytes"] = Path(settings.lm).stat().st_size
-        self.goal = {name: values[name] for name in GOAL} | self.lm_asked
-        self.goal |= {"also_score": public(settings.also_score)} if settings.also_score else {}
+        self.goal |= self.lm_asked
 
     def open(self):
         """Take up what an earlier start of the run has left; raises UsageError where it is of another run."""
@@ -3814,25 +3667,20 @@ class Run:
         if settings.overwrite_output_dir and settings.is_first:
             for path in [path for path in output.glob("*") if MADE_BY_A_RUN.match(path.name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        foreign = ""
-        if not self.path.exists():  # a checkpoint that was copied can be gone on from
+        stored, foreign = None if settings.overwrite_output_dir else read_json(self.path), []
+        if not stored:  # a checkpoint that was copied can be gone on from
             strange = [path for path in output.glob("checkpoint-*") if not (path / "trainer_state.json").exists()]
-            foreign = next((path.name for path in [self.final, *strange] if path.exists()), "")
-        stored = None if settings.overwrite_output_dir else read_json(self.path)
+            foreign = [str(path) for path in [self.final, *strange] if path.exists()]
         # The first one's, because all have to do the same.
         stored, foreign = accelerate.utils.gather_object([(stored, foreign)])[0]
-        if stored is None and foreign:
-            raise UsageError(
-                f"--output_dir {output} holds {foreign}, which no run of this program has made and this one would "
-                "delete; choose another --output_dir, or --overwrite_output_dir to delete it"
-            )
+        advice = "choose another --output_dir, or --overwrite_output_dir to delete what is there"
+        if foreign:
+            raise UsageError(f"{foreign[0]} is of no run of this program, and this one would delete it; {advice}")
         for name, value in self.identity.items() if stored else ():
             if (found := stored["identity"].get(name)) != value:
                 what = f"holds a run with {NO_FLAGS.get(name, f'--{name}')} {found}, not {value}"
-                advice = "choose another --output_dir, or --overwrite_output_dir to start anew"
                 raise UsageError(f"--output_dir {output} {what}; {advice}")
-        for name in RUN_NOTES if stored else ():
-            setattr(self, name, stored.get(name))
+        vars(self).update({name: stored.get(name) for name in RUN_NOTES} if stored else {})
 
     def save(self):
         if self.settings.is_first:
@@ -3854,7 +3702,7 @@ class Run:
                 push_to_hub(self.settings, self.final)
         return True
 
-    def prepare(self, processor, model, lm, sources):
+    def select(self, processor, model, lm, sources):
         """Select the clips of `sources`, {"": the corpus, name: test set of --also_score}; raises RunError."""
         settings, self.source = self.settings, sources[""]
         self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, settings.target_text)
@@ -3864,57 +3712,48 @@ class Run:
         self.decoder = Decoder(model, processor, settings, lm)
 
     def decode_tests(self, system):
-        """{system: the model's text of each clip of all `tests`}, and with a language model {system_lm: those with it}."""
-        decoder, tests = self.decoder, list(self.tests.values())
+        """{test set: {system: the model's text of each clip, with a language model system_lm: those with it}}."""
+        decoder, texts = self.decoder, {}
         if self.settings.tune_lm:
             record = tune_lm(decoder, self.clips["dev"])
             if self.settings.is_first:
                 write_text(self.results / "lm.json", json.dumps(record, indent=1))
-        audio = datasets.concatenate_datasets([clips.audio for clips in tests])
-        table = pandas.concat([clips.table for clips in tests], ignore_index=True)
-        emissions = decoder.emissions(Clips(audio, table))[0]
-        texts = {system: decoder.greedy(emissions)}
-        if decoder.lm:
-            texts[f"{system}_lm"], self.lm_settings[system] = decoder.texts(emissions), decoder.lm.settings
+        for name, clips in self.tests.items():
+            emissions = decoder.emissions(clips)[0]
+            texts[name] = {system: decoder.greedy(emissions)}
+            if decoder.lm:
+                texts[name][f"{system}_lm"] = decoder.texts(emissions)
+        self.lm_settings |= {system: decoder.lm.settings} if decoder.lm else {}
         return texts
 
     def decode_baseline(self):
         """`decode_tests` of the untouched model, whose texts an earlier start of the run may have noted down."""
-        names = {name: "" if name == "test" else f"{name}: " for name in self.tests}
-        clips = [f"{prefix}{clip}" for name, prefix in names.items() for clip in self.tests[name].table["clip"]]
-        noted, kept = self.baseline_lm or {}, {"baseline": self.baseline}
-        if self.decoder.lm:
-            kept["baseline_lm"] = noted["texts"] if noted.get("asked") == self.lm_asked else None
-        if any(set(texts or ()) != set(clips) for texts in kept.values()):
+        lm, noted = self.decoder.lm, self.baseline_lm or {}
+        kept = {"baseline": self.baseline, **({"baseline_lm": noted.get("texts")} if lm else {})}
+        is_known = not lm or noted.get("asked") == self.lm_asked
+        sizes = {name: len(clips) for name, clips in self.tests.items()}
+        if not is_known or any(
+            {name: len(texts) for name, texts in (part or {}).items()} != sizes for part in kept.values()
+        ):
             say(f"scoring {self.settings.model} as it is on the test split")
-            kept = {name: dict(zip(clips, texts)) for name, texts in self.decode_tests("baseline").items()}
+            found = self.decode_tests("baseline")
+            kept = {system: {name: texts[system] for name, texts in found.items()} for system in kept}
             self.baseline = kept["baseline"]
-            if self.decoder.lm:
+            if lm:
                 used = self.lm_settings["baseline"]
                 self.baseline_lm = {"asked": self.lm_asked, "lm": used, "texts": kept["baseline_lm"]}
             self.save()
-        if self.decoder.lm:
-            self.lm_settings["baseline"] = self.baseline_lm["lm"]
-        texts = {name: [texts[clip] for clip in clips] for name, texts in kept.items()}
-        for name, part in self.split_texts(texts).items():
-            for system, hypotheses in part.items():
-                wer = percent(corpus_rate(self.tests[name].table["text"], hypotheses))
-                say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
-        return texts
-
-    def split_texts(self, texts):
-        """{test set: {system: its texts}} of {system: the texts of all `tests`}."""
-        parts, start = {}, 0
-        for name, clips in self.tests.items():
-            parts[name] = {system: found[start : start + len(clips)] for system, found in texts.items()}
-            start += len(clips)
-        return parts
+        self.lm_settings |= {"baseline": self.baseline_lm["lm"]} if lm else {}
+        for system, (name, texts) in [(system, item) for system, part in kept.items() for item in part.items()]:
+            wer = percent(corpus_rate(self.tests[name].table["text"], texts))
+            say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
+        return {name: {system: part[name] for system, part in kept.items()} for name in self.tests}
 
     def write_results(self, texts, history=()):
-        """The results of {system: the texts of all `tests`}; returns the metrics."""
+        """The results of `decode_tests`' texts; returns the metrics."""
         settings, source, test = self.settings, self.source, self.clips["test"].table
         seen = None if settings.eval_only else set(self.clips["train"].table["accent"])
-        scores = {name: Scores.of(self.tests[name].table, part, seen) for name, part in self.split_texts(texts).items()}
+        scores = {name: Scores.of(self.tests[name].table, part, seen) for name, part in texts.items()}
         values, own = settings.to_dict(), [item.name for item in dataclasses.fields(ScriptFlags)]
         config = {name: values.pop(name) for name in own} | {"command": settings.command, "training": values}
         data = {name: {**sizes_of(clips.table), "skipped": clips.reasons} for name, clips in self.clips.items()}
@@ -3924,17 +3763,12 @@ class Run:
         notes = [
             f"{longer} over {settings.window_seconds:g} s scored in overlapping windows; none left out for its length."
         ]
-        notes += [*speaker_note(test), *shared_speaker_notes(self.clips), *([f"{source.made}."] if source.made else [])]
-        content, lm = (
-            {"config": config, "data": data},
-            self.lm_settings.get("finetuned") or self.lm_settings.get("baseline"),
-        )
-        if lm:
-            notes.append("LM: {name}, weight {weight:g}, word score {word_score:g}, beam {beam}.".format(**lm))
-            before = self.lm_settings.get("baseline", lm)
-            if before != lm:  # each model is tuned by itself
-                notes.append("LM before: weight {weight:g}, word score {word_score:g}.".format(**before))
-                lm = {**lm, "baseline": before}
+        notes += [*speaker_note(test), *shared_speaker_notes(self.clips)]
+        notes += [f"{' and '.join(source.made)} made of the train split by speaker."] * bool(source.made)
+        content = {"config": config, "data": data}
+        if lm := self.lm_settings.get("finetuned") or self.lm_settings.get("baseline"):
+            lm = {**lm, "baseline": self.lm_settings.get("baseline", lm)}  # each model is tuned by itself
+            notes += [f"LM ({name}): {used}" for name, used in (("now", lm), ("before", lm["baseline"]))]
             content["lm"] = lm
         title = f"{public(settings.model)} on {public(settings.dataset)}"
         return write_results(self.results, content, scores, title, notes, history)
@@ -3951,27 +3785,29 @@ class Run:
     def train(self, checkpoint, done):
         """Train, from `checkpoint` with its updates `done` if given, and leave the best model; returns the trainer.
 
-        Raises RunError that says what to change.
+        The default warm-up and evaluation interval are shortened where a run is too short for them. Raises RunError
+        that says what to change.
         """
-        settings, train, seed = self.settings, self.clips["train"].audio, self.settings.seed
-        say("training")
-        updates = fit_schedule(settings, len(self.clips["train"]))
+        settings, default, trainer = self.settings, TrainingFlags, None
+        train, seed = self.clips["train"].audio, settings.seed
+        updates, _ = planned_updates(settings, len(self.clips["train"]))
+        say(f"training: {plural(updates, 'update')}")
+        if updates < settings.eval_steps == default.eval_steps and settings.save_steps == default.save_steps:
+            settings.eval_steps = settings.save_steps = max(1, updates // 5)
+            say(f"  evaluating and saving every {settings.eval_steps}")
+        if updates < 2 * settings.warmup_steps and settings.warmup_steps == default.warmup_steps:
+            settings.warmup_steps = max(1, updates // 10)
+            say(f"  warming up over {settings.warmup_steps}")
         if settings.streaming:
-            # Another seed after a resumption: the stream starts anew, and should not start with the same clips and masks.
-            seed += done
-            train = mixed(TrainingStream, torch.utils.data.IterableDataset)(self.source, settings, self.check, seed)
-        trainer = None
+            seed += done  # the stream starts anew, and should not with the same clips and masks
+            train = training_stream(self.source, settings, self.check, seed)
+        greedy = Decoder(self.decoder.model, self.decoder.processor, settings)
         try:
-            greedy = Decoder(self.decoder.model, self.decoder.processor, settings)
             trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], seed, self.batch_limit)
             if checkpoint:
                 say(f"  going on from {checkpoint}, update {done} of {updates}")
             with STOP_SIGNALS.deferring():
                 trainer.train(resume_from_checkpoint=checkpoint)
-        except TRAINER_REFUSALS as error:
-            if trainer and trainer.started:
-                raise
-            raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
         except torch.OutOfMemoryError as error:
             batch, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
             less = f"--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps {steps * 2}"
@@ -3980,6 +3816,13 @@ class Run:
                 self.save()
             advice = f"try {less}, --gradient_checkpointing, or a lower --max_train_seconds"
             raise RunError(f"the GPU's memory is full with {plural(batch, 'clip')} a step: {advice}") from error
+        except checkpoint_errors() as error:  # before the first batch: of flags such as --optim, or of the checkpoint
+            if (trainer and trainer.started) or LOST_PROCESS.search(str(error)):
+                raise
+            if checkpoint:
+                what = f"{checkpoint} cannot be loaded ({one_line(error)})"
+                raise RunError(f"{what}: delete it, an older one is taken then") from error
+            raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
         finally:
             if settings.is_first and not settings.disable_tqdm:
                 print(file=sys.stderr)  # no message belongs behind the progress bar
@@ -3995,30 +3838,27 @@ class Run:
         # Without the wrapper that autocasts: before and after are scored alike, in float32.
         self.decoder.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         accelerate.utils.broadcast(self.decoder.model.state_dict())  # in place: the first process's is the best model
-        texts |= self.decode_tests("finetuned")
+        texts = {name: texts.get(name, {}) | found for name, found in self.decode_tests("finetuned").items()}
         if settings.is_first:
             metrics = self.write_results(texts, trainer.state.log_history)
             with explained(f"{self.final} cannot be written", checkpoint_errors(), ROOM_ADVICE):
                 with complete(self.final) as final:
                     trainer.save_model(str(final))
                     write_model_card(final, self.results, settings, metrics)
-            self.write_tensorboard(metrics, trainer.state.global_step)
+            # The test scores and the picture by accent go to TensorBoard, beside the curves of the training.
+            with Lazy("torch.utils.tensorboard").SummaryWriter(str(self.output / "runs")) as writer:
+                step, parts = trainer.state.global_step, {"test": metrics, **metrics.get("also", {})}
+                for (name, part), system, rate in itertools.product(parts.items(), SYSTEMS, RATES):
+                    if part.get(system) and part[system][rate] is not None:
+                        writer.add_scalar(f"{file_stem(name)}_{system}/{rate}", part[system][rate], step)
+                picture = Lazy("matplotlib.image").imread(self.results / "wer_by_accent.png")
+                writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
             self.reached = self.goal
             self.save()
             if settings.upload:
                 push_to_hub(settings, self.final)
             say(f"\nmodel: {self.final}\nresults: {self.results}\ncurves: tensorboard --logdir {self.output / 'runs'}")
         return 0
-
-    def write_tensorboard(self, metrics, step):
-        """The test scores and the picture by accent, under the same `runs` as the training curves."""
-        with Lazy("torch.utils.tensorboard").SummaryWriter(str(self.output / "runs")) as writer:
-            for label, part in {"test": metrics, **metrics.get("also", {})}.items():
-                for system, rate in itertools.product(SYSTEMS, NORMALIZERS):
-                    if part.get(system) and part[system][rate] is not None:
-                        writer.add_scalar(f"{file_stem(label)}_{system}/{rate}", part[system][rate], step)
-            picture = Lazy("matplotlib.image").imread(self.results / "wer_by_accent.png")
-            writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
 
 
 def run(settings):
@@ -4031,20 +3871,18 @@ def run(settings):
     if settings.transcribe:
         return transcribe(settings)
     transformers.set_seed(settings.seed)
-    this, checkpoint, done = Run(settings), None, 0
-    if settings.trains:
+    this, processor, trains = Run(settings), None, not any(getattr(settings, mode) for mode in MODES)
+    if trains:
         this.open()
         if this.show_finished():
             return 0
         checkpoint, done = checkpoint_to_resume(settings)
     say(f"corpus: {settings.dataset}")
-    processor = model = lm = None
-    if settings.trains or settings.eval_only:
+    if trains or settings.eval_only:
         # Before the audio: what cannot be used should not be found out after hours of preparation.
         processor, model = load_model(settings)
-        if lm := load_lm(settings, processor, model.config.vocab_size):
-            say(f"language model: {lm.name}")
-    if settings.trains and settings.upload and settings.is_first:
+        lm = load_lm(settings, processor, model.config.vocab_size)
+    if trains and settings.upload and settings.is_first:
         push_to_hub(settings)
     sources = {"": Source(settings.dataset, settings, settings.splits())}
     check_announced(sources[""], settings)
@@ -4059,15 +3897,14 @@ def run(settings):
         select_all(sources, settings, lambda table: table["problem"])
         say(f"  ready in {settings.data_dir}")
         return 0
-    this.prepare(processor, model, lm, sources)
-    return this.fit_and_score(checkpoint, done) if settings.trains else this.score()
+    this.select(processor, model, lm, sources)
+    return this.fit_and_score(checkpoint, done) if trains else this.score()
 
 
 def main(argv=None):
     """Run the command line `argv` (sys.argv's if None); returns 0, 2 for a usage error, 1 for one while running."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv, rank = sys.argv[1:] if argv is None else list(argv), os.environ.get("RANK", "0")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    rank = os.environ.get("RANK", "0")
     try:
         STOP_SIGNALS.install()
         return run(parse_settings(argv))
@@ -4079,8 +3916,8 @@ def main(argv=None):
         # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
         status, message = 1, str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
     except Stopped as error:
-        status, name = 128 + error.args[0], signal.Signals(error.args[0]).name
-        message = f"stopped by {name}: {error.advice}"
+        status = 128 + error.args[0]
+        message = f"stopped by {signal.Signals(error.args[0]).name}: {error.advice}"
     except SystemExit as error:  # argparse's --help
         return error.code or 0
     except Exception as error:
@@ -4096,8 +3933,7 @@ def main(argv=None):
             # Not the main thread, or a handler that Python did not set.
             with contextlib.suppress(ValueError, TypeError):
                 signal.signal(number, handler)
-    place = "" if rank == "0" else f" (process {rank})"
-    print(f"{PROGRAM}: error{place}: {redact(message)}", file=sys.stderr)
+    print(f"{PROGRAM}: error{'' if rank == '0' else f' (process {rank})'}: {redact(message)}", file=sys.stderr)
     return status
 
 
