@@ -223,8 +223,7 @@ LAUNCHER_SECONDS = 5  # in which torchrun or Slurm passes on a signal that the p
 
 class StopSignals:
     """SIGTERM and Ctrl-C raise Stopped at once, or, where `deferred`, leave their `number` to be looked at: in training
-    and scoring several processes have to stop after the same update or batch. A second one ends the program.
-    """
+    and scoring several processes have to stop after the same update or batch. A second one ends the program."""
 
     deferred, number, since, process = False, 0, 0.0, 0
 
@@ -290,9 +289,7 @@ class ScriptFlags:
 
     model: str = flag(DEFAULT_MODEL, "Hub id or local folder of the model")
     model_revision: str | None = flag(None, "branch, tag or commit of the model")
-    dataset: str = flag(
-        DEFAULT_DATASET, "Hub id or local folder, in AfriSpeech-200's layout or your own; :NAME a config"
-    )
+    dataset: str = flag(DEFAULT_DATASET, "Hub id or local folder, AfriSpeech-200's layout or your own; :NAME a config")
     dataset_revision: str | None = flag(None, f"commit of the corpus; {DEFAULT_DATASET_REVISION[:7]} of AfriSpeech-200")
     text_column: str | None = flag(None, "the column of your own recordings' texts, where it cannot be told")
     data_dir: str = flag("./afrispeech-200-16khz", "where prepared 16 kHz audio is kept, of any number of corpora")
@@ -358,11 +355,9 @@ class TrainingFlags:
 
 # What the Trainer needs for this job beside the fields above; each can still be set by its own flag. disable_tqdm's
 # default follows the libraries' log level, which quiet_libraries lowers.
-TRAINING_DEFAULTS = {
-    **dict(eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True, metric_for_best_model="wer"),
-    **dict(greater_is_better=False, report_to=["tensorboard"], disable_tqdm=False),
-    **dict(train_sampling_strategy="group_by_length"),
-}
+TRAINING_DEFAULTS = dict(eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True, disable_tqdm=False)
+TRAINING_DEFAULTS |= dict(metric_for_best_model="wer", greater_is_better=False, report_to=["tensorboard"])
+TRAINING_DEFAULTS["train_sampling_strategy"] = "group_by_length"
 # What the code relies on: the collator reads columns that are not arguments of the model, one of them the lengths.
 FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
 DEMO_FLAGS = [
@@ -379,11 +374,9 @@ MADE_BY_A_RUN = re.compile(r"(?:final|results|runs|run\.json|checkpoint-\d+)(?:/
 
 
 class CheckedSettings:
-    """Mixed before the flags and `TrainingArguments`: checks of what they say, before torch looks for devices.
-
-    Beside its fields the object has `auto_train_batch` and `auto_eval_batch`, whether these sizes are "auto", `upload`,
-    whether --push_to_hub is given, and `command`, the command line as it may be published.
-    """
+    """Mixed before the flags and `TrainingArguments`: checks of what they say, before torch looks for devices. Beside
+    its fields the object has `auto_train_batch` and `auto_eval_batch`, whether these sizes are "auto", `upload`,
+    whether --push_to_hub is given, and `command`, the command line as it may be published."""
 
     def __post_init__(self):
         for problem in self.problems():
@@ -456,7 +449,8 @@ class CheckedSettings:
             if stem in SPLITS or stems.count(stem) > 1:
                 yield f"--also_score has '{name}', a split's name or there twice (as '{stem}'); give another path"
         yield from self.problems_of_folders()
-        modes = [name for name in MODES if getattr(self, name)]
+        modes, scores_texts = [name for name in MODES if getattr(self, name)], self.score_file or self.transcribe
+        has_flashlight = importlib.util.find_spec("flashlight")
         is_transcript_flag = self.transcript_dir or self.format_dictation or self.transcript_format != "text"
         for is_bad, problem in (
             (len(modes) > 1, f"--{' and --'.join(modes)} cannot be used together; choose one"),
@@ -464,18 +458,12 @@ class CheckedSettings:
             (self.tune_lm and self.transcribe, "--tune_lm needs the dev clips of a corpus: use it with --eval_only"),
             (
                 self.lm and self.score_file,
-                "--lm needs a model to decode, and --score_file has texts alone; leave one out",
+                "--lm needs a model to decode, and --score_file has texts alone: leave it out",
             ),
-            (
-                self.lm and not importlib.util.find_spec("flashlight"),
-                "--lm needs a package: pip install flashlight-text",
-            ),
+            (self.lm and not has_flashlight, "--lm needs a package that is not installed: pip install flashlight-text"),
             (self.streaming and self.max_steps <= 0, "--streaming needs --max_steps: a stream has no epochs to count"),
             (self.streaming and self.max_train_samples, "--max_train_samples cannot be used with --streaming"),
-            (
-                self.also_score and (self.score_file or self.transcribe),
-                "--also_score is for runs and --eval_only alone",
-            ),
+            (self.also_score and scores_texts, "--also_score is of use in a run and with --eval_only alone"),
             (is_transcript_flag and not self.transcribe, "--transcript_* and --format_dictation need --transcribe"),
         ):
             if is_bad:
@@ -498,13 +486,6 @@ class CheckedSettings:
             path = Path(folder or "").expanduser().resolve()
             if folder and path.is_relative_to(output) and MADE_BY_A_RUN.match(path.relative_to(output).as_posix()):
                 yield f"--{name} {folder} is what a run under --output_dir {output} replaces or deletes; choose another"
-
-
-@functools.cache
-def settings_class():
-    """The one object of settings: this script's flags over transformers' `TrainingArguments`."""
-    kinds = CheckedSettings, ScriptFlags, TrainingFlags, transformers.TrainingArguments
-    return dataclass(type("Settings", kinds, {}), repr=False)
 
 
 def make_parser(show_all):
@@ -547,9 +528,7 @@ def parse_settings(argv):
         try:
             argv = as_flags(dict(yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {})) + argv[1:]
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            raise UsageError(
-                f"{argv[0]} is no YAML file with lines of the form 'flag: value' ({one_line(error)})"
-            ) from error
+            raise UsageError(f"{argv[0]} is no YAML file of lines 'flag: value' ({one_line(error)})") from error
     if "--demo" in argv:
         # A model this small gains nothing from a second thread, and loses much where it has to wait for one.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -566,7 +545,9 @@ def parse_settings(argv):
         values.model = str(made)
         say(f"transcribing with {made}; --model chooses another", sys.stderr)
     try:
-        settings = settings_class()(**vars(values))
+        # The one object of settings: this script's flags over transformers' own.
+        kinds = CheckedSettings, ScriptFlags, TrainingFlags, transformers.TrainingArguments
+        settings = dataclass(type("Settings", kinds, {}), repr=False)(**vars(values))
         transformers.integrations.get_reporting_integration_callbacks(settings.report_to)  # raises for unknown names
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
@@ -607,9 +588,7 @@ def explained_hub_errors(repo, kind):
         behind = error.__cause__ if isinstance(error, hub_errors.LocalEntryNotFoundError) else None
         error = behind if isinstance(behind, hub_errors.HfHubHTTPError) else error
         endpoint, of = Lazy("huggingface_hub.constants").ENDPOINT, "datasets/" * (kind == "dataset")
-        account = (
-            "your account has no access to it" if hub.get_token() else "you are not logged in: 'hf auth login', and"
-        )
+        account = "your account has no access to it:" if hub.get_token() else "you are not logged in: 'hf auth login',"
         no_revision = hub_errors.RevisionNotFoundError, hub_errors.RevisionResolutionError
         invalid_token = "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
         later = f"could not be read ({one_line(error)}): run the same command again, what is finished is kept"
@@ -619,10 +598,7 @@ def explained_hub_errors(repo, kind):
             (hub_errors.RepositoryNotFoundError, f"is not on the Hub, or is private: check --{kind}, or log in"),
             (hub_errors.HFValidationError, f"is neither a local folder nor a Hub id owner/name: check --{kind}"),
             (no_revision, f"has no such revision: check --{kind}_revision"),
-            (
-                unreachable_errors(),
-                f"is not on this machine and {endpoint} cannot be reached: go online, or give a folder",
-            ),
+            (unreachable_errors(), f"is not on this machine and {endpoint} cannot be reached: give a local folder"),
             (hub_errors.EntryNotFoundError, f"lacks a file ({one_line(error)}): check --{kind}_revision"),
             (Exception, invalid_token if is_invalid else later),
         ):
@@ -634,10 +610,8 @@ RETRIES = 6  # drops of a connection in a row without a byte of progress, waited
 
 
 class HubStream(io.RawIOBase):
-    """A file of `size` bytes on the Hub as a stream from `position` on, through dropped connections.
-
-    The Hub client waits out answers of 5xx and 429 by itself.
-    """
+    """A file of `size` bytes on the Hub as a stream from `position` on, through dropped connections. The Hub client
+    waits out answers of 5xx and 429 by itself."""
 
     def __init__(self, path, size, position=0):
         self.file, self.size = hub.HfFileSystem().open(path, block_size=0), size
@@ -647,7 +621,12 @@ class HubStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        for attempt in range(RETRIES if self.file.loc < self.size else 0):
+        for attempt in range(RETRIES):
+            if self.file.loc >= self.size:
+                return 0
+            if attempt:
+                self.file.response = None  # it connects again, and goes on from the byte reached
+                time.sleep(2 ** (attempt - 1))
             try:
                 if data := self.file.read(min(len(buffer), 1 << 16)):
                     buffer[: len(data)] = data
@@ -655,17 +634,13 @@ class HubStream(io.RawIOBase):
             except httpx2.TransportError:
                 if attempt == RETRIES - 1:
                     raise
-            self.file.response = None  # it connects again, and goes on from the byte reached
-            time.sleep(2**attempt)
-        return 0
+        raise OSError(f"it ends after {self.file.loc:,} of {self.size:,} bytes")
 
 
 @dataclass
 class Repository:
     """A dataset on the Hub or in a local `folder`. `files` are {path: [bytes, sha256 on the Hub, or time of change]}.
-
-    `cache` is the folder for what is downloaded of it.
-    """
+    `cache` is the folder for what is downloaded of it."""
 
     name: str
     revision: str | None
@@ -744,9 +719,7 @@ class Repository:
                     os.replace(partial, target)
                     return target
                 partial.unlink()
-        raise RunError(
-            f"{path} was fetched twice and is not what the Hub announces ({size:,} bytes, sha256 {checksum})"
-        )
+        raise RunError(f"{path} was fetched twice and is not what the Hub announces: sha256 {checksum}")
 
     def release(self, path):
         """Delete what was downloaded of a file; one in the user's folder or Hub cache is never touched."""
@@ -851,13 +824,10 @@ def split_in(path):
 
 
 def read_table(path, text_column=None, needed=("clip", "text"), name=None):
-    """(a DataFrame of a CSV or of lines of JSON, notes on its defects); raises RunError or UsageError.
-
-    Its columns are those of COLUMNS that the table has, `text` being `text_column` if given, and `problem`; its cells
-    are str, or missing. `name` is what the table is called in messages.
-
-    csv, not pandas: the country code NA is Namibia, and after an unclosed quote pandas loses most rows.
-    """
+    """(a DataFrame of a CSV or of lines of JSON, notes on its defects); raises RunError or UsageError. Its columns are
+    those of COLUMNS that the table has, `text` being `text_column` if given, and `problem`; its cells are str, or
+    missing. `name` is what the table is called in messages. csv, not pandas: the country code NA is Namibia, and after
+    an unclosed quote pandas loses most rows."""
     notes, name = [], name or path
     with explained(f"{name} cannot be read"):
         data = Path(path).read_bytes()
@@ -930,9 +900,8 @@ def clip_samples(cell):
 def clip_table(cells, split="", accent=""):
     """The table of clips, with every column, of what `read_table` gives; `split` and `accent` stand for empty cells."""
     table = pandas.DataFrame({name: cells.get(name) for name in CLIP_COLUMNS}, cells.index, dtype="str").fillna("")
-    table["split"] = (
-        table["split"].map({cell: split_in(cell) or split for cell in table["split"].unique()}).astype("str")
-    )
+    named = {cell: split_in(cell) or split for cell in table["split"].unique()}
+    table["split"] = table["split"].map(named).astype("str")
     table["accent"] = table["accent"].replace("", accent)
     table["num_samples"] = list(map(clip_samples, cells["duration"])) if "duration" in cells else 0
     return table
@@ -943,11 +912,9 @@ def clip_table(cells, split="", accent=""):
 
 @dataclass
 class Shard:
-    """What becomes one prepared file, `path`: an archive, a group of audio files, or a parquet file.
-
-    `rows` are the table of the clips that are announced for it; `files` are what it is made of; `split` is "" where the
-    rows name several.
-    """
+    """What becomes one prepared file, `path`: an archive, a group of audio files, or a parquet file. `rows` are the
+    table of the clips that are announced for it; `files` are what it is made of; `split` is "" where the rows name
+    several."""
 
     name: str
     path: Path
@@ -968,18 +935,14 @@ GROUP_CLIPS = 256  # recordings of a folder that are converted to one prepared f
 
 
 class Source:
-    """A corpus as `shards` of clips: AfriSpeech-200's archives, audio files with tables, or parquet files.
-
-    `announced` is the table of the clips that its tables tell of, `names` are those of all its shards, `accents` the
-    slugs of all its accents. `folder` holds its prepared files. The splits `made`, which it lacks, are taken from train
-    by `assignment`, {speaker: split}.
-    """
+    """A corpus as `shards` of clips: AfriSpeech-200's archives, audio files with tables, or parquet files. `announced`
+    is the table of the clips that its tables tell of, `names` are those of all its shards, `accents` the slugs of all
+    its accents. `folder` holds its prepared files. The splits `made`, which it lacks, are taken from train by
+    `assignment`, {speaker: split}."""
 
     def __init__(self, dataset, settings, splits, is_extra=False):
-        """The corpus, its tables read as far as `splits` need them; raises RunError or UsageError.
-
-        `is_extra` is one of --also_score, to which the flags on the corpus and its parts do not apply.
-        """
+        """The corpus, its tables read as far as `splits` need them; raises RunError or UsageError. `is_extra` is one of
+        --also_score, to which the flags on the corpus and its parts do not apply."""
         name, config = split_config(dataset)
         revision = None if is_extra else settings.dataset_revision
         revision = DEFAULT_DATASET_REVISION if name == DEFAULT_DATASET and not revision else revision
@@ -1152,10 +1115,8 @@ class Source:
 
     def plan_splits(self, splits, seed):
         """Draw speakers of the train split for dev and test, about a tenth of the clips each, where `splits` lack one.
-
         Where no clip names a split, all are of train, or of the test set that is scored too. Raises RunError where it
-        cannot be done.
-        """
+        cannot be done."""
         table = self.announced
         self.unnamed = "" if (table["split"] != "").any() else ("test" if self.is_extra else "train")
         self.assign_splits(table)
@@ -1170,9 +1131,9 @@ class Source:
         sizes = speakers.value_counts(sort=False).to_dict()
         if "train" in self.made or len(sizes) <= len(self.made):
             advice = (
-                f"{plural(len(sizes), 'speaker')} of train to make it of: name speakers in a column such as speaker"
+                "name speakers in a column such as speaker, or give it in train, dev and test folders or a column split"
             )
-            raise RunError(f"{what}, and {advice}, or give it in train, dev and test folders or in a column split")
+            raise RunError(f"{what}, and {plural(len(sizes), 'speaker')} of train to make it of: {advice}")
         # The order is one of checksums, so that more recordings later move few speakers.
         left = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
         for split in self.made:
@@ -1198,10 +1159,11 @@ class Source:
 
     def needed(self, splits):
         """The shards that have clips of `splits`."""
-        numbers = (
-            set(self.announced["shard"][self.announced["split"].isin(splits)]) if "shard" in self.announced else ()
-        )
-        return [shard for number, shard in enumerate(self.shards) if shard.split in splits or number in numbers]
+        if self.layout == "archives":
+            return [shard for shard in self.shards if shard.split in splits]
+        return [
+            self.shards[number] for number in sorted(set(self.announced["shard"][self.announced["split"].isin(splits)]))
+        ]
 
     def part(self, shards):
         """What a worker process needs to convert `shards`."""
@@ -1291,10 +1253,8 @@ def open_audio(source):
 
 
 def decode_audio(source, start=0, stop=None):
-    """Encoded audio (bytes or a path) -> 16 kHz mono float32 samples `start` to `stop` of it; raises ValueError.
-
-    Only what is asked for is decoded: a window of an hour costs what a window of a minute does.
-    """
+    """Encoded audio (bytes or a path) -> 16 kHz mono float32 samples `start` to `stop` of it; raises ValueError. Only
+    what is asked for is decoded: a window of an hour costs what a window of a minute does."""
     with open_audio(source) as file:
         rate = file.samplerate
         margin = 0 if rate == SAMPLE_RATE else RESAMPLING_MARGIN
@@ -1314,11 +1274,9 @@ def decode_audio(source, start=0, stop=None):
 
 
 def audio_length(path):
-    """(samples that an audio file has at 16 kHz, seconds that its header promises beyond them); raises ValueError.
-
-    A header may name no length, as of a stream, or that of a recording that was cut off: the last sample is tried, and
-    if it is not there all are counted. Raises it for a file without any sample too.
-    """
+    """(samples that an audio file has at 16 kHz, seconds that its header promises beyond them); raises ValueError. A
+    header may name no length, as of a stream, or that of a recording that was cut off: the last sample is tried, and if
+    it is not there all are counted. Raises it for a file without any sample too."""
     with open_audio(path) as file:
         rate, promised = file.samplerate, file.frames
         with contextlib.suppress(soundfile.SoundFileError):
@@ -1336,8 +1294,7 @@ def audio_length(path):
 
 def make_clip(row, audio):
     """A row of a prepared file: that of a table of clips, with its `audio` as FLAC, lossless at 16 bits; its length is
-    the audio's own, 0 with a problem.
-    """
+    the audio's own, 0 with a problem."""
     samples, flac, problem = (), io.BytesIO(), row["problem"] or ("" if audio else "no audio")
     if not problem:
         try:
@@ -1355,10 +1312,8 @@ DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, 
 
 
 def archive_members(stream):
-    """Yield (name, bytes, problem) for each member of a tar.gz read as a stream; raises DAMAGE if it is corrupt.
-
-    gzip under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end.
-    """
+    """Yield (name, bytes, problem) for each member of a tar.gz read as a stream; raises DAMAGE if it is corrupt. gzip
+    under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end."""
     if stream.peek(64).startswith(b"version https://git-lfs"):
         raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
     options = {"encoding": "utf-8", "errors": "replace"}  # other names could not be written anywhere
@@ -1405,10 +1360,8 @@ def prepare_shard(source, shard):
 
 
 def start_worker(connection):
-    """Let this worker process end when the other end of `connection` is closed, by the program or by its death.
-
-    It would wait for work for ever otherwise, or convert to its end an archive that nobody wants any more.
-    """
+    """Let this worker process end when the other end of `connection` is closed, by the program or by its death. It
+    would wait for work for ever otherwise, or convert to its end an archive that nobody wants any more."""
 
     def watch():
         with contextlib.suppress(EOFError, OSError):
@@ -1421,9 +1374,7 @@ def start_worker(connection):
 
 def prepare(source, splits, settings):
     """Convert every shard of `splits` that is not converted yet, with a progress bar; raises RunError if one cannot be.
-
-    Several programs may call this at once: one works, the others wait at the lock, without a time-out.
-    """
+    Several programs may call this at once: one works, the others wait at the lock, without a time-out."""
     source.folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(source.folder / "prepare.lock"):
         shards = source.needed(splits)
@@ -1436,9 +1387,8 @@ def prepare(source, splits, settings):
             source.repository.release(path)
         if not todo:
             return
-        current = dict.fromkeys(map(source.stem, source.names)) | {
-            source.stem(shard.name): shard.path for shard in todo
-        }
+        current = dict.fromkeys(map(source.stem, source.names))
+        current |= {source.stem(shard.name): shard.path for shard in todo}
         for path in source.folder.glob("*.arrow"):
             if current.get(path.name.partition(".")[0], "none") not in (None, path):
                 path.unlink()
@@ -1533,9 +1483,7 @@ SKIPPED_COLUMNS = ("split", "clip", "reason", "accent", "seconds", "text")
 @dataclass
 class Clips:
     """Clips that are trained on or scored: their `audio`, a Dataset of prepared rows, and their `table` in its order.
-
-    `skipped` is the table of those that were left out, with a `reason`.
-    """
+    `skipped` is the table of those that were left out, with a `reason`."""
 
     audio: object
     table: object
@@ -1566,10 +1514,8 @@ FILTERS = {"accents": ("accent", slugify), "domains": ("domain", str.lower), "co
 
 
 def is_wanted(table, settings):
-    """Which clips are of the --accents, --domains and --countries asked for, a bool Series.
-
-    A damaged archive or a file without a transcript has none to ask for, and counts as wanted.
-    """
+    """Which clips are of the --accents, --domains and --countries asked for, a bool Series. A damaged archive or a file
+    without a transcript has none to ask for, and counts as wanted."""
     wanted = pandas.Series(True, table.index)
     for flag_name, (column, fold) in FILTERS.items():
         if asked := getattr(settings, flag_name):
@@ -1604,10 +1550,8 @@ def refuse_empty(split, table, reasons=None):
 
 
 def load_clips(source, splits):
-    """(Dataset of all prepared clips of the shards of `splits`, table of these splits).
-
-    `row` of the table is the clip's place in the Dataset, -1 for those that are announced and have no audio.
-    """
+    """(Dataset of all prepared clips of the shards of `splits`, table of these splits). `row` of the table is the
+    clip's place in the Dataset, -1 for those that are announced and have no audio."""
     prepared = [open_prepared(shard.path) for shard in source.needed(splits)]
     audio = datasets.concatenate_datasets(prepared) if prepared else None
     announced = source.announced[source.announced["split"].isin(splits)]
@@ -1621,10 +1565,8 @@ def load_clips(source, splits):
 
 def select_clips(audio, table, settings, check, limit=None):
     """The `Clips` of a `table` of `load_clips` without what cannot be used, a random choice of `limit` if given.
-
     `check(table)` gives the reason against each clip, or "". The result is ordered by falling length, so that the
-    longest batch comes first when scoring.
-    """
+    longest batch comes first when scoring."""
     reasons = pandas.Series(check(table), table.index, "str")
     copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
     reasons = reasons.mask(copies, "a second copy")
@@ -1637,10 +1579,8 @@ def select_clips(audio, table, settings, check, limit=None):
 
 
 def select_all(sources, settings, check):
-    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set of --also_score}.
-
-    Says what was left out and writes skipped_clips.csv. Raises RunError for an empty part.
-    """
+    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set of --also_score}. Says what
+    was left out and writes skipped_clips.csv. Raises RunError for an empty part."""
     limits = dict(zip(SPLITS, (settings.max_train_samples, settings.max_eval_samples, settings.max_test_samples)))
     selected = {}
     for extra, source in sources.items():
@@ -1690,10 +1630,8 @@ def skipped_path(settings):
 
 
 def csv_lines(skipped):
-    """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it.
-
-    csv puts no quotes around a carriage return, at which a spreadsheet begins another row.
-    """
+    """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it. csv
+    puts no quotes around a carriage return, at which a spreadsheet begins another row."""
     lines, skipped = io.StringIO(), skipped.assign(seconds=(skipped["num_samples"] / SAMPLE_RATE).round(2))
     for row in skipped[list(SKIPPED_COLUMNS)].itertuples(index=False):
         cells = [re.sub(r"^(?=[=+\-@\t\r\n＝＋－＠])", "'", str(cell)).replace("\r", " ") for cell in row]
@@ -1703,10 +1641,8 @@ def csv_lines(skipped):
 
 def streamed_clips(shards, source, unwanted, check, seed, skipped_file):
     """Yield the training clips of `shards`, straight from there, pass after pass, each in another order, without end.
-
     Runs in the DataLoader's workers, each with shards of its own. `unwanted` are the names of clips that were not asked
-    for; what cannot be used is added to `skipped_file`, once a clip.
-    """
+    for; what cannot be used is added to `skipped_file`, once a clip."""
     for epoch in itertools.count():
         used = 0
         for index in np.random.default_rng((seed, epoch)).permutation(len(shards)):
@@ -1727,10 +1663,8 @@ def streamed_clips(shards, source, unwanted, check, seed, skipped_file):
 
 
 def training_stream(source, settings, check, seed):
-    """The training clips of this process, without end, as a datasets.IterableDataset, shuffled by `seed`.
-
-    The shards are dealt out, the largest first, to the processes, and by datasets to the DataLoader's workers.
-    """
+    """The training clips of this process, without end, as a datasets.IterableDataset, shuffled by `seed`. The shards
+    are dealt out, the largest first, to the processes, and by datasets to the DataLoader's workers."""
     shards = sorted(source.needed(["train"]), key=lambda shard: -source.repository.size(shard.files))
     if len(shards) < settings.world_size:
         found = f"{plural(len(shards), 'training archive')} for {settings.world_size} processes"
@@ -1739,9 +1673,8 @@ def training_stream(source, settings, check, seed):
     arguments = {"shards": shards[settings.process_index :: settings.world_size], "check": check, "seed": seed}
     arguments |= {"source": source.part(shards), "unwanted": set(train["clip"][~is_wanted(train, settings)])}
     arguments["skipped_file"] = skipped_path(settings)
-    return datasets.IterableDataset.from_generator(streamed_clips, gen_kwargs=arguments).shuffle(
-        seed, buffer_size=SHUFFLE_CLIPS
-    )
+    clips = datasets.IterableDataset.from_generator(streamed_clips, gen_kwargs=arguments)
+    return clips.shuffle(seed, buffer_size=SHUFFLE_CLIPS)
 
 
 # ---------------------------------------------------------------- text
@@ -1774,8 +1707,7 @@ CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")
 
 def resolve(text):
     """The text with HTML entities resolved, without arrows and bullets, fractions and powers parted from the digit
-    before them: 1½ is not 11/2, and 10⁹ is not 109.
-    """
+    before them: 1½ is not 11/2, and 10⁹ is not 109."""
     text = ENTITY.sub(
         lambda match: html.entities.html5.get(f"{match[1]};", match[0]) if match[1] else html.unescape(match[0]), text
     )
@@ -1842,11 +1774,9 @@ class LabelEncoder:
 
 
 def normalize_wer(text):
-    """The text that `wer` compares: lower-case words without punctuation, apostrophes inside words kept.
-
-    Entities, `{period}`-style tokens, NBSP, curly quotes, accents on letters and what `FOLDS` spells out (& ° µg α) are
-    resolved first: MedASR has no token for them and can only write the word.
-    """
+    """The text that `wer` compares: lower-case words without punctuation, apostrophes inside words kept. Entities,
+    `{period}`-style tokens, NBSP, curly quotes, accents on letters and what `FOLDS` spells out (& ° µg α) are resolved
+    first: MedASR has no token for them and can only write the word."""
     text = CONTROL_TOKEN.sub(" ", resolve(text)).translate(FOLD_TABLE).lower()
     decomposed = unicodedata.normalize("NFKD", text).lower().translate(FOLD_TABLE)  # of ™ come capitals
     kept = (sign for sign in decomposed if not unicodedata.combining(sign) and unicodedata.category(sign) != "Cf")
@@ -1855,11 +1785,9 @@ def normalize_wer(text):
 
 
 def normalize_paper(text):
-    """The text that `wer_paper` compares: the AfriSpeech authors' own steps, in their order.
-
-    Source: the evaluation code of github.com/intron-innovation/AfriSpeech-200 (Olatunji et al. 2023, arXiv 2310.00274).
-    A lone newline glues two words, and punctuation counts: the published figures depend on both.
-    """
+    """The text that `wer_paper` compares: the AfriSpeech authors' own steps, in their order. Source: the evaluation
+    code of github.com/intron-innovation/AfriSpeech-200 (Olatunji et al. 2023, arXiv 2310.00274). A lone newline glues
+    two words, and punctuation counts: the published figures depend on both."""
     text = re.sub(r"\s{2,}", " ", text).strip()
     text = text.replace(">", "").replace("\t", " ").replace("\n", "")
     text = text.lower()
@@ -1906,11 +1834,9 @@ def shortest_clip(model, extractor):
 
 
 class ClipCheck:
-    """Says why the clips of a table cannot be used, "" for one that can: check(table).
-
-    Dev and test clips are never left out for their length: short ones are padded, long ones scored in windows. It holds
-    no model, because streaming hands it to worker processes.
-    """
+    """Says why the clips of a table cannot be used, "" for one that can: check(table). Dev and test clips are never
+    left out for their length: short ones are padded, long ones scored in windows. It holds no model, because streaming
+    hands it to worker processes."""
 
     def __init__(self, model, extractor, encoder, max_train_seconds):
         self.encoder, self.max_train_seconds, self.hop = encoder, max_train_seconds, extractor.hop_length
@@ -1951,10 +1877,8 @@ TIME_MASK_EVERY_FRAMES, TIME_MASK_FRAMES = 250, 30
 
 
 def draw_masks(frames, bins, seed):
-    """The [start, stop) of SpecAugment's masks of a clip: (those of its frames, those of its mel bins).
-
-    The seed alone decides them, whichever process makes the batch: a resumed run draws the same ones.
-    """
+    """The [start, stop) of SpecAugment's masks of a clip: (those of its frames, those of its mel bins). The seed alone
+    decides them, whichever process makes the batch: a resumed run draws the same ones."""
     generator = np.random.default_rng(seed)
     wanted = [(FREQUENCY_MASK_BINS, bins)] * FREQUENCY_MASKS
     wanted += [(min(TIME_MASK_FRAMES, frames // 5), frames)] * -(-frames // TIME_MASK_EVERY_FRAMES)
@@ -1971,11 +1895,9 @@ MEL_BANDS = 8  # each filter spans a few of the spectrum's bins: bands of filter
 
 @functools.cache
 def mel_constants(extractor, device):
-    """The window (win_length,), float32, of a LasrFeatureExtractor and its mel filters, on `device`.
-
-    The filters come in bands: (slice of the spectrum that a band spans, with real and imaginary parts side by side;
-    weights (that many, bins)).
-    """
+    """The window (win_length,), float32, of a LasrFeatureExtractor and its mel filters, on `device`. The filters come
+    in bands: (slice of the spectrum that a band spans, with real and imaginary parts side by side; weights (that many,
+    bins))."""
     # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
     exact = torch.float64 if torch.device(device).type == "cuda" else torch.float32
     window = torch.hann_window(extractor.win_length, periodic=False, dtype=torch.float64)
@@ -1989,10 +1911,8 @@ def mel_constants(extractor, device):
 
 def log_mels(waveforms, lengths, extractor):
     """(log-mels (clips, frames, bins), mask (clips, frames)) of padded waveforms (clips, samples), on their device.
-
     LasrFeatureExtractor's computation with its own window, filters and floor, in float32 instead of float64, which
-    differs by less than 1e-3.
-    """
+    differs by less than 1e-3."""
     window, bands = mel_constants(extractor, waveforms.device)
     features = []
     # On a CPU clip by clip, whose frames fit into the cache.
@@ -2028,11 +1948,9 @@ def model_inputs(batch, extractor, device):
 @dataclass
 class CTCCollator:
     """Rows of a prepared split -> a padded batch for `model_inputs`, in the worker processes of the DataLoader.
-
     waveforms (clips, samples) float32 and num_samples (clips,); with an `encoder` labels (clips, longest) padded with
     -100; with `augment` the spans to mask, stretches and bands (clips, spans, 2). For prepared clips `clips`, their
-    names, and `counts`, samples without and with padding; for windows `problems`.
-    """
+    names, and `counts`, samples without and with padding; for windows `problems`."""
 
     extractor: object
     encoder: LabelEncoder | None = None
@@ -2071,8 +1989,7 @@ class CTCCollator:
 
 class Emissions(NamedTuple):
     """What a model says of a clip or window: the most probable `ids` of each of its frames and their natural
-    `log_probs`, both (frames, how many were asked for), the most probable first.
-    """
+    `log_probs`, both (frames, how many were asked for), the most probable first."""
 
     ids: np.ndarray
     log_probs: np.ndarray
@@ -2112,22 +2029,19 @@ EVAL_SECONDS = (160, 3_600)  # of audio in a scoring batch without a GPU, and at
 
 
 class Decoder:
-    """One way from audio to text: for dev, test and further test sets and for files, in all processes together.
-
-    `lm` is the LanguageModel that `texts` decodes with, or None.
-    """
+    """One way from audio to text: for dev, test and further test sets and for files, in all processes together. `lm` is
+    the LanguageModel that `texts` decodes with, or None."""
 
     def __init__(self, model, processor, settings, lm=None):
         self.model, self.processor, self.settings, self.lm = model, processor, settings, lm
-        self.extractor = processor.feature_extractor
+        self.extractor, self.in_bfloat16 = processor.feature_extractor, False
+        self.is_silent = not settings.is_first or settings.disable_tqdm
         self.shortest = shortest_clip(model, self.extractor)
         self.step = model.config.inputs_to_logits_ratio * self.extractor.hop_length  # samples a logit
 
     def spans(self, lengths):
-        """The `Span`s of clips of so many samples, the longest first: what does not fit in memory shows at once.
-
-        Clips over --window_seconds are in overlapping windows, whose logits are kept from the middle of the overlap.
-        """
+        """The `Span`s of clips of so many samples, the longest first: what does not fit in memory shows at once. Clips
+        over --window_seconds are in overlapping windows, whose logits are kept from the middle of the overlap."""
         overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / self.step)  # in logits, as the next
         window = round(self.settings.window_seconds * SAMPLE_RATE / self.step)
         spans = []
@@ -2146,8 +2060,7 @@ class Decoder:
 
     def batches(self, spans):
         """Indices of `spans` in batches, of windows or of whole clips: --per_device_eval_batch_size of them, or, if
-        that is auto, as many as fit with their padding; on a GPU into half of its free memory, as measured.
-        """
+        that is auto, as many as fit with their padding; on a GPU into half of its free memory, as measured."""
         settings, budget = self.settings, EVAL_SECONDS[0] * SAMPLE_RATE
         if settings.auto_eval_batch and settings.device.type == "cuda":
             rows = [{"samples": np.zeros(round(settings.window_seconds * SAMPLE_RATE), np.float32)}] * 4
@@ -2168,11 +2081,9 @@ class Decoder:
         return batches
 
     def emissions(self, clips, encoder=None, doing="scoring"):
-        """(the `Emissions` of each clip of a `Clips`, {clip's place: why it cannot be read}, the mean CTC loss).
-
-        Of each frame the most probable id is kept, or as many as a search with `lm` needs. With an `encoder` of the
-        clips' labels there is a loss, of those that need no windows; otherwise it is 0.
-        """
+        """(the `Emissions` of each clip of a `Clips`, {clip's place: why it cannot be read}, the mean CTC loss). Of
+        each frame the most probable id is kept, or as many as a search with `lm` needs. With an `encoder` of the clips'
+        labels there is a loss, of those that need no windows; otherwise it is 0."""
         settings, self.model = self.settings, self.model.to(self.settings.device).eval()
         lengths = clips.table["num_samples"].tolist()
         spans = self.spans(lengths)
@@ -2187,8 +2098,7 @@ class Decoder:
             generator=torch.Generator(),
         )
         pieces, loss, counted = [], 0.0, 0
-        silent = not settings.is_first or settings.disable_tqdm
-        bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=silent)
+        bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent)
         with bar, STOP_SIGNALS.deferring():
             for indices, batch in zip(mine, loader):
                 if STOP_SIGNALS.number:
@@ -2218,7 +2128,9 @@ class Decoder:
         size = len(batch["waveforms"])
         try:
             with torch.inference_mode():
-                output = self.model(**model_inputs(batch, self.extractor, self.settings.device))
+                inputs = model_inputs(batch, self.extractor, self.settings.device)
+                with torch.autocast(self.settings.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+                    output = self.model(**inputs)
             count = min(LM_CANDIDATES if self.lm else 1, output.logits.shape[-1])
             best = output.logits.float().log_softmax(-1).topk(count)
             ids, log_probs = best.indices.int().cpu().numpy(), best.values.cpu().numpy()
@@ -2228,10 +2140,8 @@ class Decoder:
                 advice = "try a lower --window_seconds, or --use_cpu true"
                 raise RunError(f"the GPU's memory is full with a single clip to transcribe: {advice}") from error
         torch.cuda.empty_cache()
-        halves = [
-            {name: value[half] for name, value in batch.items()} for half in (slice(size // 2), slice(size // 2, None))
-        ]
-        (first, first_loss), (second, second_loss) = map(self.run, halves)
+        first, first_loss = self.run({name: value[: size // 2] for name, value in batch.items()})
+        second, second_loss = self.run({name: value[size // 2 :] for name, value in batch.items()})
         return first + second, first_loss + second_loss
 
     def path(self, emissions):
@@ -2244,10 +2154,8 @@ class Decoder:
 
     def texts(self, emissions):
         """The text of each clip with `lm`, of which each process searches its share: it takes longer than the model."""
-        settings = self.settings
-        mine = range(settings.process_index, len(emissions), settings.world_size)
-        silent = not settings.is_first or settings.disable_tqdm
-        bar = tqdm.tqdm(mine, desc="language model", unit="clip", disable=silent)
+        mine = range(self.settings.process_index, len(emissions), self.settings.world_size)
+        bar = tqdm.tqdm(mine, desc="language model", unit="clip", disable=self.is_silent)
         texts = [(index, decode_ids(self.processor, self.path(emissions[index]))) for index in bar]
         return [text for _, text in sorted(accelerate.utils.gather_object(texts))]
 
@@ -2265,8 +2173,7 @@ LM_WORDS = ["the", "and", "with", "that", "from", "this", "THE", "AND", "WITH", 
 @dataclass(eq=False, slots=True)
 class Prefix:
     """A text so far: the language model's `state` after it, what its last token `added` to the score, and {token:
-    `longer` text} of those that were tried.
-    """
+    `longer` text} of those that were tried."""
 
     state: object
     added: float = 0.0
@@ -2276,10 +2183,8 @@ class Prefix:
 @dataclass
 class LanguageModel:
     """A KenLM n-gram of tokens. Each token adds weight x its natural log-probability + word_score to a text's score.
-
     `words` are the numbers of the ids' names in the n-gram; `counts_as` (ids,) each id itself, or the blank where it is
-    a special token, which no text shows.
-    """
+    a special token, which no text shows."""
 
     name: str
     kenlm: object
@@ -2305,11 +2210,9 @@ class LanguageModel:
 
 
 def beam_search(emissions, lm):
-    """(the id of each frame, the score) of the best text: the log of its alignments' summed probability + lm's part.
-
-    A prefix beam search (Graves & Jaitly 2014) in Python: flashlight's decoder knows no score for a token and asks a
-    language model that adds one for every id of every frame, which took ten times as long.
-    """
+    """(the id of each frame, the score) of the best text: the log of its alignments' summed probability + lm's part. A
+    prefix beam search (Graves & Jaitly 2014) in Python: flashlight's decoder knows no score for a token and asks a
+    language model that adds one for every id of every frame, which took ten times as long."""
 
     def add(hypotheses, key, score, path):
         # Sums the probabilities of two alignments of one text, and keeps the path of the more probable one.
@@ -2409,8 +2312,7 @@ TUNING_GRID = list(itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 
 
 def tune_lm(decoder, dev):
     """Give the decoder's `lm` the weight and word score of the lowest WER on `dev` clips; returns a dict of what was
-    tried: the smaller values among equals.
-    """
+    tried: the smaller values among equals."""
     chosen = range(0, len(dev), math.ceil(len(dev) / TUNING_CLIPS))
     clips = Clips(dev.audio.select(chosen), dev.table.iloc[list(chosen)])
     say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
@@ -2625,10 +2527,11 @@ def transcribe(settings):
     if "-" in settings.transcribe and settings.world_size > 1:
         raise UsageError("--transcribe - cannot be read by several processes; start it without torchrun")
     processor, model = load_model(settings)
-    if settings.bf16 or settings.fp16:
-        use_bfloat16(model, settings)
-    decoder = Decoder(model, processor, settings, load_lm(settings, processor, model.config.vocab_size))
     loaded, settings.disable_tqdm = time.monotonic(), not sys.stderr.isatty()
+    decoder = Decoder(model, processor, settings, load_lm(settings, processor, model.config.vocab_size))
+    # In bfloat16 where that is asked for and not emulated; MedASR's activations overflow float16.
+    has_bfloat16 = settings.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    decoder.in_bfloat16 = bool(settings.bf16 or settings.fp16) and has_bfloat16
     clean = format_dictation if settings.format_dictation else str
     kind, folder = settings.transcript_format, settings.transcript_dir
     # One PATH that is a file has one text, which needs no name.
@@ -2713,12 +2616,7 @@ RATES = {
 }
 # What is scored on one set of clips, and its name in tables: the greedy text and that with the language model, of the
 # model before and after.
-SYSTEMS = {
-    "baseline": "before",
-    "finetuned": "fine-tuned",
-    "baseline_lm": "before, LM",
-    "finetuned_lm": "fine-tuned, LM",
-}
+SYSTEMS = dict(baseline="before", finetuned="fine-tuned", baseline_lm="before, LM", finetuned_lm="fine-tuned, LM")
 
 
 def align(rate, references, hypotheses):
@@ -2754,10 +2652,8 @@ def corpus_rate(references, hypotheses):
 @dataclass
 class Scores:
     """The `texts` {system: hypotheses} of one test set and how they differ from its references; systems as in SYSTEMS.
-
     `table` has a row a clip: its groups, and for each system and rate two columns, "<system>/<rate>", its errors, and
-    "<system>/<rate>/of", the reference's length. Every figure is a sum of its columns over some of its rows.
-    """
+    "<system>/<rate>/of", the reference's length. Every figure is a sum of its columns over some of its rows."""
 
     table: object
     texts: dict[str, list[str]]
@@ -2797,10 +2693,9 @@ class Scores:
 
     def metrics_of(self, part):
         """{system: rates on some rows of the table, and their sizes; "delta": the fine-tuned's minus the baseline's}.
-
         Intervals are of 10,000 resamplings of whole speakers, because their clips are not independent (Bisani & Ney
-        2004, doi 10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508); systems get the same ones, which pairs them.
-        """
+        2004, doi 10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508); systems get the same ones, which pairs
+        them."""
         columns = [*(f"{system}/wer" for system in self.texts), f"{self.last}/wer/of"]
         *errors, words = part.groupby("speaker_or_clip")[columns].sum().to_numpy(float).T
         generator, drawn, at_once = np.random.default_rng(0), [], max(1, DRAWN_AT_ONCE // len(words))
@@ -2907,10 +2802,8 @@ def summary_table(metrics):
 
 
 def group_table(kind, metrics):
-    """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *.
-
-    Too few speakers make no interval.
-    """
+    """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *. Too few
+    speakers make no interval."""
     rows, before, with_lm, delta = [], metrics["baseline"], last_of(metrics, "_lm"), metrics["delta"]
     for name, now in sorted(last_of(metrics)["groups"][kind].items(), key=lambda item: -item[1]["words"]):
         has_interval = now["words"] and now["speakers"] >= MIN_GROUP_SPEAKERS
@@ -2933,9 +2826,8 @@ def group_lines(metrics, heading, fewest=1):
             continue
         lines += [f"{heading} By {kind.replace('_', ' ')}\n", *group_table(kind, metrics)]
         large = {name: scores["wer"] for name, scores in groups.items() if not scores["small"]}
-        summary = (
-            f"Fewer than two groups have {MIN_GROUP_SPEAKERS} speakers and {MIN_GROUP_WORDS} words: none is ranked."
-        )
+        limits = f"{MIN_GROUP_SPEAKERS} speakers and {MIN_GROUP_WORDS} words"
+        summary = f"Fewer than two groups have {limits}: none is ranked."
         if len(large) > 1:
             worst, mean = max(large, key=large.get), percent(np.mean(list(large.values())))
             summary = f"Macro average over {len(large)} groups that are large enough: {mean}"
@@ -3042,11 +2934,8 @@ def draw_pictures(folder, metrics, history):
 
 
 def write_results(folder, content, scores, title, notes=(), history=()):
-    """metrics.json, predictions_*.jsonl, report.md and its pictures into `folder`, metrics.json last.
-
-    `scores` are {"test" and the names of --also_score: Scores}; `content` is the beginning of metrics.json. Returns the
-    metrics.
-    """
+    """metrics.json, predictions_*.jsonl, report.md and its pictures into `folder`, metrics.json last. `scores` are
+    {"test" and the names of --also_score: Scores}; `content` is the beginning of metrics.json. Returns the metrics."""
     parts = {name: part.metrics() for name, part in scores.items()}
     packages = "torch transformers datasets evaluate jiwer librosa soundfile accelerate tensorboard".split()
     versions = {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}}
@@ -3202,18 +3091,10 @@ def in_float32(forward, *inputs, **options):
         return forward(*map(widen, inputs), **{name: widen(value) for name, value in options.items()})
 
 
-def in_bfloat16(forward, *inputs, **options):
-    """A model's forward in bfloat16 where autocast takes that for good enough; its inputs are made outside."""
-    with torch.autocast([*inputs, *options.values()][0].device.type, torch.bfloat16):
-        return forward(*inputs, **options)
-
-
 def with_finite_statistics(forward, *inputs, **options):
-    """A forward of a BatchNorm that keeps what overflows out of its running statistics.
-
-    The gradient scaler skips the update of a batch that overflows, but the forward pass has moved the statistics by
-    then: from one infinity on, every evaluation would give blank text while the training loss looks normal.
-    """
+    """A forward of a BatchNorm that keeps what overflows out of its running statistics. The gradient scaler skips the
+    update of a batch that overflows, but the forward pass has moved the statistics by then: from one infinity on, every
+    evaluation would give blank text while the training loss looks normal."""
     module = forward.__self__
     # The batch moves copies, because autograd holds on to what a forward pass has moved.
     kept = {name: getattr(module, name) for name in ("running_mean", "running_var")} if module.training else {}
@@ -3227,18 +3108,10 @@ def with_finite_statistics(forward, *inputs, **options):
     return output
 
 
-def use_bfloat16(model, settings):
-    """Compute in bfloat16 where a GPU can; MedASR's activations overflow float16."""
-    if settings.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
-        wrap_forward(model, in_bfloat16)
-
-
 def guard_half_precision(model, batches, device):
     """Make `model` safe under float16 autocast, by measuring it on `batches`; returns {module in float32: its peak}.
-
     MedASR's subsampler reaches about 1.1e5 and other activations more: plain float16 gives inf, then NaN. Raises
-    RunError if the outputs are not finite all the same.
-    """
+    RunError if the outputs are not finite all the same."""
     peaks, watched = Counter(), {}
     for name, module in model.named_modules():
         if list(module.parameters(recurse=False)) or name.endswith("subsampler"):
@@ -3271,11 +3144,9 @@ def guard_half_precision(model, batches, device):
 
 class EpochOrder:
     """Mixed with LengthGroupedSampler: an order from the seed and the epoch alone, so that a resumed run goes on in it.
-
     The Trainer restores its random state only after the first batch has been drawn, and accelerate's wrappers hide a
     sampler from set_epoch: `epoch()` is asked instead. The order is the same for any division of an update's clips into
-    batches, accumulation steps and processes.
-    """
+    batches, accumulation steps and processes."""
 
     def __init__(self, clips_an_update, lengths, seed, epoch):
         super().__init__(clips_an_update, lengths=lengths)
@@ -3287,10 +3158,8 @@ class EpochOrder:
 
 
 class CTCTrainer:
-    """Mixed with the Trainer: its order of clips, the stream, dev scores, and speed and overflow in the logs.
-
-    `dev` are the dev `Clips`, `decoder` transcribes them, `encoder` makes labels, `samples` are a few of the texts.
-    """
+    """Mixed with the Trainer: its order of clips, the stream, dev scores, and speed and overflow in the logs. `dev` are
+    the dev `Clips`, `decoder` transcribes them, `encoder` makes labels, `samples` are a few of the texts."""
 
     dev = decoder = encoder = None
     samples, clips = "", ()  # of the last evaluation, of the update under way
@@ -3337,15 +3206,11 @@ class CTCTrainer:
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped.
-
-        accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default.
-        """
+        accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default."""
         norm, clips, self.clips = super()._get_grad_norm(model, grad_norm), self.clips, ()
         is_finite = bool(np.isfinite(float(norm)))
-        self.skipped, self.skipped_in_a_row = (
-            self.skipped + (not is_finite),
-            0 if is_finite else self.skipped_in_a_row + 1,
-        )
+        self.skipped += not is_finite
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         if not is_finite and not self.args.fp16:
             self.refuse(f"the gradient is not finite (clips: {', '.join(clips)})")
         if self.skipped_in_a_row == MAX_SKIPPED_UPDATES:
@@ -3423,9 +3288,7 @@ class CTCTrainer:
 
 class RunCallback:
     """Mixed with TrainerCallback: what happens to `trainer` when its run begins, goes on, evaluates or is told to stop.
-
-    `writer` is TensorBoard's, `patience` the Trainer's early stopping; either may be None.
-    """
+    `writer` is TensorBoard's, `patience` the Trainer's early stopping; either may be None."""
 
     stopping = 0
 
@@ -3481,9 +3344,8 @@ class ProgressLines:
             return
         if "loss" in logs:
             skipped = f", {plural(count, 'update')} skipped" if (count := logs.get("skipped_updates")) else ""
-            speed = (
-                f"{logs['audio_seconds_per_second']:.0f} audio s/s, {logs['data_wait_percent']:.0f} % waiting for data"
-            )
+            speed, wait = logs["audio_seconds_per_second"], logs["data_wait_percent"]
+            speed = f"{speed:.0f} audio s/s, {wait:.0f} % waiting for data"
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed}{skipped}")
         elif "eval_wer" in logs:
             scores = f"dev WER {percent(logs['eval_wer'])}, CER {percent(logs['eval_cer'])}"
@@ -3502,11 +3364,9 @@ SPARE_MEMORY = 0.05  # of the GPU's, left over in a trial for what batches of ot
 
 
 def choose_batch_size(model, collator, train, settings, limit):
-    """Split the clips of an update into steps that fit the GPU with the longest clips of the run.
-
-    Larger steps are tried first, down from `limit` if given, beside what optimizer and processes keep in memory. The
-    model comes out as it went in.
-    """
+    """Split the clips of an update into steps that fit the GPU with the longest clips of the run. Larger steps are
+    tried first, down from `limit` if given, beside what optimizer and processes keep in memory. The model comes out as
+    it went in."""
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
@@ -3550,9 +3410,7 @@ def choose_batch_size(model, collator, train, settings, limit):
 
 def make_trainer(settings, decoder, encoder, train, dev, seed=None, batch_limit=None):
     """The Trainer for the training clips `train` and the dev `Clips`; raises RunError if float16 cannot be made safe.
-
-    `seed` is SpecAugment's, that of the settings if not given.
-    """
+    `seed` is SpecAugment's, that of the settings if not given."""
     model, extractor, device = decoder.model, decoder.extractor, settings.device
     plain = CTCCollator(extractor, encoder, shortest=decoder.shortest)
     seed = settings.seed if seed is None else seed
@@ -3601,9 +3459,7 @@ def make_trainer(settings, decoder, encoder, train, dev, seed=None, batch_limit=
 
 def checkpoint_to_resume(settings):
     """(the complete checkpoint to go on from, None for none; its updates): the newest, or --resume_from_checkpoint's.
-
-    Raises UsageError if the one asked for is not complete, RunError if the processes find different ones.
-    """
+    Raises UsageError if the one asked for is not complete, RunError if the processes find different ones."""
     asked, output, done = settings.resume_from_checkpoint, Path(settings.output_dir), {}
     found = [path for path in output.glob("checkpoint-*") if path.name[11:].isdecimal()]
     found.sort(key=lambda path: -int(path.name[11:]))
@@ -3614,9 +3470,7 @@ def checkpoint_to_resume(settings):
             done[str(path)] = state["global_step"]
             break
         if is_asked:
-            raise UsageError(
-                f"--resume_from_checkpoint is {asked}: it is no checkpoint that was finished; choose another"
-            )
+            raise UsageError(f"--resume_from_checkpoint is {asked}: no checkpoint that was finished; choose another")
         warn(f"{path} is left aside: it was not finished")
     checkpoint, updates = next(iter(done.items()), (None, 0))
     if agreed(updates, settings) != agreed(updates, settings, "MAX"):
@@ -3635,18 +3489,16 @@ NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumu
 # These may change from one start of a run to the next; the texts with a language model are made again.
 GOAL = "max_steps num_train_epochs early_stopping_patience also_score".split()
 LM_FLAGS = "lm lm_weight lm_word_score lm_beam tune_lm".split()
-RUN_NOTES = "baseline baseline_lm reached batch_limit".split()
+RUN_NOTES = "baseline reached batch_limit".split()
 
 
 class Run:
     """A run in --output_dir, and what it notes down there in run.json: what it is of, the baseline's texts, its end.
+    `baseline` has "texts" {test set: {system: {clip: text}}}, the language model "asked" for, and "lm", what was used;
+    `reached` is the `goal` of the start that finished; `batch_limit` are the clips a step that still fit, where more
+    have filled the GPU's memory."""
 
-    `baseline` are {test set: the text of each clip}; `baseline_lm` has those with a language model: "asked" (its file
-    and flags), "lm" (what was used), "texts". `reached` is the `goal` of the start that finished; `batch_limit` are the
-    clips a step that still fit, where more have filled the GPU's memory.
-    """
-
-    baseline = baseline_lm = reached = batch_limit = None
+    baseline = reached = batch_limit = None
 
     def __init__(self, settings):
         self.settings, self.output, self.lm_settings = settings, Path(settings.output_dir), {}  # of the systems decoded
@@ -3728,26 +3580,27 @@ class Run:
 
     def decode_baseline(self):
         """`decode_tests` of the untouched model, whose texts an earlier start of the run may have noted down."""
-        lm, noted = self.decoder.lm, self.baseline_lm or {}
-        kept = {"baseline": self.baseline, **({"baseline_lm": noted.get("texts")} if lm else {})}
-        is_known = not lm or noted.get("asked") == self.lm_asked
-        sizes = {name: len(clips) for name, clips in self.tests.items()}
-        if not is_known or any(
-            {name: len(texts) for name, texts in (part or {}).items()} != sizes for part in kept.values()
-        ):
+        clips, noted = {name: clips.table["clip"].tolist() for name, clips in self.tests.items()}, self.baseline or {}
+        kept = {(name, system): part for name in clips for system, part in noted.get("texts", {}).get(name, {}).items()}
+        is_known = kept and noted["asked"] == self.lm_asked and set(noted["texts"]) == set(clips)
+        if not is_known or any(set(part) != set(clips[name]) for (name, _), part in kept.items()):
             say(f"scoring {self.settings.model} as it is on the test split")
-            found = self.decode_tests("baseline")
-            kept = {system: {name: texts[system] for name, texts in found.items()} for system in kept}
-            self.baseline = kept["baseline"]
-            if lm:
-                used = self.lm_settings["baseline"]
-                self.baseline_lm = {"asked": self.lm_asked, "lm": used, "texts": kept["baseline_lm"]}
+            texts, noted = (
+                self.decode_tests("baseline"),
+                {"asked": self.lm_asked, "lm": self.lm_settings.get("baseline")},
+            )
+            for name, part in texts.items():
+                part.update({system: dict(zip(clips[name], found)) for system, found in part.items()})
+            self.baseline = {**noted, "texts": texts}
             self.save()
-        self.lm_settings |= {"baseline": self.baseline_lm["lm"]} if lm else {}
-        for system, (name, texts) in [(system, item) for system, part in kept.items() for item in part.items()]:
-            wer = percent(corpus_rate(self.tests[name].table["text"], texts))
+        self.lm_settings["baseline"] = self.baseline["lm"]
+        texts = {}
+        for name, system in [(test, system) for test in clips for system in self.baseline["texts"][test]]:
+            found = [self.baseline["texts"][name][system][clip] for clip in clips[name]]
+            texts.setdefault(name, {})[system] = found
+            wer = percent(corpus_rate(self.tests[name].table["text"], found))
             say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
-        return {name: {system: part[name] for system, part in kept.items()} for name in self.tests}
+        return texts
 
     def write_results(self, texts, history=()):
         """The results of `decode_tests`' texts; returns the metrics."""
@@ -3760,14 +3613,13 @@ class Run:
         data |= {"made_splits": source.made, "speakers_in_train_too": shared_speakers(self.clips)}
         data |= {"layout": source.layout, "characters_dropped_from_labels": self.encoder.dropped}
         longer = plural(int((test["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum()), "clip")
-        notes = [
-            f"{longer} over {settings.window_seconds:g} s scored in overlapping windows; none left out for its length."
-        ]
+        windows = f"{longer} over {settings.window_seconds:g} s scored in overlapping windows"
+        notes = [f"{windows}; none left out for its length."]
         notes += [*speaker_note(test), *shared_speaker_notes(self.clips)]
         notes += [f"{' and '.join(source.made)} made of the train split by speaker."] * bool(source.made)
         content = {"config": config, "data": data}
         if lm := self.lm_settings.get("finetuned") or self.lm_settings.get("baseline"):
-            lm = {**lm, "baseline": self.lm_settings.get("baseline", lm)}  # each model is tuned by itself
+            lm = {**lm, "baseline": self.lm_settings.get("baseline") or lm}  # each model is tuned by itself
             notes += [f"LM ({name}): {used}" for name, used in (("now", lm), ("before", lm["baseline"]))]
             content["lm"] = lm
         title = f"{public(settings.model)} on {public(settings.dataset)}"
@@ -3783,11 +3635,9 @@ class Run:
         return 0
 
     def train(self, checkpoint, done):
-        """Train, from `checkpoint` with its updates `done` if given, and leave the best model; returns the trainer.
-
-        The default warm-up and evaluation interval are shortened where a run is too short for them. Raises RunError
-        that says what to change.
-        """
+        """Train, from `checkpoint` with its updates `done` if given, and leave the best model; returns the trainer. The
+        default warm-up and evaluation interval are shortened where a run is too short for them. Raises RunError that
+        says what to change."""
         settings, default, trainer = self.settings, TrainingFlags, None
         train, seed = self.clips["train"].audio, settings.seed
         updates, _ = planned_updates(settings, len(self.clips["train"]))
