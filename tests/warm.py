@@ -1,7 +1,7 @@
 """The program in a process of its own each time, without the five seconds that a process takes to import libraries.
 
-One process imports them, and forks for each run. A run ends as it does by itself: with its exit status or a signal,
-when its threads have ended and with what it does at exit. Tests of a start itself, and of launchers, start Python anew.
+One process imports them, and forks for each run. A run ends as it does by itself: with its exit status or a signal, and
+with what it does at exit. Tests of a start itself, and of launchers, start Python anew.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parent.parent / "finetune_medasr.py"
 STARTER = """
-import atexit, json, os, signal, socket, sys, threading, traceback
+import gc, json, os, signal, socket, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 import datasets, evaluate, librosa, matplotlib.pyplot, torch.utils.tensorboard
 import finetune_medasr
@@ -23,6 +23,8 @@ from accelerate.state import AcceleratorState
 from transformers import AutoProcessor, LasrForCTC, Trainer
 finetune_medasr.parse_settings(["--use_cpu", "true"])  # imports the rest
 AcceleratorState._reset_state(reset_partial_state=True)  # how many processes a run has is its own affair
+gc.collect()
+gc.freeze()  # or each run walks through all that is imported here, and copies the memory of it, above all at its exit
 channel = socket.socket(fileno=int(sys.argv[1]))
 while True:
     message, outputs, *_ = socket.recv_fds(channel, 65_536, 2)
@@ -42,20 +44,8 @@ while True:
         os.environ.update(variables)
         main = vars(sys.modules["__main__"])  # not a module of its own: exceptions of worker processes name this one
         main["__file__"] = sys.argv[0]
-        status = 0
-        try:
-            exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), main)
-        except SystemExit as stop:
-            status = stop.code or 0
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        # What an exit does, without taking each imported module apart: that is 1.5 s of copying the parent's memory.
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), main)
+        sys.exit()
     for output in outputs:
         os.close(output)
     channel.send(str(child).encode())
@@ -118,11 +108,12 @@ class WarmStarts:
 
 def run_ranks(starts, *arguments, **options):
     """The CompletedProcesses of a run in several processes, as a cluster starts them: one for each of `starts`."""
+    env = dict(options.pop("env", ()))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for rank, start in enumerate(starts):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(starts), "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": port}  # fmt: skip
-        start.start(*arguments, **options, env=place)
+        start.start(*arguments, **options, env=env | place)
     return [start.wait() for start in starts]
