@@ -44,6 +44,7 @@ import shlex
 import shutil
 import signal
 import stat
+import string
 import tarfile
 import tempfile
 import textwrap
@@ -1730,6 +1731,8 @@ class LabelEncoder:
         self.opens = self.covered("(")
         self.table = {}  # code point -> what it becomes, for str.translate
         self.dropped = Counter()
+        plain = "".join(filter(self.covered, string.ascii_letters + string.digits + ".,'-"))
+        self.plain = re.compile(f"[ {re.escape(plain)}]*")  # most transcripts: nothing in them is folded
 
     def covered(self, character):
         """Whether the tokenizer has a piece that the head can emit for `character`, inside a word and on its own."""
@@ -1749,6 +1752,8 @@ class LabelEncoder:
 
     def fold(self, text):
         """The transcript in the characters that the tokenizer covers; what is dropped is counted in `dropped`."""
+        if self.target_text != "words" and self.plain.fullmatch(text):
+            return " ".join(text.split())
         text = normalize_wer(text) if self.target_text == "words" else tidy(text)
         if not self.opens:
             # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
@@ -1765,12 +1770,9 @@ class LabelEncoder:
 
     def __call__(self, texts):
         """Label ids, a list of int, of each transcript."""
-        unknown, labels = self.tokenizer.unk_token_id, []
-        for start in range(0, len(texts), 1_000):  # the tokenizer keeps a kilobyte and more for each text of a call
-            folded = [self.fold(text) for text in texts[start : start + 1_000]]
-            all_ids = self.tokenizer(folded, add_special_tokens=False).input_ids
-            labels += [[token for token in ids if token != unknown and token < self.vocab_size] for ids in all_ids]
-        return labels
+        all_ids = self.tokenizer(list(map(self.fold, texts)), add_special_tokens=False).input_ids
+        unknown = self.tokenizer.unk_token_id
+        return [[token for token in ids if token != unknown and token < self.vocab_size] for ids in all_ids]
 
 
 def normalize_wer(text):
@@ -1842,31 +1844,31 @@ class ClipCheck:
         self.encoder, self.max_train_seconds, self.hop = encoder, max_train_seconds, extractor.hop_length
         self.shortest = shortest_clip(model, extractor)
         longest = round(min(max_train_seconds * SAMPLE_RATE, CLIP_BYTES_LIMIT / 4))
-        self.logits = logit_lengths(model, extractor, np.arange(self.shortest, longest + 1, self.hop))
+        self.logits = logit_lengths(model, extractor, np.arange(self.shortest, longest + 1, self.hop)).tolist()
 
     def __call__(self, table):
-        reasons, to_encode = table["problem"].tolist(), []
+        reasons, limit = table["problem"].tolist(), self.max_train_seconds * SAMPLE_RATE
         for index, (split, text, samples) in enumerate(zip(table["split"], table["text"], table["num_samples"])):
             seconds, is_train = samples / SAMPLE_RATE, split == "train"
             if reasons[index]:
                 continue
-            if not tidy(text):
+            if not (text[:1].isalnum() or tidy(text)):
                 reasons[index] = "empty text"
             elif is_train and samples < self.shortest:
                 reasons[index] = f"too short: {seconds:.2f} s, the model needs {self.shortest / SAMPLE_RATE:.3f} s"
-            elif is_train and seconds > self.max_train_seconds:
+            elif is_train and samples > limit:
                 reasons[index] = f"over --max_train_seconds: {seconds:.1f} s"
             elif is_train:
-                to_encode.append(index)
-        chosen = table.iloc[to_encode]
-        logits = self.logits[(chosen["num_samples"].to_numpy() - self.shortest) // self.hop].tolist()
-        for index, labels, room in zip(to_encode, self.encoder(chosen["text"].tolist()), logits):
-            # CTC puts a blank between two equal labels.
-            needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
-            if needed > room:
-                reasons[index] = f"more labels than frames: {needed} labels, {room} logits"
-            elif not labels:
-                reasons[index] = "no text left that the tokenizer covers"
+                folded, room = self.encoder.fold(text), self.logits[(samples - self.shortest) // self.hop]
+                # CTC puts a blank between two equal labels. Labels are made where there may be too many: each is of one
+                # character at least, the space before a word included.
+                if not folded.isascii() or not 0 < len(folded) < room - len(re.findall(r"(.)(?=\1)", folded)):
+                    labels = self.encoder([folded])[0]
+                    needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
+                    reason = "" if labels else "no text left that the tokenizer covers"
+                    reasons[index] = (
+                        f"more labels than frames: {needed} labels, {room} logits" * (needed > room) or reason
+                    )
         return reasons
 
 
