@@ -843,7 +843,7 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
         text, number = text.replace("\0", ""), 0
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows
-        rows = csv.DictReader(io.StringIO(text, newline=""), restkey="", delimiter=delimiter)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
         names = rows.fieldnames or []
         try:
             for _ in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True):
@@ -859,7 +859,7 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
     columns = choose_columns(names, text_column, name, needed)
     values, problems = {ours: [] for ours in columns}, []
     for number, row in enumerate(rows, start=1):
-        is_surplus = any(map(str.strip, row.get("", ())))
+        is_surplus = any(map(str.strip, row.get(None, ())))  # the csv module's key for them
         problems.append(f"more cells than columns (row {number}): its text needs quotes" if is_surplus else "")
         for ours, theirs in columns.items():
             values[ours].append(None if is_surplus and ours not in ("clip", "text") else cell_text(row.get(theirs)))
@@ -958,17 +958,20 @@ class Source:
         self.repository.list()
         paths = sorted(self.repository.files)
         archives = list(filter(ARCHIVE.fullmatch, paths))
-        self.layout = "archives" if archives else "recordings"
+        self.layout, has_parquet = (
+            "archives" if archives else "recordings",
+            any(path.endswith(".parquet") for path in paths),
+        )
+        if config and (archives or not has_parquet):
+            raise UsageError(f"--dataset names '{config}'; {name} has no configurations: leave it out")
         if archives:
             self.accents = {path.split("/")[1] for path in paths if re.match(r"(audio|transcripts)/[^/]+/", path)}
             self.add_archives(archives, splits, self.accents & set(map(slugify, asked)) if asked else self.accents)
             return
         if settings.streaming and not is_extra:
             raise UsageError(f"--streaming is for AfriSpeech-200's layout, which {name} is not in; leave it out")
-        if any(path.endswith(".parquet") for path in paths):
+        if has_parquet:
             self.add_parquet_files(name, config, splits)
-        elif config:
-            raise UsageError(f"--dataset names '{config}'; {name} has no configurations: leave it out")
         elif tables := list(filter(METADATA.fullmatch, paths)):
             self.add_audio_files(tables)
         else:
@@ -1023,18 +1026,20 @@ class Source:
         files, found = self.repository.files, []
         for path in tables:
             table = clip_table(self.read(path))
-            keys = [os.path.normpath(os.path.join(os.path.dirname(path), name)) for name in table["clip"]]
-            for place, (key, name) in enumerate(zip(keys, table["clip"])):
-                problem = "" if key in files else "no audio"
+            keys, problems = [], []
+            for number, (name, problem) in enumerate(zip(table["clip"], table["problem"]), start=1):
+                key = os.path.normpath(os.path.join(os.path.dirname(path), name))
                 if not name.strip():
-                    keys[place], problem = f"{path}, row {place + 1}", "no file_name"
-                elif key.startswith(("/", "../")):
-                    problem = "refused: its path climbs out of the folder"
-                if problem:
-                    table.iat[place, table.columns.get_loc("problem")] = problem
+                    key, problem = f"{path}, row {number}", "no file_name"
+                elif key not in files:
+                    outside = key.startswith(("/", "../"))
+                    problem = "refused: its path climbs out of the folder" if outside else problem or "no audio"
+                keys.append(key)
+                problems.append(problem)
             # "stress-test.wav" is of no test split.
             splits = [split_in(path) or split_in(f"{os.path.dirname(key)}/") for key in keys]
-            found.append(table.assign(clip=keys, split=table["split"].where(table["split"] != "", splits)))
+            splits = table["split"].where(table["split"] != "", splits)
+            found.append(table.assign(clip=keys, split=splits, problem=problems))
         listed = pandas.concat(found).drop_duplicates("clip")
         if not listed["clip"].isin(files).any():
             example = f"{plural(len(listed), 'row')}, such as {next(iter(listed['clip']), 'none')}"
@@ -1057,9 +1062,8 @@ class Source:
         if not (named := read_json(noted) or {}):
             try:
                 place = str(repository.folder or name)
-                found = datasets.load_dataset_builder(
-                    place, config or None, revision=repository.revision
-                ).config.data_files
+                builder = datasets.load_dataset_builder(place, config or None, revision=repository.revision)
+                found = builder.config.data_files
             except (ValueError, OSError, yaml.YAMLError) as error:
                 raise UsageError(f"--dataset {self.dataset}: {one_line(error)}") from error
             for split, file in [(split, str(file)) for split, files in found.items() for file in files]:
@@ -1131,9 +1135,7 @@ class Source:
         speakers = table["speaker"][(table["split"] == "train") & (table["speaker"] != "")]
         sizes = speakers.value_counts(sort=False).to_dict()
         if "train" in self.made or len(sizes) <= len(self.made):
-            advice = (
-                "name speakers in a column such as speaker, or give it in train, dev and test folders or a column split"
-            )
+            advice = "name speakers in a column such as speaker, or give it in folders or a column split"
             raise RunError(f"{what}, and {plural(len(sizes), 'speaker')} of train to make it of: {advice}")
         # The order is one of checksums, so that more recordings later move few speakers.
         left = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
@@ -1162,9 +1164,8 @@ class Source:
         """The shards that have clips of `splits`."""
         if self.layout == "archives":
             return [shard for shard in self.shards if shard.split in splits]
-        return [
-            self.shards[number] for number in sorted(set(self.announced["shard"][self.announced["split"].isin(splits)]))
-        ]
+        numbers = self.announced["shard"][self.announced["split"].isin(splits)].unique()
+        return [self.shards[number] for number in sorted(numbers)]
 
     def part(self, shards):
         """What a worker process needs to convert `shards`."""
@@ -1378,13 +1379,14 @@ def prepare(source, splits, settings):
     Several programs may call this at once: one works, the others wait at the lock, without a time-out."""
     source.folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(source.folder / "prepare.lock"):
-        shards = source.needed(splits)
-        todo = [shard for shard in shards if not shard.path.exists()]
+        todo, ready = [], []
+        for shard in source.needed(splits):
+            (ready if shard.path.exists() else todo).append(shard)
         # What was left: half-written files, archives of finished shards, and by an earlier state of the corpus other
         # versions of these shards and shards that it has no more.
         for stale in source.folder.glob("*.arrow.*.tmp"):
             stale.unlink()
-        for path in [path for shard in shards if shard not in todo and not source.keep for path in shard.files]:
+        for path in [path for shard in ready for path in shard.files if not source.keep]:
             source.repository.release(path)
         if not todo:
             return
