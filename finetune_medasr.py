@@ -949,7 +949,7 @@ class Source:
         revision = DEFAULT_DATASET_REVISION if name == DEFAULT_DATASET and not revision else revision
         self.text_column, asked = (None, None) if is_extra else (settings.text_column, settings.accents)
         self.dataset, self.is_extra, self.keep = dataset, is_extra, settings.keep_archives
-        self.made, self.assignment, self.unnamed = (), {}, ""
+        self.made, self.assignment, self.unnamed, self.names = (), {}, "", []
         place = Path(name).expanduser()
         place = place.resolve() if place.is_dir() else None
         identity = digest([str(place or name), revision, config, self.text_column])
@@ -977,7 +977,7 @@ class Source:
         else:
             kinds = "no audio/<accent>/<split>/*.tar.gz, no metadata.csv or metadata.jsonl and no parquet files"
             raise RunError(f"{name} has {kinds}: it has {plural(len(paths), 'file')}, such as {(paths or ['none'])[0]}")
-        self.names = [shard.name for shard in self.shards]
+        self.names = self.names or [shard.name for shard in self.shards]
         tables = [shard.rows.assign(shard=number) for number, shard in enumerate(self.shards)]
         self.announced = pandas.concat(tables, ignore_index=True)
         self.accents = set(map(slugify, self.announced["accent"].unique())) - {""}
@@ -1072,6 +1072,7 @@ class Source:
                 if path in repository.files:
                     named[path] = split_in(path) if list(found) == ["train"] else split_in(split)
             write_text(noted, json.dumps(named, indent=1))
+        self.names = list(named)
         if set(splits) <= set(named.values()):  # a corpus may be large beside its test split
             named = {path: split for path, split in named.items() if split in splits}
         with ThreadPoolExecutor(8) as pool:
@@ -1642,42 +1643,55 @@ def csv_lines(skipped):
     return lines.getvalue()
 
 
-def streamed_clips(shards, source, unwanted, check, seed, skipped_file):
-    """Yield the training clips of `shards`, straight from there, pass after pass, each in another order, without end.
-    Runs in the DataLoader's workers, each with shards of its own. `unwanted` are the names of clips that were not asked
-    for; what cannot be used is added to `skipped_file`, once a clip."""
-    for epoch in itertools.count():
-        used = 0
-        for index in np.random.default_rng((seed, epoch)).permutation(len(shards)):
-            with explained_hub_errors(source.repository.name, "dataset"):
-                for clip in source.clips(shards[index]):
-                    table = pandas.DataFrame([{**clip, "audio": None}])
-                    if not (reason := check(table)[0]) and clip["clip"] not in unwanted:
-                        used += 1
-                        yield {**clip, "epoch": epoch}
-                    elif reason:
-                        line = csv_lines(table.assign(reason=reason))
-                        with explained(f"{skipped_file} cannot be written", advice=ROOM_ADVICE):
-                            if line not in skipped_file.read_text(encoding="utf-8"):
-                                with open(skipped_file, "a", encoding="utf-8") as file:  # one write, which is whole
-                                    file.write(line)
-        if not used:
-            raise RunError(f"no training clip of the stream can be used: see {skipped_file}")
+def streamed_clips(shards, source, unwanted, check, seed, epoch, skipped_file):
+    """Yield the training clips of `shards`, straight from there, in another order in each `epoch`. Runs in the
+    DataLoader's workers, each with shards of its own. `unwanted` are the names of clips that were not asked for; what
+    cannot be used is added to `skipped_file`, once a clip."""
+    for index in np.random.default_rng((seed, epoch)).permutation(len(shards)):
+        with explained_hub_errors(source.repository.name, "dataset"):
+            for clip in (clip for clip in source.clips(shards[index]) if clip["clip"] not in unwanted):
+                table = pandas.DataFrame([{**clip, "audio": None}])
+                if not (reason := check(table)[0]):
+                    yield clip
+                    continue
+                line = csv_lines(table.assign(reason=reason))
+                with explained(f"{skipped_file} cannot be written", advice=ROOM_ADVICE):
+                    if line not in skipped_file.read_text(encoding="utf-8"):
+                        with open(skipped_file, "a", encoding="utf-8") as file:  # one write, which is whole
+                            file.write(line)
 
 
-def training_stream(source, settings, check, seed):
-    """The training clips of this process, without end, as a datasets.IterableDataset, shuffled by `seed`. The shards
-    are dealt out, the largest first, to the processes, and by datasets to the DataLoader's workers."""
-    shards = sorted(source.needed(["train"]), key=lambda shard: -source.repository.size(shard.files))
-    if len(shards) < settings.world_size:
-        found = f"{plural(len(shards), 'training archive')} for {settings.world_size} processes"
-        raise UsageError(f"--streaming has {found}; use fewer, or leave it out")
-    train = source.announced[source.announced["split"] == "train"]
-    arguments = {"shards": shards[settings.process_index :: settings.world_size], "check": check, "seed": seed}
-    arguments |= {"source": source.part(shards), "unwanted": set(train["clip"][~is_wanted(train, settings)])}
-    arguments["skipped_file"] = skipped_path(settings)
-    clips = datasets.IterableDataset.from_generator(streamed_clips, gen_kwargs=arguments)
-    return clips.shuffle(seed, buffer_size=SHUFFLE_CLIPS)
+class TrainingStream:
+    """The training clips of this process as endless batches, pass after pass over its share of the shards. Mixed with
+    torch's IterableDataset; `loader_options` are those of the DataLoader that makes the batches. The shards are dealt
+    out, the largest first, to the processes, and by datasets to the DataLoader's workers, which wait for each other at
+    the end of a pass."""
+
+    def __init__(self, source, settings, check, seed):
+        shards = sorted(source.needed(["train"]), key=lambda shard: -source.repository.size(shard.files))
+        if len(shards) < settings.world_size:
+            found = f"{plural(len(shards), 'training archive')} for {settings.world_size} processes"
+            raise UsageError(f"--streaming has {found}; use fewer, or leave it out")
+        train, mine = (
+            source.announced[source.announced["split"] == "train"],
+            shards[settings.process_index :: settings.world_size],
+        )
+        self.arguments = {"shards": mine, "source": source.part(mine), "check": check, "seed": seed}
+        self.arguments["unwanted"] = set(train["clip"][~is_wanted(train, settings)])
+        self.arguments["skipped_file"] = skipped_path(settings)
+        self.workers = min(settings.dataloader_num_workers, len(mine))
+
+    def __iter__(self):
+        for epoch in itertools.count():
+            batch, self.loader_options["collate_fn"].epoch = None, epoch
+            clips = datasets.IterableDataset.from_generator(
+                streamed_clips, gen_kwargs={**self.arguments, "epoch": epoch}
+            )
+            clips = clips.shuffle(self.arguments["seed"] + epoch, buffer_size=SHUFFLE_CLIPS)
+            for batch in torch.utils.data.DataLoader(clips, num_workers=self.workers, **self.loader_options):
+                yield batch
+            if batch is None:
+                raise RunError(f"no training clip of the stream can be used: see {self.arguments['skipped_file']}")
 
 
 # ---------------------------------------------------------------- text
@@ -1977,7 +1991,7 @@ class CTCCollator:
         if self.augment:
             masks = []
             for row, length in zip(rows, lengths):
-                seed = self.seed, row.get("epoch", self.epoch), zlib.crc32(row["clip"].encode())
+                seed = self.seed, self.epoch, zlib.crc32(row["clip"].encode())
                 masks.append(draw_masks(frame_count(self.extractor, length), self.extractor.feature_size, seed))
             batch["stretches"], batch["bands"] = (pad(list(map(torch.tensor, spans))) for spans in zip(*masks))
         if "clip" in rows[0]:
@@ -3181,12 +3195,12 @@ class CTCTrainer:
         return sampler(self.args.clips_an_update, lengths, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def get_train_dataloader(self):
-        if not isinstance(self.train_dataset, datasets.IterableDataset):
+        if not isinstance(self.train_dataset, TrainingStream):
             return super().get_train_dataloader()
-        # The stream is this process's own share; accelerate would divide it again.
-        workers = min(self.args.dataloader_num_workers, self.train_dataset.num_shards)
-        options = dict(batch_size=self.args.train_batch_size, collate_fn=self.data_collator, num_workers=workers)
-        return torch.utils.data.DataLoader(self.train_dataset, pin_memory=self.args.dataloader_pin_memory, **options)
+        # The stream makes the batches of this process's own share; accelerate would divide it again.
+        options = {"batch_size": self.args.train_batch_size, "pin_memory": self.args.dataloader_pin_memory}
+        self.train_dataset.loader_options = {**options, "collate_fn": self.data_collator}
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=None)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of an update, each with its share of the update's clips, timed."""
@@ -3233,6 +3247,10 @@ class CTCTrainer:
         if not self.control.should_training_stop:
             super()._run_epoch(**options)
 
+    def _load_rng_state(self, checkpoint):
+        with explained(f"{checkpoint} cannot be loaded", checkpoint_errors(), "delete it: an older one is taken then"):
+            super()._load_rng_state(checkpoint)
+
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the first process writes trainer_state.json next, and last
@@ -3245,7 +3263,11 @@ class CTCTrainer:
         if self.args.should_save:
             (folder / "trainer_state.json").unlink(missing_ok=True)
         with explained(f"{folder} cannot be written", checkpoint_errors(), ROOM_ADVICE):
-            super()._save_checkpoint(model, trial)
+            try:
+                super()._save_checkpoint(model, trial)
+            except BaseException:  # what is half-written takes the room that is asked for
+                shutil.rmtree(folder if self.args.should_save else "", ignore_errors=True)
+                raise
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
         self.paused += time.monotonic() - start
 
@@ -3523,6 +3545,10 @@ class Run:
         if settings.overwrite_output_dir and settings.is_first:
             for path in [path for path in output.glob("*") if MADE_BY_A_RUN.match(path.name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in (
+            [*output.glob("*.tmp"), *self.results.glob("*.tmp")] if settings.is_first else ()
+        ):  # of a killed start
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         stored, foreign = None if settings.overwrite_output_dir else read_json(self.path), []
         if not stored:  # a checkpoint that was copied can be gone on from
             strange = [path for path in output.glob("checkpoint-*") if not (path / "trainer_state.json").exists()]
@@ -3654,7 +3680,7 @@ class Run:
             say(f"  warming up over {settings.warmup_steps}")
         if settings.streaming:
             seed += done  # the stream starts anew, and should not with the same clips and masks
-            train = training_stream(self.source, settings, self.check, seed)
+            train = mixed(TrainingStream, torch.utils.data.IterableDataset)(self.source, settings, self.check, seed)
         greedy = Decoder(self.decoder.model, self.decoder.processor, settings)
         try:
             trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], seed, self.batch_limit)
