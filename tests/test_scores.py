@@ -115,6 +115,14 @@ def test_spoken_punctuation_is_forgiven_in_wer_spoken_alone(reference, text, wer
     assert (scores["wer"], scores["wer_spoken"]) == pytest.approx((wer, spoken))
 
 
+def test_numbers_and_negations_have_rates_of_their_own():
+    rows = [row("No malaria tested at twelve, denied", "ada"), row("the story at 12 of the day", "bem")]
+    scores = score(rows, ["malaria test at twelve or 11 denied", "the story of the day"])["baseline"]
+    assert (scores["wer_numbers"], scores["wer_negations"]) == (2 / 2, 1 / 2)
+    assert score(rows[:1], [""])["baseline"]["groups"]["accent"]["igbo"]["wer_numbers"] == 1
+    assert score(rows[1:], [""])["baseline"]["wer_negations"] is None, "there is none"
+
+
 # ---------------------------------------------------------------- intervals
 
 
@@ -168,13 +176,6 @@ def test_the_change_is_paired():
 # ---------------------------------------------------------------- the report
 
 
-def report(folder, rows):
-    """(metrics, report) of --score_file on rows."""
-    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert main(["--score_file", str(folder / "texts.jsonl"), "--output_dir", str(folder), "--use_cpu", "true"]) == 0
-    return load_json(folder / "results/metrics.json"), (folder / "results/report.md").read_text()
-
-
 def cells(table, first):
     """The cells of the row of a table that begins so."""
     (line,) = [line for line in table.splitlines() if line.startswith(f"| {first} ")]
@@ -188,10 +189,12 @@ def test_groups_with_few_speakers_or_few_words_are_marked_and_not_ranked(tmp_pat
         for number, words in enumerate(counts):
             text = "x " * wrong + "a " * (words - wrong)
             rows.append({"text": "a " * words, "pred_text": text, "accent": accent, "user_id": f"{accent} {number}"})
-    metrics, text = report(tmp_path, [{**row, "domain": "general"} for row in rows])
-    groups = metrics["baseline"]["groups"]["accent"]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({**row, "domain": "general"}) for row in rows))
+    assert main(["--score_file", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"]) == 0
+    groups = load_json(tmp_path / "results/metrics.json")["baseline"]["groups"]["accent"]
     assert {name for name, group in groups.items() if group["small"]} == {"few people", "few words"}
-    printed = capfd.readouterr().out
+    text, printed = (tmp_path / "results/report.md").read_text(), capfd.readouterr().out
     for table in (text, printed):  # there is one domain, so the next kind of group is shown
         assert cells(table, "large")[:2] == ["5", "5"] and "%, " in cells(table, "large")[5]
         assert "%, " in cells(table, "few words\\*")[5]
@@ -199,14 +202,3 @@ def test_groups_with_few_speakers_or_few_words_are_marked_and_not_ranked(tmp_pat
     assert "| domain" in text and "| domain" not in printed
     # 10 of 100 and 40 of 101
     assert "Macro average over 2 groups that are large enough: 24.8 %; the worst is vast, 39.6 %." in text
-
-
-@pytest.mark.parametrize("domain, recall", [("clinical", None), ("general", ["12", "50.0 %"])])
-def test_kinds_of_words_have_a_rate_of_their_own(tmp_path, domain, recall):
-    """Clinical ones only where there are general ones to compare with: malaria and tested here."""
-    pairs = [("No malaria tested at twelve", "malaria test at twelve or 12", "clinical")] * 6
-    pairs += [("the story at twelve of the day", "the story of the day", domain)] * 3
-    names = ("text", "pred_text", "domain")
-    text = report(tmp_path, [dict(zip(names, pair)) for pair in pairs])[1].partition("What goes wrong")[2]
-    assert cells(text, "numbers") == ["9", "100.0 %"] and cells(text, "negations") == ["6", "100.0 %"]
-    assert ("| clinical words " in text) == bool(recall) and (not recall or cells(text, "clinical words") == recall)

@@ -17,7 +17,7 @@ FOLDED = {
     "saw\tthe\nchild \r\n\n today ": "saw the child today",
     "the patient&apos;s 200&nbsp;mg": "the patient's 200 mg",
     "R&amp;D, R & D, R&D": "R and D, R and D, R and D",
-    "patients&notes &amp; &unknown; &#39;x&#x27;": "patients and notes and and unknown; 'x'",
+    "patients&notes a&lt &amp; &unknown; &#39;x&#x27;": "patients and notes a and lt and and unknown; 'x'",
     "38 °C, 38°": "38 degrees C, 38 degrees",
     "37 ℃ R＆D": "37 degrees C R and D",  # what NFKD makes of a character is folded too
     "20 µg": "20 mcg",  # U+00B5, the micro sign
@@ -70,7 +70,7 @@ def test_labels_spell_the_transcript_in_what_the_model_can_emit(text):
 
 def test_dropped_characters_are_counted_and_invisible_ones_are_not():
     encoder = label_encoder()
-    encoder(["# 1^2 #3 日 a\u200bb\u00adc\ufeff é ’ (x)", "(open $5"])
+    encoder(["# 1^2 #3 日 a\u200bb\u00adc\ufeff x\a\u0301 é ’ (x)", "(open $5"])
     assert encoder.dropped == {"#": 2, "^": 1, "日": 1, "(": 1, "$": 1}
 
 
