@@ -90,8 +90,8 @@ def survive(folder, straight, longest, kills, seed=0):
     return made, runs
 
 
-def seconds_to_stop(data_dir, output, evaluations, generator):
-    """Seconds from SIGTERM, after so many evaluations of a long run and a moment more, to an exit with a checkpoint."""
+def seconds_to_stop(data_dir, output, evaluations, wait=0.0):
+    """Seconds from SIGTERM, after so many evaluations of a long run and `wait` more, to an exit with a checkpoint."""
     flags = ["--max_steps", "5000", "--skip_baseline"]
     process = subprocess.Popen(
         command(data_dir, output, *flags), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -100,7 +100,7 @@ def seconds_to_stop(data_dir, output, evaluations, generator):
         evaluations -= "dev WER" in line
         if evaluations <= 0:
             break
-    time.sleep(generator.uniform(0, 1))
+    time.sleep(wait)
     process.send_signal(signal.SIGTERM)
     start = time.monotonic()
     rest = process.communicate(timeout=60)[0]
@@ -121,7 +121,8 @@ def main():
         print(f"{made} kills in {runs} runs: all ended with the undisturbed run's weights, texts and scores")
         generator = random.Random(options.seed)
         stops = [
-            seconds_to_stop(folder / "audio", folder / f"stopped-{count}", count, generator) for count in range(1, 6)
+            seconds_to_stop(folder / "audio", folder / f"stopped-{count}", count, generator.uniform(0, 1))
+            for count in range(1, 6)
         ]
         print(f"SIGTERM to exit in {len(stops)} runs: {min(stops):.1f} to {max(stops):.1f} s")
 

@@ -1,5 +1,6 @@
 """A run that is killed, stopped, starved of disk or misled, and the same command again."""
 
+import json
 import os
 import re
 import shutil
@@ -10,220 +11,272 @@ import time
 
 import kills
 import pytest
-from conftest import TWO_PROCESSES, error_line, load_json, run_script
+from conftest import SCRIPT, TWO_PROCESSES, error_line, load_json, run_script
 
-from finetune_medasr import MANIFEST, checkpoint_problem, main
+from finetune_medasr import main
 
-# Runs the program; at the nth call of a function the process kills itself, or does what `action` says.
+# Runs the program; at the nth call of a function it does what $MOMENT says.
 AT_A_MOMENT = """
-import os, signal, sys
+import json, os, signal, sys
+import torch.utils.tensorboard, transformers
 import finetune_medasr as script
-import transformers
 
-calls = 0
+(function, count, action), calls = json.loads(os.environ["MOMENT"]), 0
+original, (owner, _, name) = eval(function), function.rpartition(".")
 
-def act():
-    {action}
+def counted(*inputs, **options):
+    global calls
+    calls += 1
+    if calls == count:
+        exec(action, globals())
+    return original(*inputs, **options)
 
-def at(owner, name, count):
-    original = getattr(owner, name)
-    def replaced(*inputs, **options):
-        global calls
-        calls += 1
-        if calls == count:
-            act()
-        return original(*inputs, **options)
-    setattr(owner, name, replaced)
-
-at({owner}, "{name}", {count})
-sys.exit(script.main(sys.argv[1:]))
+if __name__ == "__main__":  # not in a process that converts audio
+    setattr(eval(owner), name, counted)
+    sys.exit(script.main(sys.argv[1:]))
 """
-MOMENTS = {  # name: (owner, function, which call)
-    "in a step": ("script.CTCTraining", "training_step", 6),
-    "while a checkpoint is written": ("transformers.Trainer", "_save_optimizer_and_scheduler", 2),
-    "in an evaluation": ("script.DevSet", "rates", 2),
-    "in the final scoring": ("script.Job", "write_down", 2),
-    "while final/ is saved": ("script", "write_model_card", 1),
-}
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+TERM = "os.kill(os.getpid(), signal.SIGTERM)"
+INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
+STEP = "transformers.Trainer.training_step"
+DECODE = "script.Decoder.emissions"
+SAVE = "transformers.Trainer._save_optimizer_and_scheduler"
+QUICK = ["--skip_baseline", "--max_test_samples", "1"]  # where the texts are of no interest
+IN_TWO = ["--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
 
 
 @pytest.fixture(scope="module")
 def folder(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupted")
     (folder / "audio").symlink_to(demo.audio)
+    (folder / "moment.py").write_text(AT_A_MOMENT)
     return folder
 
 
 @pytest.fixture(scope="module")
-def again(folder, warm):
-    """again(output, flag, ...) -> (exit status, stdout, stderr) of the same command in a process of its own."""
-
-    def again(output, *flags):
-        done = warm.run(*kills.command(folder / "audio", output, *flags)[2:])
-        return done.returncode, done.stdout, done.stderr
-
-    return again
-
-
-@pytest.fixture(scope="module")
 def run_at(folder, warm):
-    """run_at(moment, output) -> the process of a run in which `action` happens at a moment, or those of `start`."""
+    """run_at(output, moment, flag, ...) -> the process of a run in which something happens at a moment, if one is
+    given; `start` starts it, or several.
+    """
 
-    def run_at(moment, output, action=KILL, start=warm.run, flags=()):
-        owner, name, count = moment
-        program = folder / "moment.py"
-        program.write_text(AT_A_MOMENT.format(owner=owner, name=name, count=count, action=action))
-        return start(*kills.command(folder / "audio", output, *flags)[2:], program=program, cwd=folder)
+    def run_at(output, moment=None, *flags, start=warm.run, **env):
+        words = kills.command(folder / "audio", output, *map(str, flags))[2:]
+        if moment is None:
+            return start(*words, cwd=folder, env=env)
+        return start(*words, cwd=folder, program=folder / "moment.py", env={**env, "MOMENT": json.dumps(moment)})
 
     return run_at
 
 
-def with_torchrun(*arguments, program, cwd):
-    env = {**kills.ENV, "PYTHONPATH": str(kills.SCRIPT.parent)}
-    return run_script(*arguments, cwd=cwd, env=env, script=program, launcher=TWO_PROCESSES)
-
-
 @pytest.fixture(scope="module")
-def timed(folder):
-    """(output folder, seconds) of a run that nothing disturbs, SpecAugment and dropout on, in a Python of its own."""
-    return folder / "straight", kills.run_straight(folder / "audio", folder / "straight")
+def straight(folder):
+    """The output folder of a run that nothing disturbs, SpecAugment and dropout on, in a Python of its own."""
+    kills.run_straight(folder / "audio", folder / "straight")
+    return folder / "straight"
 
 
-@pytest.fixture(scope="module")
-def straight(timed):
-    return timed[0]
+def state_of(output, step=8):
+    return load_json(output / f"checkpoint-{step}/trainer_state.json")
+
+
+def assert_same(output, straight):
+    """Bit for bit the same weights, texts, scores, and what was seen on the way."""
+    assert kills.result(output) == kills.result(straight)
+    states = [state_of(path) for path in (output, straight)]
+    assert states[0]["best_global_step"] == states[1]["best_global_step"]
+    for name in ("loss", "eval_loss", "eval_wer"):
+        seen = [[(entry["step"], entry[name]) for entry in state["log_history"] if name in entry] for state in states]
+        assert seen[0] == seen[1] and len(seen[0]) >= 4
+    assert not [path for path in output.rglob("*") if re.search("[.](tmp|partial)$", path.name)]
 
 
 def modified(output):
     return {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
-# ---------------------------------------------------------------- going on
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments_do_not_change_the_result(folder, timed, tmp_path):
-    """In Pythons of their own: the first moments are those of the imports."""
-    (tmp_path / "audio").symlink_to(folder / "audio")
-    assert kills.survive(tmp_path, *timed, kills=3, seed=1)[0] == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_killed_at_a_moment_ends_as_if_it_had_not_been(folder, straight, moment, again, run_at):
-    output = folder / moment.replace("/", "").replace(" ", "-")
-    killed = run_at(MOMENTS[moment], output)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (output / "final").exists(), "a half-written folder has its name"
-    status, out, errors = again(output)
-    assert status == 0, errors
-    assert kills.result(output) == kills.result(straight)
-    assert "as it is on the test split" not in out, "the baseline was there already"
-    assert ("left aside" in errors) == (moment == "while a checkpoint is written")
-    assert not list(output.glob("*.partial")) and not list(output.glob("*.old"))
-
-
-@pytest.mark.slow
-def test_an_older_checkpoint_stays_until_the_next_is_complete(run_at, tmp_path):
-    """Killed when the list of its files, by which a checkpoint counts, is about to be written."""
-    flags = ["--skip_baseline", "--save_total_limit", "1", "--metric_for_best_model", "loss"]  # the newest is best
-    killed = run_at(("script", "write_text", 5), tmp_path / "out", flags=flags)
-    assert killed.returncode == -signal.SIGKILL
-    assert checkpoint_problem(tmp_path / "out/checkpoint-4") == "it was not finished"
-    assert checkpoint_problem(tmp_path / "out/checkpoint-2") == ""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "moment, losses, evaluations",
-    [
-        (("script.ProgressLines", "on_log", 5), [1, 2, 3, 4], [2]),
-        (("script.CTCTraining", "_save_checkpoint", 1), [1, 2], [2]),
-    ],
-)
-def test_what_a_killed_run_has_logged_is_in_tensorboard(tmp_path, moment, losses, evaluations, run_at):
-    """Killed right after a loss, and right after an evaluation, which writes texts too."""
+def curves(output):
+    """Steps of the losses, of the dev WERs and of the dev texts in TensorBoard, of the newest start."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    killed = run_at(moment, tmp_path / "out", flags=["--skip_baseline"])
-    assert killed.returncode == -signal.SIGKILL
-    events = EventAccumulator(str(tmp_path / "out/runs")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == losses
-    assert [event.step for event in events.Scalars("eval/wer")] == evaluations
-    assert [event.step for event in events.Tensors("eval/transcriptions/text_summary")] == evaluations
+    newest = max((output / "runs").glob("events*"), key=lambda path: path.stat().st_mtime)
+    events = EventAccumulator(str(newest)).Reload()
+    texts = [event.step for event in events.Tensors("eval/transcriptions/text_summary")]
+    return [*([event.step for event in events.Scalars(name)] for name in ("train/loss", "eval/wer")), texts]
+
+
+# ---------------------------------------------------------------- killed and stopped
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, moment", [(signal.SIGTERM, "in a step"), (signal.SIGINT, "in an evaluation")])
-def test_a_signal_leaves_a_checkpoint_to_go_on_from(folder, straight, number, moment, again, run_at):
-    output = folder / f"signal-{number}"
-    stopped = run_at(MOMENTS[moment], output, f"os.kill(os.getpid(), {int(number)})")
-    assert stopped.returncode == 128 + number
-    message = error_line(stopped.stderr)
-    assert signal.Signals(number).name in message and "the same command goes on" in message
-    assert not (output / "final").exists()
-    status, out, errors = again(output)
-    assert status == 0 and re.search(r"going on from \S+, update \d of 8", out), errors
-    assert kills.result(output) == kills.result(straight)
+def test_kills_at_random_moments_do_not_change_the_result(folder, straight, tmp_path):
+    """In Pythons of their own, in which the first moments are those of the imports."""
+    (tmp_path / "audio").symlink_to(folder / "audio")
+    assert kills.survive(tmp_path, straight, longest=8, kills=2, seed=1)[0] == 2
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(folder, straight, run_at):
+    output = folder / "killed"
+    for moment, checkpoints in (
+        ((DECODE, 1), []),  # the baseline
+        ((STEP, 6), [2, 4]),
+        ((SAVE, 1), [2, 4, 6]),
+        ((DECODE, 2), [2, 4, 6]),  # the evaluation after update 8
+        ((DECODE, 2), [2, 4, 6, 8]),  # the final scoring
+        (("script.write_model_card", 1), [2, 4, 6, 8]),  # into final/
+    ):
+        killed = run_at(output, [*moment, KILL])
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert [step for step in range(10) if (output / f"checkpoint-{step}").exists()] == checkpoints, moment
+        assert not (output / "final").exists(), "a half-written folder has its name"
+        if moment[0] == STEP:
+            assert curves(output) == [[1, 2, 3, 4, 5], [2, 4], [2, 4]], "what was logged is lost"
+        if moment[0] == SAVE:
+            assert curves(output) == [[5, 6], [6], [6]]
+            assert "checkpoint-6 is left aside: it was not finished" in run_at(output, [STEP, 1, KILL]).stderr
+    done = run_at(output)
+    assert done.returncode == 0 and "as it is on the test split" not in done.stdout, done.stderr
+    assert_same(output, straight)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_program_at_once_where_the_same_command_goes_on(folder, straight, run_at):
+    output = folder / "stopped"
+    for number, moment, written in (
+        (signal.SIGTERM, (DECODE, 1), None),  # the baseline
+        (signal.SIGINT, (STEP, 3), 3),
+        (signal.SIGTERM, (DECODE, 1), 4),  # the evaluation after update 4, which is caught up with
+        (signal.SIGINT, (DECODE, 1), None),  # the same, when it is caught up with
+        (signal.SIGTERM, (DECODE, 4), None),  # the final scoring, after two more
+    ):
+        stopped = run_at(output, [*moment, f"os.kill(os.getpid(), {int(number)})"])
+        assert stopped.returncode == 128 + number
+        assert f"stopped by {number.name}: the same command goes on" in error_line(stopped.stderr)
+        assert not written or (output / f"checkpoint-{written}/trainer_state.json").exists()
+        assert not (output / "final").exists()
+    done = run_at(output)
+    assert done.returncode == 0 and "checkpoint-8, update 8 of 8" in done.stdout, done.stderr
+    shutil.rmtree(output / "checkpoint-3")
+    assert_same(output, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 0])
+def test_a_second_signal_ends_the_program_unless_a_launcher_passes_it_on(rank, tmp_path, run_at):
+    """Of several processes each gets a signal twice, from its terminal or cluster and from torchrun."""
+    env = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    stopped = run_at(tmp_path / "out", [STEP, 1, f"{INTERRUPT}; {INTERRUPT}"], *QUICK, **({} if rank is None else env))
+    assert stopped.returncode == 130, stopped.stderr
+    assert (tmp_path / "out/checkpoint-1").exists() == (rank is not None)
+    assert ("stopped by SIGINT" if rank is not None else "ended by a second SIGINT") in stopped.stderr
 
 
 @pytest.mark.slow
 def test_a_stopped_run_exits_in_seconds(folder):
+    assert kills.seconds_to_stop(folder / "audio", folder / "timed", 1) < 20
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_preparation_in_seconds(hub_corpus, tmp_path):
+    command = [sys.executable, SCRIPT, "--prepare_only", "--num_proc", 2, "--dataset", hub_corpus,
+               "--data_dir", tmp_path / "audio", "--output_dir", tmp_path / "out"]  # fmt: skip
     process = subprocess.Popen(
-        kills.command(folder / "audio", folder / "timed", "--max_steps", "5000"),
-        env=kills.ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    for line in process.stdout:
-        if "dev WER" in line:
-            break
-    process.send_signal(signal.SIGTERM)
+        list(map(str, command)), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(tmp_path.glob("audio/*/*.tmp")):
+        time.sleep(0.01)
     start = time.monotonic()
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 143 and time.monotonic() - start < 30, rest
-    assert re.search(r"checkpoint-\d+ written", rest)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - start < 8
+    assert "stopped by SIGINT" in error_line(errors)
+    assert len(list(tmp_path.glob("audio/*/*.arrow"))) < len(list(hub_corpus.rglob("*.tar.gz")))
+
+
+# ---------------------------------------------------------------- finished, and going on
 
 
 @pytest.mark.slow
-def test_a_finished_run_says_so_and_touches_nothing(straight, again):
+def test_a_finished_run_says_so_more_updates_go_on_and_overwrite_starts_anew(folder, straight, run_at):
     before = modified(straight)
-    start = time.monotonic()
-    status, out, errors = again(straight)
-    assert (status, errors) == (0, "") and time.monotonic() - start < 30
-    assert "finished" in out and "| WER " in out
-    assert modified(straight) == before
-
-
-@pytest.mark.slow
-def test_more_updates_go_on_and_overwrite_starts_anew(folder, straight, again):
+    done = run_at(straight)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "finished" in done.stdout and "| WER " in done.stdout and modified(straight) == before
     output = folder / "more"
     shutil.copytree(straight, output)
-    status, out, _ = again(output, "--max_steps", "10")
-    assert status == 0 and re.search(r"checkpoint-8, update 8 of 10", out)
-    assert load_json(output / "checkpoint-10/trainer_state.json")["global_step"] == 10
-    status, out, _ = again(output, "--overwrite_output_dir")
-    assert status == 0 and "going on" not in out
-    assert kills.result(output) == kills.result(straight)
-    assert not (output / "checkpoint-10").exists()
+    done = run_at(output, None, "--max_steps", 9)
+    assert done.returncode == 0 and "checkpoint-8, update 8 of 9" in done.stdout, done.stderr
+    assert state_of(output, 9)["global_step"] == 9
+    done = run_at(output, None, "--overwrite_output_dir")
+    assert done.returncode == 0 and "going on" not in done.stdout, done.stderr
+    assert_same(output, straight)
+    assert not (output / "checkpoint-9").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags, parts",
-    [
-        (["--accents", "zulu"], ["--accents", "zulu"]),
-        (["--target_text", "words"], ["--target_text", "as_written", "words"]),
-        (["--seed", "7"], ["--seed 42", "7"]),
-        (["--max_train_samples", "12"], ["--max_train_samples 16", "12"]),
-        (["--per_device_train_batch_size", "8"], ["batch x accumulation steps x processes of 4", "8"]),
-    ],
-)
-def test_another_run_is_refused_with_the_difference(folder, straight, flags, parts, capfd):
+def test_patience_and_the_best_checkpoint_survive_a_kill_and_a_low_limit(tmp_path, run_at):
+    """The weights hardly move, so each evaluation after the first is one without a better score."""
+    flags = [*QUICK, *"--learning_rate 1e-12 --eval_steps 1 --save_steps 1 --save_total_limit 2".split()]
+    output = tmp_path / "out"
+    # The file that makes a checkpoint complete: until then the one before has to stay.
+    killed = run_at(output, ["transformers.TrainerState.save_to_json", 3, KILL], *flags, "--early_stopping_patience", 3)
+    assert killed.returncode == -signal.SIGKILL
+    assert {path.parent.name for path in output.glob("*/trainer_state.json")} == {"checkpoint-1", "checkpoint-2"}
+    for patience, last, found in ((3, 4, "update 2 of 8"), (3, 4, "finished"), (4, 5, "update 4 of 8")):
+        done = run_at(output, None, *flags, "--early_stopping_patience", patience)
+        assert done.returncode == 0 and found in done.stdout, done.stderr
+        assert found == "finished" or f"stopped early: {patience} evaluations without a better" in done.stdout
+        assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1", f"checkpoint-{last}"}
+        best, final = (output / name / "model.safetensors" for name in ("checkpoint-1", "final"))
+        assert best.read_bytes() == final.read_bytes()
+
+
+def another_model(tmp_path, name):
+    """A copy of the model under this name, with another weight."""
+    shutil.copytree(kills.HERE / "fixtures/model", tmp_path / name)
+    weights = bytearray((tmp_path / name / "model.safetensors").read_bytes())
+    weights[1 << 19] ^= 1
+    (tmp_path / name / "model.safetensors").write_bytes(weights)
+    return tmp_path / name
+
+
+@pytest.mark.slow
+def test_another_run_is_refused_with_the_difference(folder, straight, tmp_path, capfd):
     before = modified(straight)
-    status = main([*kills.command(folder / "audio", straight)[2:], *flags])
-    message = error_line(capfd.readouterr().err)
-    assert status == 2 and all(part in message for part in (*parts, "--overwrite_output_dir")), message
+    command = kills.command(folder / "audio", straight)[2:]
+    for flags, difference in (
+        (["--model", another_model(tmp_path, "other")], "--model model, not other"),
+        (["--model", another_model(tmp_path, "model")], "weights of checksum "),
+        ("--model_revision main", "--model_revision None, not main"),
+        ("--dataset somebody/speech", "--dataset corpus, not somebody/speech"),
+        ("--dataset_revision main", "--dataset_revision None, not main"),
+        ("--text_column said", "--text_column None, not said"),
+        ("--accents zulu", "--accents None, not ['zulu']"),
+        ("--domains clinical", "--domains None, not ['clinical']"),
+        ("--countries NG", "--countries None, not ['NG']"),
+        ("--max_train_seconds 20", "--max_train_seconds 30.0, not 20.0"),
+        ("--max_train_samples 12", "--max_train_samples 16, not 12"),
+        ("--max_eval_samples 3", "--max_eval_samples 2, not 3"),
+        ("--max_test_samples 4", "--max_test_samples 3, not 4"),
+        ("--target_text words", "--target_text as_written, not words"),
+        ("--spec_augment false", "--spec_augment True, not False"),
+        ("--window_seconds 10", "--window_seconds 20.0, not 10.0"),
+        ("--learning_rate 1e-5", "--learning_rate 3e-05, not 1e-05"),
+        ("--seed 7", "--seed 42, not 7"),
+        ("--gradient_accumulation_steps 2", "batch x accumulation steps x processes of 4, not 8"),
+    ):
+        flags = flags.split() if isinstance(flags, str) else list(map(str, flags))
+        assert main([*command, *flags]) == 2
+        message = error_line(capfd.readouterr().err)
+        assert f"holds a run with {difference}" in message and "--overwrite_output_dir" in message, message
     assert modified(straight) == before
+    # A stream has no choice of so many clips.
+    at = command.index("--max_train_samples")
+    identity = load_json(straight / "run.json")
+    identity["identity"]["max_train_samples"] = None
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    assert main([*command[:at], *command[at + 2 :], "--streaming", "--output_dir", str(tmp_path)]) == 2
+    assert "holds a run with --streaming False, not True" in error_line(capfd.readouterr().err)
 
 
 @pytest.mark.parametrize("name", ["final/notes.txt", "checkpoint-500/pytorch_model.bin"])
@@ -233,118 +286,74 @@ def test_what_no_run_has_made_is_not_deleted(name, tmp_path, capfd):
     file.write_text("mine")
     assert main(kills.command(tmp_path / "audio", tmp_path / "out")[2:]) == 2
     message = error_line(capfd.readouterr().err)
-    assert f"out holds {file.parent.name}, which no run of this program has made" in message
+    assert f"out/{file.parent.name} " in message and "--overwrite_output_dir" in message
     assert file.read_text() == "mine" and os.listdir(tmp_path / "out") == [file.parent.name]
 
 
-# ---------------------------------------------------------------- checkpoints that are not whole
-
-
 @pytest.mark.slow
-def test_a_missing_or_cut_file_of_a_checkpoint_is_named(straight, tmp_path):
-    names = [path.name for path in (straight / "checkpoint-8").iterdir()]
-    needed = "model.safetensors optimizer.pt scheduler.pt rng_state.pth trainer_state.json config.json tokenizer.json"
-    assert {MANIFEST, *needed.split()} <= set(names)
-    for name in names:
-        for cut in (False, True):
-            folder = tmp_path / f"{name}-{cut}"
-            shutil.copytree(straight / "checkpoint-8", folder)
-            assert checkpoint_problem(folder) == ""
-            content = (folder / name).read_bytes()
-            (folder / name).unlink()
-            if cut:
-                (folder / name).write_bytes(content[: len(content) // 2])
-            expected = "not finished" if name == MANIFEST else f"{name} is {'cut' if cut else 'missing'}"
-            assert expected in checkpoint_problem(folder)
-
-
-@pytest.mark.slow
-def test_the_newest_complete_checkpoint_is_taken(folder, straight, again):
-    output = folder / "damaged"
-    shutil.copytree(straight, output)
-    shutil.rmtree(output / "final")
-    (output / "checkpoint-8/optimizer.pt").unlink()
-    weights = (output / "checkpoint-6/model.safetensors").read_bytes()
-    (output / "checkpoint-6/model.safetensors").write_bytes(weights[:1000])
-    status, out, errors = again(output)
-    assert status == 0, errors
-    assert "checkpoint-8 is left aside: optimizer.pt is missing" in errors
-    assert "checkpoint-6 is left aside: model.safetensors is cut" in errors
-    assert "going on from" in out and "checkpoint-4, update 4 of 8" in out
-    assert kills.result(output) == kills.result(straight)
-
-
-@pytest.mark.slow
-def test_a_moved_output_folder_keeps_its_best_model(folder, straight, again):
+def test_damaged_checkpoints_of_a_moved_run(folder, straight, run_at):
+    """One that was not finished is passed over, one that was cut is named, and the best one is found in its place."""
     output = folder / "elsewhere"
     shutil.copytree(straight, output)
     shutil.rmtree(output / "final")
+    (output / "checkpoint-8/trainer_state.json").write_text('{"epoch"')
     hidden = straight.rename(folder / "hidden")
     try:
-        status, _, errors = again(output)
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            whole = (output / "checkpoint-6" / name).read_bytes()
+            (output / "checkpoint-6" / name).write_bytes(whole[: len(whole) // 2])
+            refused = run_at(output)
+            assert refused.returncode == 1 and "checkpoint-8 is left aside: it was not finished" in refused.stderr
+            message = refused.stderr.strip().splitlines()[-1]
+            assert re.search("error: .*checkpoint-6 cannot be loaded .*delete it", message), (name, message)
+            (output / "checkpoint-6" / name).write_bytes(whole)
+        shutil.rmtree(output / "checkpoint-6")
+        done = run_at(output)
     finally:
         hidden.rename(straight)
-    assert status == 0, errors
-    assert kills.result(output) == kills.result(straight)
+    assert done.returncode == 0 and "checkpoint-4, update 4 of 8" in done.stdout, done.stderr
+    assert_same(output, straight)
+
+
+# ---------------------------------------------------------------- no room, and what is not finite
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(folder, straight, again):
-    """A limit on the size of files, between that of the weights and that of the optimizer's state."""
+def test_a_disk_that_is_full_from_a_moment_on_is_named(folder, straight, run_at):
+    """From each of these moments on no file can grow, as on a full disk; afterwards there is room again."""
     output = folder / "full"
-    limited = ["bash", "-c", 'ulimit -f 4500; exec "$0" "$@"', sys.executable]
-    done = run_script(*kills.command(folder / "audio", output)[2:], cwd=folder, env=kills.ENV, launcher=limited)
-    assert done.returncode == 1
-    message = error_line(done.stderr)
-    assert "checkpoint-2 cannot be written" in message and "free some disk" in message
-    assert not list(output.glob("checkpoint-*")) and not (output / "final").exists()
-    assert again(output)[0] == 0
-    assert kills.result(output) == kills.result(straight)
-
-
-FULL_MOMENTS = {  # what is written then: (owner, function, which call)
-    "run.json": ("script.RunState", "save", 1),
-    "the baseline's texts": ("script.RunState", "save", 2),
-    "a log": ("script.CTCTraining", "log", 3),
-    "results/": ("script", "write_results", 1),
-    "a picture": ("script", "draw_pictures", 1),
-    "final/": ("script", "write_model_card", 1),
-    "the test scores' curves": ("script", "write_test_scores_to_tensorboard", 1),
-    "that it is done": ("script.RunState", "save", 3),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", FULL_MOMENTS)
-def test_a_disk_that_is_full_from_a_moment_on_is_named(folder, straight, moment, again, run_at):
-    """From then on no file can grow, as on a full disk; afterwards there is room again."""
-    output = folder / f"full-{list(FULL_MOMENTS).index(moment)}"
-    action = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
-    full = run_at(FULL_MOMENTS[moment], output, action)
-    assert full.returncode == 1
-    message = error_line(full.stderr)
-    assert "cannot be written" in message and "free some disk; the same command goes on" in message
-    left = [path for path in output.rglob("*") if re.search("[.](tmp|partial)$", path.name)]
-    assert not left, "what is half-written takes room"
-    status, _, errors = again(output)
-    assert status == 0, errors
-    assert kills.result(output) == kills.result(straight)
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
+    for moment in (
+        ("script.Run.save", 1),  # run.json
+        ("script.Run.save", 2),  # the baseline's texts in it
+        ("transformers.Trainer.log", 3),  # TensorBoard's file
+        (SAVE, 1),  # a checkpoint, after its weights
+        ("script.write_results", 1),
+        ("script.draw_pictures", 1),
+        ("script.write_model_card", 1),  # final/
+        ("torch.utils.tensorboard.SummaryWriter.add_image", 1),
+        ("script.Run.save", 2),  # that it is done
+    ):
+        done = run_at(output, [*moment, full])
+        (message,) = re.findall("(?:^|[\r\n])finetune_medasr.py: (error: .*)", done.stderr)
+        assert done.returncode == 1 and "cannot be written" in message, (moment, message)
+        assert "free some disk; the same command goes on" in message, (moment, message)
+        left = [path for path in output.rglob("*") if re.search("[.](tmp|partial)$", path.name)]
+        assert not left, "what is half-written takes room"
+    done = run_at(output)
+    assert done.returncode == 0, done.stderr
+    assert_same(output, straight)
 
 
 @pytest.mark.slow
-def test_a_run_that_filled_the_memory_goes_on_with_half_the_clips_a_step(tmp_path, again, run_at):
-    flags = ["--per_device_train_batch_size", "auto", "--save_steps", "2"]
+def test_a_run_that_filled_the_memory_goes_on_with_half_the_clips_a_step(tmp_path, run_at):
+    flags = [*QUICK, "--per_device_train_batch_size", "auto", "--max_steps", 4]
     full = "import torch; raise torch.OutOfMemoryError('CUDA out of memory')"
-    done = run_at(("script.CTCTraining", "training_step", 5), tmp_path / "out", full, flags=flags)
-    message = error_line(done.stderr)
-    assert done.returncode == 1 and "the same command goes on with 4 a step and 2 accumulation steps" in message
-    status, out, errors = again(tmp_path / "out", *flags)
-    assert status == 0, errors
-    assert re.search(r"going on from \S+, update 4 of 8", out)
-    assert "8 clips an update and device: 4 a step x 2 accumulation steps" in out
-
-
-# ---------------------------------------------------------------- what is not finite, and who else fails
+    message = error_line(run_at(tmp_path / "out", [STEP, 3, full], *flags).stderr)
+    assert "the same command, which goes on with 4 a step" in message
+    done = run_at(tmp_path / "out", None, *flags)
+    assert done.returncode == 0 and "update 2 of 4" in done.stdout, done.stderr
+    assert "8 clips an update and device: 4 a step x 2 accumulation steps" in done.stdout
 
 
 @pytest.mark.slow
@@ -352,202 +361,111 @@ def test_a_run_that_filled_the_memory_goes_on_with_half_the_clips_a_step(tmp_pat
 def test_a_model_that_is_not_finite_is_never_saved(folder, tmp_path, steps, capfd):
     flags = ["--learning_rate", "1e300", "--warmup_steps", "0", "--max_steps", str(steps), "--eval_steps", "8"]
     flags += ["--save_steps", "8", "--skip_baseline"]
-    status = main([*kills.command(folder / "audio", tmp_path / "out")[2:], *flags])
+    assert main([*kills.command(folder / "audio", tmp_path / "out")[2:], *flags]) == 1
     message = error_line(capfd.readouterr().err)
-    assert status == 1 and "not finite at update" in message and "--learning_rate" in message
+    assert "not finite" in message and " at update " in message and "--learning_rate" in message, message
+    assert steps == 1 or len(re.findall(r"[0-9a-f-]{36}/[0-9a-f]{32}\.ogg", message)) == 4, "the clips of the update"
     assert not (tmp_path / "out/final").exists() and not list((tmp_path / "out").glob("checkpoint-*/model.safetensors"))
 
 
-@pytest.mark.slow
-def test_the_clips_of_a_gradient_that_is_not_finite_are_named(tmp_path, run_at):
-    spoil = "script.CTCTraining._get_grad_norm.__globals__['np'].isfinite = lambda value: False"
-    done = run_at(("script.CTCTraining", "training_step", 4), tmp_path / "out", spoil)
-    assert done.returncode == 1
-    message = error_line(done.stderr)
-    assert "the gradient is not finite at update 4" in message
-    assert len(re.findall(r"[0-9a-f-]{36}/[0-9a-f]{32}\.ogg", message)) == 4
-
-
-IN_TWO = ["--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
+# ---------------------------------------------------------------- several processes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "moment", [("script.CTCTraining", "training_step", 2), ("transformers.Trainer", "_save_rng_state", 1)]
-)
-def test_when_one_process_fails_all_end_with_its_message(moment, tmp_path, run_at):
-    (tmp_path / "failed").mkdir()
-    fail = f"""if os.environ["RANK"] == "1":
-        import time
-        open("{tmp_path}/failed/" + str(time.time()), "w")
-        raise script.RunError("the second process cannot go on")"""
-    done = run_at(moment, tmp_path / "out", fail, with_torchrun, [*IN_TWO, "--skip_baseline"])
-    assert done.returncode != 0 and time.time() - float(os.listdir(tmp_path / "failed")[0]) < 60
-    assert "error (process 1): the second process cannot go on" in done.stderr
-    assert not re.search("unexpected|cannot be written", done.stderr), "the others say no more than that one is gone"
+def test_two_processes_stopped_and_killed_past_the_first_epoch_end_as_if_they_had_not_been(folder, run_at, run_two):
+    """Stopped as Slurm does it: by a signal to the launcher, which passes it on, and to a process itself."""
+    straight, output = folder / "two", folder / "two-killed"
+    assert [done.returncode for done in run_at(straight, None, *IN_TWO, start=run_two)] == [0, 0]
 
+    def torchrun(*words, program, cwd, env):
+        env = {**kills.ENV, **env, "PYTHONPATH": str(SCRIPT.parent)}
+        return run_script(*words, cwd=cwd, env=env, script=program, launcher=TWO_PROCESSES)
 
-@pytest.mark.slow
-def test_a_signal_to_the_launcher_leaves_a_checkpoint_to_go_on_from(folder, tmp_path, run_at, run_two):
-    """As Slurm sends it: to the launcher, which passes it on, and to a process itself."""
-    straight = kills.command(folder / "audio", tmp_path / "straight", *IN_TWO)[2:]
-    assert [done.returncode for done in run_two(*straight)] == [0, 0]
-    stop = """if os.environ["RANK"] == "0":
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getppid(), signal.SIGTERM)"""
-    moment, output = ("script.CTCTraining", "training_step", 5), tmp_path / "stopped"
-    stopped = run_at(moment, output, stop, with_torchrun, IN_TWO)
+    stop = f'if os.environ["RANK"] == "0": {TERM}; os.kill(os.getppid(), signal.SIGTERM)'
+    fresh = ["--data_dir", folder / "prepared-by-two"]
+    stopped = run_at(output, [STEP, 5, stop], *IN_TWO, *fresh, start=torchrun)
     assert "error: stopped by SIGTERM: the same command goes on" in stopped.stderr
-    assert "checkpoint-5 written" in stopped.stdout and not checkpoint_problem(output / "checkpoint-5")
-    done, second = run_two(*kills.command(folder / "audio", output, *IN_TWO)[2:])
-    assert (done.returncode, second.returncode) == (0, 0) and "checkpoint-5, update 5 of 8" in done.stdout, done.stderr
-    assert kills.result(output) == kills.result(tmp_path / "straight")
+    assert "checkpoint-5 written" in stopped.stdout
+    said = [line for line in stopped.stdout.splitlines() if line.strip()]
+    assert len(said) == len(set(said)), "each line is said once"
+    assert len(re.findall(r"preparing audio: 100%", stopped.stderr)) == 1
+    killed = run_at(output, [STEP, 2, KILL], *IN_TWO, start=run_two)  # in update 7 of 4 an epoch
+    assert [done.returncode for done in killed] == [-signal.SIGKILL] * 2, killed
+    done, second = run_at(output, None, *IN_TWO, start=run_two)
+    assert (done.returncode, second.returncode, second.stdout) == (0, 0, "") and "update 6 of 8" in done.stdout
+    shutil.rmtree(output / "checkpoint-5")
+    assert_same(output, straight)
 
 
 @pytest.mark.slow
 def test_no_process_leaves_before_a_checkpoint_is_complete(tmp_path, run_at, run_two):
-    """The second process writes its part late, the first one the list of all parts: neither may go ahead alone."""
+    """The second process writes its part late, the first one what completes it: neither may go ahead alone."""
     stop = f"""import atexit, time
-    save, write = transformers.Trainer._save_rng_state, script.write_text
-    manifest = "{tmp_path}/out/checkpoint-1/" + script.MANIFEST
+save, write = transformers.Trainer._save_rng_state, transformers.TrainerState.save_to_json
 
-    def save_late(*inputs):
-        if os.environ["RANK"] == "1":
-            time.sleep(3)
-        save(*inputs)
+def save_late(*inputs):
+    time.sleep(2 * int(os.environ["RANK"]))
+    save(*inputs)
 
-    def write_late(path, text):
-        if str(path) == manifest:
-            time.sleep(3)
-        write(path, text)
+def write_late(*inputs):
+    time.sleep(2)
+    write(*inputs)
 
-    transformers.Trainer._save_rng_state, script.write_text = save_late, write_late
-    note = lambda: open("{tmp_path}/" + os.environ["RANK"], "w").write(str(os.path.exists(manifest)))
-    atexit.register(note)
-    os.kill(os.getpid(), signal.SIGTERM)"""
-    moment = ("script.CTCTraining", "training_step", 1)
-    stopped, _ = run_at(moment, tmp_path / "out", stop, run_two, [*IN_TWO, "--skip_baseline"])
-    assert "checkpoint-1 written" in stopped.stdout, stopped.stderr
+transformers.Trainer._save_rng_state, transformers.TrainerState.save_to_json = save_late, write_late
+names = "{tmp_path}/out/checkpoint-1/trainer_state.json", "{tmp_path}/out/checkpoint-1/rng_state_1.pth"
+atexit.register(lambda: open("{tmp_path}/" + os.environ["RANK"], "w").write(str(all(map(os.path.exists, names)))))
+{TERM}"""
+    stopped = run_at(tmp_path / "out", [STEP, 1, stop], *IN_TWO, *QUICK, start=run_two)
+    assert [done.returncode for done in stopped] == [143, 143], stopped[0].stderr
+    assert "checkpoint-1 written" in stopped[0].stdout
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["True", "True"]
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(load_json(tmp_path / "out/checkpoint-1" / MANIFEST))
 
 
 @pytest.mark.slow
-def test_nodes_that_do_not_share_the_output_folder_do_the_same(folder, tmp_path, run_two):
+@pytest.mark.parametrize("moment", [[STEP, 2], ["transformers.Trainer._save_rng_state", 1]])
+def test_when_one_process_fails_all_end_with_its_message(moment, tmp_path, run_at, run_two):
+    fail = 'if os.environ["RANK"] == "1": raise script.RunError("the second process cannot go on")'
+    start = time.monotonic()
+    first, second = run_at(tmp_path / "out", [*moment, fail], *IN_TWO, *QUICK, start=run_two)
+    assert (first.returncode, second.returncode) == (1, 1) and time.monotonic() - start < 60
+    assert "error (process 1): the second process cannot go on" in second.stderr
+    assert "another process has ended; its own message says why" in first.stderr
+
+
+@pytest.mark.slow
+def test_nodes_that_share_no_folder_train_from_a_stream_and_do_the_same(tmp_path, run_two):
+    """Each node has a bad clip of its own to note down, and its own folders; the model is the first one's best."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys, finetune_medasr\nos.chdir(os.environ['RANK'])\nsys.exit(finetune_medasr.main(sys.argv[1:]))\n"
+        "import os, sys, finetune_medasr\nif __name__ == '__main__':\n    os.chdir(os.environ['RANK'])\n"
+        "    os.environ['LOCAL_RANK'] = '0'\n    sys.exit(finetune_medasr.main(sys.argv[1:]))\n"
     )
     for rank in "01":
         (tmp_path / rank).mkdir()
-    flags = kills.command(folder / "audio", "out", *IN_TWO, "--max_steps", "2")[2:]
-
-    def again():
-        done = run_two(*flags, program=program, cwd=tmp_path)
-        return [process.returncode for process in done], done[0]
-
-    assert again()[0] == [0, 0]
-    status, done = again()
-    assert status == [0, 0] and "finished" in done.stdout
-    first = tmp_path / "0/out"
-    shutil.rmtree(first / "final")
-    status, done = again()
-    assert status == [1, 1] and "nodes have to share it to go on from one" in error_line(done.stderr)
-    shutil.rmtree(first / "checkpoint-2")
-    status, done = again()  # with the baseline of run.json, which only the first node has
-    assert status == [0, 0] and "going on" not in done.stdout and (first / "final/config.json").is_file(), done.stderr
-
-
-@pytest.mark.slow
-def test_processes_that_a_cluster_starts_end_with_143(folder, tmp_path):
-    """Started without torchrun, as srun does, each with its rank in the environment."""
-    processes = []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": 29_900 + os.getpid() % 90}  # fmt: skip
-        processes.append(subprocess.Popen(
-            kills.command(folder / "audio", tmp_path / "out", *IN_TWO, "--skip_baseline", "--max_steps", "5000"),
-            env={**kills.ENV, **{name: str(value) for name, value in place.items()}},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        ))  # fmt: skip
-    for line in processes[0].stdout:
-        if "dev WER" in line:
-            break
-    for process in processes:
-        process.send_signal(signal.SIGTERM)
-    rest = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [143, 143], rest
-    assert re.search(r"checkpoint-\d+ written", rest[0])
-
-
-@pytest.mark.parametrize("rank", ["0", None])
-def test_a_second_signal_ends_the_program_unless_a_launcher_passes_it_on(rank):
-    """Of two processes each gets a signal twice, from its terminal or cluster and from torchrun."""
-    program = """
-import os, signal
-import finetune_medasr as script
-script.STOP_SIGNALS.install()
-with script.STOP_SIGNALS.deferring():
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)
-    print("went on", script.STOP_SIGNALS.number)
-"""
-    env = {**kills.ENV, "PYTHONPATH": str(kills.SCRIPT.parent), **({"RANK": rank} if rank else {})}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
-    if rank:
-        assert (done.returncode, done.stdout) == (0, "went on 2\n"), done.stderr
-    else:
-        assert (done.returncode, done.stdout) == (130, "")
-        assert error_line(done.stderr) == "ended by a second SIGINT"
-
-
-def test_a_usage_error_is_one_line_for_all_processes(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("RANK", "1")
-    assert main(["--domains", "clinicl"]) == 2
-    assert capfd.readouterr().err == ""
-
-
-# ---------------------------------------------------------------- preparation
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_the_preparation_in_seconds(hub_corpus, tmp_path):
-    command = [sys.executable, kills.SCRIPT, "--prepare_only", "--num_proc", 2, "--dataset", hub_corpus,
-               "--data_dir", tmp_path / "audio", "--output_dir", tmp_path / "out"]  # fmt: skip
-    process = subprocess.Popen(
-        list(map(str, command)), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    flags = kills.command("audio", "out", *IN_TWO, *QUICK)[2:]
+    at = flags.index("--max_train_samples")
+    flags[at : at + 2] = "--streaming --accents swahili damara --num_proc 1 --gradient_checkpointing".split()
+    flags += ["--max_steps", "2", "--dataloader_num_workers", "1"]
+    results = []
+    for left in (None, None, "out/final"):
+        if left:
+            shutil.rmtree(tmp_path / "0" / left)
+        done, second = run_two(*flags, program=program, cwd=tmp_path)
+        results.append((done, (done.returncode, second.returncode)))
+        if len(results) == 1:
+            assert (done.returncode, second.returncode) == (0, 0), done.stderr + second.stderr
+            assert (tmp_path / "0/out/final/model.safetensors").exists() and not (tmp_path / "1/out/final").exists()
+            assert load_json(tmp_path / "0/out/results/metrics.json")["finetuned"]["clips"] == 1
+            noted = [(tmp_path / rank / "out/results/skipped_clips.csv").read_text().splitlines() for rank in "01"]
+            assert noted[0][0] == noted[1][0] and re.search("undecodable|too short", "".join(noted[0] + noted[1]))
+    assert results[1][1] == (0, 0) and "finished" in results[1][0].stdout
+    assert (
+        results[2][1] == (1, 1)
+        and "find different checkpoints in out, which nodes have to share" in results[2][0].stderr
     )
-    while process.poll() is None and not list(tmp_path.glob("audio/*/*.tmp")):
-        os.sched_yield()
-    start = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and time.monotonic() - start < 8
-    assert "stopped by SIGINT" in error_line(errors)
-    assert len(list(tmp_path.glob("audio/*/*.arrow"))) < len(list(hub_corpus.rglob("*.tar.gz")))
 
 
-def test_a_local_archive_or_csv_that_was_repaired_is_converted_again(tmp_path, capfd):
-    from datasets import Dataset
-
-    corpus, audio = tmp_path / "corpus", tmp_path / "audio"
-    for kind in ("audio", "transcripts"):
-        shutil.copytree(kills.HERE / "fixtures/corpus" / kind / "damara", corpus / kind / "damara")
-    archive = corpus / "audio/damara/dev/dev_damara_0.tar.gz"
-    whole = archive.read_bytes()
-    archive.write_bytes(whole[: len(whole) // 2])
-
-    def prepared():
-        flags = ["--prepare_only", "--num_proc", "1", "--dataset", corpus, "--data_dir", audio]
-        assert main([*map(str, flags), "--output_dir", str(tmp_path / "out")]) == 0, capfd.readouterr().err
-        clips = Dataset.from_file(str(audio / "dev/dev_damara_0.arrow"))
-        return {clip["clip"]: clip["text"] for clip in clips if not clip["problem"]}
-
-    cut, others = prepared(), modified(audio / "train")
-    archive.write_bytes(whole)
-    mended = prepared()
-    assert len(cut) < len(mended) and modified(audio / "train") == others
-    csv_file = corpus / "transcripts/damara/dev.csv"
-    first = next(iter(mended.values())).strip()
-    csv_file.write_text(csv_file.read_text().replace(first, "Other words."))
-    assert "Other words." in " ".join(prepared().values())
+def test_a_usage_error_is_one_line_for_all_processes(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--seed", "-1"]) == 2
+    assert capfd.readouterr().err == ""
