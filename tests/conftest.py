@@ -26,6 +26,7 @@ MODEL, CORPUS = HERE / "fixtures/model", HERE / "fixtures/corpus"
 DEMO_COMMAND = "python finetune_medasr.py --demo"
 SPLITS = ("train", "dev", "test")
 NOWHERE = "http://127.0.0.1:9"  # nothing answers there
+IN_TWO = ["--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 sys.path.insert(0, str(HERE.parent))  # so that `pytest tests` finds the script as `python -m pytest tests` does

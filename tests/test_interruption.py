@@ -11,7 +11,7 @@ import time
 
 import kills
 import pytest
-from conftest import SCRIPT, TWO_PROCESSES, error_line, load_json, run_script
+from conftest import IN_TWO, SCRIPT, TWO_PROCESSES, error_line, load_json, run_script
 
 from finetune_medasr import main
 
@@ -42,7 +42,6 @@ STEP = "transformers.Trainer.training_step"
 DECODE = "script.Decoder.emissions"
 SAVE = "transformers.Trainer._save_optimizer_and_scheduler"
 QUICK = ["--skip_baseline", "--max_test_samples", "1"]  # where the texts are of no interest
-IN_TWO = ["--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
 
 
 @pytest.fixture(scope="module")
