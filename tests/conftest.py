@@ -62,6 +62,13 @@ def load_predictions(results):
     ]
 
 
+def tensorboard(path):
+    """What a folder's, or a file's, curves and texts are."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(path)).Reload()
+
+
 def corpus_rows(split):
     """{clip: CSV row} of the fixture corpus, the first of rows with the same path."""
     rows = {}

@@ -11,14 +11,13 @@ import soundfile
 import yaml
 from conftest import (
     CORPUS,
-    HERE,
     MODEL,
-    SPLITS,
     corpus_audio,
     corpus_rows,
     error_line,
     load_json,
     load_predictions,
+    tensorboard,
     write_wav,
 )
 
@@ -26,7 +25,7 @@ import finetune_medasr as script
 from finetune_medasr import main, normalize_paper, normalize_wer, parse_settings
 
 FIXTURE_FLAGS = ("--model", MODEL, "--dataset", CORPUS)
-US_ENGLISH = HERE / "fixtures/us_english"
+US_ENGLISH = CORPUS.parent / "us_english"
 
 
 @pytest.fixture
@@ -48,12 +47,6 @@ def names(folder):
 def read_csv(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def curves(output):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return EventAccumulator(str(output / "runs")).Reload()
 
 
 # ---------------------------------------------------------------- the demo
@@ -169,7 +162,7 @@ def test_every_bad_clip_is_named_with_its_reason_and_no_other_clip_is_lost(demo)
     planted = [("test", "no audio"), ("train", "empty text"), ("train", "over --max_train_seconds"),
                ("train", "too short"), ("train", "undecodable audio")]  # fmt: skip
     assert sorted((row["split"], re.split(r" ?[:(]", row["reason"])[0]) for row in skipped) == planted
-    for split in SPLITS:
+    for split in script.SPLITS:
         rows, audio, data = corpus_rows(split), corpus_audio(split), demo.metrics["data"][split]
         named = {row["clip"]: row["reason"] for row in skipped if row["split"] == split}
         assert data["clips"] + len(named) == len(set(rows) | set(audio)) and set(named) <= set(rows) | set(audio)
@@ -198,7 +191,7 @@ def test_fine_tuning_takes_at_least_40_percent_of_the_errors_away_on_new_speaker
 
 @pytest.mark.slow
 def test_tensorboard_has_the_curves_and_transcriptions(demo, log):
-    events = curves(demo.output)
+    events = tensorboard(demo.output / "runs")
     for tag, key in (
         ("train/loss", "loss"),
         ("train/grad_norm", "grad_norm"),
@@ -257,46 +250,29 @@ def scores_of(folder, system="baseline"):
 
 
 @pytest.mark.slow
-def test_eval_only_and_score_file_give_the_figures_again(demo, tmp_path, run):
+def test_eval_only_and_score_file_give_the_figures_again_and_leave_those_of_a_run(demo, tmp_path, run):
+    out, scores = tmp_path / "out", tmp_path / "out/scores"
+    shutil.copytree(demo.results, out / "results")
+    shutil.copy(demo.output / "run.json", out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     corpus = ("--dataset", CORPUS, "--data_dir", demo.audio)
-    status, out, _ = run("--eval_only", "--model", demo.final, *corpus, "--output_dir", tmp_path / "scores")
-    assert status == 0 and names(tmp_path / "scores") == {"results"}
-    metrics = load_json(tmp_path / "scores/results/metrics.json")
+    status, said, _ = run("--eval_only", "--model", demo.final, *corpus, "--output_dir", out)
+    metrics = load_json(scores / "results/metrics.json")
+    assert status == 0 and f"results: {scores}/results" in said and f"{100 * metrics['baseline']['wer']:.1f} %" in said
     assert metrics["finetuned"] is None and metrics["delta"] is None
-    assert scores_of(tmp_path / "scores") == scores_of(demo.output, "finetuned")
-    again = {row["audio_filepath"]: row["pred_text"] for row in load_predictions(tmp_path / "scores/results")}
+    assert scores_of(scores) == scores_of(demo.output, "finetuned")
+    again = {row["audio_filepath"]: row["pred_text"] for row in load_predictions(scores / "results")}
     assert again == {row["audio_filepath"]: row["pred_text"] for row in demo.predictions}
-    assert f"{100 * metrics['baseline']['wer']:.1f} %" in out
     with open(tmp_path / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(demo.predictions[0]))
         writer.writeheader()
         writer.writerows(demo.predictions)
     for source in (demo.results / "predictions_test.jsonl", tmp_path / "predictions.csv"):
-        status, _, errors = run("--score_file", source, "--output_dir", tmp_path / source.suffix)
+        status, _, errors = run("--score_file", source, "--output_dir", out)
         assert (status, errors) == (0, "")
         for system in ("baseline", "finetuned"):
-            assert scores_of(tmp_path / source.suffix, system) == scores_of(demo.output, system)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["score_file", "eval_only"])
-def test_the_results_of_a_run_stay_when_something_else_is_scored(mode, demo, tmp_path, run):
-    (tmp_path / "out/results").mkdir(parents=True)
-    files = [tmp_path / "out" / name for name in ("run.json", "results/metrics.json", "results/predictions_test.jsonl")]
-    for file in files:
-        file.write_text('{"text": "no fever", "pred_text": "fever"}\n')
-    choice = ["--domains", "clinical", "--countries", "KE", "NA"]
-    flags = {
-        "score_file": ["--score_file", files[2]],
-        "eval_only": ["--eval_only", *FIXTURE_FLAGS, "--data_dir", demo.audio, *choice],
-    }
-    status, out, _ = run(*flags[mode], "--output_dir", tmp_path / "out")
-    assert status == 0 and f"results: {tmp_path}/out/scores/results" in out
-    assert {file.read_text() for file in files} == {'{"text": "no fever", "pred_text": "fever"}\n'}
-    assert names(tmp_path / "out/results") == {"metrics.json", "predictions_test.jsonl"}
-    if mode == "eval_only":  # of the chosen clips alone
-        scored = {row["audio_filepath"] for row in load_predictions(tmp_path / "out/scores/results")}
-        assert scored == set(chosen_rows("test", domain=["clinical"], country=["KE", "NA"])) & set(corpus_audio("test"))
+            assert scores_of(scores, system) == scores_of(demo.output, system)
+    assert {path: path.read_bytes() for path in before} == before and names(out) == {"results", "run.json", "scores"}
 
 
 # ---------------------------------------------------------------- --also_score
@@ -339,13 +315,13 @@ def test_each_further_test_set_has_its_scores_before_and_after(forgetting, tmp_p
     for text in (report, card):
         assert "# Also scored: us\\_english" in text and "# Also scored: clinic" in text
     assert card.count("type: automatic-speech-recognition") == 3
-    assert len(load_predictions(out / "results")) == 6
+    assert [row["accent"] for row in load_predictions(out / "results")] == ["zulu"] * 6
     assert (out / "results/predictions_us-english.jsonl").read_text(encoding="utf-8").count("\n") == 6
     (damaged,) = [row for row in read_csv(out / "results/skipped_clips.csv") if row["split"] == "clinic"]
     assert damaged["reason"].startswith("undecodable audio")
     assert metrics["data"]["clinic"]["skipped"] == {"undecodable audio": 1}
     tags = {"test_finetuned/wer", "us-english_baseline/wer", "us-english_finetuned/wer", "clinic_finetuned/cer"}
-    assert tags <= set(curves(out).Tags()["scalars"])
+    assert tags <= set(tensorboard(out / "runs").Tags()["scalars"])
 
     eval_only = ["--eval_only", "--model", str(out / "final"), "--output_dir", str(tmp_path)]
     assert main([*flags, *eval_only]) == 0
@@ -386,7 +362,7 @@ def test_a_finished_run_scores_another_set_without_training(forgetting, tmp_path
         (["us/en", "us_en"], 2, "(as 'us-en'); give another path"),
         (["_Test"], 2, "--also_score has '_Test', a split's name or there twice (as 'test')"),
         (["a/b", "--transcribe", str(US_ENGLISH / "test")], 2, "--also_score is "),
-        ([str(HERE / "fixtures/model")], 1, "model"),  # no recordings
+        ([str(MODEL)], 1, "model"),  # no recordings
     ],
 )
 def test_further_test_sets_that_cannot_be_scored_are_refused_before_any_audio(flags, status, message, tmp_path, run):
@@ -421,7 +397,7 @@ def test_a_dry_run_counts_what_was_chosen_and_prepares_nothing(tmp_path, run, fl
     place = ["--data_dir", tmp_path / "audio", "--output_dir", tmp_path / "out"]
     status, out, errors = run("--dry_run", *FIXTURE_FLAGS, *place, *flags.split())
     assert (status, errors) == (0, "")
-    for split in SPLITS:
+    for split in script.SPLITS:
         rows = chosen_rows(split, **choice).values()
         rows = [row for row in rows if split != "train" or float(row["duration"]) <= 30]
         line = rf"^ *{split} +([\d,]+) clips? +([\d.]+) h +([\d,]+) speakers? +([\d,]+) accents?$"
@@ -445,25 +421,12 @@ def test_a_dry_run_plans_the_updates_and_names_the_nearest_accents(tmp_path, run
 def test_a_yaml_file_sets_flags_and_flags_on_top_of_it_win(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "learning_rate: 1e-5\nseed: 7\naccents: [yoruba, 'akan (fante)']\nspec_augment: false\nskip_baseline: true\n"
-        f"max_steps: null\noutput_dir: {tmp_path}/out\nweight_decay: 0.25\n"
-        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs:\n  min_lr_rate: 0.1\n"
+        "max_steps: null\nweight_decay: 0.25\nlr_scheduler_kwargs:\n  min_lr_rate: 0.1\n"
     )
     settings = parse_settings([str(tmp_path / "run.yaml"), "--learning_rate", "2e-4", "--weight_decay", "0.5"])
     assert (settings.learning_rate, settings.weight_decay) == (2e-4, 0.5)
-    assert (settings.seed, settings.output_dir, settings.max_steps) == (7, f"{tmp_path}/out", -1)
-    assert settings.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert (settings.seed, settings.max_steps, settings.lr_scheduler_kwargs) == (7, -1, {"min_lr_rate": 0.1})
     assert settings.accents == ["yoruba", "akan (fante)"] and settings.skip_baseline and not settings.spec_augment
-
-
-def test_the_defaults_are_those_of_the_readme():
-    settings = vars(parse_settings(["--use_cpu", "true"]))
-    defaults = dict(
-        model="google/medasr", dataset="intronhealth/afrispeech-200", data_dir="./afrispeech-200-16khz",
-        output_dir="./medasr-afrispeech-200", learning_rate=3e-5, num_train_epochs=10, warmup_steps=500,
-        per_device_train_batch_size=8, gradient_accumulation_steps=4, eval_steps=500, save_steps=500,
-        early_stopping_patience=3, metric_for_best_model="wer", fp16=False, bf16=False, seed=42,
-    )  # fmt: skip
-    assert {name: settings[name] for name in defaults} == defaults
 
 
 @pytest.mark.parametrize("flag", ["--help", "--help_all"])
