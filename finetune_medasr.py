@@ -29,7 +29,6 @@ import glob
 import gzip
 import hashlib
 import html
-import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -91,7 +90,6 @@ DEFAULT_DATASET_REVISION = "b538c6e111914a812af28ff677f8cffc9b404b7d"
 LM_FILE = "lm_6.kenlm"  # in MedASR's repository: a 6-gram of its tokenizer's pieces
 SAMPLE_RATE = 16_000  # Hz, what MedASR's feature extractor expects
 SPLITS = ("train", "dev", "test")
-DOMAINS = ("clinical", "general")
 WINDOW_OVERLAP_SECONDS = 2.0  # a side, as in the model card's pipeline call (chunk_length_s=20, stride_length_s=2)
 ROOM_ADVICE = "free some disk; the same command goes on"
 
@@ -122,7 +120,6 @@ def warn(text):
 
 
 def one_line(error):
-    """An exception as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
 
 
@@ -155,14 +152,11 @@ def is_full_disk(error):
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_\w{4,}|(?:(?<=[_-]token[= ])|(?<=[_-]token: ))\S+")
-STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could move a terminal's cursor
-
-
 def redact(text):
     """`text` without tokens (of the environment, URLs and flags, what looks like the Hub's), harmless to print."""
     text = text.replace(os.environ.get("HF_TOKEN") or "\0", "***")
-    return STEERING.sub("\ufffd", SECRET.sub("***", text))
+    text = re.sub(r"(?<=://)[^/@\s]+(?=@)|\bhf_\w{4,}|(?:(?<=[_-]token[= ])|(?<=[_-]token: ))\S+", "***", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)  # they could move a terminal's cursor
 
 
 def public(value):
@@ -174,6 +168,10 @@ def public(value):
     return re.sub(r"^(--[\w-]+=)?(?:[/~].*/|/)(?=.)", r"\1", redact(value)) if isinstance(value, str) else value
 
 
+def digest(content):
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+
 def slugify(name):
     """A name as part of a path, an accent's in the Hub repository too: 'Akan (Fante)' -> 'akan-fante'."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -182,11 +180,6 @@ def slugify(name):
 def file_stem(name):
     """What a dataset is called in files and folders; a slug alone leaves nothing of other alphabets."""
     return f"{slugify(name)}-{'' if name.isascii() else digest(name)[:8]}".strip("-")
-
-
-def digest(content):
-    """A checksum of JSON."""
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
 def read_json(path):
@@ -204,39 +197,34 @@ def complete(target):
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        if target.is_dir():
-            shutil.rmtree(target)
+        shutil.rmtree(target, ignore_errors=True)  # nothing where it is a file
         os.replace(partial, target)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    """Write a text file so that it is complete or absent."""
     with explained(f"{path} cannot be written", advice=ROOM_ADVICE), complete(Path(path)) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-LAUNCHER_SECONDS = 5  # in which torchrun or Slurm passes on a signal that the processes have got themselves
-
-
 class StopSignals:
-    """SIGTERM and Ctrl-C raise Stopped at once, or, where `deferred`, leave their `number` to be looked at: in training
-    and scoring several processes have to stop after the same update or batch. A second one ends the program."""
+    """SIGTERM and Ctrl-C raise Stopped at once, or, where `deferred`, leave their `number` to be looked at, so that all
+    processes stop after the same update or batch. A second one ends the program."""
 
     deferred, number, since, process = False, 0, 0.0, 0
 
     def install(self):
         self.deferred, self.number, self.process = False, 0, os.getpid()
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # not the main thread
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        is_passed_on = "RANK" in os.environ and time.monotonic() - self.since < LAUNCHER_SECONDS
-        if os.getpid() != self.process or (self.number and is_passed_on):  # another process is a worker of ours
+        # torchrun and Slurm pass on a signal that the processes may have got themselves.
+        is_passed_on = self.number and "RANK" in os.environ and time.monotonic() - self.since < 5
+        if is_passed_on or os.getpid() != self.process:  # a worker of ours, which inherits this
             return
         if self.number:
             os.write(2, f"\n{PROGRAM}: error: ended by a second {signal.Signals(number).name}\n".encode())
@@ -276,6 +264,7 @@ def mixed(*kinds):
 
 Number = typing.TypeVar("Number")
 Positive, NotNegative = Annotated[Number, "above 0"], Annotated[Number, "0 or more"]
+Finite = Annotated[Number, "a number"]
 
 
 def flag(default, text):
@@ -321,7 +310,7 @@ class ScriptFlags:
     format_dictation: bool = flag(False, "write dictated {period}, {new paragraph} ... as what they stand for")
     lm: str | None = flag(None, f"decode with this n-gram of the model's tokens too; auto: {LM_FILE} of the model")
     lm_weight: NotNegative[float] = flag(0.5, "what a log-probability of --lm counts beside one of the model")
-    lm_word_score: float = flag(1.5, "what each token adds to a text's score: --lm alone prefers short ones")
+    lm_word_score: Finite[float] = flag(1.5, "what each token adds to a text's score: --lm alone prefers short ones")
     lm_beam: Positive[int] = flag(8, "hypotheses that the search with --lm keeps at each frame")
     tune_lm: bool = flag(False, "choose --lm_weight and --lm_word_score on dev before the test clips are scored")
     demo: bool = flag(False, "run the whole job on the small model and corpus in tests/fixtures, offline")
@@ -352,15 +341,21 @@ class TrainingFlags:
     dataloader_num_workers: NotNegative[int | None] = flag(None, "processes that decode audio; up to 8, by cores")
     resume_from_checkpoint: str | None = flag(None, "a checkpoint's folder; the newest complete one if not given")
     seed: NotNegative[int] = flag(42, "seed of everything random")
+    # What the Trainer needs for this job; where it is a single value, the code relies on it: the collator reads columns
+    # that are not arguments of the model. disable_tqdm's own default follows the libraries' log level.
+    eval_strategy: Literal["no", "steps", "epoch"] = "steps"
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    load_best_model_at_end: bool = True
+    metric_for_best_model: Literal["wer", "cer", "loss", "wer_by_domain/clinical", "wer_by_domain/general"] = "wer"
+    greater_is_better: bool = False
+    report_to: str = "tensorboard"
+    disable_tqdm: bool = False
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
+    length_column_name: Literal["num_samples"] = "num_samples"
+    remove_unused_columns: Literal[False] = False
+    label_smoothing_factor: Literal[0] = 0
 
 
-# What the Trainer needs for this job beside the fields above; each can still be set by its own flag. disable_tqdm's
-# default follows the libraries' log level, which quiet_libraries lowers.
-TRAINING_DEFAULTS = dict(eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True, disable_tqdm=False)
-TRAINING_DEFAULTS |= dict(metric_for_best_model="wer", greater_is_better=False, report_to=["tensorboard"])
-TRAINING_DEFAULTS["train_sampling_strategy"] = "group_by_length"
-# What the code relies on: the collator reads columns that are not arguments of the model, one of them the lengths.
-FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
 DEMO_FLAGS = [
     *("--model", str(FIXTURES / "model"), "--dataset", str(FIXTURES / "corpus"), "--output_dir", "./medasr-demo"),
     *"--data_dir ./medasr-demo/audio --learning_rate 2e-3 --max_steps 120 --gradient_accumulation_steps 2".split(),
@@ -368,31 +363,34 @@ DEMO_FLAGS = [
     *"--spec_augment false".split(),  # a model this small underfits masked audio
 ]
 AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
-BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
+BATCH_SIZES = {"per_device_train_batch_size": "auto_train_batch", "per_device_eval_batch_size": "auto_eval_batch"}
 MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")  # without training
+# What cannot be used together, and what is of no use without another.
+EXCLUSIVE = [MODES, ("also_score", "score_file", "transcribe"), ("lm", "score_file"), ("tune_lm", "transcribe")]
+EXCLUSIVE += [("max_train_samples", "streaming")]
+NEEDS = dict.fromkeys(("transcript_dir", "transcript_format", "format_dictation"), "transcribe") | {"tune_lm": "lm"}
 # Of what a run makes in --output_dir; it replaces these, and --overwrite_output_dir deletes them.
 MADE_BY_A_RUN = re.compile(r"(?:final|results|runs|run\.json|checkpoint-\d+)(?:/|$)")
 
 
 class CheckedSettings:
-    """Mixed before the flags and `TrainingArguments`: checks of what they say, before torch looks for devices. Beside
-    its fields the object has `auto_train_batch` and `auto_eval_batch`, whether these sizes are "auto", `upload`,
-    whether --push_to_hub is given, and `command`, the command line as it may be published."""
+    """Mixed before the flags and `TrainingArguments`: checks of what they say. Beside its fields the object has
+    `auto_train_batch` and `auto_eval_batch`, whether these sizes are "auto", `upload`, whether --push_to_hub is given,
+    and `command`, the command line as it may be published."""
 
     def __post_init__(self):
-        for problem in self.problems():
+        for problem in filter(None, self.problems()):
             raise UsageError(problem)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.num_proc = self.num_proc or cores
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = min(8, cores - 1)
-        self.auto_train_batch, self.auto_eval_batch = (getattr(self, name) == "auto" for name in BATCH_SIZES)
-        for name in BATCH_SIZES:
-            setattr(self, name, AUTO_BATCH_SIZE if getattr(self, name) == "auto" else int(getattr(self, name)))
-        has_gpu = torch.cuda.is_available() and not self.use_cpu
-        if self.fp16 and not has_gpu:
-            raise UsageError("--fp16 needs a CUDA GPU, and there is none; leave it out")
-        self.fp16 = has_gpu and not self.bf16 if self.fp16 is None else self.fp16
+        for name, is_auto in BATCH_SIZES.items():
+            size = getattr(self, name)
+            setattr(self, is_auto, size == "auto")
+            setattr(self, name, AUTO_BATCH_SIZE if size == "auto" else int(size))
+        if self.fp16 is None:
+            self.fp16 = torch.cuda.is_available() and not (self.use_cpu or self.bf16)
         super().__post_init__()
         self.upload, self.push_to_hub = self.push_to_hub, False  # at the end, and what is complete
         if self.hub_token:
@@ -425,72 +423,66 @@ class CheckedSettings:
         return tuple(split for split in splits if not (on_disk and self.streaming and split == "train"))
 
     def problems(self):
-        """Yield what cannot work, each in a line that names the flag, the value and the valid ones."""
+        """Yield what cannot work, in a line that names the flag, the value and the valid ones; false if it can."""
         for name in BATCH_SIZES:
-            if not re.fullmatch(r"auto|0*[1-9]\d*", str(getattr(self, name))):
-                yield f"--{name} is {getattr(self, name)}; it must be a number of clips above 0, or auto"
+            is_size = re.fullmatch(r"auto|0*[1-9]\d*", value := getattr(self, name))
+            yield not is_size and f"--{name} is {value}; it must be a number of clips above 0, or auto"
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            for bound in getattr(hint, "__metadata__", ()):
-                value = getattr(self, name)
-                if value is not None and not (0 <= value < np.inf and (value or bound == "0 or more")):
-                    yield f"--{name} is {value:g}; it must be {bound}, and finite"
-        for name, needed in FIXED.items():
-            if getattr(self, name) != needed:
-                yield f"--{name} is {getattr(self, name)}; this program needs {needed}: leave the flag out"
-        if self.window_seconds < 3 * WINDOW_OVERLAP_SECONDS:
-            yield f"--window_seconds is {self.window_seconds:g}; it must be at least {3 * WINDOW_OVERLAP_SECONDS:g}"
-        best = str(self.metric_for_best_model or "wer").removeprefix("eval_")
-        if best not in ("wer", "cer", "loss", *(f"wer_by_domain/{domain}" for domain in DOMAINS)):
-            yield f"--metric_for_best_model is {best}; it must be wer, cer, loss or wer_by_domain/clinical"
+            if (bound := getattr(hint, "__metadata__", "")) and (value := getattr(self, name)) is not None:
+                is_in = {"above 0": value > 0, "0 or more": value >= 0}.get(bound[0], True)
+                is_good = is_in and np.isfinite(value)
+                yield not is_good and f"--{name} is {value:g}; it must be {bound[0]}, and finite"
+        seconds, least = self.window_seconds, 3 * WINDOW_OVERLAP_SECONDS
+        yield seconds < least and f"--window_seconds is {seconds:g}; it must be at least {least:g}"
         for name in ("fsdp", "deepspeed"):
-            if getattr(self, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
-                yield f"--{name} is not supported: this model needs no sharding; torchrun gives each GPU a copy"
-        stems = [file_stem(public(name)) for name in self.also_score or ()]
-        for name, stem in zip(self.also_score or (), stems):
-            if stem in SPLITS or stems.count(stem) > 1:
-                yield f"--also_score has '{name}', a split's name or there twice (as '{stem}'); give another path"
-        yield from self.problems_of_folders()
-        modes, scores_texts = [name for name in MODES if getattr(self, name)], self.score_file or self.transcribe
-        has_flashlight = importlib.util.find_spec("flashlight")
-        is_transcript_flag = self.transcript_dir or self.format_dictation or self.transcript_format != "text"
-        for is_bad, problem in (
-            (len(modes) > 1, f"--{' and --'.join(modes)} cannot be used together; choose one"),
-            (self.tune_lm and not self.lm, "--tune_lm needs --lm: there is nothing to tune without a language model"),
-            (self.tune_lm and self.transcribe, "--tune_lm needs the dev clips of a corpus: use it with --eval_only"),
-            (
-                self.lm and self.score_file,
-                "--lm needs a model to decode, and --score_file has texts alone: leave it out",
-            ),
-            (self.lm and not has_flashlight, "--lm needs a package that is not installed: pip install flashlight-text"),
-            (self.streaming and self.max_steps <= 0, "--streaming needs --max_steps: a stream has no epochs to count"),
-            (self.streaming and self.max_train_samples, "--max_train_samples cannot be used with --streaming"),
-            (self.also_score and scores_texts, "--also_score is of use in a run and with --eval_only alone"),
-            (is_transcript_flag and not self.transcribe, "--transcript_* and --format_dictation need --transcribe"),
-        ):
-            if is_bad:
-                yield problem
+            is_on = getattr(self, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
+            yield is_on and f"--{name} is not supported: this model needs no sharding; torchrun gives each GPU a copy"
+        stems = Counter([*SPLITS, *(file_stem(public(name)) for name in self.also_score or ())])
+        for stem in [stem for stem, count in stems.items() if count > 1]:
+            yield f"--also_score has '{stem}' twice, or as a split is called; give another path"
+
+        for name in [name for name in ("output_dir", "data_dir", "transcript_dir") if getattr(self, name) is not None]:
+            path = Path(folder := getattr(self, name)).expanduser().absolute()
+            found = next(parent for parent in (path, *path.parents) if parent.exists())
+            is_good = folder.strip() and found.is_dir() and os.access(found, os.W_OK | os.X_OK)
+            yield not is_good and f"--{name} is '{folder}': {found} is no folder that can be written to; choose another"
+        output = Path(self.output_dir).expanduser().resolve()
+        for name in ("data_dir", "model", "dataset", "resume_from_checkpoint")[: 4 if self.overwrite_output_dir else 1]:
+            path = Path(folder := getattr(self, name) or "/").expanduser().resolve()
+            is_lost = path.is_relative_to(output) and MADE_BY_A_RUN.match(path.relative_to(output).as_posix())
+            yield is_lost and f"--{name} {folder} is what a run under --output_dir {output} replaces or deletes"
+
+        given = {item.name for item in dataclasses.fields(self) if getattr(self, item.name) != item.default}
+        for together in [[f"--{name}" for name in names if name in given] for names in EXCLUSIVE]:
+            yield len(together) > 1 and f"{' and '.join(together)} cannot be used together; choose one"
+        for name, needed in NEEDS.items():
+            yield name in given and needed not in given and f"--{name} needs --{needed}; leave it out"
+        if self.lm not in (None, "auto") and not Path(self.lm).is_file():
+            yield f"--lm is {self.lm}: there is no such file"
+        if self.lm and not importlib.util.find_spec("flashlight"):
+            yield "--lm needs a package that is not installed: pip install flashlight-text"
+        if self.streaming and self.max_steps <= 0:
+            yield "--streaming needs --max_steps: a stream has no epochs to count"
+        if self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
+            yield "--fp16 needs a CUDA GPU, and there is none; leave it out"
         if self.transcribe:
             find_recordings(self)
-
-    def problems_of_folders(self):
-        """Yield folders that cannot be written to, and those that a run would delete."""
-        for name in ("output_dir", "data_dir", "transcript_dir"):
-            if (folder := getattr(self, name)) is None:
-                continue
-            path = Path(folder).expanduser().absolute()
-            found = next(parent for parent in (path, *path.parents) if parent.exists())
-            if not folder.strip() or not (found.is_dir() and os.access(found, os.W_OK | os.X_OK)):
-                yield f"--{name} is '{folder}': {found} is no folder that can be written to; choose another"
-        output = Path(self.output_dir).expanduser().resolve()
-        read = {name: getattr(self, name) for name in ("model", "dataset", "resume_from_checkpoint")}
-        for name, folder in {"data_dir": self.data_dir, **(read if self.overwrite_output_dir else {})}.items():
-            path = Path(folder or "").expanduser().resolve()
-            if folder and path.is_relative_to(output) and MADE_BY_A_RUN.match(path.relative_to(output).as_posix()):
-                yield f"--{name} {folder} is what a run under --output_dir {output} replaces or deletes; choose another"
 
 
 def make_parser(show_all):
     """An argparse parser of every flag, whose --help shows the script's own and what people change, or all of them."""
+    # The libraries' advice stays off the screen: the script says itself what a user needs to know. OpenMP's threads
+    # spin while they wait for each other, by default. Where another process wants a core too, be it a worker that
+    # decodes audio, the small steps of a model then take many times as long.
+    quiet = "TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1"
+    for name in f"{quiet} OMP_WAIT_POLICY=PASSIVE".split():
+        os.environ.setdefault(*name.split("="))
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    warnings.filterwarnings("ignore", message="Glyph|Tight layout")  # matplotlib's, of names in the pictures
+    Lazy("transformers.utils.logging").disable_progress_bar()
+    # TensorBoard writes in a thread, and raises the same in the program itself.
+    threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
 
     class Parser(transformers.HfArgumentParser):
         def error(self, message):
@@ -501,11 +493,11 @@ def make_parser(show_all):
     training = dataclass(type("Training", (TrainingFlags, transformers.TrainingArguments), {}))
     parser = Parser([ScriptFlags, training], allow_abbrev=False, formatter_class=layout, **texts)
     parser.add_argument("--help_all", action="help", help="show every flag, those of TrainingArguments included")
-    parser.set_defaults(**TRAINING_DEFAULTS, **FIXED)
-    shown = {"--help", "--help_all", *(f"--{name}" for kind in (ScriptFlags, TrainingFlags) for name in vars(kind))}
+    shown = [item for kind in (ScriptFlags, TrainingFlags) for item in dataclasses.fields(kind) if item.metadata]
+    shown = {"help", "help_all", *(item.name for item in shown)}
     for action in parser._actions:
         action.option_strings = action.option_strings[-1:] if action.dest == "help" else action.option_strings[:1]
-        if not show_all and action.option_strings[0].replace("--no_", "--") not in shown:
+        if not show_all and action.dest not in shown:
             action.help = argparse.SUPPRESS
         elif action.default not in (None, False, argparse.SUPPRESS):
             action.help = f"{action.help} (default: {action.default})"
@@ -515,15 +507,14 @@ def make_parser(show_all):
 def as_flags(settings):
     """The command line that a dict stands for: {"learning_rate": 1e-5} is --learning_rate 1e-5."""
     flags = []
-    for name, value in [item for item in settings.items() if item[1] is not None]:
+    for name, value in settings.items():
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{name}", *map(str, values)]
+        flags += [f"--{name}", *map(str, values)] if value is not None else []
     return flags
 
 
 def parse_settings(argv):
     """The settings of a command line; raises UsageError."""
-    quiet_libraries()
     command = redact(shlex.join(["python", PROGRAM, *map(public, argv)]))
     if argv and not argv[0].startswith("-"):
         try:
@@ -556,27 +547,7 @@ def parse_settings(argv):
     return settings
 
 
-def quiet_libraries():
-    """Keep the libraries' advice off the screen: the script says itself what a user needs to know."""
-    # TensorBoard writes in a thread, and raises the same in the program itself.
-    threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
-    # OpenMP's threads spin while they wait for each other, by default. Where another process wants a core too, be it a
-    # worker that decodes audio, the small steps of a model then take many times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for name in ("TRANSFORMERS_VERBOSITY=error", "TOKENIZERS_PARALLELISM=false", "HF_HUB_DISABLE_PROGRESS_BARS=1"):
-        os.environ.setdefault(*name.split("="))
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    warnings.filterwarnings("ignore", message="Glyph|Tight layout")  # matplotlib's, of names in the pictures
-    Lazy("transformers.utils.logging").disable_progress_bar()
-
-
 # ---------------------------------------------------------------- Hub
-
-
-def unreachable_errors():
-    """The exceptions that say that the Hub cannot be reached."""
-    return hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, httpx2.ConnectError
 
 
 @contextlib.contextmanager
@@ -586,36 +557,36 @@ def explained_hub_errors(repo, kind):
         yield
     except (httpx2.HTTPError, OSError, hub_errors.RevisionResolutionError, hub_errors.HFValidationError) as error:
         # A server that answers 5xx comes out as "not found locally", with the answer as its cause.
-        behind = error.__cause__ if isinstance(error, hub_errors.LocalEntryNotFoundError) else None
-        error = behind if isinstance(behind, hub_errors.HfHubHTTPError) else error
+        error = error.__cause__ if isinstance(error.__cause__, hub_errors.HfHubHTTPError) else error
         endpoint, of = Lazy("huggingface_hub.constants").ENDPOINT, "datasets/" * (kind == "dataset")
         account = "your account has no access to it:" if hub.get_token() else "you are not logged in: 'hf auth login',"
         no_revision = hub_errors.RevisionNotFoundError, hub_errors.RevisionResolutionError
-        invalid_token = "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
-        later = f"could not be read ({one_line(error)}): run the same command again, what is finished is kept"
-        is_invalid = getattr(getattr(error, "response", None), "status_code", None) == 401
-        for kinds, meaning in (  # some exceptions are kinds of others below them
-            (hub_errors.GatedRepoError, f"is gated and {account} accept its terms at {endpoint}/{of}{repo}"),
-            (hub_errors.RepositoryNotFoundError, f"is not on the Hub, or is private: check --{kind}, or log in"),
-            (hub_errors.HFValidationError, f"is neither a local folder nor a Hub id owner/name: check --{kind}"),
-            (no_revision, f"has no such revision: check --{kind}_revision"),
-            (unreachable_errors(), f"is not on this machine and {endpoint} cannot be reached: give a local folder"),
-            (hub_errors.EntryNotFoundError, f"lacks a file ({one_line(error)}): check --{kind}_revision"),
-            (Exception, invalid_token if is_invalid else later),
-        ):
-            if isinstance(error, kinds):
-                raise RunError(f"{kind} {repo} {meaning}") from error
+        unreachable = hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, httpx2.ConnectError
+        failed = f"could not be read ({one_line(error)}): run the same command again, what is finished is kept"
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            failed = "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
+        meanings = {  # some exceptions are kinds of others below them
+            hub_errors.GatedRepoError: f"is gated and {account} accept its terms at {endpoint}/{of}{repo}",
+            hub_errors.RepositoryNotFoundError: f"is not on the Hub, or is private: check --{kind}, or log in",
+            hub_errors.HFValidationError: f"is neither a local folder nor a Hub id owner/name: check --{kind}",
+            no_revision: f"has no such revision: check --{kind}_revision",
+            unreachable: f"is not on this machine and {endpoint} cannot be reached: give a local folder",
+            hub_errors.EntryNotFoundError: f"lacks a file ({one_line(error)}): check --{kind}_revision",
+            Exception: failed,
+        }
+        meaning = next(meaning for kinds, meaning in meanings.items() if isinstance(error, kinds))
+        raise RunError(f"{kind} {repo} {meaning}") from error
 
 
 RETRIES = 6  # drops of a connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
 
 
 class HubStream(io.RawIOBase):
-    """A file of `size` bytes on the Hub as a stream from `position` on, through dropped connections. The Hub client
+    """A file of a `Repository` on the Hub as a stream from `position` on, through dropped connections. The Hub client
     waits out answers of 5xx and 429 by itself."""
 
-    def __init__(self, path, size, position=0):
-        self.file, self.size = hub.HfFileSystem().open(path, block_size=0), size
+    def __init__(self, repository, path, position=0):
+        self.file, self.size = repository.on_hub(path, block_size=0), repository.files[path][0]
         self.file.loc = position
 
     def readable(self):
@@ -653,28 +624,27 @@ class Repository:
         """Have `files`, from the Hub once for each commit; raises RunError."""
         if self.folder:
             with explained(f"{self.folder} cannot be read"):
-                found = [(path, path.stat()) for path in files_below(self.folder) if path.is_file()]
-            for path, status in found:
-                self.files[path.relative_to(self.folder).as_posix()] = [status.st_size, status.st_mtime_ns]
+                for path in filter(Path.is_file, files_below(self.folder)):
+                    status = path.stat()
+                    self.files[path.relative_to(self.folder).as_posix()] = [status.st_size, status.st_mtime_ns]
             return
         listing = self.cache / "files.json"
         self.files = read_json(listing) or {}
         if self.files and re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             return  # a commit never changes: no network is needed to go on
-        try:
-            with explained_hub_errors(self.name, "dataset"):
+        with explained_hub_errors(self.name, "dataset"):
+            try:
                 tree = list(hub.list_repo_tree(self.name, recursive=True, revision=self.revision, repo_type="dataset"))
-        except RunError as error:
-            if not self.files or not isinstance(error.__cause__, unreachable_errors()):
-                raise
-            say("  the Hub cannot be reached: taken as it was when it was listed last")
-            return
+            except (hub_errors.OfflineModeIsEnabled, httpx2.ConnectError):
+                if not self.files:
+                    raise
+                say("  the Hub cannot be reached: taken as it was when it was listed last")
+                return
         found = [item for item in tree if hasattr(item, "size")]
         self.files = {file.path: [file.size, file.lfs.sha256 if file.lfs else None] for file in found}
         write_text(listing, json.dumps(self.files, indent=1))
 
     def size(self, paths):
-        """Bytes of files of the repository."""
         return sum(self.files[path][0] for path in paths)
 
     def local(self, path):
@@ -682,41 +652,34 @@ class Repository:
         if self.folder:
             return self.folder / path
         cached = hub.try_to_load_from_cache(self.name, path, repo_type="dataset", revision=self.revision)
-        places = [Path(cached)] if isinstance(cached, str) else []
-        places.append(self.cache / "hub" / path)
-        return next((place for place in places if place.exists() and place.stat().st_size == self.files[path][0]), None)
+        places = map(Path, [cached if isinstance(cached, str) else "", self.cache / "hub" / path])
+        sizes = ((place, place.stat().st_size) for place in places if place.is_file())
+        return next((place for place, size in sizes if size == self.files[path][0]), None)
 
-    def on_hub(self, path):
-        """The path of a file for `HfFileSystem`."""
-        return f"datasets/{self.name}@{self.revision or 'main'}/{path}"
+    def on_hub(self, path, **options):
+        return hub.HfFileSystem().open(f"datasets/{self.name}@{self.revision or 'main'}/{path}", **options)
 
-    @contextlib.contextmanager
     def open(self, path):
         """A file of the repository as a stream of bytes: the local file, or as much of the Hub's as is read."""
-        if local := self.local(path):
-            with open(local, "rb") as stream:
-                yield stream
-            return
-        with explained_hub_errors(self.name, "dataset"):
-            with io.BufferedReader(HubStream(self.on_hub(path), self.files[path][0]), 1 << 16) as stream:
-                yield stream
+        local = self.local(path)
+        return open(local, "rb") if local else io.BufferedReader(HubStream(self, path), 1 << 16)
 
     def fetch(self, path):
         """The local path of a file, downloaded if need be, going on where that stopped; raises RunError."""
         if local := self.local(path):
             return local
-        (size, checksum), target = self.files[path], self.cache / "hub" / path
+        target, checksum = self.cache / "hub" / path, self.files[path][1]
         partial = target.with_name(target.name + ".partial")
         target.parent.mkdir(parents=True, exist_ok=True)
         with explained_hub_errors(self.name, "dataset"), filelock.FileLock(f"{partial}.lock"):
             for _ in range(2):
                 if self.local(path):  # by another process, meanwhile
                     return target
-                with open(partial, "ab") as file, HubStream(self.on_hub(path), size, file.tell()) as stream:
+                with open(partial, "ab") as file, HubStream(self, path, file.tell()) as stream:
                     shutil.copyfileobj(stream, file, 1 << 20)
                 with open(partial, "rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
-                if partial.stat().st_size == size and checksum in (None, found):
+                if self.size([path]) == partial.stat().st_size and checksum in (None, found):
                     os.replace(partial, target)
                     return target
                 partial.unlink()
@@ -730,16 +693,12 @@ class Repository:
 
 def files_below(folder):
     """The paths of all files in a folder and below it, sorted; raises OSError where rglob would pass over a part."""
-    found, folders = [], [Path(folder)]
-    for place in folders:
-        for path in sorted(place.iterdir()):
-            (folders if path.is_dir() else found).append(path)
-    return sorted(found)
 
+    def refuse(error):
+        raise error
 
-# All that decides what LasrFeatureExtractor computes, and what decides nothing.
-EXTRACTOR_SETTINGS = """feature_size sampling_rate hop_length n_fft win_length padding_value padding_side
-    return_attention_mask feature_extractor_type processor_class""".split()
+    found = os.walk(folder, onerror=refuse, followlinks=True)
+    return sorted(Path(place, name) for place, _, names in found for name in names)
 
 
 def load_model(settings):
@@ -759,19 +718,18 @@ def load_model(settings):
             raise RunError(f"{what}: it is a {kind} model, not of MedASR's kind (lasr_ctc)")
         processor = transformers.AutoProcessor.from_pretrained(**source)
         model, loading = transformers.AutoModelForCTC.from_pretrained(**source, **options)
-        extractor = processor.feature_extractor
-        encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")
-    features = {name: value for name, value in extractor.to_dict().items() if name not in EXTRACTOR_SETTINGS}
+        rate, features = processor.feature_extractor.sampling_rate, type(processor.feature_extractor).__name__
+        labels = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")(["patient PATIENT"])[0]
     unfit = [key for key, *_ in loading["mismatched_keys"]] + sorted(loading["missing_keys"])  # filled with noise
-    for is_bad, problem in (
-        (unfit, f"it lacks weights of its config.json, such as {unfit[:1]}"),
-        (broken := not_finite(model), f"it holds weights that are not finite, in {broken}"),
-        (features, f"its features are not MedASR's: {features}"),
-        (extractor.sampling_rate != SAMPLE_RATE, f"it takes audio of {extractor.sampling_rate:,} Hz"),
-        (not decode_ids(processor, encoder(["patient PATIENT"])[0]), "its tokenizer is not for its vocabulary"),
-    ):
-        if is_bad:
-            raise RunError(f"{what}: {problem}")
+    problems = (
+        unfit and f"it lacks weights of its config.json, such as {unfit[:1]}",
+        (broken := not_finite(model)) and f"it holds weights that are not finite, in {broken}",
+        features != "LasrFeatureExtractor" and f"its features are not MedASR's, but of {features}",
+        rate != SAMPLE_RATE and f"it takes audio of {rate:,} Hz",
+        not decode_ids(processor, labels) and "its tokenizer is not for its vocabulary",
+    )
+    for problem in filter(None, problems):
+        raise RunError(f"{what}: {problem}")
     return processor, model
 
 
@@ -784,8 +742,7 @@ def not_finite(model):
 def push_to_hub(settings, final=None):
     """Make the repository that --push_to_hub means, and upload the folder `final`, if given, in one commit."""
     name = settings.hub_model_id or Path(settings.output_dir).resolve().name
-    advice = f"the model is complete in {final}, 'hf upload' sends it"
-    advice = advice if final else "run 'hf auth login' with a token that may write"
+    advice = f"the model is complete in {final}, 'hf upload' sends it" if final else "run 'hf auth login' to write"
     failures = httpx2.HTTPError, OSError, ValueError
     with explained(f"--push_to_hub: {name} cannot be written on the Hub", failures, advice):
         repo = hub.create_repo(name, private=settings.hub_private_repo, exist_ok=True)
@@ -796,24 +753,19 @@ def push_to_hub(settings, final=None):
 
 # ---------------------------------------------------------------- tables
 
+GROUP_COLUMNS = ("speaker", "accent", "country", "domain", "gender", "age_group")
+# The columns of every table of clips, beside num_samples, the length at 16 kHz. `problem` is why one cannot be used.
+CLIP_COLUMNS = ("clip", "text", *GROUP_COLUMNS, "split", "problem")
 # What a table says of a clip -> the names that its column may have: AfriSpeech-200's, NeMo's and other people's.
-COLUMNS = {
+COLUMNS = {name: (name,) for name in (*GROUP_COLUMNS, "split", "pred_text", "baseline_text")} | {
     "clip": ("file_name", "audio_paths", "audio_path", "audio_filepath"),
     "text": ("text", "sentence", "transcript", "transcription"),
     "speaker": ("speaker", "speaker_id", "user_ids", "user_id", "client_id"),
     "accent": ("accent", "accents"),
-    "country": ("country",),
-    "domain": ("domain",),
     "gender": ("gender", "sex"),
     "age_group": ("age_group", "age"),
-    "split": ("split",),
     "duration": ("duration", "seconds"),
-    "pred_text": ("pred_text",),
-    "baseline_text": ("baseline_text",),
 }
-GROUP_COLUMNS = ("speaker", "accent", "country", "domain", "gender", "age_group")
-# The columns of every table of clips, beside num_samples, the length at 16 kHz. `problem` is why one cannot be used.
-CLIP_COLUMNS = ("clip", "text", *GROUP_COLUMNS, "split", "problem")
 SPLIT_NAMES = {"train": "train training", "dev": "dev validation valid val", "test": "test testing eval evaluation"}
 
 
@@ -840,13 +792,13 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
         text, notes = data.decode("cp1252", "replace"), ["it is not UTF-8 and was read as Latin-1 (Windows-1252)"]
 
     if Path(path).suffix.lower() in (".csv", ".tsv"):
-        text, number = text.replace("\0", ""), 0
+        number, lines = 0, list(io.StringIO(text.replace("\0", ""), newline=""))
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        names = rows.fieldnames or []
+        reader = csv.DictReader(lines, delimiter=delimiter)
+        names, rows = reader.fieldnames or [], list(reader)
         try:
-            for _ in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True):
+            for _ in csv.reader(lines, delimiter=delimiter, strict=True):
                 number += 1
         except csv.Error:
             notes.append(f"an unclosed quote in row {number}: look at the rows after it, its text may have taken some")
@@ -857,15 +809,15 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
             raise RunError(f"{name}: row {wrong[0]} is not an object with keys such as {' and '.join(needed)}")
         names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     columns = choose_columns(names, text_column, name, needed)
-    values, problems = {ours: [] for ours in columns}, []
-    for number, row in enumerate(rows, start=1):
-        is_surplus = any(map(str.strip, row.get(None, ())))  # the csv module's key for them
-        problems.append(f"more cells than columns (row {number}): its text needs quotes" if is_surplus else "")
-        for ours, theirs in columns.items():
-            values[ours].append(None if is_surplus and ours not in ("clip", "text") else cell_text(row.get(theirs)))
-    if count := sum(map(bool, problems)):
-        notes.append(f"{plural(count, 'row')} with more cells than columns: not used")
-    return pandas.DataFrame({**values, "problem": problems}, dtype="str"), notes
+    cells = {ours: [cell_text(row.get(theirs)) for row in rows] for ours, theirs in columns.items()}
+    table = pandas.DataFrame(cells, dtype="str").assign(problem="")
+    # The csv module's key for cells beyond the columns is None. Their row may have lost its order before them.
+    surplus = [number for number, row in enumerate(rows) if any(map(str.strip, row.get(None, ())))]
+    table.loc[surplus, table.columns.difference(["clip", "text"])] = None
+    for number in surplus:
+        table.loc[number, "problem"] = f"more cells than columns (row {number + 1}): its text needs quotes"
+    notes += [f"{plural(len(surplus), 'row')} with more cells than columns: not used"] * bool(surplus)
+    return table, notes
 
 
 def choose_columns(names, text_column, table, needed):
@@ -876,12 +828,10 @@ def choose_columns(names, text_column, table, needed):
         found["text"] = [text_column] * (text_column in names)
     listed = f"its columns are {' '.join(', '.join(names)[:200].split()) or 'none'}"
     if len(found["text"]) != 1:
-        problem = f"no column {text_column or ' or '.join(COLUMNS['text'])}"
-        problem = f"both {' and '.join(found['text'])}" if found["text"] else problem
+        problem = " and ".join(found["text"]) or f"no column {text_column or ' or '.join(COLUMNS['text'])}"
         raise UsageError(f"{table} has {problem}; name the column of the texts with --text_column: {listed}")
-    for ours in needed:
-        if not found[ours]:
-            raise RunError(f"{table} has no column {' or '.join(COLUMNS[ours])}; {listed}")
+    for ours in [ours for ours in needed if not found[ours]]:
+        raise RunError(f"{table} has no column {' or '.join(COLUMNS[ours])}; {listed}")
     return {ours: theirs[0] for ours, theirs in found.items() if theirs}
 
 
@@ -890,21 +840,12 @@ def cell_text(cell):
     return None if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
 
 
-def clip_samples(cell):
-    """Samples at 16 kHz of the duration in a cell; 0 if it holds none, or none that a clip can have."""
-    try:
-        return int(float(cell) * SAMPLE_RATE) if 0 < float(cell) < 86_400 else 0
-    except (TypeError, ValueError):
-        return 0
-
-
-def clip_table(cells, split="", accent=""):
-    """The table of clips, with every column, of what `read_table` gives; `split` and `accent` stand for empty cells."""
+def clip_table(cells, split=""):
+    """The table of clips, with every column, of what `read_table` gives; `split` stands for empty cells."""
     table = pandas.DataFrame({name: cells.get(name) for name in CLIP_COLUMNS}, cells.index, dtype="str").fillna("")
-    named = {cell: split_in(cell) or split for cell in table["split"].unique()}
-    table["split"] = table["split"].map(named).astype("str")
-    table["accent"] = table["accent"].replace("", accent)
-    table["num_samples"] = list(map(clip_samples, cells["duration"])) if "duration" in cells else 0
+    table["split"] = table["split"].map(split_in).replace("", split).astype("str")
+    seconds = pandas.to_numeric(cells.get("duration", pandas.Series(0, cells.index)), errors="coerce")
+    table["num_samples"] = (seconds.where((seconds > 0) & (seconds < 86_400), 0) * SAMPLE_RATE).astype("int64")
     return table
 
 
@@ -913,24 +854,17 @@ def clip_table(cells, split="", accent=""):
 
 @dataclass
 class Shard:
-    """What becomes one prepared file, `path`: an archive, a group of audio files, or a parquet file. `rows` are the
-    table of the clips that are announced for it; `files` are what it is made of; `split` is "" where the rows name
-    several."""
+    """An archive, a group of audio files, or a parquet file, which becomes one prepared file, `path`. `rows` are the
+    table of its clips, `files` what it is made of, `splits` those of its clips."""
 
     name: str
     path: Path
     rows: object
     files: list[str]
-    split: str = ""
+    splits: set[str] = field(default_factory=set)
 
 
-def split_config(dataset):
-    """(folder or Hub id, configuration or "") that a --dataset names."""
-    name, _, config = (dataset, "", "") if Path(dataset).expanduser().is_dir() else dataset.partition(":")
-    return name, config
-
-
-ARCHIVE = re.compile(r"audio/([^/]+)/([^/]+)/[^/]+\.tar\.gz")
+ARCHIVE = re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz")
 METADATA = re.compile(r"(.*/)?metadata\.(csv|jsonl)")
 GROUP_CLIPS = 256  # recordings of a folder that are converted to one prepared file
 
@@ -944,12 +878,13 @@ class Source:
     def __init__(self, dataset, settings, splits, is_extra=False):
         """The corpus, its tables read as far as `splits` need them; raises RunError or UsageError. `is_extra` is one of
         --also_score, to which the flags on the corpus and its parts do not apply."""
-        name, config = split_config(dataset)
+        is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
+        name, _, config = (dataset, "", "") if is_folder else dataset.partition(":")
         revision = None if is_extra else settings.dataset_revision
         revision = DEFAULT_DATASET_REVISION if name == DEFAULT_DATASET and not revision else revision
         self.text_column, asked = (None, None) if is_extra else (settings.text_column, settings.accents)
         self.dataset, self.is_extra, self.keep = dataset, is_extra, settings.keep_archives
-        self.made, self.assignment, self.unnamed, self.names = (), {}, "", []
+        self.made, self.assignment, self.unnamed = (), {}, ""
         place = Path(name).expanduser()
         place = place.resolve() if place.is_dir() else None
         identity = digest([str(place or name), revision, config, self.text_column])
@@ -957,11 +892,9 @@ class Source:
         self.repository = Repository(name, revision, place, self.folder)
         self.repository.list()
         paths = sorted(self.repository.files)
-        archives = list(filter(ARCHIVE.fullmatch, paths))
-        self.layout, has_parquet = (
-            "archives" if archives else "recordings",
-            any(path.endswith(".parquet") for path in paths),
-        )
+        archives, tables = (list(filter(kind.fullmatch, paths)) for kind in (ARCHIVE, METADATA))
+        has_parquet = any(path.endswith(".parquet") for path in paths)
+        self.layout = "archives" if archives else "recordings"
         if config and (archives or not has_parquet):
             raise UsageError(f"--dataset names '{config}'; {name} has no configurations: leave it out")
         if archives:
@@ -972,21 +905,22 @@ class Source:
             raise UsageError(f"--streaming is for AfriSpeech-200's layout, which {name} is not in; leave it out")
         if has_parquet:
             self.add_parquet_files(name, config, splits)
-        elif tables := list(filter(METADATA.fullmatch, paths)):
+        elif tables:
             self.add_audio_files(tables)
         else:
             kinds = "no audio/<accent>/<split>/*.tar.gz, no metadata.csv or metadata.jsonl and no parquet files"
             raise RunError(f"{name} has {kinds}: it has {plural(len(paths), 'file')}, such as {(paths or ['none'])[0]}")
-        self.names = self.names or [shard.name for shard in self.shards]
         tables = [shard.rows.assign(shard=number) for number, shard in enumerate(self.shards)]
         self.announced = pandas.concat(tables, ignore_index=True)
         self.accents = set(map(slugify, self.announced["accent"].unique())) - {""}
         self.plan_splits(splits, settings.seed)
+        for number, found in self.announced.groupby("shard")["split"]:
+            self.shards[number].splits = set(found)
 
-    def new_shard(self, name, rows, files, made_of=None, split=""):
-        """A `Shard` whose prepared file is another one where anything that it is made of has changed."""
-        mark = digest([made_of, *([path, *self.repository.files[path]] for path in files)])[:12]
-        return Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", rows, files, split)
+    def new_shard(self, name, rows, files, listed="", splits=()):
+        """A `Shard` whose prepared file is another one where what is `listed` for it, or one of its files, changes."""
+        mark = digest([listed, *([path, *self.repository.files[path]] for path in files)])[:12]
+        return Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", rows, files, set(splits))
 
     @staticmethod
     def stem(name):
@@ -994,82 +928,74 @@ class Source:
         return f"{slugify(name)[-80:]}-{digest(name)[:6]}"
 
     def read(self, path):
-        """`read_table` of a file of the repository; warns of its defects."""
+        """The table of clips of a file of the repository; warns of its defects."""
         cells, notes = read_table(self.repository.fetch(path), self.text_column, name=path)
         for note in notes:
             warn(f"{path}: {note}")
-        return cells
+        return clip_table(cells)
 
     def add_archives(self, archives, splits, accents):
         """AfriSpeech-200's layout: audio/<accent>/<split>/*.tar.gz and transcripts/<accent>/<split>.csv."""
         tables, self.shards, self.names = {}, [], archives
-        for accent, split in itertools.product(sorted(accents), splits):
-            if f"transcripts/{accent}/{split}.csv" in self.repository.files:
-                tables[accent, split] = f"transcripts/{accent}/{split}.csv"
+        for part in itertools.product(sorted(accents), splits):
+            if (path := "transcripts/{}/{}.csv".format(*part)) in self.repository.files:
+                tables[part] = path
         with ThreadPoolExecutor(8) as pool:  # some hundred small files on the Hub, so several at once
             list(pool.map(self.repository.fetch, tables.values()))
         for (accent, split), path in tables.items():
-            cells = self.read(path).dropna(subset="clip")
-            cells["clip"], cells["split"] = cells["clip"].map(clip_key), split
-            tables[accent, split] = clip_table(cells.drop_duplicates("clip"), split, accent)
+            table = self.read(path)
+            table["clip"], table["split"] = table["clip"].map(clip_key).astype("str"), split
+            table["accent"] = table["accent"].replace("", accent)
+            tables[accent, split] = table[table["clip"] != ""].drop_duplicates("clip")
         nothing = clip_table(pandas.DataFrame())
         self.announced = pandas.concat([nothing, *tables.values()], ignore_index=True)
         for path in archives:
-            accent, split = ARCHIVE.fullmatch(path).groups()
+            accent, split = part = ARCHIVE.fullmatch(path).groups()
             if accent in accents and split in splits:
-                rows = tables.get((accent, split), nothing)
-                made_of = [accent, *rows[["clip", "text", *GROUP_COLUMNS, "problem"]].to_numpy().ravel()]
-                self.shards.append(self.new_shard(path, rows, [path], made_of, split))
+                rows = tables.get(part, nothing)
+                self.shards.append(self.new_shard(path, rows, [path], rows.to_csv(index=False), [split]))
 
     def add_audio_files(self, tables):
         """Audio files in folders, with a metadata.csv or metadata.jsonl beside or above them."""
-        files, found = self.repository.files, []
+        files, rows, self.shards = self.repository.files, {}, []
         for path in tables:
-            table = clip_table(self.read(path))
-            keys, problems = [], []
-            for number, (name, problem) in enumerate(zip(table["clip"], table["problem"]), start=1):
-                key = os.path.normpath(os.path.join(os.path.dirname(path), name))
-                if not name.strip():
-                    key, problem = f"{path}, row {number}", "no file_name"
+            for number, row in enumerate(self.read(path).to_dict("records"), start=1):
+                key = os.path.normpath(os.path.join(os.path.dirname(path), row["clip"]))
+                if not row["clip"].strip():
+                    key, row["problem"] = f"{path}, row {number}", "no file_name"
+                elif key.startswith(("/", "../")):
+                    row["problem"] = "refused: its path climbs out of the folder"
                 elif key not in files:
-                    outside = key.startswith(("/", "../"))
-                    problem = "refused: its path climbs out of the folder" if outside else problem or "no audio"
-                keys.append(key)
-                problems.append(problem)
-            # "stress-test.wav" is of no test split.
-            splits = [split_in(path) or split_in(f"{os.path.dirname(key)}/") for key in keys]
-            splits = table["split"].where(table["split"] != "", splits)
-            found.append(table.assign(clip=keys, split=splits, problem=problems))
-        listed = pandas.concat(found).drop_duplicates("clip")
-        if not listed["clip"].isin(files).any():
-            example = f"{plural(len(listed), 'row')}, such as {next(iter(listed['clip']), 'none')}"
+                    row["problem"] = row["problem"] or "no audio"
+                # "stress-test.wav" is of no test split.
+                row["split"] = row["split"] or split_in(path) or split_in(f"{os.path.dirname(key)}/")
+                rows.setdefault(key, {**row, "clip": key})
+        if not rows.keys() & files:
+            example = f"{plural(len(rows), 'row')}, such as {next(iter(rows), 'none')}"
             raise RunError(f"{tables[0]} names no file that is there among {example}")
-        rest = [path for path in sorted(files.keys() - set(listed["clip"])) if is_audio_name(path)]
-        rest = pandas.DataFrame({"clip": rest, "split": [os.path.dirname(path) + "/" for path in rest]}, dtype="str")
-        table = pandas.concat([listed, clip_table(rest.assign(problem="no transcript"))])
-        self.shards = []
-        for split, rows in table.groupby("split"):
-            for start in range(0, len(rows), GROUP_CLIPS):
-                group = rows.iloc[start : start + GROUP_CLIPS]
-                present, made_of = group["clip"][group["problem"] == ""], group.astype("str").to_numpy().ravel()
-                name = f"{split or 'clips'}-{start // GROUP_CLIPS:05d}"
-                self.shards.append(self.new_shard(name, group, present.tolist(), made_of.tolist()))
+        nothing = dict.fromkeys(CLIP_COLUMNS, "") | {"num_samples": 0, "problem": "no transcript"}
+        for path in filter(is_audio_name, sorted(files.keys() - rows)):
+            rows[path] = {**nothing, "clip": path, "split": split_in(f"{os.path.dirname(path)}/")}
+        for split, table in pandas.DataFrame(rows.values()).groupby("split"):
+            for start in range(0, len(table), GROUP_CLIPS):
+                group, name = table.iloc[start : start + GROUP_CLIPS], f"{split or 'clips'}-{start // GROUP_CLIPS:05d}"
+                present = group["clip"][group["problem"] == ""].tolist()
+                self.shards.append(self.new_shard(name, group, present, group.to_csv(index=False)))
+        self.names = [shard.name for shard in self.shards]
 
     def add_parquet_files(self, name, config, splits):
         """Parquet files as `push_to_hub` writes them, divided into splits as datasets does."""
-        repository, named = self.repository, {}
+        repository, place = self.repository, str(self.repository.folder or name)
         noted = self.folder / f"parquet-{digest(repository.files)[:12]}.json"
         if not (named := read_json(noted) or {}):
             try:
-                place = str(repository.folder or name)
                 builder = datasets.load_dataset_builder(place, config or None, revision=repository.revision)
                 found = builder.config.data_files
             except (ValueError, OSError, yaml.YAMLError) as error:
                 raise UsageError(f"--dataset {self.dataset}: {one_line(error)}") from error
             for split, file in [(split, str(file)) for split, files in found.items() for file in files]:
                 path = os.path.relpath(file, place) if repository.folder else re.sub("^hf://([^/]+/){3}", "", file)
-                # What names no split is "train" for datasets.
-                if path in repository.files:
+                if path in repository.files:  # what names no split is "train" for datasets
                     named[path] = split_in(path) if list(found) == ["train"] else split_in(split)
             write_text(noted, json.dumps(named, indent=1))
         self.names = list(named)
@@ -1085,12 +1011,11 @@ class Source:
     def open_parquet(self, path):
         """(a pyarrow ParquetFile, the name of its column of audio, structs of bytes and path); raises RunError."""
         local = self.repository.local(path)
-        problems = OSError, ValueError, NotImplementedError  # pyarrow's own exceptions are kinds of these
-        with explained(f"{path} cannot be read as parquet", problems):
-            stream = open(local, "rb") if local else hub.HfFileSystem().open(self.repository.on_hub(path))
-            with stream, parquet.ParquetFile(stream) as file:
-                structs = [item for item in file.schema_arrow if str(item.type).startswith("struct<")]
-                names = [item.name for item in structs if item.type.get_field_index("bytes") >= 0]
+        # pyarrow's own exceptions are kinds of these.
+        with explained(f"{path} cannot be read as parquet", (OSError, ValueError, NotImplementedError)):
+            with open(local, "rb") if local else self.repository.on_hub(path) as stream:
+                file = parquet.ParquetFile(stream)
+                names = [item.name for item in file.schema_arrow if re.match(r"struct<(.*, )?bytes: ", str(item.type))]
                 names = ["audio"] if "audio" in names else names
                 if len(names) != 1:
                     problem = f"more than one: {', '.join(names)}" if names else "no audio column (of bytes and path)"
@@ -1104,9 +1029,7 @@ class Source:
             return prepared_rows(open_prepared(prepared))
         with self.open_parquet(path) as (file, audio):
             features = datasets.Features.from_arrow_schema(file.schema_arrow)
-            names = [name for name in features if name != audio]
-            columns = choose_columns(names, self.text_column, path, ("text",))
-            columns.pop("clip", None)
+            columns = choose_columns([name for name in features if name != audio], self.text_column, path, ["text"])
             rows = file.read([*columns.values(), f"{audio}.path"]).to_pylist()
         cells = {}
         for ours, theirs in columns.items():
@@ -1115,14 +1038,12 @@ class Source:
                 values = [kind.int2str(value) if value is not None and value >= 0 else None for value in values]
             cells[ours] = list(map(cell_text, values))
         names = [os.path.basename((row.get(audio) or {}).get("path") or "") for row in rows]
-        keys = [f"{number:05d}{'-' if name else ''}{name}" for number, name in enumerate(names)]
-        cells["clip"] = [f"{path.removesuffix('.parquet')}/{key}" for key in keys]
+        cells["clip"] = [f"{path[:-8]}/{number:05d}-{name}".rstrip("-") for number, name in enumerate(names)]
         return clip_table(pandas.DataFrame(cells, dtype="str"), split)
 
     def plan_splits(self, splits, seed):
-        """Draw speakers of the train split for dev and test, about a tenth of the clips each, where `splits` lack one.
-        Where no clip names a split, all are of train, or of the test set that is scored too. Raises RunError where it
-        cannot be done."""
+        """Draw speakers of train for dev and test, about a tenth of the clips each, where `splits` lack one; raises
+        RunError. Where no clip names a split, all are of train, or of the test set that is scored too."""
         table = self.announced
         self.unnamed = "" if (table["split"] != "").any() else ("test" if self.is_extra else "train")
         self.assign_splits(table)
@@ -1132,10 +1053,9 @@ class Source:
         if set(splits) <= found:
             return
         self.made = tuple(split for split in SPLITS if split not in found)
-        what = f"{self.dataset} has no {' and no '.join(self.made)} split"
-        speakers = table["speaker"][(table["split"] == "train") & (table["speaker"] != "")]
-        sizes = speakers.value_counts(sort=False).to_dict()
+        sizes = Counter(filter(None, table["speaker"][table["split"] == "train"]))
         if "train" in self.made or len(sizes) <= len(self.made):
+            what = f"{self.dataset} has no {' and no '.join(self.made)} split"
             advice = "name speakers in a column such as speaker, or give it in folders or a column split"
             raise RunError(f"{what}, and {plural(len(sizes), 'speaker')} of train to make it of: {advice}")
         # The order is one of checksums, so that more recordings later move few speakers.
@@ -1146,9 +1066,8 @@ class Source:
                 if sizes[speaker] <= room:
                     drawn.append(speaker)
                     room -= sizes[speaker]
-            drawn = drawn or [min(left, key=sizes.get)]
-            left = [speaker for speaker in left if speaker not in drawn]
-            self.assignment |= dict.fromkeys(drawn, split)
+            self.assignment |= dict.fromkeys(drawn or [min(left, key=sizes.get)], split)
+            left = [speaker for speaker in left if speaker not in self.assignment]
         self.assign_splits(table)
         say(f"  {' and '.join(self.made)} made of the train split by speaker, by --seed {seed}")
 
@@ -1163,10 +1082,7 @@ class Source:
 
     def needed(self, splits):
         """The shards that have clips of `splits`."""
-        if self.layout == "archives":
-            return [shard for shard in self.shards if shard.split in splits]
-        numbers = self.announced["shard"][self.announced["split"].isin(splits)].unique()
-        return [self.shards[number] for number in sorted(numbers)]
+        return [shard for shard in self.shards if shard.splits & set(splits)]
 
     def part(self, shards):
         """What a worker process needs to convert `shards`."""
@@ -1180,24 +1096,18 @@ class Source:
         """Yield the clips of a shard as rows of its prepared file."""
         rows = shard.rows.to_dict("records")
         if self.layout == "archives":
-            pairs = self.archive_clips(shard, {row["clip"]: row for row in rows})
+            yield from itertools.starmap(make_clip, self.archive_clips(shard, {row["clip"]: row for row in rows}))
         elif shard.name.endswith(".parquet"):
-            pairs = zip(rows, self.parquet_audio(shard.name))
+            with self.open_parquet(shard.name) as (file, audio):
+                batches = file.iter_batches(batch_size=50, columns=[audio])
+                cells = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+                yield from (make_clip(row, (cell or {}).get("bytes")) for row, cell in zip(rows, cells))
         else:
-            pairs = ((row, self.repository.local(row["clip"])) for row in rows)
-        for row, audio in pairs:
-            yield make_clip(row, audio)
-
-    def parquet_audio(self, path):
-        """Yield the encoded audio of each row, None where there is none."""
-        with self.open_parquet(path) as (file, audio):
-            for batch in file.iter_batches(batch_size=50, columns=[audio]):
-                yield from ((cell or {}).get("bytes") for cell in batch.column(0).to_pylist())
+            yield from (make_clip(row, self.repository.local(row["clip"])) for row in rows)
 
     def archive_clips(self, shard, rows):
         """Yield (row, encoded audio) of an archive; damage ends it with a row that says so."""
-        nothing = dict.fromkeys(CLIP_COLUMNS, "") | {"split": shard.split, "accent": shard.name.split("/")[1]}
-        seen = set()
+        nothing, seen = dict.fromkeys(CLIP_COLUMNS, "") | ARCHIVE.fullmatch(shard.name).groupdict(), set()
         with self.repository.open(shard.name) as stream:
             try:
                 for name, audio, problem in archive_members(stream):
@@ -1233,21 +1143,12 @@ def is_audio_name(path):
     return os.path.splitext(name)[1][1:].lower() in suffixes and not name.startswith(".")
 
 
-class AudioBytes(io.BytesIO):
-    """Encoded audio. A corrupt header may seek to before its beginning, of which soundfile would print a traceback."""
-
-    def seek(self, offset, whence=io.SEEK_SET):
-        with contextlib.suppress(ValueError):
-            super().seek(offset, whence)
-        return self.tell()
-
-
 @contextlib.contextmanager
 def open_audio(source):
     """A soundfile.SoundFile of encoded audio, bytes or a path; raises ValueError, also for what it raises in use."""
     try:
-        # Opened here: soundfile refuses names that are not UTF-8.
-        stream = AudioBytes(source) if isinstance(source, bytes) else open(source, "rb")
+        # Opened here: of a path that cannot be read libsndfile says "System error".
+        stream = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
         with stream, soundfile.SoundFile(stream) as file:
             yield file
     except (soundfile.SoundFileError, OSError) as error:
@@ -1259,52 +1160,48 @@ def decode_audio(source, start=0, stop=None):
     """Encoded audio (bytes or a path) -> 16 kHz mono float32 samples `start` to `stop` of it; raises ValueError. Only
     what is asked for is decoded: a window of an hour costs what a window of a minute does."""
     with open_audio(source) as file:
-        rate = file.samplerate
-        margin = 0 if rate == SAMPLE_RATE else RESAMPLING_MARGIN
-        first, last = max(0, start - margin), None if stop is None else stop + margin
-        first_frame = round(first * rate / SAMPLE_RATE)
-        count = (file.frames if last is None else round(last * rate / SAMPLE_RATE)) - first_frame
-        if count * max(file.channels, SAMPLE_RATE / rate) * 4 > CLIP_BYTES_LIMIT:
+        rate, first = file.samplerate, max(0, start - RESAMPLING_MARGIN)
+        begin = round(first * rate / SAMPLE_RATE)
+        end = file.frames if stop is None else round((stop + RESAMPLING_MARGIN) * rate / SAMPLE_RATE)
+        if (end - begin) * max(file.channels, SAMPLE_RATE / rate) * 4 > CLIP_BYTES_LIMIT:
             raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
-        file.seek(min(first_frame, file.frames))
-        samples = file.read(count, dtype="float32", always_2d=True)
-        samples = samples[:, 0] if file.channels == 1 else samples.mean(axis=1)
+        file.seek(min(begin, file.frames))
+        samples = file.read(end - begin, dtype="float32")
+    samples = samples if samples.ndim == 1 else samples.mean(axis=1)
     if not np.abs(samples).max(initial=0) < LOUDEST:
         raise ValueError("it holds samples that are not numbers, or absurdly large")
     if rate != SAMPLE_RATE and len(samples):
         samples = librosa.resample(samples, orig_sr=rate, target_sr=SAMPLE_RATE)  # soxr HQ
-    return samples[start - first :][: None if stop is None else stop - start]
+    return samples[start - first : None if stop is None else stop - first]
 
 
 def audio_length(path):
-    """(samples that an audio file has at 16 kHz, seconds that its header promises beyond them); raises ValueError. A
-    header may name no length, as of a stream, or that of a recording that was cut off: the last sample is tried, and if
-    it is not there all are counted. Raises it for a file without any sample too."""
+    """(samples that an audio file has at 16 kHz, seconds that its header promises beyond them); raises ValueError. The
+    header of a stream, or of a recording cut off, may be wrong: where its last sample is not there all are counted."""
     with open_audio(path) as file:
-        rate, promised = file.samplerate, file.frames
+        rate, promised, count = file.samplerate, file.frames, 0
         with contextlib.suppress(soundfile.SoundFileError):
             file.seek(promised - 1)
-            if promised and len(file.read(1)) == 1:
-                return int(np.ceil(promised * SAMPLE_RATE / rate)), 0
-    with open_audio(path) as file, contextlib.suppress(soundfile.SoundFileError):
-        count, block = 0, max(1, 2**20 // file.channels)
-        while found := len(file.read(block, dtype="float32")):
-            count += found
+            count = promised * len(file.read(1))
+    if not count:
+        with open_audio(path) as file, contextlib.suppress(soundfile.SoundFileError):
+            while found := len(file.read(2**20 // file.channels, dtype="float32")):
+                count += found
     if not count:
         raise ValueError("no audio samples")
-    return int(np.ceil(count * SAMPLE_RATE / rate)), 0 if promised > MOST_FRAMES else (promised - count) / rate
+    return math.ceil(count * SAMPLE_RATE / rate), 0 if promised > MOST_FRAMES else (promised - count) / rate
 
 
 def make_clip(row, audio):
     """A row of a prepared file: that of a table of clips, with its `audio` as FLAC, lossless at 16 bits; its length is
     the audio's own, 0 with a problem."""
     samples, flac, problem = (), io.BytesIO(), row["problem"] or ("" if audio else "no audio")
-    if not problem:
-        try:
+    try:
+        if not problem:
             samples = decode_audio(audio)
             problem = "" if len(samples) else "no audio samples"
-        except ValueError as error:
-            problem = f"undecodable audio ({error})"
+    except ValueError as error:
+        problem = f"undecodable audio ({error})"
     if not problem:
         soundfile.write(flac, np.clip(samples, -1.0, 1.0), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return {**row, "audio": flac.getvalue(), "num_samples": len(samples), "problem": problem}
@@ -1322,12 +1219,10 @@ def archive_members(stream):
     options = {"encoding": "utf-8", "errors": "replace"}  # other names could not be written anywhere
     with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", **options) as tar:
         for member in (member for member in tar if not member.isdir()):
-            problem = ""
+            problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB" if member.size > CLIP_BYTES_LIMIT else ""
+            problem = problem if member.isreg() else "refused: it is a link or a device"
             if member.name.startswith("/") or ".." in member.name.split("/"):
                 problem = "refused: its path climbs out of the archive"
-            elif not member.isreg() or member.size > CLIP_BYTES_LIMIT:
-                what = f"it is over {CLIP_BYTES_LIMIT / 1e9:g} GB" if member.isreg() else "it is a link or a device"
-                problem = f"refused: {what}"
             yield member.name, b"" if problem else tar.extractfile(member).read(), problem
         # tarfile takes a header that it cannot read for the end; the checksum is behind what follows.
         while plain.read(1 << 20):
@@ -1340,14 +1235,13 @@ FLAC_BYTES_AN_HOUR = 59e6  # of 16 kHz mono speech
 
 
 def clip_features():
-    """The columns of a prepared file."""
     texts = dict.fromkeys(CLIP_COLUMNS, datasets.Value("string"))
     return datasets.Features(audio=datasets.Value("binary"), num_samples=datasets.Value("int32"), **texts)
 
 
 def prepare_shard(source, shard):
     """Convert a shard to its prepared file, complete or absent; returns (clips, hours) of it. Raises RunError."""
-    clips, samples, writer_of = 0, 0, Lazy("datasets.arrow_writer").ArrowWriter
+    lengths, writer_of = [], Lazy("datasets.arrow_writer").ArrowWriter
     with explained(f"{shard.name} cannot be prepared"):
         for path in shard.files:
             source.repository.fetch(path)
@@ -1355,24 +1249,18 @@ def prepare_shard(source, shard):
             with writer_of(path=str(partial), features=clip_features(), writer_batch_size=50) as writer:
                 for clip in source.clips(shard):
                     writer.write(clip)
-                    clips, samples = clips + 1, samples + clip["num_samples"]
+                    lengths.append(clip["num_samples"])
                 writer.finalize()
         for path in () if source.keep else shard.files:
             source.repository.release(path)
-    return clips, samples / SAMPLE_RATE / 3600
+    return len(lengths), sum(lengths) / SAMPLE_RATE / 3600
 
 
 def start_worker(connection):
     """Let this worker process end when the other end of `connection` is closed, by the program or by its death. It
     would wait for work for ever otherwise, or convert to its end an archive that nobody wants any more."""
-
-    def watch():
-        with contextlib.suppress(EOFError, OSError):
-            connection.recv()
-        os._exit(1)
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the program tells its workers
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=lambda: connection.poll(None) and os._exit(1), daemon=True).start()
 
 
 def prepare(source, splits, settings):
@@ -1380,13 +1268,13 @@ def prepare(source, splits, settings):
     Several programs may call this at once: one works, the others wait at the lock, without a time-out."""
     source.folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(source.folder / "prepare.lock"):
-        todo, ready = [], []
-        for shard in source.needed(splits):
-            (ready if shard.path.exists() else todo).append(shard)
         # What was left: half-written files, archives of finished shards, and by an earlier state of the corpus other
         # versions of these shards and shards that it has no more.
         for stale in source.folder.glob("*.arrow.*.tmp"):
             stale.unlink()
+        ready, todo = [], []
+        for shard in source.needed(splits):
+            (ready if shard.path.exists() else todo).append(shard)
         for path in [path for shard in ready for path in shard.files if not source.keep]:
             source.repository.release(path)
         if not todo:
@@ -1401,7 +1289,7 @@ def prepare(source, splits, settings):
             what = f"preparing {plural(len(todo), 'archive')} needs {need / 1e9:.1f} GB in {source.folder}"
             advice = "choose another --data_dir, fewer --accents, or a lower --num_proc"
             raise RunError(f"{what} and {free / 1e9:.1f} GB are free: {advice}")
-        clips, hours, failures = 0, 0.0, []
+        done, failures = np.zeros(2), []
         # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -1412,14 +1300,13 @@ def prepare(source, splits, settings):
             todo.sort(key=lambda shard: -source.repository.size(shard.files))
             for job in as_completed([pool.submit(prepare_shard, source.part([shard]), shard) for shard in todo]):
                 try:
-                    more_clips, more_hours = job.result()
-                    clips, hours = clips + more_clips, hours + more_hours
+                    done += job.result()
                 except RunError as error:
                     failures.append(error)
                 except BrokenProcessPool as error:
                     advice = "most likely for want of memory: run the same command again with a lower --num_proc"
                     raise RunError(f"a process that prepares audio was killed, {advice}") from error
-                bar.set_postfix_str(f"{clips:,} clips, {hours:.2f} h")
+                bar.set_postfix_str("{:,.0f} clips, {:.2f} h".format(*done))
                 bar.update()
         if failures:
             failed = f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready"
@@ -1455,7 +1342,6 @@ def size_line(table):
 
 def dry_run(source, settings):
     """Say what a run would do, from the tables alone: clips, hours and speakers, downloads, disk and updates."""
-    train = 0
     for split in SPLITS:
         table = source.announced[source.announced["split"] == split]
         table = table[is_wanted(table, settings)]
@@ -1472,16 +1358,17 @@ def dry_run(source, settings):
     disk = f"to keep {kept:.2f} GB in {settings.data_dir}, at the peak {peak:.2f} GB"
     say(f"  to fetch {fetched / 1e9:.2f} GB in {plural(len(todo), 'archive')}; {disk}")
     updates, an_epoch = planned_updates(settings, train)
-    steps = plural(settings.gradient_accumulation_steps, "accumulation step"), plural(settings.world_size, "device")
-    steps = " x ".join((plural(settings.per_device_train_batch_size, "clip"), *steps))
-    say(f"  {plural(updates, 'update')}, {an_epoch:,} an epoch, of {steps}")
+    batch, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    steps = f"{plural(batch, 'clip')} x {plural(accumulation, 'accumulation step')}"
+    say(f"  {plural(updates, 'update')}, {an_epoch:,} an epoch, of {steps} x {plural(settings.world_size, 'device')}")
     return 0
 
 
 # ---------------------------------------------------------------- clips
 
 SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
-SKIPPED_COLUMNS = ("split", "clip", "reason", "accent", "seconds", "text")
+SKIPPED_FILE = "results/skipped_clips.csv"
+SKIPPED_COLUMNS = ["split", "clip", "reason", "accent", "seconds", "text"]
 
 
 @dataclass
@@ -1523,9 +1410,8 @@ def is_wanted(table, settings):
     wanted = pandas.Series(True, table.index)
     for flag_name, (column, fold) in FILTERS.items():
         if asked := getattr(settings, flag_name):
-            folded = table[column].map({cell: fold(cell) for cell in table[column].unique()})
-            unknown = (table[column] == "") & (table["problem"] != "")
-            wanted &= folded.isin(set(map(fold, asked))) | unknown
+            cells = [cell for cell in table[column].unique() if fold(cell) in set(map(fold, asked))]
+            wanted &= table[column].isin(cells) | (table[column] == "") & (table["problem"] != "")
     return wanted
 
 
@@ -1568,9 +1454,8 @@ def load_clips(source, splits):
 
 
 def select_clips(audio, table, settings, check, limit=None):
-    """The `Clips` of a `table` of `load_clips` without what cannot be used, a random choice of `limit` if given.
-    `check(table)` gives the reason against each clip, or "". The result is ordered by falling length, so that the
-    longest batch comes first when scoring."""
+    """The `Clips` of a `table` of `load_clips` without what cannot be used, a random choice of `limit` if given, the
+    longest first. `check(table)` gives the reason against each clip, or ""."""
     reasons = pandas.Series(check(table), table.index, "str")
     copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
     reasons = reasons.mask(copies, "a second copy")
@@ -1586,7 +1471,7 @@ def select_all(sources, settings, check):
     """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set of --also_score}. Says what
     was left out and writes skipped_clips.csv. Raises RunError for an empty part."""
     limits = dict(zip(SPLITS, (settings.max_train_samples, settings.max_eval_samples, settings.max_test_samples)))
-    selected = {}
+    selected, path = {}, Path(settings.output_dir, SKIPPED_FILE)
     for extra, source in sources.items():
         splits = ("test",) if extra else settings.splits(on_disk=True)
         audio, table = load_clips(source, splits)
@@ -1594,12 +1479,11 @@ def select_all(sources, settings, check):
         if settings.streaming and not extra and not settings.prepare_only:
             train = source.announced[source.announced["split"] == "train"]
             selected["train"] = Clips(None, train[is_wanted(train, settings)], table.iloc[:0].assign(reason=""))
-        for split in splits:
+        for name, split in [(extra or split, split) for split in splits]:
             part = table[table["split"] == split].reset_index(drop=True)
-            clips = select_clips(audio, part, settings, check, None if extra else limits[split])
-            clips.skipped["split"] = extra or split
-            selected[extra or split] = clips
-    skipped, path = pandas.concat([clips.skipped for clips in selected.values()]), skipped_path(settings)
+            selected[name] = select_clips(audio, part, settings, check, limits[split])
+            selected[name].skipped["split"] = name
+    skipped = pandas.concat([clips.skipped for clips in selected.values()])
     if settings.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
         write_text(path, ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
     for name, clips in selected.items():
@@ -1629,69 +1513,56 @@ def shared_speaker_notes(selected):
     return [note(plural(count, "speaker"), split) for split, count in shared_speakers(selected).items()]
 
 
-def skipped_path(settings):
-    return Path(settings.output_dir) / "results" / "skipped_clips.csv"
-
-
 def csv_lines(skipped):
     """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it. csv
     puts no quotes around a carriage return, at which a spreadsheet begins another row."""
-    lines, skipped = io.StringIO(), skipped.assign(seconds=(skipped["num_samples"] / SAMPLE_RATE).round(2))
-    for row in skipped[list(SKIPPED_COLUMNS)].itertuples(index=False):
-        cells = [re.sub(r"^(?=[=+\-@\t\r\n＝＋－＠])", "'", str(cell)).replace("\r", " ") for cell in row]
-        csv.writer(lines, lineterminator="\n").writerow(cells)
-    return lines.getvalue()
+    seconds = (skipped["num_samples"] / SAMPLE_RATE).round(2)
+    cells = skipped.assign(seconds=seconds)[SKIPPED_COLUMNS].astype("str")
+    cells = cells.map(lambda cell: re.sub(r"^(?=[=+\-@\t\r\n＝＋－＠])", "'", cell).replace("\r", " "))
+    return cells.to_csv(header=False, index=False, lineterminator="\n")
 
 
-def streamed_clips(shards, source, unwanted, check, seed, epoch, skipped_file):
-    """Yield the training clips of `shards`, straight from there, in another order in each `epoch`. Runs in the
-    DataLoader's workers, each with shards of its own. `unwanted` are the names of clips that were not asked for; what
-    cannot be used is added to `skipped_file`, once a clip."""
-    for index in np.random.default_rng((seed, epoch)).permutation(len(shards)):
-        with explained_hub_errors(source.repository.name, "dataset"):
-            for clip in (clip for clip in source.clips(shards[index]) if clip["clip"] not in unwanted):
-                table = pandas.DataFrame([{**clip, "audio": None}])
-                if not (reason := check(table)[0]):
-                    yield clip
-                    continue
-                line = csv_lines(table.assign(reason=reason))
+def streamed_clips(shards, source, unwanted, check, skipped_file):
+    """Yield the training clips of `shards`, straight from there, in the DataLoader's workers. `unwanted` are the names
+    of clips that were not asked for; what cannot be used is added to `skipped_file`, once a clip."""
+    with explained_hub_errors(source.repository.name, "dataset"):
+        for clip in itertools.chain.from_iterable(map(source.clips, shards)):
+            if clip["clip"] in unwanted:
+                continue
+            table = pandas.DataFrame([{**clip, "audio": None}])
+            if not (reason := check(table)[0]):
+                yield clip
+            elif (line := csv_lines(table.assign(reason=reason))) not in skipped_file.read_text(encoding="utf-8"):
                 with explained(f"{skipped_file} cannot be written", advice=ROOM_ADVICE):
-                    if line not in skipped_file.read_text(encoding="utf-8"):
-                        with open(skipped_file, "a", encoding="utf-8") as file:  # one write, which is whole
-                            file.write(line)
+                    with open(skipped_file, "a", encoding="utf-8") as file:
+                        file.write(line)  # at once, as other workers do
 
 
 class TrainingStream:
-    """The training clips of this process as endless batches, pass after pass over its share of the shards. Mixed with
-    torch's IterableDataset; `loader_options` are those of the DataLoader that makes the batches. The shards are dealt
-    out, the largest first, to the processes, and by datasets to the DataLoader's workers, which wait for each other at
-    the end of a pass."""
+    """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset.
+    `loader_options` are those of the DataLoader that makes them. The shards are dealt out, the largest first, to the
+    processes, and by datasets, in another order in each pass, to the DataLoader's workers."""
 
     def __init__(self, source, settings, check, seed):
         shards = sorted(source.needed(["train"]), key=lambda shard: -source.repository.size(shard.files))
         if len(shards) < settings.world_size:
             found = f"{plural(len(shards), 'training archive')} for {settings.world_size} processes"
             raise UsageError(f"--streaming has {found}; use fewer, or leave it out")
-        train, mine = (
-            source.announced[source.announced["split"] == "train"],
-            shards[settings.process_index :: settings.world_size],
-        )
-        self.arguments = {"shards": mine, "source": source.part(mine), "check": check, "seed": seed}
-        self.arguments["unwanted"] = set(train["clip"][~is_wanted(train, settings)])
-        self.arguments["skipped_file"] = skipped_path(settings)
-        self.workers = min(settings.dataloader_num_workers, len(mine))
+        mine, train = shards[settings.process_index :: settings.world_size], source.announced
+        arguments = {"shards": mine, "source": source.part(mine), "check": check}
+        arguments["unwanted"] = set(train["clip"][(train["split"] == "train") & ~is_wanted(train, settings)])
+        arguments["skipped_file"] = self.skipped_file = Path(settings.output_dir, SKIPPED_FILE)
+        self.clips = datasets.IterableDataset.from_generator(streamed_clips, gen_kwargs=arguments)
+        self.seed, self.workers = seed, min(settings.dataloader_num_workers, len(mine))
 
     def __iter__(self):
         for epoch in itertools.count():
             batch, self.loader_options["collate_fn"].epoch = None, epoch
-            clips = datasets.IterableDataset.from_generator(
-                streamed_clips, gen_kwargs={**self.arguments, "epoch": epoch}
-            )
-            clips = clips.shuffle(self.arguments["seed"] + epoch, buffer_size=SHUFFLE_CLIPS)
+            clips = self.clips.shuffle(self.seed + epoch, buffer_size=SHUFFLE_CLIPS)
             for batch in torch.utils.data.DataLoader(clips, num_workers=self.workers, **self.loader_options):
                 yield batch
             if batch is None:
-                raise RunError(f"no training clip of the stream can be used: see {self.arguments['skipped_file']}")
+                raise RunError(f"no training clip of the stream can be used: see {self.skipped_file}")
 
 
 # ---------------------------------------------------------------- text
@@ -1701,19 +1572,16 @@ GREEK = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩαβγδεζηθικλ�
 # reader voices. Labels and scored texts share this one mapping: the model can only write what its labels had. A
 # character neither here nor decomposable is dropped from labels, and counted.
 FOLDS = {
-    "‘": "'", "’": "'", "‚": "'", "‛": "'", "`": "'", "´": "'", "ʼ": "'", "′": "'", "“": '"', "”": '"', "„": '"',
-    "″": '"', "«": '"', "»": '"', "&": " and ", "@": " at ", "=": " equals ", "<": " less than ", ">": " greater than ",
-    "≤": " less than or equal to ", "≥": " greater than or equal to ", "°": " degrees ", "±": "+/-", "×": "x", "÷": "/",
-    "⁄": "/", "\\": "/", "|": "/", "~": "-", "−": "-", "·": ".", "…": "...", "—": "-",
-    "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ß": "ss", "ɛ": "e", "Ɛ": "E", "ɔ": "o", "Ɔ": "O",
-    "ŋ": "n", "Ŋ": "N", "ɓ": "b", "Ɓ": "B", "ɗ": "d", "Ɗ": "D", "ƙ": "k", "Ƙ": "K", "ƴ": "y", "ɣ": "g", "ł": "l",
-    "đ": "d", "ı": "i",
+    **dict.fromkeys("‘’‚‛`´ʼ′", "'"), **dict.fromkeys("“”„″«»", '"'), **dict.fromkeys("~−—", "-"), "·": ".", "…": "...",
+    **dict.fromkeys("÷⁄\\|", "/"), "×": "x", "±": "+/-", "&": " and ", "@": " at ", "=": " equals ", "°": " degrees ",
+    "<": " less than ", ">": " greater than ", "≤": " less than or equal to ", "≥": " greater than or equal to ",
+    "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ß": "ss", **dict(zip("øØɛƐɔƆŋŊɓƁɗƊƙƘƴɣłđı", "oOeEoOnNbBdDkKygldi")),
     # Greek letters are read by their names, but for the micro of units.
     **{letter: unicodedata.name(letter).split()[-1].lower() for letter in GREEK},
     "µ": "u", "μ": "u",
 }  # fmt: skip
 FOLD_TABLE = str.maketrans(FOLDS)
-ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|(\w+));")  # only with its semicolon: "patients&notes" holds none
+ENTITY = re.compile(r"&(?:(#\d+|#[xX][0-9a-fA-F]+)|\w+);")  # only with its semicolon: "patients&notes" holds none
 # Arrows and bullets; "<-5" and "=> 5" are comparisons.
 LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")
 # "5 µg" is read as micrograms and written mcg in prescriptions; "ug" is on the lists of error-prone abbreviations.
@@ -1722,31 +1590,21 @@ MICROGRAM = re.compile(r"[µμ]g\b")
 CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")
 
 
-def resolve(text):
-    """The text with HTML entities resolved, without arrows and bullets, fractions and powers parted from the digit
-    before them: 1½ is not 11/2, and 10⁹ is not 109."""
-    text = ENTITY.sub(
-        lambda match: html.entities.html5.get(f"{match[1]};", match[0]) if match[1] else html.unescape(match[0]), text
-    )
-    text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", text))
-    return re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text)
-
-
 def tidy(text):
-    """The resolved text with any run of whitespace (NBSP, newline, tab) as one space, stripped."""
-    return " ".join(resolve(text).split())
+    """The text with HTML entities resolved, without arrows and bullets, any run of whitespace (NBSP, newline) as one
+    space, fractions and powers parted from the digit before them: 1½ is not 11/2, and 10⁹ is not 109."""
+    text = ENTITY.sub(lambda it: html.unescape(it[0]) if it[1] else html.entities.html5.get(it[0][1:], it[0]), text)
+    text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", text))
+    return " ".join(re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text).split())
 
 
 class LabelEncoder:
     """Transcripts -> label ids that the model's head can emit: never `<unk>`, no `</s>`."""
 
     def __init__(self, tokenizer, vocab_size, target_text):
-        self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
-        self.target_text = target_text
-        self.opens = self.covered("(")
+        self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
+        self.opens, self.dropped = self.covered("("), Counter()
         self.table = {}  # code point -> what it becomes, for str.translate
-        self.dropped = Counter()
         plain = "".join(filter(self.covered, string.ascii_letters + string.digits + ".,'-"))
         self.plain = re.compile(f"[ {re.escape(plain)}]*")  # most transcripts: nothing in them is folded
 
@@ -1758,11 +1616,10 @@ class LabelEncoder:
     def fold_character(self, character):
         if self.covered(character):
             return character
-        if character in FOLDS:
-            return "".join(map(self.fold_character, FOLDS[character]))
         decomposed = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
-        if decomposed and decomposed != [character]:
-            return "".join(map(self.fold_character, decomposed))
+        folded = FOLDS.get(character, "".join(decomposed)) or character
+        if folded != character:
+            return "".join(map(self.fold_character, folded))
         category = unicodedata.category(character)
         return "-" if category == "Pd" else " " if category[0] in "PSZ" else ""  # a lost sign still parts words
 
@@ -1792,36 +1649,23 @@ class LabelEncoder:
 
 
 def normalize_wer(text):
-    """The text that `wer` compares: lower-case words without punctuation, apostrophes inside words kept. Entities,
-    `{period}`-style tokens, NBSP, curly quotes, accents on letters and what `FOLDS` spells out (& ° µg α) are resolved
-    first: MedASR has no token for them and can only write the word."""
-    text = CONTROL_TOKEN.sub(" ", resolve(text)).translate(FOLD_TABLE).lower()
-    decomposed = unicodedata.normalize("NFKD", text).lower().translate(FOLD_TABLE)  # of ™ come capitals
-    kept = (sign for sign in decomposed if not unicodedata.combining(sign) and unicodedata.category(sign) != "Cf")
-    plain = "".join(kept)
-    return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain))
+    """The text that `wer` compares: lower-case words without punctuation, apostrophes inside words kept. `{period}`,
+    entities, accents and what `FOLDS` spells out (& ° α) are resolved first: MedASR can only write the word."""
+    text = CONTROL_TOKEN.sub(" ", tidy(text)).translate(FOLD_TABLE).lower()
+    text = unicodedata.normalize("NFKD", text).lower().translate(FOLD_TABLE)  # of ™ come capitals
+    text = "".join(sign for sign in text if not (unicodedata.combining(sign) or unicodedata.category(sign) == "Cf"))
+    return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text))
 
 
 def normalize_paper(text):
     """The text that `wer_paper` compares: the AfriSpeech authors' own steps, in their order. Source: the evaluation
     code of github.com/intron-innovation/AfriSpeech-200 (Olatunji et al. 2023, arXiv 2310.00274). A lone newline glues
     two words, and punctuation counts: the published figures depend on both."""
-    text = re.sub(r"\s{2,}", " ", text).strip()
-    text = text.replace(">", "").replace("\t", " ").replace("\n", "")
-    text = text.lower()
-    punctuation = {
-        " comma,": ",",
-        " koma,": " ",
-        " coma,": " ",
-        " full stop.": ".",
-        " full stop": ".",
-        ",.": ".",
-        ",,": ",",
-    }
-    for spoken, written in punctuation.items():
-        text = text.replace(spoken, written)
-    text = " ".join(text.split())
-    return re.sub(r"[^a-zA-Z0-9\s.,\-?:'/()\[\]+%]", "", text)
+    text = re.sub(r"\s{2,}", " ", text).strip().replace(">", "").replace("\t", " ").replace("\n", "").lower()
+    spoken = {" comma,": ",", " koma,": " ", " coma,": " ", " full stop.": ".", " full stop": ".", ",.": ".", ",,": ","}
+    for words, sign in spoken.items():
+        text = text.replace(words, sign)
+    return re.sub(r"[^a-zA-Z0-9\s.,\-?:'/()\[\]+%]", "", " ".join(text.split()))
 
 
 def decode_ids(processor, ids):
@@ -1847,14 +1691,13 @@ def logit_lengths(model, extractor, samples):
 
 def shortest_clip(model, extractor):
     """The fewest samples that the model can be run on, to a hop; 2,320 (0.145 s) for MedASR."""
-    candidates = itertools.count(extractor.win_length, extractor.hop_length)
-    return next(samples for samples in candidates if logit_lengths(model, extractor, samples)[0] >= 1)
+    candidates = np.arange(extractor.win_length, SAMPLE_RATE, extractor.hop_length)
+    return int(candidates[logit_lengths(model, extractor, candidates) >= 1][0])
 
 
 class ClipCheck:
-    """Says why the clips of a table cannot be used, "" for one that can: check(table). Dev and test clips are never
-    left out for their length: short ones are padded, long ones scored in windows. It holds no model, because streaming
-    hands it to worker processes."""
+    """check(table) -> why each clip cannot be used, or "". Dev and test clips are never left out for their length:
+    short ones are padded, long ones scored in windows. It holds no model, because a stream's workers get it too."""
 
     def __init__(self, model, extractor, encoder, max_train_seconds):
         self.encoder, self.max_train_seconds, self.hop = encoder, max_train_seconds, extractor.hop_length
@@ -1863,29 +1706,28 @@ class ClipCheck:
         self.logits = logit_lengths(model, extractor, np.arange(self.shortest, longest + 1, self.hop)).tolist()
 
     def __call__(self, table):
-        reasons, limit = table["problem"].tolist(), self.max_train_seconds * SAMPLE_RATE
-        for index, (split, text, samples) in enumerate(zip(table["split"], table["text"], table["num_samples"])):
-            seconds, is_train = samples / SAMPLE_RATE, split == "train"
-            if reasons[index]:
-                continue
-            if not (text[:1].isalnum() or tidy(text)):
-                reasons[index] = "empty text"
-            elif is_train and samples < self.shortest:
-                reasons[index] = f"too short: {seconds:.2f} s, the model needs {self.shortest / SAMPLE_RATE:.3f} s"
-            elif is_train and samples > limit:
-                reasons[index] = f"over --max_train_seconds: {seconds:.1f} s"
-            elif is_train:
-                folded, room = self.encoder.fold(text), self.logits[(samples - self.shortest) // self.hop]
-                # CTC puts a blank between two equal labels. Labels are made where there may be too many: each is of one
-                # character at least, the space before a word included.
-                if not folded.isascii() or not 0 < len(folded) < room - len(re.findall(r"(.)(?=\1)", folded)):
-                    labels = self.encoder([folded])[0]
-                    needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
-                    reason = "" if labels else "no text left that the tokenizer covers"
-                    reasons[index] = (
-                        f"more labels than frames: {needed} labels, {room} logits" * (needed > room) or reason
-                    )
-        return reasons
+        columns = (table[name] for name in ("problem", "split", "text", "num_samples"))
+        return list(itertools.starmap(self.reason, zip(*columns)))
+
+    def reason(self, problem, split, text, samples):
+        if problem or not (text[:1].isalnum() or tidy(text)):
+            return problem or "empty text"
+        if split != "train":
+            return ""
+        if samples < self.shortest:
+            return f"too short: {samples / SAMPLE_RATE:.2f} s, the model needs {self.shortest / SAMPLE_RATE:.3f} s"
+        if samples > self.max_train_seconds * SAMPLE_RATE:
+            return f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s"
+        folded, room = self.encoder.fold(text), self.logits[(samples - self.shortest) // self.hop]
+        # CTC puts a blank between two equal labels. Labels are made where there may be too many: each is of one
+        # character at least, the space before a word included.
+        if folded.isascii() and 0 < len(folded) < room - len(re.findall(r"(.)(?=\1)", folded)):
+            return ""
+        labels = self.encoder([folded])[0]
+        needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
+        if needed > room:
+            return f"more labels than frames: {needed} labels, {room} logits"
+        return "" if labels else "no text left that the tokenizer covers"
 
 
 # SpecAugment (Park et al. 2019, arXiv 1904.08779), moderate: of 128 mel bins up to 2 x 20 are masked, of the time one
@@ -1908,21 +1750,17 @@ def draw_masks(frames, bins, seed):
     return spans[FREQUENCY_MASKS:], spans[:FREQUENCY_MASKS]
 
 
-MEL_BANDS = 8  # each filter spans a few of the spectrum's bins: bands of filters leave most zeros out of the product
-
-
 @functools.cache
 def mel_constants(extractor, device):
-    """The window (win_length,), float32, of a LasrFeatureExtractor and its mel filters, on `device`. The filters come
-    in bands: (slice of the spectrum that a band spans, with real and imaginary parts side by side; weights (that many,
-    bins))."""
+    """The window (win_length,) of a LasrFeatureExtractor and its mel filters, on `device`. The filters come in bands:
+    (slice of the spectrum, real and imaginary parts side by side, that a band spans; weights (that many, bins))."""
     # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
     exact = torch.float64 if torch.device(device).type == "cuda" else torch.float32
     window = torch.hann_window(extractor.win_length, periodic=False, dtype=torch.float64)
     filters, bands = extractor.mel_filters.float().repeat_interleave(2, 0), []
-    for band in filters.tensor_split(MEL_BANDS, 1):
-        spanned = band.any(1).nonzero()
-        span = slice(int(spanned.min()), int(spanned.max()) + 1) if len(spanned) else slice(0, 0)
+    for band in filters.tensor_split(8, 1):  # a filter spans a few bins: bands leave most zeros out of the product
+        spanned = band.any(1).nonzero().flatten().tolist()
+        span = slice(spanned[0], spanned[-1] + 1)
         bands.append((span, band[span].contiguous().to(device, exact)))
     return window.float().to(device), bands
 
@@ -1947,28 +1785,22 @@ def log_mels(waveforms, lengths, extractor):
 
 def model_inputs(batch, extractor, device):
     """What the model's forward takes, on `device`, of a batch of CTCCollator: the log-mels are computed there."""
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    inputs = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-
-    def inside(spans, size):
-        position = torch.arange(size, device=spans.device)
-        return ((spans[..., :1] <= position) & (position < spans[..., 1:])).any(1)
-
+    inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
     with torch.no_grad():
         features, real = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
-        if "stretches" in inputs:
-            masked = inside(inputs.pop("stretches"), features.shape[1])[:, :, None]
-            masked = masked | inside(inputs.pop("bands"), features.shape[2])[:, None]
-            features.masked_fill_(masked & real[..., None], SILENCE)
+        for mels, (frames, stretches, bands) in zip(features, batch.get("masks", ())):
+            for start, stop in stretches:
+                mels[start:stop] = SILENCE
+            for start, stop in bands:
+                mels[:frames, start:stop] = SILENCE
     return {**inputs, "input_features": features, "attention_mask": real}
 
 
 @dataclass
 class CTCCollator:
-    """Rows of a prepared split -> a padded batch for `model_inputs`, in the worker processes of the DataLoader.
-    waveforms (clips, samples) float32 and num_samples (clips,); with an `encoder` labels (clips, longest) padded with
-    -100; with `augment` the spans to mask, stretches and bands (clips, spans, 2). For prepared clips `clips`, their
-    names, and `counts`, samples without and with padding; for windows `problems`."""
+    """Rows of a prepared split -> a padded batch for `model_inputs`, in the DataLoader's workers: waveforms (clips,
+    samples), num_samples (clips,); counts, samples without and with padding; clips, their names, and problems; with an
+    `encoder` labels (clips, longest) padded with -100; with `augment` masks, (frames, *draw_masks) of each clip."""
 
     extractor: object
     encoder: LabelEncoder | None = None
@@ -1980,25 +1812,19 @@ class CTCCollator:
     def __call__(self, rows):
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         waveforms = [row["samples"] if "samples" in row else decode_audio(row["audio"]) for row in rows]
-        lacking = [max(0, self.shortest - len(samples)) for samples in waveforms]  # padding by none copies all the same
-        waveforms = [np.pad(samples, (0, count)) if count else samples for samples, count in zip(waveforms, lacking)]
+        waveforms = [np.pad(samples, (0, max(0, self.shortest - len(samples)))) for samples in waveforms]
         lengths = [len(samples) for samples in waveforms]
         # Waveforms are padded, not features, so that padded frames come out as silence.
         batch = {"waveforms": pad(list(map(torch.from_numpy, waveforms))), "num_samples": torch.tensor(lengths)}
+        batch["counts"] = sum(lengths), len(lengths) * max(lengths)
+        batch |= {f"{name}s": [row.get(name, "") for row in rows] for name in ("clip", "problem")}
         if self.encoder:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=-100)
         if self.augment:
-            masks = []
-            for row, length in zip(rows, lengths):
-                seed = self.seed, self.epoch, zlib.crc32(row["clip"].encode())
-                masks.append(draw_masks(frame_count(self.extractor, length), self.extractor.feature_size, seed))
-            batch["stretches"], batch["bands"] = (pad(list(map(torch.tensor, spans))) for spans in zip(*masks))
-        if "clip" in rows[0]:
-            batch["clips"] = [row["clip"] for row in rows]
-            batch["counts"] = (sum(lengths), len(lengths) * max(lengths))
-        if "problem" in rows[0]:
-            batch["problems"] = [row["problem"] for row in rows]
+            frames, bins = [frame_count(self.extractor, length) for length in lengths], self.extractor.feature_size
+            seeds = [(self.seed, self.epoch, zlib.crc32(row["clip"].encode())) for row in rows]
+            batch["masks"] = [(count, *draw_masks(count, bins, seed)) for count, seed in zip(frames, seeds)]
         return batch
 
 
@@ -2030,20 +1856,18 @@ class Windows:
 
     clips: object
     spans: list[Span]
-    row, clip = None, None  # at hand for the next window of it
 
     def __getitem__(self, index):
         span, problem = self.spans[index], ""
-        if span.row != self.row:
-            self.row, self.clip = span.row, self.clips[span.row]
+        clip = self.clips[span.row]
         try:
-            samples = decode_audio(self.clip["audio"], span.start, span.stop)
+            samples = decode_audio(clip["audio"], span.start, span.stop)
         except ValueError as error:
             samples, problem = np.zeros(0, np.float32), str(error)
-        return {"samples": samples, "text": self.clip.get("text", ""), "problem": problem}
+        return {"samples": samples, "text": clip.get("text", ""), "problem": problem}
 
 
-EVAL_SECONDS = (160, 3_600)  # of audio in a scoring batch without a GPU, and at the most
+EVAL_SECONDS = {"cpu": 160, "cuda": 3_600}  # of audio in a scoring batch; 3,600 s take some 5 GB
 
 
 class Decoder:
@@ -2062,40 +1886,27 @@ class Decoder:
         over --window_seconds are in overlapping windows, whose logits are kept from the middle of the overlap."""
         overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / self.step)  # in logits, as the next
         window = round(self.settings.window_seconds * SAMPLE_RATE / self.step)
-        spans = []
+        spans, size, stride = [], window * self.step, (window - 2 * overlap) * self.step
         for row, length in enumerate(lengths):
-            start = 0
-            while True:
-                stop, first = min(start + window * self.step, length), overlap if start else 0
-                last = window - overlap
+            for start in range(0, max(0, length - size) + stride, stride):
+                stop, last = min(start + size, length), window - overlap
                 if stop == length:  # what comes after a clip's own logits is padding, where `forward` leaves garbage
                     last = int(logit_lengths(self.model, self.extractor, max(stop - start, self.shortest))[0])
-                spans.append(Span(row, start, stop, first, last, length <= window * self.step))
-                if stop == length:
-                    break
-                start += (window - 2 * overlap) * self.step
+                spans.append(Span(row, start, stop, overlap if start else 0, last, length <= size))
         return sorted(spans, key=lambda span: (span.is_whole, span.start - span.stop, span.row, span.start))
 
     def batches(self, spans):
         """Indices of `spans` in batches, of windows or of whole clips: --per_device_eval_batch_size of them, or, if
-        that is auto, as many as fit with their padding; on a GPU into half of its free memory, as measured."""
-        settings, budget = self.settings, EVAL_SECONDS[0] * SAMPLE_RATE
-        if settings.auto_eval_batch and settings.device.type == "cuda":
-            rows = [{"samples": np.zeros(round(settings.window_seconds * SAMPLE_RATE), np.float32)}] * 4
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            self.run(CTCCollator(self.extractor)(rows))
-            a_second = (torch.cuda.max_memory_allocated() - before) / (len(rows) * settings.window_seconds)
-            seconds = torch.cuda.mem_get_info()[0] / 2 / max(a_second, 1)
-            budget = agreed(min(seconds, EVAL_SECONDS[1]) * SAMPLE_RATE, settings)
-        batches, start = [], 0
+        that is auto, as many seconds with their padding as the device takes."""
+        batches, start, size = [], 0, self.settings.per_device_eval_batch_size
+        budget = EVAL_SECONDS.get(self.settings.device.type, EVAL_SECONDS["cpu"]) * SAMPLE_RATE
         while start < len(spans):
             longest = spans[start]  # of its batch, because `spans` are sorted
-            fitting = max(1, budget // max(1, longest.stop - longest.start))
-            stop = start + (fitting if settings.auto_eval_batch else settings.per_device_eval_batch_size)
-            alike = [span for span in spans[start:stop] if span.is_whole == longest.is_whole]
-            batches.append(list(range(start, start + len(alike))))
-            start += len(alike)
+            if self.settings.auto_eval_batch:
+                size = max(1, budget // (longest.stop - longest.start))
+            alike = sum(span.is_whole == longest.is_whole for span in spans[start : start + size])
+            batches.append(list(range(start, start + alike)))
+            start += alike
         return batches
 
     def emissions(self, clips, encoder=None, doing="scoring"):
@@ -2103,43 +1914,35 @@ class Decoder:
         each frame the most probable id is kept, or as many as a search with `lm` needs. With an `encoder` of the clips'
         labels there is a loss, of those that need no windows; otherwise it is 0."""
         settings, self.model = self.settings, self.model.to(self.settings.device).eval()
-        lengths = clips.table["num_samples"].tolist()
-        spans = self.spans(lengths)
+        spans, pieces, loss = self.spans(clips.table["num_samples"].tolist()), {}, 0.0
         mine = self.batches(spans)[settings.process_index :: settings.world_size]
-        loader = torch.utils.data.DataLoader(
-            Windows(clips.audio, spans),
-            batch_sampler=mine,
-            collate_fn=CTCCollator(self.extractor, encoder, shortest=self.shortest),
-            num_workers=min(settings.dataloader_num_workers, len(mine)),
-            pin_memory=settings.device.type == "cuda",
-            # Its own: a DataLoader draws a seed, and scoring must not move what training draws next.
-            generator=torch.Generator(),
-        )
-        pieces, loss, counted = [], 0.0, 0
+        collator = CTCCollator(self.extractor, encoder, shortest=self.shortest)
+        options = {"batch_sampler": mine, "collate_fn": collator, "pin_memory": settings.device.type == "cuda"}
+        options["num_workers"] = min(settings.dataloader_num_workers, len(mine))
+        options["generator"] = torch.Generator()  # its own: scoring must not move what training draws next
         bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent)
         with bar, STOP_SIGNALS.deferring():
-            for indices, batch in zip(mine, loader):
+            for indices, batch in zip(mine, torch.utils.data.DataLoader(Windows(clips.audio, spans), **options)):
                 if STOP_SIGNALS.number:
                     break
-                problems, is_whole = batch.pop("problems"), spans[indices[0]].is_whole
-                if not is_whole:
+                if not spans[indices[0]].is_whole:
                     batch.pop("labels", None)
                 emitted, batch_loss = self.run(batch)
-                loss, counted = loss + batch_loss, counted + len(indices) * is_whole
-                for span, problem, found in zip([spans[index] for index in indices], problems, emitted):
+                loss += batch_loss
+                for index, problem, found in zip(indices, batch["problems"], emitted):
+                    span = spans[index]
                     kept = Emissions(*(values[span.first : span.last] for values in found))
-                    pieces.append((span.row, span.start, problem, kept))
+                    pieces[span.row, span.start] = problem, kept
                 bar.update(len(indices))
-            pieces, losses, counts = zip(*accelerate.utils.gather_object([(pieces, loss, counted)]))
+            pieces, losses = zip(*accelerate.utils.gather_object([(pieces, loss)]))
             if stopped := agreed(STOP_SIGNALS.number, settings, "MAX"):
                 raise Stopped(stopped)
-        joined, problems = [[] for _ in lengths], {}
-        for row, _, problem, found in sorted(itertools.chain(*pieces), key=lambda piece: piece[:2]):
+        joined, problems = [[] for _ in range(len(clips))], {}
+        for (row, _), (problem, found) in sorted(itertools.chain.from_iterable(map(dict.items, pieces))):
             joined[row].append(found)
-            if problem:
-                problems[row] = problem
+            problems |= {row: problem} if problem else {}
         joined = [Emissions(*map(np.concatenate, zip(*parts))) for parts in joined]
-        return joined, problems, sum(losses) / max(1, sum(counts))
+        return joined, problems, sum(losses) / max(1, sum(span.is_whole for span in spans))
 
     def run(self, batch):
         """(the `Emissions` of each clip, the sum of their losses) of a batch, halved where it fills the memory."""
@@ -2158,16 +1961,15 @@ class Decoder:
                 advice = "try a lower --window_seconds, or --use_cpu true"
                 raise RunError(f"the GPU's memory is full with a single clip to transcribe: {advice}") from error
         torch.cuda.empty_cache()
-        first, first_loss = self.run({name: value[: size // 2] for name, value in batch.items()})
-        second, second_loss = self.run({name: value[size // 2 :] for name, value in batch.items()})
-        return first + second, first_loss + second_loss
+        halves = slice(size // 2), slice(size // 2, size)
+        (first, loss), (second, more) = (self.run({name: batch[name][half] for name in batch}) for half in halves)
+        return first + second, loss + more
 
     def path(self, emissions):
         """The id of each frame of a clip, blanks and repeats included: the most probable, or with `lm` the search's."""
         return beam_search(emissions, self.lm)[0] if self.lm else emissions.ids[:, 0].tolist()
 
     def greedy(self, emissions):
-        """The greedy text of each clip."""
         return [decode_ids(self.processor, found.ids[:, 0].tolist()) for found in emissions]
 
     def texts(self, emissions):
@@ -2181,17 +1983,15 @@ class Decoder:
 # ---------------------------------------------------------------- language model
 
 LM_CANDIDATES = 16  # the most probable ids of a frame, which the search chooses from
-KENLM_MAGIC = b"mmap lm http://kheafield.com/code"
 # What stands for "▁" in an n-gram's file: itself, or what pyctcdecode's users have to write (MedASR's lm_6.kenlm).
 LM_WORD_MARKS = "▁#"
 LM_NONSENSE = "no/such/piece"
-LM_WORDS = ["the", "and", "with", "that", "from", "this", "THE", "AND", "WITH", "THAT", "FROM", "THIS"]
+LM_WORDS = "the and with that from this THE AND WITH THAT FROM THIS".split()
 
 
 @dataclass(eq=False, slots=True)
 class Prefix:
-    """A text so far: the language model's `state` after it, what its last token `added` to the score, and {token:
-    `longer` text} of those that were tried."""
+    """A text: the n-gram's `state` after it, what its last token `added` to the score, {token: `longer` text}."""
 
     state: object
     added: float = 0.0
@@ -2200,9 +2000,8 @@ class Prefix:
 
 @dataclass
 class LanguageModel:
-    """A KenLM n-gram of tokens. Each token adds weight x its natural log-probability + word_score to a text's score.
-    `words` are the numbers of the ids' names in the n-gram; `counts_as` (ids,) each id itself, or the blank where it is
-    a special token, which no text shows."""
+    """A KenLM n-gram of tokens. Each token adds weight x its natural log-probability + word_score to a text's score. In
+    the n-gram id i has the number words[i]. It counts as counts_as[i]: itself, or for special tokens the blank."""
 
     name: str
     kenlm: object
@@ -2220,12 +2019,6 @@ class LanguageModel:
     def settings(self):
         return {name: getattr(self, name) for name in ("name", "weight", "word_score", "beam")}
 
-    def extend(self, prefix, token):
-        if token not in prefix.longer:
-            state, log10 = self.kenlm.score(prefix.state, self.words[token])
-            prefix.longer[token] = Prefix(state, self.weight * log10 * math.log(10) + self.word_score)
-        return prefix.longer[token]
-
 
 def beam_search(emissions, lm):
     """(the id of each frame, the score) of the best text: the log of its alignments' summed probability + lm's part. A
@@ -2235,8 +2028,8 @@ def beam_search(emissions, lm):
     def add(hypotheses, key, score, path):
         # Sums the probabilities of two alignments of one text, and keeps the path of the more probable one.
         if known := hypotheses.get(key):
-            (high, path), (low, _) = (known, (score, path)) if known[0] >= score else ((score, path), known)
-            score = high + math.log1p(math.exp(low - high))
+            (low, _), (score, path) = sorted(((score, path), known), key=lambda item: item[0])
+            score += math.log1p(math.exp(low - score))
         hypotheses[key] = score, path
 
     ids, log_probs = lm.counts_as[emissions.ids].tolist(), emissions.log_probs.tolist()
@@ -2250,7 +2043,10 @@ def beam_search(emissions, lm):
                 if token == lm.blank or token == last:
                     add(grown, (prefix, token), score + log_prob, (path, token))
                 else:
-                    longer = lm.extend(prefix, token)
+                    if token not in prefix.longer:
+                        state, log10 = lm.kenlm.score(prefix.state, lm.words[token])
+                        prefix.longer[token] = Prefix(state, lm.weight * log10 * math.log(10) + lm.word_score)
+                    longer = prefix.longer[token]
                     add(grown, (longer, token), score + log_prob + longer.added, (path, token))
         best = sorted(grown.items(), key=lambda item: -item[1][0])[: lm.beam]
         hypotheses = {key: item for key, item in best if item[0] >= best[0][1][0] - lm.max_behind}
@@ -2268,22 +2064,19 @@ def beam_search(emissions, lm):
 def lm_path(settings):
     """The file that --lm means, fetched if need be; raises RunError if it is none that KenLM reads."""
     folder, path = Path(settings.model).expanduser(), settings.lm
-    if path == "auto" and (folder / LM_FILE).is_file():
-        path = str(folder / LM_FILE)
-    elif path == "auto":
+    if path == "auto":
         # A fine-tuned model's folder has none: MedASR's serves it too.
         repo, revision = (DEFAULT_MODEL, None) if folder.is_dir() else (settings.model, settings.model_revision)
+        path = folder / LM_FILE
         try:
             with explained_hub_errors(repo, "model"):
-                path = hub.hf_hub_download(repo, LM_FILE, revision=revision)
+                path = path if path.is_file() else hub.hf_hub_download(repo, LM_FILE, revision=revision)
         except RunError as error:
             raise RunError(f"--lm auto looks for {LM_FILE} of {repo}; give --lm a file, or: {error}") from error
-    with explained(f"--lm {path} cannot be read", (OSError, EOFError, zlib.error)):
-        with open(path, "rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if packed else open)(path, "rb") as file:
-            head = file.read(1 << 16).lstrip()
-    if not (head.startswith(KENLM_MAGIC) or re.search(rb"^\\data\\\s*$", head, re.MULTILINE)):
+    with explained(f"--lm {path} cannot be read", (OSError, EOFError, zlib.error)), open(path, "rb") as file:
+        is_packed = file.peek(2).startswith(b"\x1f\x8b")
+        head = (gzip.open(file) if is_packed else file).read(1 << 16).lstrip()
+    if not re.match(rb"mmap lm http://kheafield.com/code|(?s:.*)^\\data\\\s*$", head, re.MULTILINE):
         raise RunError(f"--lm {path} is no language model: neither ARPA (\\data\\) nor KenLM's binary format")
     return path
 
@@ -2293,35 +2086,40 @@ def load_lm(settings, processor, vocab_size):
     if not settings.lm:
         return None
     path, tokenizer = lm_path(settings), processor.tokenizer
-    blank, special = tokenizer.pad_token_id, {None, *tokenizer.all_special_tokens}
-    pieces = dict(enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size))))
-    pieces = {id: piece for id, piece in pieces.items() if piece not in special and id != blank}
+    names = dict(enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size))))
+    pieces = {id: name for id, name in names.items() if name not in (None, *tokenizer.all_special_tokens)}
     spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in LM_WORD_MARKS]
-    words = list(dict.fromkeys([LM_NONSENSE, *LM_WORDS, *itertools.chain(*(names.values() for names in spellings))]))
-    numbers = {word: number for number, word in enumerate(words)}
+    words = dict.fromkeys(itertools.chain([LM_NONSENSE], LM_WORDS, *map(dict.values, spellings)))
+    words = {word: number for number, word in enumerate(words)}
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        dictionary = importlib.import_module("flashlight.lib.text.dictionary").Dictionary(words)
+        dictionary = importlib.import_module("flashlight.lib.text.dictionary").Dictionary(list(words))
+        os.dup2(nowhere, 2)  # KenLM draws there while it reads an ARPA file
         kenlm = importlib.import_module("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
     except (RuntimeError, ValueError, MemoryError, ImportError) as error:
-        raise RunError(f"--lm {path} cannot be loaded ({one_line(error)})") from error
+        # KenLM says first in which of its source files.
+        what = re.sub(r"^.* threw \w+( because `.*?')?\.", "", " ".join(str(error).split()))
+        raise RunError(f"--lm {path} cannot be loaded: {what[:300]}") from error
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
     # A word that the n-gram knows has another probability than nonsense.
-    start = kenlm.start(False)
-    unknown = kenlm.score(start, numbers[LM_NONSENSE])[1]
-    known = {word for word, number in numbers.items() if kenlm.score(start, number)[1] != unknown}
-    spelling = max(spellings, key=lambda names: len(known & set(names.values())))
-    found = len(known & set(spelling.values()))
-    share = f"{found:,} of the model's {len(spelling):,} tokens"
-    whole = [word for word in LM_WORDS if word in known - set(spelling.values())]
-    if whole or found < len(spelling) / 2:
-        problem = f"whole words, such as '{whole[0]}'" if whole else share
-        raise RunError(f"--lm {path} knows {problem}: it must be an n-gram of the tokens of this model")
-    if found < 0.9 * len(spelling):
+    probabilities = {word: kenlm.score(kenlm.start(False), number)[1] for word, number in words.items()}
+    known = {word for word in words if probabilities[word] != probabilities[LM_NONSENSE]}
+    spelling = max(spellings, key=lambda pieces: len(known & set(pieces.values())))
+    found, total = len(known & set(spelling.values())), len(spelling)
+    share = f"{found:,} of the model's {total:,} tokens"
+    whole = [f"whole words, such as '{word}'" for word in LM_WORDS if word in known - set(spelling.values())]
+    if whole or found < total / 2:
+        raise RunError(f"--lm {path} knows {[*whole, share][0]}: it must be an n-gram of the tokens of this model")
+    if found < 0.9 * total:
         warn(f"--lm {path} knows only {share}")
-    words = [numbers[spelling.get(id, LM_NONSENSE)] for id in range(vocab_size)]
-    counts_as = np.array([id if id in pieces else blank for id in range(vocab_size)])
+    numbers = [words[spelling.get(id, LM_NONSENSE)] for id in names]
+    counts_as = np.array([id if id in pieces else tokenizer.pad_token_id for id in names])
     weights = settings.lm_weight, settings.lm_word_score, settings.lm_beam
-    return LanguageModel(Path(path).name, kenlm, words, counts_as, blank, *weights)
+    return LanguageModel(Path(path).name, kenlm, numbers, counts_as, tokenizer.pad_token_id, *weights)
 
 
 TUNING_CLIPS = 500  # of dev at the most: the search is run some thirty times
@@ -2329,8 +2127,8 @@ TUNING_GRID = list(itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 
 
 
 def tune_lm(decoder, dev):
-    """Give the decoder's `lm` the weight and word score of the lowest WER on `dev` clips; returns a dict of what was
-    tried: the smaller values among equals."""
+    """Give the decoder's `lm` the weight and word score of the lowest WER on `dev` clips, the smaller ones among
+    equals; returns a dict of what was tried."""
     chosen = range(0, len(dev), math.ceil(len(dev) / TUNING_CLIPS))
     clips = Clips(dev.audio.select(chosen), dev.table.iloc[list(chosen)])
     say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
@@ -2339,7 +2137,7 @@ def tune_lm(decoder, dev):
     for weight, word_score in TUNING_GRID:
         decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
         tried[weight, word_score] = wer(decoder.texts(emissions))
-    weight, word_score = min(tried, key=lambda pair: (tried[pair], *pair))
+    weight, word_score = min(tried, key=tried.get)  # the first of equals
     decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
     record = {"clips": len(clips), "wer": tried[weight, word_score], "wer_greedy": wer(decoder.greedy(emissions))}
     scores = f"dev WER {percent(record['wer'])}, greedy {percent(record['wer_greedy'])}"
@@ -2362,30 +2160,26 @@ class Word(NamedTuple):
 def clip_words(decoder, emissions):
     """The `Word`s of a clip, whose texts, joined by spaces, are its text."""
     tokenizer, path = decoder.processor.tokenizer, decoder.path(emissions)
+    pieces, before, words = tokenizer.convert_ids_to_tokens(path), [None, *path], []
+    frames = np.flatnonzero(np.isin(path, tokenizer.all_special_ids, invert=True))
+    begins = [pieces[frame].startswith("▁") and path[frame] != before[frame] for frame in frames]
+    is_chosen = emissions.ids == np.reshape(path, (-1, 1))
+    probabilities = np.exp(np.where(is_chosen, emissions.log_probs, -np.inf).max(axis=1, initial=-np.inf))
     # The first frame of the logits sees the shortest clip; in the middle of what it sees lies what it stands for.
     # 0.0525 s and 0.04 s a frame for MedASR.
     first, step = (decoder.shortest - decoder.step) / 2 / SAMPLE_RATE, decoder.step / SAMPLE_RATE
-    special, frames_of_words, before = set(tokenizer.all_special_ids), [[]], None
-    for frame, (token, piece) in enumerate(zip(path, tokenizer.convert_ids_to_tokens(path))):
-        if piece.startswith("▁") and token not in (before, *special):
-            frames_of_words.append([])
-        if token not in special:
-            frames_of_words[-1].append(frame)
-        before = token
-    found = np.where(emissions.ids == np.reshape(path, (-1, 1)), emissions.log_probs, -np.inf)
-    probabilities, words = np.exp(found.max(axis=1, initial=-np.inf)), []
-    for frames in filter(None, frames_of_words):
-        start, stop = frames[0], frames[-1] + 1
+    for part in filter(len, np.split(frames, np.flatnonzero(begins))):
+        start, stop = int(part[0]), int(part[-1]) + 1
         if text := decode_ids(decoder.processor, path[start:stop]):
-            words.append(Word(text, first + start * step, first + stop * step, float(probabilities[frames].mean())))
+            words.append(Word(text, first + start * step, first + stop * step, float(probabilities[part].mean())))
     return words
 
 
-# What MedASR writes for dictated punctuation and layout, and what it stands for.
+# What MedASR writes for dictated punctuation and layout, and what it stands for, with the space around it.
 DICTATED = {
-    "period": ".", "full stop": ".", "comma": ",", "colon": ":", "semicolon": ";", "question mark": "?",
-    "exclamation mark": "!", "exclamation point": "!", "new line": "\n", "next line": "\n", "new paragraph": "\n\n",
-    "next paragraph": "\n\n", "hyphen": "-", "slash": "/", "open parenthesis": "(", "close parenthesis": ")",
+    "period": ". ", "full stop": ". ", "comma": ", ", "colon": ": ", "semicolon": "; ", "question mark": "? ",
+    "exclamation mark": "! ", "exclamation point": "! ", "new line": "\n", "next line": "\n", "new paragraph": "\n\n",
+    "next paragraph": "\n\n", "hyphen": "-", "slash": "/", "open parenthesis": " (", "close parenthesis": ") ",
 }  # fmt: skip
 # One of these, however often in a row, with the whitespace around it.
 DICTATED_TOKEN = re.compile(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*")
@@ -2396,9 +2190,8 @@ def format_dictation(text):
 
     def sign_of(match):
         sign = DICTATED[match[1]]
-        is_there = text[: match.start()].endswith(sign)
-        after = "" if sign in "-/\n\n(" else " "
-        return " (" if sign == "(" else ("" if is_there and after else sign) + after
+        is_there = sign[-1] == " " and text[: match.start()].endswith(sign[0])  # "5. {period}"
+        return " " if is_there else sign
 
     text = re.sub(r" +(?=\n)", "", DICTATED_TOKEN.sub(sign_of, text))
     return re.sub(r"\n{3,}", "\n\n", text).strip()
@@ -2443,15 +2236,16 @@ class Transcript:
 
     def json(self, with_name):
         """Whisper's keys, in one line, and "file" before them if `with_name`."""
-        content = {"file": self.name} if with_name else {}
-        content |= {"text": self.text_of(self.words), "segments": [], "language": "en"}
+        segments = []
         for number, part in enumerate(self.segments()):
-            words = []
-            for word in part:
-                times = {"start": round(word.start, 3), "end": round(word.end, 3)}
-                words.append({"word": word.text, **times, "probability": round(word.probability, 4)})
+            words = [
+                {"word": text, "start": round(start, 3), "end": round(end, 3), "probability": round(probability, 4)}
+                for text, start, end, probability in part
+            ]
             times = {"start": words[0]["start"], "end": words[-1]["end"]}
-            content["segments"].append({"id": number, **times, "text": self.text_of(part), "words": words})
+            segments.append({"id": number, **times, "text": self.text_of(part), "words": words})
+        content = {"file": self.name} if with_name else {}
+        content |= {"text": self.text_of(self.words), "segments": segments, "language": "en"}
         return json.dumps(content, ensure_ascii=False) + "\n"
 
     def cues(self, decimal_mark):
@@ -2462,8 +2256,8 @@ class Transcript:
             times = []
             for seconds in (part[0].start, end):
                 minutes, thousandths = divmod(round(seconds * 1000), 60_000)
-                clock = f"{minutes // 60:02}:{minutes % 60:02}:{thousandths // 1000:02}"
-                times.append(f"{clock}{decimal_mark}{thousandths % 1000:03}")
+                clock = f"{minutes // 60:02}:{minutes % 60:02}:{thousandths / 1000:06.3f}"
+                times.append(clock.replace(".", decimal_mark))
             yield " --> ".join(times), "\n".join(self.lines(part))
 
     def srt(self, with_name):
@@ -2473,67 +2267,51 @@ class Transcript:
         return "\n".join(["WEBVTT\n", *(f"{times}\n{html.escape(text, False)}\n" for times, text in self.cues("."))])
 
 
-@dataclass
-class Recording:
-    """A file to transcribe: the `name` that it is called by, and its place `under` --transcript_dir, without suffix."""
-
-    name: str
-    under: str
-    path: str = ""  # what is read
-    length: int = 0  # samples at 16 kHz
-    failed: bool = False
-
-    def give_up(self, reason):
-        """Say on stderr why it cannot be read."""
-        self.length, self.failed = 0, True
-        say(f"{PROGRAM}: error: {self.name} cannot be read as audio: {reason}", sys.stderr)
-
-    def open(self, spool):
-        """Have its path and length; a pipe is copied into the folder `spool`, because libsndfile seeks."""
-        self.path = self.name
-        if self.name == "-" or stat.S_ISFIFO(os.stat(self.name).st_mode):
-            self.path, given = os.path.join(spool, str(len(os.listdir(spool)))), 0 if self.name == "-" else self.name
-            if given == 0 and os.isatty(0):
-                raise ValueError("standard input is a terminal; pipe audio into it")
-            with open(given, "rb", closefd=given != 0) as source, open(self.path, "wb") as file:
-                shutil.copyfileobj(source, file, 2**20)
-        self.length, missing = audio_length(self.path)
-        if missing > 0:
-            have = f"ends after {self.length / SAMPLE_RATE:,.1f} s, {missing:,.1f} s before what its header says"
-            warn(f"{self.name} {have}")
-
-
 def find_recordings(settings):
-    """The `Recording`s of --transcribe, each once, in order; raises UsageError, also where two would be one file."""
-    found = {}
+    """{path of a recording of --transcribe: its place under --transcript_dir, without suffix}, each once, in order.
+    Raises UsageError, also where two would be one file, RunError for a folder that cannot be read."""
+    found, taken, kind, keeps = {}, {}, settings.transcript_format, settings.transcript_dir is not None
     for path in settings.transcribe:
         matches = [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        files = []
+        with explained(f"--transcribe is {path}, which cannot be read"):
+            for match in matches:
+                inside = filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match]
+                files += sorted(map(str, inside))
+        if not files:
+            problem = "no audio file is in this folder" if matches else "there is no such file or folder"
+            raise UsageError(f"--transcribe is {path}: {problem}")
         # What is below the fixed part of a pattern tells files of one name apart.
         fixed = os.path.dirname(path) if os.path.isfile(path) else re.split(r"[^/\\]*[*?\[]", path)[0]
-        for match in matches:
-            try:
-                files = sorted(map(str, filter(is_audio_name, files_below(match)))) if os.path.isdir(match) else [match]
-            except OSError as error:
-                raise UsageError(f"--transcribe is {path}, which cannot be read ({one_line(error)})") from error
-            if not files:
-                raise UsageError(f"--transcribe is {path}: no audio file is in this folder")
-            for file in files:
-                below = "stdin" if file == "-" else os.path.relpath(file, fixed or ".")
-                found.setdefault(os.path.abspath(file) if file != "-" else file, (file, below))
-        if not matches:
-            raise UsageError(f"--transcribe is {path}: there is no such file or folder")
-    stems, recordings, places = Counter(os.path.splitext(below)[0].casefold() for _, below in found.values()), [], {}
-    for file, below in found.values():
-        stem = os.path.splitext(below)[0]
-        recordings.append(Recording(file, below if stems[stem.casefold()] > 1 else stem))
-        other = places.setdefault(recordings[-1].under.casefold(), file)
-        if settings.transcript_dir is not None and other != file:
+        for file in files:
+            below = "stdin" if file == "-" else os.path.relpath(file, fixed or ".")
+            found.setdefault(os.path.abspath(file), (file, below, os.path.splitext(below)[0]))
+    if kind in ("srt", "vtt") and not keeps and len(found) > 1:
+        raise UsageError(f"--transcript_format {kind} of several files needs --transcript_dir: their times start anew")
+    stems, recordings = Counter(stem.casefold() for _, _, stem in found.values()), {}
+    for file, below, stem in found.values():
+        recordings[file] = below if stems[stem.casefold()] > 1 else stem
+        other = taken.setdefault(recordings[file].casefold(), file)
+        if keeps and other != file:
             what = f"{other} and {file} would both be {below}'s transcript"
             raise UsageError(f"--transcript_dir: {what}; give the folder that both are in, whose parts are kept apart")
-    if settings.transcript_format in ("srt", "vtt") and settings.transcript_dir is None and len(recordings) > 1:
-        kind = settings.transcript_format
-        raise UsageError(f"--transcript_format {kind} of several files needs --transcript_dir: their times start anew")
     return recordings
+
+
+def open_recording(name, spool):
+    """(path, samples at 16 kHz) of a recording; raises ValueError or OSError. Standard input and pipes are copied into
+    the folder `spool`, because libsndfile seeks."""
+    path, given = name, 0 if name == "-" else name
+    if given == 0 and os.isatty(0):
+        raise ValueError("standard input is a terminal; pipe audio into it")
+    if given == 0 or stat.S_ISFIFO(os.stat(name).st_mode):
+        path = os.path.join(spool, str(len(os.listdir(spool))))
+        with open(given, "rb", closefd=given != 0) as source, open(path, "wb") as file:
+            shutil.copyfileobj(source, file, 2**20)
+    samples, missing = audio_length(path)
+    if missing > 0:
+        warn(f"{name} ends after {samples / SAMPLE_RATE:,.1f} s, {missing:,.1f} s before what its header says")
+    return path, samples
 
 
 PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
@@ -2541,8 +2319,8 @@ PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill b
 
 def transcribe(settings):
     """Print or write the text of each file of --transcribe, name unreadable ones on stderr; returns the exit status."""
-    started, recordings, part = time.monotonic(), find_recordings(settings), []
-    if "-" in settings.transcribe and settings.world_size > 1:
+    started, recordings = time.monotonic(), find_recordings(settings)
+    if "-" in recordings and settings.world_size > 1:
         raise UsageError("--transcribe - cannot be read by several processes; start it without torchrun")
     processor, model = load_model(settings)
     loaded, settings.disable_tqdm = time.monotonic(), not sys.stderr.isatty()
@@ -2553,44 +2331,48 @@ def transcribe(settings):
     clean = format_dictation if settings.format_dictation else str
     kind, folder = settings.transcript_format, settings.transcript_dir
     # One PATH that is a file has one text, which needs no name.
-    with_names = folder is None and [recording.name for recording in recordings] != settings.transcribe[:1]
+    with_names = folder is None and [*recordings] != settings.transcribe[:1]
+    part, problems, failed, heard = {}, {}, 0, 0  # `part` and `problems` are of the files that are done next
     try:
         with tempfile.TemporaryDirectory() as spool:
-            for recording in recordings:
+            for number, name in enumerate(recordings, start=1):
                 try:
-                    recording.open(spool)
-                    part.append(recording)
+                    part[name] = open_recording(name, spool)
                 except (ValueError, OSError) as error:
                     if is_full_disk(error):
                         raise
-                    recording.give_up(one_line(error))
-                lengths = [recording.length for recording in part]
-                if recording is not recordings[-1] and sum(lengths) < PART_SECONDS * SAMPLE_RATE * settings.world_size:
+                    problems[name] = one_line(error)
+                lengths = [samples for _, samples in part.values()]
+                if number < len(recordings) and sum(lengths) < PART_SECONDS * SAMPLE_RATE * settings.world_size:
                     continue
-                clips = Clips([{"audio": member.path} for member in part], pandas.DataFrame({"num_samples": lengths}))
-                emissions, unreadable, _ = decoder.emissions(clips, doing="transcribing") if part else ([], {}, 0)
-                for row, member in enumerate(part):
+                audio = [{"audio": path} for path, _ in part.values()]
+                clips = Clips(audio, pandas.DataFrame({"num_samples": lengths}))
+                emissions, unreadable, _ = decoder.emissions(clips, doing="transcribing")
+                for row, name in enumerate(part):
                     if row in unreadable:
-                        member.give_up(unreadable[row])
+                        problems[name] = unreadable[row]
                     elif settings.is_first:
-                        made = Transcript(member.name, clip_words(decoder, emissions[row]), clean)
+                        heard += lengths[row] / SAMPLE_RATE
+                        made = Transcript(name, clip_words(decoder, emissions[row]), clean)
                         text, suffix = getattr(made, kind)(with_names), "txt" if kind == "text" else kind
                         if folder is None:
                             print(text, end="", flush=True)
                         else:
-                            write_text(Path(folder).expanduser() / f"{member.under}.{suffix}", text)
-                part = []
+                            write_text(Path(folder).expanduser() / f"{recordings[name]}.{suffix}", text)
+                for name, problem in problems.items():
+                    say(f"{PROGRAM}: error: {name} cannot be read as audio: {problem}", sys.stderr)
+                part, problems, failed = {}, {}, failed + len(problems)
     except Stopped as error:
         error.advice = "what is finished is kept"
         raise
     except BrokenPipeError:  # `| head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if seconds := sum(recording.length for recording in recordings) / SAMPLE_RATE:
+    if heard:
         took = time.monotonic() - loaded
-        speed = f"{took:,.1f} s, {seconds / took:,.1f} times as fast as it was spoken"
-        say(f"{seconds:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s", sys.stderr)
-    return 1 if any(recording.failed for recording in recordings) else 0
+        speed = f"{took:,.1f} s, {heard / took:,.1f} times as fast as it was spoken"
+        say(f"{heard:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s", sys.stderr)
+    return 1 if failed else 0
 
 
 # ---------------------------------------------------------------- scores
@@ -2601,7 +2383,8 @@ DRAWN_AT_ONCE = 2**20  # speakers: all draws of a corpus whose clips name none w
 # A smaller group is shown, and marked, but neither ranked nor averaged: its figure says more about its few speakers.
 MIN_GROUP_SPEAKERS, MIN_GROUP_WORDS = 5, 500
 GROUP_KINDS = ("domain", "accent", "country", "gender", "age_group", "seen_accent", "duration")
-ERROR_KINDS = ("substitutions", "deletions", "insertions")
+ERROR_KINDS = {"substitute": "substitutions", "delete": "deletions", "insert": "insertions"}  # jiwer's names: ours
+SHARES = ("probability_of_improvement", "clips_better", "clips_equal", "clips_worse")
 DURATIONS = {"0-5 s": 5, "5-10 s": 10, "10-20 s": 20, "over 20 s": float("inf")}  # group -> its end, in seconds
 # What readers say for punctuation and layout. Many AfriSpeech speakers voice it although the prompt has only the sign.
 SPOKEN_PUNCTUATION = re.compile(
@@ -2637,8 +2420,9 @@ RATES = {
 SYSTEMS = dict(baseline="before", finetuned="fine-tuned", baseline_lm="before, LM", finetuned_lm="fine-tuned, LM")
 
 
-def align(rate, references, hypotheses):
-    """jiwer's alignment of texts as normalised for a rate: of characters for "cer", otherwise of words."""
+def count_errors(rate, references, hypotheses):
+    """(an int array (clips, 4) of a rate: substitutions, deletions, insertions, length of the reference; jiwer's
+    alignment of the texts as normalised for it), in characters for "cer", otherwise in words."""
     normalize, process = RATES[rate][0], jiwer.process_characters if rate == "cer" else jiwer.process_words
     references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
     for index, reference in enumerate(references if rate == "wer_spoken" else ()):
@@ -2646,35 +2430,31 @@ def align(rate, references, hypotheses):
         written = set(SPOKEN_PUNCTUATION.findall(reference))
         words = SPOKEN_PUNCTUATION.sub(lambda match, kept=written: match[0] * (match[0] in kept), hypotheses[index])
         hypotheses[index] = " ".join(words.split())
-    return process(references, hypotheses)
-
-
-def count_errors(rate, references, hypotheses):
-    """An int array (clips, 4) of a rate: substitutions, deletions, insertions, length of the reference."""
-    output, kinds = align(rate, references, hypotheses), ("substitute", "delete", "insert")
+    output, kinds = process(references, hypotheses), list(ERROR_KINDS)
     counts = np.zeros((len(output.references), 4), np.int64)
-    for index, chunks in enumerate(output.alignments):
-        counts[index, 3] = len(output.references[index])
+    for row, reference, chunks in zip(counts, output.references, output.alignments):
+        row[3] = len(reference)
         for chunk in [chunk for chunk in chunks if chunk.type != "equal"]:
             longer = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
-            counts[index, kinds.index(chunk.type)] += longer
-    return counts
+            row[kinds.index(chunk.type)] += longer
+    return counts, output
 
 
-def corpus_rate(references, hypotheses):
-    """The WER of all texts together; None without a single reference word."""
-    counts = count_errors("wer", references, hypotheses).sum(axis=0)
-    return float(counts[:3].sum() / counts[3]) if counts[3] else None
+def corpus_rate(references, hypotheses, rate="wer"):
+    """A rate of all texts together; None where the references have nothing that it compares."""
+    *errors, length = count_errors(rate, references, hypotheses)[0].sum(axis=0)
+    return float(sum(errors) / length) if length else None
 
 
 @dataclass
 class Scores:
     """The `texts` {system: hypotheses} of one test set and how they differ from its references; systems as in SYSTEMS.
-    `table` has a row a clip: its groups, and for each system and rate two columns, "<system>/<rate>", its errors, and
-    "<system>/<rate>/of", the reference's length. Every figure is a sum of its columns over some of its rows."""
+    `table` has a row a clip, with its groups; `counts` too, with the columns (system, rate or kind of error) and ("of",
+    rate), the reference's length. Every figure is a sum over some of the rows."""
 
     table: object
     texts: dict[str, list[str]]
+    counts: object
 
     @classmethod
     def of(cls, table, texts, train_accents=None):
@@ -2687,26 +2467,24 @@ class Scores:
         table["duration"] = [[*DURATIONS, ""][place] for place in places]  # NaN comes last
         table["speaker_or_clip"] = table["speaker"].where(table["speaker"] != "", table["clip"])
         table[list(GROUP_KINDS)] = table[list(GROUP_KINDS)].replace("", "unknown")
-        is_short, columns = (seconds < PAPER_SECONDS).to_numpy()[:, None], {}
+        columns = {}
         for system, rate in itertools.product(texts, RATES):
-            counts = count_errors(rate, table["text"], texts[system]) * (is_short if rate == "wer_paper_short" else 1)
-            columns[f"{system}/{rate}"], columns[f"{system}/{rate}/of"] = counts[:, :3].sum(axis=1), counts[:, 3]
+            counts = count_errors(rate, table["text"], texts[system])[0]
+            if rate == "wer_paper_short":
+                counts[~(seconds < PAPER_SECONDS)] = 0
+            columns[system, rate], columns["of", rate] = counts[:, :3].sum(axis=1), counts[:, 3]
             if rate == "wer":
-                columns |= {f"{system}/{kind}": counts[:, place] for place, kind in enumerate(ERROR_KINDS)}
-        return cls(pandas.concat([table, pandas.DataFrame(columns)], axis=1), texts)
-
-    @property
-    def last(self):
-        """The system that the report is of: the fine-tuned model's greedy text, else the baseline's."""
-        return "finetuned" if "finetuned" in self.texts else "baseline"
+                columns |= {(system, kind): errors for kind, errors in zip(ERROR_KINDS.values(), counts.T)}
+        return cls(table, texts, pandas.DataFrame(columns))
 
     def metrics(self):
         """metrics.json's part of a test set: {system, or "delta": rates of all clips, and "groups": of each group}."""
         everything = self.metrics_of(self.table)
-        for kind, (name, part) in [(one, group) for one in GROUP_KINDS for group in self.table.groupby(one)]:
-            for key, figures in self.metrics_of(part).items():
-                if figures:
-                    everything[key].setdefault("groups", {}).setdefault(kind, {})[name] = figures
+        for kind in GROUP_KINDS:
+            for name, part in self.table.groupby(kind):
+                for key, figures in self.metrics_of(part).items():
+                    if figures:
+                        everything[key].setdefault("groups", {}).setdefault(kind, {})[name] = figures
         return everything
 
     def metrics_of(self, part):
@@ -2714,47 +2492,43 @@ class Scores:
         Intervals are of 10,000 resamplings of whole speakers, because their clips are not independent (Bisani & Ney
         2004, doi 10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508); systems get the same ones, which pairs
         them."""
-        columns = [*(f"{system}/wer" for system in self.texts), f"{self.last}/wer/of"]
-        *errors, words = part.groupby("speaker_or_clip")[columns].sum().to_numpy(float).T
-        generator, drawn, at_once = np.random.default_rng(0), [], max(1, DRAWN_AT_ONCE // len(words))
+        counts, drawn, generator = self.counts.loc[part.index], [], np.random.default_rng(0)
+        people = counts[[(name, "wer") for name in (*self.texts, "of")]].groupby(part["speaker_or_clip"])
+        people = people.sum().to_numpy(float)
+        at_once = max(1, DRAWN_AT_ONCE // len(people))
         for done in range(0, BOOTSTRAP_DRAWS, at_once):
-            size = min(at_once, BOOTSTRAP_DRAWS - done), len(words)
-            chosen = generator.integers(len(words), size=size, dtype=np.int32)
-            total = np.maximum(words[chosen].sum(axis=1), 1)
-            drawn.append([counts[chosen].sum(axis=1) / total for counts in errors])
-        drawn, sums, found = dict(zip(self.texts, np.concatenate(drawn, axis=1))), part.sum(numeric_only=True), {}
-        sizes = {"clips": len(part), "speakers": len(words), "words": int(words.sum())}
+            size = min(at_once, BOOTSTRAP_DRAWS - done), len(people)
+            drawn.append(people[generator.integers(len(people), size=size, dtype=np.int32)].sum(axis=1))
+        *drawn, words = np.concatenate(drawn).T
+        drawn = {system: errors / np.maximum(words, 1) for system, errors in zip(self.texts, drawn)}
+        sums, found = counts.sum(), dict.fromkeys(("baseline", "finetuned", "delta"))
+        sizes = {"clips": len(part), "speakers": len(people), "words": int(sums["of", "wer"])}
         is_small = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
-        for ending in ("", "_lm") if f"{self.last}_lm" in self.texts else ("",):
-            baseline, finetuned = f"baseline{ending}", f"finetuned{ending}"
-            found |= dict.fromkeys((baseline, finetuned, f"delta{ending}"))
-            for system in {baseline, finetuned} & set(self.texts):
-                lengths = {rate: sums[f"{system}/{rate}/of"] for rate in RATES}
-                rates = {rate: float(sums[f"{system}/{rate}"] / of) if of else None for rate, of in lengths.items()}
-                counts = {kind: int(sums[f"{system}/{kind}"]) for kind in ERROR_KINDS}
-                ends = np.percentile(drawn[system], (2.5, 97.5)).tolist()
-                found[system] = {**rates, **sizes, "wer_ci95": ends, **counts, "small": is_small}
-            if {baseline, finetuned} <= set(self.texts):
-                before, after = found[baseline], found[finetuned]
-                errors = (part[f"{finetuned}/wer"] - part[f"{baseline}/wer"]).to_numpy()
-                change = drawn[finetuned] - drawn[baseline]
-                delta = {rate: after[rate] - before[rate] for rate in RATES if after[rate] is not None}
+        for system in self.texts:
+            rates = {rate: float(sums[system, rate] / of) if of else None for rate, of in sums["of"].items()}
+            kinds = {kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}
+            ends = np.percentile(drawn[system], (2.5, 97.5)).tolist()
+            found[system] = {**rates, **sizes, "wer_ci95": ends, **kinds, "small": is_small}
+        for ending in ("", "_lm"):
+            before, after = f"baseline{ending}", f"finetuned{ending}"
+            if found.get(before) and found.get(after):
+                change, more = drawn[after] - drawn[before], counts[after, "wer"] - counts[before, "wer"]
+                shares = (float(share.mean()) for share in (change < 0, more < 0, more == 0, more > 0))
+                delta = {rate: found[after][rate] - found[before][rate] for rate in RATES if sums["of", rate]}
                 delta |= {"wer_ci95": np.percentile(change, (2.5, 97.5)).tolist()}
-                shares = {"probability_of_improvement": change < 0, "clips_better": errors < 0}
-                shares |= {"clips_equal": errors == 0, "clips_worse": errors > 0}
-                found[f"delta{ending}"] = delta | {name: float(share.mean()) for name, share in shares.items()}
+                found[f"delta{ending}"] = delta | dict(zip(SHARES, shares))
         return found
 
     def predictions(self):
         """Yield a JSON line a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
-        table, before = self.table, "baseline" if self.last == "finetuned" else ""
-        seconds, nothing = [round(count / SAMPLE_RATE, 3) for count in table["num_samples"]], [None] * len(table)
+        table, (last, before) = self.table, ("finetuned", "baseline") if "finetuned" in self.texts else ("baseline", "")
+        seconds = [round(count / SAMPLE_RATE, 3) for count in table["num_samples"]]
         entries = {"audio_filepath": table["clip"], "duration": seconds, "text": table["text"]}
-        for ending in ("", "_lm") if f"{self.last}_lm" in self.texts else ("",):
-            entries[f"pred_text{ending}"] = self.texts[f"{self.last}{ending}"]
-            entries[f"baseline_text{ending}"] = self.texts.get(f"{before}{ending}", nothing)
+        for ending in [ending for ending in ("", "_lm") if last + ending in self.texts]:
+            entries[f"pred_text{ending}"] = self.texts[last + ending]
+            entries[f"baseline_text{ending}"] = self.texts.get(before + ending)
         entries |= {name: table[name].replace("unknown", "") for name in GROUP_COLUMNS}
-        entries["wer"] = table[f"{self.last}/wer"] / table[f"{self.last}/wer/of"].replace(0, np.nan)
+        entries["wer"] = self.counts[last, "wer"] / self.counts["of", "wer"].replace(0, np.nan)
         for entry in pandas.DataFrame(entries).to_dict("records"):
             known = {name: None if value != value else value for name, value in entry.items()}
             yield json.dumps(known, ensure_ascii=False) + "\n"
@@ -2782,10 +2556,10 @@ def percent(value):
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def points(delta):
+def points(delta, has_interval=True):
     """A difference of rates in percentage points with its interval."""
-    low, high = delta["wer_ci95"]
-    return f"{100 * delta['wer']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    ends = "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in delta["wer_ci95"]))
+    return f"{100 * delta['wer']:+.1f} {ends if has_interval else ''}".rstrip()
 
 
 def markdown_text(text):
@@ -2801,51 +2575,48 @@ def markdown_table(header, rows):
     return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows] + [""]
 
 
-def last_of(metrics, ending=""):
-    """The fine-tuned model's scores of a test set's metrics, else the baseline's; of the LM's with the ending "_lm"."""
-    return metrics.get(f"finetuned{ending}") or metrics.get(f"baseline{ending}")
+def last_of(found, ending=""):
+    """What {system: something or None} has of the fine-tuned model, else of the baseline; with "_lm" of the LM's."""
+    return found.get(f"finetuned{ending}") or found.get(f"baseline{ending}")
 
 
-def summary_table(metrics):
-    """Markdown lines: every rate before and after, all clips."""
-    rows, endings = [], ["", "_lm"] if last_of(metrics, "_lm") else [""]
-    for rate in RATES:
-        cells = [RATES[rate][1]]
-        for ending in endings:
-            then, now = ((metrics.get(f"{system}{ending}") or {}).get(rate) for system in ("baseline", "finetuned"))
-            cells += [percent(then), percent(now), "-" if None in (then, now) else f"{100 * (now - then):+.1f}"]
-        rows.append(cells)
-    labels = [[SYSTEMS[f"baseline{ending}"], SYSTEMS[f"finetuned{ending}"], "change, points"] for ending in endings]
-    return markdown_table(["rate", *itertools.chain(*labels)], rows)
+def score_lines(metrics):
+    """Markdown lines on one test set: its size, every rate before and after, the change of the WER."""
+    last, delta, header, rows = last_of(metrics), metrics["delta"], ["rate"], [[name] for _, name in RATES.values()]
+    for ending in [ending for ending in ("", "_lm") if last_of(metrics, ending)]:
+        systems = f"baseline{ending}", f"finetuned{ending}"
+        header += [*map(SYSTEMS.get, systems), "change, points"]
+        for row, rate in zip(rows, RATES):
+            then, now = ((metrics.get(system) or {}).get(rate) for system in systems)
+            row += [percent(then), percent(now), "-" if None in (then, now) else f"{100 * (now - then):+.1f}"]
+    change = f"WER {percent(last['wer'])}, 95 % interval over speakers {' to '.join(map(percent, last['wer_ci95']))}."
+    if delta:
+        change = f"WER changes by {points(delta)} points (95 % interval over speakers, paired); "
+        change += "probability of improvement {}. {} of the clips are better, {} equal, {} worse."
+        change = change.format(*(percent(delta[name]) for name in SHARES))
+    sizes = ", ".join(plural(last[f"{noun}s"], noun) for noun in ("clip", "speaker", "word"))
+    return [f"{sizes}. All rates are corpus-level.\n", *markdown_table(header, rows), change + "\n"]
 
 
-def group_table(kind, metrics):
-    """Markdown lines: each group of `kind` before and after, the largest first; small groups are marked with *. Too few
-    speakers make no interval."""
-    rows, before, with_lm, delta = [], metrics["baseline"], last_of(metrics, "_lm"), metrics["delta"]
-    for name, now in sorted(last_of(metrics)["groups"][kind].items(), key=lambda item: -item[1]["words"]):
-        has_interval = now["words"] and now["speakers"] >= MIN_GROUP_SPEAKERS
-        change = delta and now["words"] and delta["groups"][kind][name]
-        row = [markdown_text(name) + "\\*" * now["small"]]
-        row += [f"{now[size]:,}" for size in ("clips", "speakers", "words")]
-        row += [percent(before["groups"][kind][name]["wer"]) if delta else "-", percent(now["wer"])]
-        row += ["[{}, {}]".format(*map(percent, now["wer_ci95"])) if has_interval else "-"]
-        row += [(points(change) if has_interval else f"{100 * change['wer']:+.1f}") if change else "-"]
-        rows.append(row + ([percent(with_lm["groups"][kind][name]["wer"])] if with_lm else []))
-    columns = ["clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"]
-    return markdown_table([kind.replace("_", " "), *columns, *(["WER, LM"] if with_lm else [])], rows)
-
-
-def group_lines(metrics, heading, fewest=1):
-    """Markdown lines: a table of each kind of groups, where there are at least `fewest`, and what it comes to."""
-    lines = []
-    for kind, groups in last_of(metrics)["groups"].items():
-        if len(groups) < fewest:
-            continue
-        lines += [f"{heading} By {kind.replace('_', ' ')}\n", *group_table(kind, metrics)]
-        large = {name: scores["wer"] for name, scores in groups.items() if not scores["small"]}
-        limits = f"{MIN_GROUP_SPEAKERS} speakers and {MIN_GROUP_WORDS} words"
-        summary = f"Fewer than two groups have {limits}: none is ranked."
+def group_lines(metrics, heading="##", fewest=1, most=None):
+    """Markdown lines: a table for each kind of which there are at least `fewest` groups, for `most` kinds at the most,
+    and what it comes to. The largest groups come first, small ones have a *; too few speakers make no interval."""
+    with_lm, delta, lines = last_of(metrics, "_lm"), metrics["delta"], []
+    kinds = [(kind, groups) for kind, groups in last_of(metrics)["groups"].items() if len(groups) >= fewest]
+    for kind, groups in kinds[:most]:
+        rows = []
+        for name, now in sorted(groups.items(), key=lambda item: -item[1]["words"]):
+            has_interval = now["words"] and now["speakers"] >= MIN_GROUP_SPEAKERS
+            row = [markdown_text(name) + "\\*" * now["small"]]
+            row += [f"{now[size]:,}" for size in ("clips", "speakers", "words")]
+            row += [percent(metrics["baseline"]["groups"][kind][name]["wer"]) if delta else "-", percent(now["wer"])]
+            row += ["[{}, {}]".format(*map(percent, now["wer_ci95"])) if has_interval else "-"]
+            row += [points(delta["groups"][kind][name], has_interval) if delta and now["words"] else "-"]
+            rows.append(row + ([percent(with_lm["groups"][kind][name]["wer"])] if with_lm else []))
+        label, large = kind.replace("_", " "), {name: now["wer"] for name, now in groups.items() if not now["small"]}
+        header = [label, "clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"]
+        lines += [f"{heading} By {label}\n", *markdown_table(header + ["WER, LM"] * bool(with_lm), rows)]
+        summary = f"Fewer than two groups have {MIN_GROUP_SPEAKERS} speakers and {MIN_GROUP_WORDS} words: no ranking."
         if len(large) > 1:
             worst, mean = max(large, key=large.get), percent(np.mean(list(large.values())))
             summary = f"Macro average over {len(large)} groups that are large enough: {mean}"
@@ -2854,38 +2625,18 @@ def group_lines(metrics, heading, fewest=1):
     return lines
 
 
-def change_line(metrics):
-    """A sentence on the WER of a test set, or on its change, with its interval."""
-    last, delta = last_of(metrics), metrics["delta"]
-    if not delta:
-        interval = " to ".join(map(percent, last["wer_ci95"]))
-        return f"WER {percent(last['wer'])}, 95 % interval over speakers {interval}."
-    improvement = f"probability of improvement {percent(delta['probability_of_improvement'])}"
-    better, equal, worse = (percent(delta[f"clips_{how}"]) for how in ("better", "equal", "worse"))
-    change = f"WER changes by {points(delta)} points (95 % interval over speakers, paired); {improvement}"
-    return f"{change}. {better} of the clips are better, {equal} equal, {worse} worse."
-
-
-def score_lines(metrics):
-    """Markdown lines on one test set: its size, its rates, their change."""
-    sizes = ", ".join(plural(last_of(metrics)[f"{noun}s"], noun) for noun in ("clip", "speaker", "word"))
-    return [f"{sizes}. All rates are corpus-level.\n", *summary_table(metrics), change_line(metrics) + "\n"]
-
-
 def show_scores(metrics):
     """Print the scores, by domain, or where there is but one by the next kind of group that tells something."""
-    groups = last_of(metrics)["groups"]
-    kind = next((kind for kind in GROUP_KINDS if len(groups[kind]) > 1), None)
-    say("\n".join(["", *summary_table(metrics), *(group_table(kind, metrics) if kind else [])]))
+    lines = ["", *score_lines(metrics), *group_lines(metrics, fewest=2, most=1)]
     for name, part in metrics.get("also", {}).items():
-        say("\n".join([f"{name}: {change_line(part)}", *summary_table(part)]))
+        lines += [f"{name}:", *score_lines(part)]
+    say("\n".join(lines))
 
 
 def error_lines(scores):
     """Markdown lines on what goes wrong: commonest errors, empty and runaway texts, clips that got worse."""
-    lines, table, texts = ["## What goes wrong\n"], scores.table, scores.texts[scores.last]
-    errors = {"substitute": Counter(), "insert": Counter(), "delete": Counter()}
-    output = align("wer", table["text"], texts)
+    lines, table, texts = [], scores.table, last_of(scores.texts)
+    errors, output = {kind: Counter() for kind in ERROR_KINDS}, count_errors("wer", table["text"], texts)[1]
     for before, after, chunks in zip(output.references, output.hypotheses, output.alignments):
         for chunk in [chunk for chunk in chunks if chunk.type != "equal"]:
             sides = before[chunk.ref_start_idx : chunk.ref_end_idx], after[chunk.hyp_start_idx : chunk.hyp_end_idx]
@@ -2894,36 +2645,29 @@ def error_lines(scores):
         common = ", ".join(f"{words} ({count})" for words, count in errors[kind].most_common(15))
         lines.append(f"Commonest {label}: {common or 'none'}.\n")
     lengths = np.array(list(map(len, output.hypotheses)))
-    empty, runaway = sum(lengths == 0), sum(lengths > 2 * table[f"{scores.last}/wer/of"] + 5)
+    empty, runaway = sum(lengths == 0), sum(lengths > 2 * scores.counts["of", "wer"] + 5)
     lines.append(f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.\n")
     if {"baseline", "finetuned"} <= set(scores.texts):
-        worse, cells = (table["finetuned/wer"] - table["baseline/wer"]).to_numpy(), []
-        for index in [index for index in np.argsort(-worse, kind="stable")[:10] if worse[index] > 0]:
-            shown = [tidy(text)[:200] for text in (table["text"][index], scores.texts["baseline"][index], texts[index])]
-            cells.append([f"+{worse[index]}", *map(markdown_text, (table["accent"][index], *shown))])
-        lines += ["Clips that got worse most:\n"] * bool(cells)
-        lines += markdown_table(["errors", "accent", "reference", "before", "now"], cells) if cells else []
+        more, rows = scores.counts["finetuned", "wer"] - scores.counts["baseline", "wer"], []
+        table = table.assign(errors=more, reference=table["text"], before=scores.texts["baseline"], now=texts)
+        header = ["errors", "accent", "reference", "before", "now"]
+        for errors, *cells in table.loc[more > 0, header].nlargest(10, "errors").itertuples(index=False):
+            rows.append([f"+{errors}", *(markdown_text(tidy(cell)[:200]) for cell in cells)])
+        lines += ["Clips that got worse most:\n", *markdown_table(header, rows)] if rows else []
     return lines
 
 
 def draw_pictures(folder, metrics, history):
-    """PNGs beside the report: {file name: label} of those that the data allows."""
-
-    def save(figure, name):
-        with complete(folder / name) as partial:
-            figure.savefig(partial, format="png")
-
-    figure_of = functools.partial(Lazy("matplotlib.figure").Figure, dpi=110, layout="tight")
-    pictures = {"wer_by_accent.png": "WER by accent", "wer_by_duration.png": "WER by duration of the clip"}
-    for (name, label), kind in zip(pictures.items(), ("accent", "duration")):
+    """PNGs beside the report, of what the data allows: {file name: title}."""
+    figure_of, pictures = functools.partial(Lazy("matplotlib.figure").Figure, dpi=110, layout="tight"), {}
+    for kind, title in (("accent", "WER by accent"), ("duration", "WER by duration of the clip")):
         groups = last_of(metrics)["groups"][kind]
         order = sorted((group for group in groups if groups[group]["words"]), key=lambda group: groups[group]["wer"])
         if kind == "accent" and len(order) > 30:
             order = [group for group in order if not groups[group]["small"]] or order[-30:]
         if kind == "duration":
             order = [group for group in ("unknown", *reversed(DURATIONS)) if group in order]
-        figure = figure_of(figsize=(8, 1.5 + 0.32 * len(order)))
-        axes = figure.subplots()
+        axes = pictures[f"wer_by_{kind}.png"] = figure_of(figsize=(8, 1.5 + 0.32 * len(order))).subplots()
         for offset, system in zip((0.16, -0.16), [system for system in ("baseline", "finetuned") if metrics[system]]):
             chosen = [metrics[system]["groups"][kind][group] for group in order]
             rates = 100 * np.array([group["wer"] for group in chosen])
@@ -2931,24 +2675,23 @@ def draw_pictures(folder, metrics, history):
             errors *= [group["speakers"] >= MIN_GROUP_SPEAKERS for group in chosen]
             places = np.arange(len(order)) + offset
             axes.errorbar(rates, places, xerr=errors, fmt="o", capsize=2, label=SYSTEMS[system])
-        labels = [f"{group[:40]} *" if groups[group]["small"] else group[:40] for group in order]
+        labels = [group[:40] + " *" * groups[group]["small"] for group in order]
         axes.set_yticks(range(len(order)), labels, parse_math=False)
         axes.grid(axis="x", alpha=0.3)
-        axes.set(xlabel="WER, % (95 % interval over speakers; * too small to rank)", xlim=(0, None), title=label)
+        axes.set(xlabel="WER, % (95 % interval over speakers; * too small to rank)", xlim=(0, None), title=title)
         axes.legend()
-        save(figure, name)
     if evaluations := [(entry["step"], 100 * entry["eval_wer"]) for entry in history if "eval_wer" in entry]:
-        pictures["training.png"] = "Dev WER and training loss"
-        figure = figure_of(figsize=(8, 3.5))
-        axes = figure.subplots()
+        axes = pictures["training.png"] = figure_of(figsize=(8, 3.5)).subplots()
         axes.plot(*zip(*evaluations), "o-")
         axes.grid(alpha=0.3)
-        axes.set(xlabel="update", ylabel="dev WER, %", ylim=(0, None), title="Training")
+        axes.set(xlabel="update", ylabel="dev WER, %", ylim=(0, None), title="Dev WER and training loss")
         losses = axes.twinx()
         losses.plot(*zip(*((entry["step"], entry["loss"]) for entry in history if "loss" in entry)), color="0.6")
         losses.set(ylabel="training loss (grey)", ylim=(0, None))
-        save(figure, "training.png")
-    return pictures
+    for name, axes in pictures.items():
+        with complete(folder / name) as partial:
+            axes.figure.savefig(partial, format="png")
+    return {name: axes.get_title() for name, axes in pictures.items()}
 
 
 def write_results(folder, content, scores, title, notes=(), history=()):
@@ -2962,12 +2705,12 @@ def write_results(folder, content, scores, title, notes=(), history=()):
         write_text(folder / f"predictions_{file_stem(name)}.jsonl", "".join(part.predictions()))
     lines = [f"# {markdown_text(title)}\n", *score_lines(metrics), *(markdown_text(note) + "\n" for note in notes)]
     lines += [f"![{label}]({name})\n" for name, label in draw_pictures(folder, metrics, history).items()]
-    lines += group_lines(metrics, "##")
-    limits = f"{MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words"
-    lines.append(f"\\* under {limits}: not ranked and not in the macro average.\n")
-    for name, part in metrics.get("also", {}).items():
-        lines += [f"## Also scored: {markdown_text(name)}\n", *score_lines(part), *group_lines(part, "###", 2)]
-    write_text(folder / "report.md", "\n".join([*lines, *error_lines(scores["test"])]) + "\n")
+    lines += group_lines(metrics)
+    lines.append(f"\\* under {MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words: neither ranked nor averaged.\n")
+    for name, part in parts.items():
+        heading = f"## Also scored: {markdown_text(name)}\n"
+        lines += [heading, *score_lines(part), *group_lines(part, "###", fewest=2)]
+    write_text(folder / "report.md", "\n".join([*lines, "## What goes wrong\n", *error_lines(scores["test"])]) + "\n")
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
     show_scores(metrics)
     return metrics
@@ -2975,32 +2718,24 @@ def write_results(folder, content, scores, title, notes=(), history=()):
 
 def write_model_card(final, results, settings, metrics):
     """README.md of the final model, with the Hub's evaluation metadata, the report and its pictures."""
-    on_hub = lambda name: re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()  # noqa: E731
     model, dataset, data = public(settings.model), public(settings.dataset), metrics["data"]
-    is_own = data["layout"] == "recordings"
-    found = []
+    is_own, train, found, decoding = data["layout"] == "recordings", data["train"], [], ""
     for name, part in {dataset: metrics, **metrics.get("also", {})}.items():
         shown = {"dataset_name": "AfriSpeech-200" if name == DEFAULT_DATASET else name, "dataset_type": name}
         shown |= {"task_type": "automatic-speech-recognition", "dataset_split": "test"}
         for rate in [rate for rate in RATES if part["finetuned"][rate] is not None]:  # None: of another script
             value = round(100 * part["finetuned"][rate], 2)
             found.append(hub.EvalResult(metric_type=rate[:3], metric_name=rate, metric_value=value, **shown))
-    header = hub.ModelCardData(
-        language="en",
-        license="other",
-        license_name="health-ai-developer-foundations",
-        license_link="https://developers.google.com/health-ai-developer-foundations/terms",
-        base_model=model if on_hub(settings.model) else None,
-        datasets=[dataset.partition(":")[0]] if on_hub(settings.dataset.partition(":")[0]) else None,
-        tags=["medical", *([] if is_own else ["african-accents"]), "ctc"],
-        library_name="transformers",
-        pipeline_tag="automatic-speech-recognition",
-        model_name="medasr-own-data" if is_own else "medasr-afrispeech-200",
-        eval_results=found,
-    )
-    train, new_speakers = data["train"], data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
+    named = settings.model, settings.dataset.partition(":")[0]
+    on_hub = [name for name in named if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
+    header = dict(language="en", license="other", license_name="health-ai-developer-foundations")
+    header |= dict(license_link="https://developers.google.com/health-ai-developer-foundations/terms")
+    header |= dict(base_model=named[0] if named[0] in on_hub else None, library_name="transformers")
+    header |= dict(datasets=[named[1]] if named[1] in on_hub else None, pipeline_tag="automatic-speech-recognition")
+    header |= dict(tags=["medical", *([] if is_own else ["african-accents"]), "ctc"], eval_results=found)
+    header |= dict(model_name="medasr-own-data" if is_own else "medasr-afrispeech-200")
+    new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-    decoding = ""
     if metrics.get("finetuned_lm"):
         lm = metrics["lm"]
         greedy, searched = (percent(metrics[system]["wer"]) for system in ("finetuned", "finetuned_lm"))
@@ -3009,7 +2744,7 @@ def write_model_card(final, results, settings, metrics):
         decoding = f"\nThis is the greedy text (WER {greedy}). With the language model {markdown_text(lm['name'])} "
         decoding += f"(WER {searched}):\n\n```\n{command}\n```\n"
     card = f"""---
-{header.to_yaml()}
+{hub.ModelCardData(**header).to_yaml()}
 ---
 # {markdown_text(model)} adapted to {markdown_text(dataset) if is_own else "African-accented English"}
 
@@ -3052,23 +2787,20 @@ def score_file(settings):
         cells, notes = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
     except RunError as error:
         raise UsageError(str(error)) from error
-    notes = [f"{path.name}: {note}" for note in notes]
-    table = clip_table(cells).assign(number=range(1, len(cells) + 1))
-    table["clip"] = table["clip"].where(table["clip"] != "", [f"row {number}" for number in table["number"]])
+    table, notes = clip_table(cells), [f"{path.name}: {note}" for note in notes]
+    table["clip"] = table["clip"].where(table["clip"] != "", [f"row {index + 1}" for index in table.index])
     table["num_samples"] = table["num_samples"].replace(0, np.nan)
     for lacking, what in ((table["text"].map(tidy) == "", "no text"), (cells["pred_text"].isna(), "no pred_text")):
         table["problem"] = table["problem"].mask(lacking & (table["problem"] == ""), what)
     good = table["problem"] == ""
-    for row in table[~good].itertuples():
-        notes.append(f"Row {row.number} ({row.clip}) has {row.problem}: left out.")
-    if not good.any():
-        raise UsageError(f"--score_file {path} has no row with both text and pred_text among {len(table)}")
+    bad = table[~good].itertuples()
+    notes += [f"Row {row.Index + 1} ({row.clip}) has {row.problem}: left out." for row in bad]
     table, cells, left_out = table[good], cells[good], int((~good).sum())
     if not any(map(normalize_wer, table["text"])):
-        raise UsageError(f"--score_file {path} has no text with a word to score among {plural(len(table), 'row')}")
+        wanted = "no row with both text and pred_text" if table.empty else "no text with a word to score"
+        raise UsageError(f"--score_file {path} has {wanted} among {plural(len(good), 'row')}")
     if unknown := int(table["num_samples"].isna().sum()):
-        effect = f"in the group 'unknown', and not among clips under {PAPER_SECONDS} s"
-        notes.append(f"{plural(unknown, 'row')} without a duration: {effect}.")
+        notes.append(f"{plural(unknown, 'row')} without a duration: not among clips under {PAPER_SECONDS} s.")
     texts, before = {"baseline": cells["pred_text"].tolist()}, cells.get("baseline_text")
     if before is not None and before.notna().all():
         texts = {"baseline": before.tolist(), "finetuned": texts["baseline"]}
@@ -3078,8 +2810,7 @@ def score_file(settings):
         warn(note)
     content = {"config": public({"command": settings.command, "score_file": settings.score_file})}
     content["data"] = {"test": {"clips": len(table), "hours": round(hours_of(table), 4), "left_out": left_out}}
-    folder = Path(settings.output_dir) / "results"
-    scores = {"test": Scores.of(table, texts)}
+    folder, scores = Path(settings.output_dir) / "results", {"test": Scores.of(table, texts)}
     write_results(folder, content, scores, f"Scores of {path.name}", [*notes, *speaker_note(table)])
     say(f"\nresults: {folder}")
     return 0
@@ -3094,35 +2825,21 @@ HALF_PRECISION_LIMIT = 65_504 / 8
 MAX_SKIPPED_UPDATES = 10
 
 
-def wrap_forward(module, wrapper):
-    """Have `wrapper(forward, *inputs, **options)` called in place of the forward of a module."""
-    module.forward = functools.partial(wrapper, module.forward)
-
-
 def in_float32(forward, *inputs, **options):
     """A forward in float32 where autocast would use half precision."""
-
-    def widen(value):
-        return value.float() if torch.is_tensor(value) and value.is_floating_point() else value
-
+    inputs, options = accelerate.utils.convert_to_fp32((inputs, options))
     with torch.autocast([*inputs, *options.values()][0].device.type, enabled=False):
-        return forward(*map(widen, inputs), **{name: widen(value) for name, value in options.items()})
+        return forward(*inputs, **options)
 
 
-def with_finite_statistics(forward, *inputs, **options):
+def with_finite_statistics(module, forward, *inputs, **options):
     """A forward of a BatchNorm that keeps what overflows out of its running statistics. The gradient scaler skips the
     update of a batch that overflows, but the forward pass has moved the statistics by then: from one infinity on, every
     evaluation would give blank text while the training loss looks normal."""
-    module = forward.__self__
-    # The batch moves copies, because autograd holds on to what a forward pass has moved.
-    kept = {name: getattr(module, name) for name in ("running_mean", "running_var")} if module.training else {}
-    for name, values in kept.items():
-        setattr(module, name, values.clone())
+    before = [values.clone() for values in module.buffers()]
     output = forward(*inputs, **options)
-    for name, values in kept.items():
-        moved = getattr(module, name)
-        values.copy_(torch.where(moved.isfinite(), moved, values))
-        setattr(module, name, values)
+    for values, kept in zip(module.buffers(), before):
+        values.data.copy_(values.where(values.isfinite(), kept))  # .data: autograd takes no notice
     return output
 
 
@@ -3130,10 +2847,8 @@ def guard_half_precision(model, batches, device):
     """Make `model` safe under float16 autocast, by measuring it on `batches`; returns {module in float32: its peak}.
     MedASR's subsampler reaches about 1.1e5 and other activations more: plain float16 gives inf, then NaN. Raises
     RunError if the outputs are not finite all the same."""
-    peaks, watched = Counter(), {}
-    for name, module in model.named_modules():
-        if list(module.parameters(recurse=False)) or name.endswith("subsampler"):
-            watched[module] = name
+    watched = {module: name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    watched[model.encoder.subsampler], peaks = "encoder.subsampler", Counter()
 
     def watch(module, inputs, output):
         if name := watched.get(module):
@@ -3144,12 +2859,12 @@ def guard_half_precision(model, batches, device):
     with torch.nn.modules.module.register_module_forward_hook(watch), torch.no_grad():
         for batch in batches:
             model(**batch)
-    guarded = {name: peak for name, peak in peaks.items() if peak > HALF_PRECISION_LIMIT or name.endswith("subsampler")}
-    for name in guarded:
-        wrap_forward(model.get_submodule(name), in_float32)
-    for module in model.modules():
+    guarded = {name: top for name, top in peaks.items() if top > HALF_PRECISION_LIMIT or name == "encoder.subsampler"}
+    for name, module in model.named_modules():
+        if name in guarded:
+            module.forward = functools.partial(in_float32, module.forward)
         if isinstance(module, torch.nn.BatchNorm1d):
-            wrap_forward(module, with_finite_statistics)
+            module.forward = functools.partial(with_finite_statistics, module, module.forward)
     with torch.no_grad(), torch.autocast(torch.device(device).type, torch.float16):
         for batch in batches:
             if not torch.isfinite(model(**batch).logits).all():
@@ -3160,39 +2875,24 @@ def guard_half_precision(model, batches, device):
 # ---------------------------------------------------------------- training
 
 
-class EpochOrder:
-    """Mixed with LengthGroupedSampler: an order from the seed and the epoch alone, so that a resumed run goes on in it.
-    The Trainer restores its random state only after the first batch has been drawn, and accelerate's wrappers hide a
-    sampler from set_epoch: `epoch()` is asked instead. The order is the same for any division of an update's clips into
-    batches, accumulation steps and processes."""
-
-    def __init__(self, clips_an_update, lengths, seed, epoch):
-        super().__init__(clips_an_update, lengths=lengths)
-        self.seed, self.epoch = seed, epoch
-
-    def __iter__(self):
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        return super().__iter__()
-
-
 class CTCTrainer:
-    """Mixed with the Trainer: its order of clips, the stream, dev scores, and speed and overflow in the logs. `dev` are
-    the dev `Clips`, `decoder` transcribes them, `encoder` makes labels, `samples` are a few of the texts."""
+    """Mixed with the Trainer and with TrainerCallback, because it is its own callback. `dev` are the dev `Clips`,
+    `decoder` transcribes them, `encoder` makes labels, `order` is the generator of the order of clips."""
 
-    dev = decoder = encoder = None
-    samples, clips = "", ()  # of the last evaluation, of the update under way
-    # Since the last log: samples without and with padding, when that was, seconds of waiting for data, of other work.
-    heard, started, waited, paused = np.zeros(2), None, 0.0, 0.0
+    loss_is_scaled_for_ga = True  # compute_loss has divided it among an update's batches
+    clips, bar = (), None  # of the update under way; of the progress
+    # Since the last log: samples without and with padding, when that was, seconds of waiting for data.
+    heard, started, waited = np.zeros(2), 0.0, 0.0
     skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16 since the last log, and just now
-    is_catching_up = False  # with an evaluation that was due at the checkpoint that is gone on from
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         # [:] makes a list: from the column each length is read apart, which takes minutes for the training split.
         lengths = (train_dataset or self.train_dataset)[self.args.length_column_name][:]
-        sampler = mixed(EpochOrder, Lazy("transformers.trainer_pt_utils").LengthGroupedSampler)
-        return sampler(self.args.clips_an_update, lengths, self.args.seed, lambda: int(self.state.epoch or 0))
+        sampler = Lazy("transformers.trainer_pt_utils").LengthGroupedSampler
+        # The order is the same for any division of an update's clips into batches, steps and processes.
+        return sampler(self.args.clips_an_update, lengths=lengths, generator=self.order)
 
     def get_train_dataloader(self):
         if not isinstance(self.train_dataset, TrainingStream):
@@ -3202,54 +2902,85 @@ class CTCTrainer:
         self.train_dataset.loader_options = {**options, "collate_fn": self.data_collator}
         return torch.utils.data.DataLoader(self.train_dataset, batch_size=None)
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        looks = {"desc": "training", "unit": "update", "disable": self.decoder.is_silent}
+        self.bar = tqdm.tqdm(total=state.max_steps, initial=state.global_step, **looks)
+        # What a resumption lacks: the best checkpoint if the folder was moved, an evaluation that a signal came at.
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        state.best_model_checkpoint = str(best) if best.exists() else state.best_model_checkpoint
+        evaluated = {entry["step"] for entry in state.log_history if "eval_wer" in entry}
+        is_due = args.eval_strategy == "steps" and state.global_step and state.global_step % state.eval_steps == 0
+        if is_due and state.global_step not in evaluated:
+            self._determine_best_metric(self._evaluate(None, None), None)
+        self.stop_early()
+
+    def stop_early(self):
+        """Early stopping counts in the history of the run, which a resumption keeps."""
+        state, patience = self.state, self.args.load_best_model_at_end and self.args.early_stopping_patience
+        late = sum("eval_wer" in entry and entry["step"] > (state.best_global_step or 0) for entry in state.log_history)
+        if 0 < patience <= late and not self.control.should_training_stop:
+            self.control.should_training_stop, more = True, "a higher --early_stopping_patience goes on"
+            say(f"  stopped early: {plural(late, 'evaluation')} without a better dev WER; {more}")
+
+    def _run_epoch(self, epoch, **options):
+        """An epoch, of whose order and masks its number and the seed decide: the Trainer restores its random state only
+        after the first batch has been drawn. It would also make one more update of a run that is at its end."""
+        self.order.manual_seed(self.args.seed + epoch)
+        self.data_collator.epoch = epoch
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            super()._run_epoch(epoch=epoch, **options)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of an update, each with its share of the update's clips, timed."""
         start = time.monotonic()
         self.started = self.started or start
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.waited += time.monotonic() - start
+        self.heard = self.heard + np.sum([batch["counts"] for batch in batches], axis=0)
+        self.clips = [clip for batch in batches for clip in batch["clips"]]
         for batch in batches:
-            batch["share"] = len(batch["clips"]) / sum(len(batch["clips"]) for batch in batches)
-        return batches, items
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.clips, self.heard = (*self.clips, *inputs["clips"]), self.heard + inputs["counts"]
-        self.share = inputs["share"]
-        inputs = model_inputs(inputs, self.decoder.extractor, self.args.device)
-        return super().training_step(model, inputs, num_items_in_batch)
+            batch["share"] = torch.tensor(len(batch["clips"]) / len(self.clips))
+        return [model_inputs(batch, self.decoder.extractor, device) for batch in batches], items
 
     def compute_loss(self, model, inputs, **options):
         """The batch's part in the mean over the update's clips; the Trainer's is over batches, also of other sizes."""
-        return super().compute_loss(model, inputs, **options) * self.share * self.current_gradient_accumulation_steps
+        share = inputs.pop("share")
+        return super().compute_loss(model, inputs, **options) * share
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped.
         accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default."""
-        norm, clips, self.clips = super()._get_grad_norm(model, grad_norm), self.clips, ()
-        is_finite = bool(np.isfinite(float(norm)))
+        norm = super()._get_grad_norm(model, grad_norm)
+        is_finite, where = bool(np.isfinite(float(norm))), f"(clips: {', '.join(self.clips)})"
         self.skipped += not is_finite
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         if not is_finite and not self.args.fp16:
-            self.refuse(f"the gradient is not finite (clips: {', '.join(clips)})")
+            self.refuse(f"the gradient is not finite {where}")
         if self.skipped_in_a_row == MAX_SKIPPED_UPDATES:
-            self.refuse(f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates in a row (clips: {', '.join(clips)})")
+            self.refuse(f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates in a row {where}")
         return norm
 
     def refuse(self, problem):
         """Raise RunError for numbers that are not finite."""
-        advice = "use --bf16, or lower --learning_rate" if self.args.fp16 else "lower --learning_rate"
-        advice += ", or raise --warmup_steps; earlier checkpoints are good"
-        raise RunError(f"{problem} at update {self.state.global_step + 1}: {advice}")
+        advice = f"{'use --bf16, or ' * self.args.fp16}lower --learning_rate, or raise --warmup_steps"
+        raise RunError(f"{problem} at update {self.state.global_step + 1}: {advice}; earlier checkpoints are good")
 
-    def _run_epoch(self, **options):
-        """Nothing, where a run that is gone on with is at its end already: the Trainer would make one more update."""
-        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
-        if not self.control.should_training_stop:
-            super()._run_epoch(**options)
-
-    def _load_rng_state(self, checkpoint):
-        with explained(f"{checkpoint} cannot be loaded", checkpoint_errors(), "delete it: an older one is taken then"):
-            super()._load_rng_state(checkpoint)
+    def _maybe_log_save_evaluate(self, *inputs, **options):
+        """What comes after an update. A signal ends the run then, or in the evaluation, with a checkpoint."""
+        start, stopped = time.monotonic(), agreed(STOP_SIGNALS.number, self.args, "MAX")
+        try:
+            if not stopped:
+                super()._maybe_log_save_evaluate(*inputs, **options)
+        except Stopped as error:  # the evaluation, which may take minutes, is caught up with
+            stopped = error.args[0]
+        if stopped:
+            self.control.should_save, self.control.should_evaluate = True, False
+            super()._maybe_log_save_evaluate(*inputs, **options)
+            say(f"  checkpoint-{self.state.global_step} written")
+            raise Stopped(stopped)
+        self.started += time.monotonic() - start  # the speed is that of training
+        self.bar.update(self.state.global_step - self.bar.n)
+        self.stop_early()
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -3257,7 +2988,7 @@ class CTCTrainer:
 
     def _save_checkpoint(self, model, trial):
         """A checkpoint, complete once its trainer_state.json is there; never one of a model that is not finite."""
-        start, folder = time.monotonic(), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if broken := not_finite(self.model):
             self.refuse(f"the model is not finite, in {broken},")
         if self.args.should_save:
@@ -3269,113 +3000,49 @@ class CTCTrainer:
                 shutil.rmtree(folder if self.args.should_save else "", ignore_errors=True)
                 raise
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
-        self.paused += time.monotonic() - start
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The dev scores, made as the test scores are: Trainer.evaluate would gather logits, and cut no windows."""
-        start, table = time.monotonic(), self.dev.table
-        try:
-            emissions, _, loss = self.decoder.emissions(self.dev, self.encoder)
-        except Stopped:
-            if not self.is_catching_up:
-                self._save_checkpoint(self.model, None)  # from which it is caught up with
-            raise
+        """The dev scores, made as the test scores are: Trainer.evaluate would gather logits, and cut no windows. A few
+        texts are among them, for TensorBoard."""
+        start = time.monotonic()
+        emissions, _, loss = self.decoder.emissions(self.dev, self.encoder)
         if not np.isfinite(loss):
             self.refuse("the dev loss is not finite")
-        table = table.assign(hypothesis=self.decoder.greedy(emissions))
+        table = self.dev.table.assign(hypothesis=self.decoder.greedy(emissions))
         pairs = {name: list(map(normalize_wer, table[name])) for name in ("text", "hypothesis")}
         scores = error_rates_metric().compute(references=pairs["text"], predictions=pairs["hypothesis"])
         for domain, part in table[table["domain"] != ""].groupby("domain"):
             scores[f"wer_by_domain/{domain}"] = corpus_rate(part["text"], part["hypothesis"])
         shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]]
         cells = [map(markdown_text, row) for row in shown.itertuples(index=False)]
-        self.samples = "\n".join(markdown_table(["accent", "reference", "hypothesis"], cells))
+        scores["transcriptions"] = "\n".join(markdown_table(["accent", "reference", "hypothesis"], cells))
         scores |= {"loss": loss, "runtime": round(time.monotonic() - start, 2)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        self.paused += time.monotonic() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs, start_time=None):
-        if "loss" in logs and self.started:
+        """Log the speed beside a training loss, and show readable figures instead of a dict."""
+        if "loss" in logs:
             heard, now = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device), time.monotonic()
             real, padded = self.accelerator.reduce(heard, "sum").tolist()
-            seconds = max(now - self.started - self.paused, 1e-3)
+            seconds = max(now - self.started, 1e-3)
             logs["audio_seconds_per_second"] = round(real / SAMPLE_RATE / seconds, 1)
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
             logs["data_wait_percent"] = round(100 * self.waited / seconds, 1)
-            self.heard, self.started, self.waited, self.paused = np.zeros(2), now, 0.0, 0.0
-        if "loss" in logs and self.args.fp16:
-            earlier = [entry["skipped_updates"] for entry in self.state.log_history if "skipped_updates" in entry]
-            logs["skipped_updates"], self.skipped = self.skipped + sum(earlier[-1:]), 0
-        super().log(logs, start_time)
-
-
-class RunCallback:
-    """Mixed with TrainerCallback: what happens to `trainer` when its run begins, goes on, evaluates or is told to stop.
-    `writer` is TensorBoard's, `patience` the Trainer's early stopping; either may be None."""
-
-    stopping = 0
-
-    def __init__(self, trainer, writer, patience):
-        self.trainer, self.writer, self.patience = trainer, writer, patience
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """After a resumption: catch up with an evaluation that is due, and with what early stopping and best are."""
-        evaluated = [entry["step"] for entry in state.log_history if "eval_wer" in entry]
-        due = args.eval_strategy == "steps" and state.global_step and state.global_step % state.eval_steps == 0
-        if self.patience:
-            late = sum(step > (state.best_global_step or 0) for step in evaluated)
-            self.patience.early_stopping_patience_counter = late
-            control.should_training_stop |= late >= self.patience.early_stopping_patience
-        if due and state.global_step not in evaluated:
-            # Without saving: the random state of the checkpoint is restored only later.
-            control.should_evaluate = self.trainer.is_catching_up = True
-            self.trainer._maybe_log_save_evaluate(None, None, self.trainer.model_wrapped, None, 0, None, None)
-            self.trainer.is_catching_up = False
-        if state.best_global_step:  # the folder may have been moved
-            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.data_collator.epoch = int(state.epoch or 0)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.stopping = agreed(STOP_SIGNALS.number, args, "MAX")
-        if self.stopping:  # the evaluation, which may take minutes, is caught up with
-            control.should_save, control.should_evaluate = True, False
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.stopping:
-            say(f"  checkpoint-{state.global_step} written")
-            raise Stopped(self.stopping)
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self.writer:
-            self.writer.add_text("eval/transcriptions", self.trainer.samples, state.global_step)
-            self.writer.flush()  # a run that is killed does not write them again
-
-    def on_train_end(self, args, state, control, **kwargs):
-        late = self.patience.early_stopping_patience_counter if self.patience else 0
-        if late and late >= self.patience.early_stopping_patience:
-            more = "a higher --early_stopping_patience goes on"
-            say(f"  stopped early: {plural(late, 'evaluation')} without a better dev WER; {more}")
-
-
-class ProgressLines:
-    """Mixed with ProgressCallback: one readable line a log instead of a dict."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
-            return
-        if "loss" in logs:
-            skipped = f", {plural(count, 'update')} skipped" if (count := logs.get("skipped_updates")) else ""
-            speed, wait = logs["audio_seconds_per_second"], logs["data_wait_percent"]
-            speed = f"{speed:.0f} audio s/s, {wait:.0f} % waiting for data"
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed}{skipped}")
-        elif "eval_wer" in logs:
+            self.heard, self.started, self.waited = np.zeros(2), now, 0.0
+            speed = f"{logs['audio_seconds_per_second']:.0f} audio s/s"
+            shown = f"loss {logs['loss']:.3f}, {speed}, {logs['data_wait_percent']:.0f} % waiting for data"
+            if self.args.fp16:
+                earlier = [entry["skipped_updates"] for entry in self.state.log_history if "skipped_updates" in entry]
+                logs["skipped_updates"], self.skipped = self.skipped + sum(earlier[-1:]), 0
+                shown += f", {plural(logs['skipped_updates'], 'update')} skipped" * bool(logs["skipped_updates"])
+            self.bar.set_postfix_str(shown)
+        if "eval_wer" in logs and self.bar and not self.bar.disable:
             scores = f"dev WER {percent(logs['eval_wer'])}, CER {percent(logs['eval_cer'])}"
-            self.training_bar.write(f"  step {state.global_step:>6}: {scores}")
+            self.bar.write(f"  step {self.state.global_step:>6}: {scores}")
+        super().log(logs, start_time)
 
 
 def planned_updates(settings, clips):
@@ -3390,56 +3057,41 @@ SPARE_MEMORY = 0.05  # of the GPU's, left over in a trial for what batches of ot
 
 
 def choose_batch_size(model, collator, train, settings, limit):
-    """Split the clips of an update into steps that fit the GPU with the longest clips of the run. Larger steps are
-    tried first, down from `limit` if given, beside what optimizer and processes keep in memory. The model comes out as
-    it went in."""
+    """Split the clips of an update into the largest steps, up to `limit` if given, that fit the GPU with the longest
+    clips of the run, beside what optimizer and processes keep in memory."""
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
-    sizes = [size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= largest]
-    sizes = sizes if device.type == "cuda" else sizes[:1]
-    seconds, text = settings.max_train_seconds, "the " * int(2 * settings.max_train_seconds)
-    if not settings.streaming:
-        seconds, text = train[0]["num_samples"] / SAMPLE_RATE, train[0]["text"]  # they are sorted
-    longest = {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": text}
-    smaller = iter(sizes[1:])
+    sizes = iter([size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= largest])
+    seconds = settings.max_train_seconds if settings.streaming else train[0]["num_samples"] / SAMPLE_RATE  # sorted
+    longest = {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": "the " * int(2 * seconds)}
 
-    @accelerate.utils.find_executable_batch_size(
-        starting_batch_size=sizes[0], reduce_batch_size_fn=lambda: next(smaller)
-    )
+    @accelerate.utils.find_executable_batch_size(starting_batch_size=next(sizes), reduce_batch_size_fn=sizes.__next__)
     def try_step(size):
-        if size == sizes[-1]:
+        if size == 1 or device.type != "cuda":
             return size
-        # AdamW's two averages, and the buckets in which processes exchange gradients.
-        copies = 2 + (settings.world_size > 1)
+        # AdamW keeps two averages, one in place of the trial's weights; processes exchange gradients in buckets.
+        trial, copies = copy.deepcopy(model).train(), 1 + (settings.world_size > 1)
+        trial.encoder.layerdrop = 0.0
         kept = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
         spare = int(SPARE_MEMORY * torch.cuda.get_device_properties(device).total_memory)
         kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
-        inputs = model_inputs(collator([longest] * size), collator.extractor, device)
         with torch.autocast(device.type, half, enabled=settings.fp16 or settings.bf16):
-            loss = model.train()(**inputs).loss
+            loss = trial(**model_inputs(collator([longest] * size), collator.extractor, device)).loss
         loss.backward()
         return size
 
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    layerdrop, model.encoder.layerdrop = model.encoder.layerdrop, 0.0
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         size = agreed(try_step(), settings)
-    model.encoder.layerdrop = layerdrop
-    model.zero_grad()
-    for name, buffer in model.named_buffers():
-        buffer.data.copy_(buffers[name])
     torch.cuda.empty_cache()  # nothing where there is no GPU
     settings.per_device_train_batch_size, settings.gradient_accumulation_steps = size, clips // size
     say(f"  {plural(clips, 'clip')} an update and device: {size} a step x {plural(clips // size, 'accumulation step')}")
 
 
-def make_trainer(settings, decoder, encoder, train, dev, seed=None, batch_limit=None):
-    """The Trainer for the training clips `train` and the dev `Clips`; raises RunError if float16 cannot be made safe.
-    `seed` is SpecAugment's, that of the settings if not given."""
+def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
+    """The Trainer for training clips and the dev `Clips`; raises RunError if float16 cannot be made safe."""
     model, extractor, device = decoder.model, decoder.extractor, settings.device
     plain = CTCCollator(extractor, encoder, shortest=decoder.shortest)
-    seed = settings.seed if seed is None else seed
     if settings.streaming:
         settings.train_sampling_strategy, settings.ignore_data_skip = "random", True
     if settings.gradient_checkpointing:
@@ -3455,50 +3107,37 @@ def make_trainer(settings, decoder, encoder, train, dev, seed=None, batch_limit=
         guard_half_precision(model, [model_inputs(batch, extractor, device) for batch in batches], device)
     if settings.auto_train_batch:
         choose_batch_size(model.to(device), plain, train, settings, batch_limit)
-    trainer = mixed(CTCTrainer, transformers.Trainer)(
+    trainer = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)(
         model=model,
         args=settings,
-        data_collator=dataclasses.replace(plain, augment=settings.spec_augment, seed=seed),
+        data_collator=dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed),
         train_dataset=train,
         eval_dataset=dev.audio,
         processing_class=decoder.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
     )
-    trainer.dev, trainer.decoder, trainer.encoder = dev, decoder, encoder
-    # LasrForCTC.forward takes **kwargs, from which the Trainer concludes that it averages over accumulated batches by
-    # itself. It does not: without this line, 4 accumulation steps give 4 times the loss and the gradient (transformers
-    # issue 47688).
-    trainer.model_accepts_loss_kwargs = False
-    kinds, tensorboard = Lazy("transformers.trainer_callback"), transformers.integrations.TensorBoardCallback
-    writer = patience = None
-    if trainer.pop_callback(tensorboard) and settings.should_save:
-        writer = Lazy("torch.utils.tensorboard").SummaryWriter(str(Path(settings.output_dir) / "runs"))
-        trainer.add_callback(tensorboard(writer))
-    if settings.early_stopping_patience and settings.load_best_model_at_end:
-        patience = kinds.EarlyStoppingCallback(settings.early_stopping_patience)
-        trainer.add_callback(patience)
-    trainer.add_callback(mixed(RunCallback, kinds.TrainerCallback)(trainer, writer, patience))
-    if trainer.pop_callback(kinds.ProgressCallback):
-        trainer.add_callback(mixed(ProgressLines, kinds.ProgressCallback))
-    trainer.remove_callback(kinds.PrinterCallback)
+    trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()
+    trainer.model_accepts_loss_kwargs = False  # concluded from the **kwargs of LasrForCTC.forward, which ignores them
+    if board := trainer.pop_callback(transformers.integrations.TensorBoardCallback):
+        board.logging_dir = str(Path(settings.output_dir) / "runs")
+        trainer.add_callback(board)
+    trainer.remove_callback(transformers.PrinterCallback if settings.disable_tqdm else transformers.ProgressCallback)
+    trainer.add_callback(trainer)
     return trainer
 
 
 def checkpoint_to_resume(settings):
     """(the complete checkpoint to go on from, None for none; its updates): the newest, or --resume_from_checkpoint's.
     Raises UsageError if the one asked for is not complete, RunError if the processes find different ones."""
-    asked, output, done = settings.resume_from_checkpoint, Path(settings.output_dir), {}
-    found = [path for path in output.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    found.sort(key=lambda path: -int(path.name[11:]))
+    asked, output, checkpoint, updates = settings.resume_from_checkpoint, Path(settings.output_dir), None, 0
     is_asked = asked and asked.lower() not in ("true", "false")
-    for path in [Path(asked)] if is_asked else found:
-        state = read_json(path / "trainer_state.json")  # the Trainer writes it last
-        if state:
-            done[str(path)] = state["global_step"]
+    found = [path for path in output.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    for path in [Path(asked)] if is_asked else sorted(found, key=lambda path: -int(path.name[11:])):
+        if state := read_json(path / "trainer_state.json"):  # the Trainer writes it last
+            checkpoint, updates = str(path), state["global_step"]
             break
         if is_asked:
             raise UsageError(f"--resume_from_checkpoint is {asked}: no checkpoint that was finished; choose another")
         warn(f"{path} is left aside: it was not finished")
-    checkpoint, updates = next(iter(done.items()), (None, 0))
     if agreed(updates, settings) != agreed(updates, settings, "MAX"):
         what = f"the processes find different checkpoints in {output}, which nodes have to share"
         raise RunError(f"{what}; --overwrite_output_dir starts anew")
@@ -3515,74 +3154,69 @@ NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumu
 # These may change from one start of a run to the next; the texts with a language model are made again.
 GOAL = "max_steps num_train_epochs early_stopping_patience also_score".split()
 LM_FLAGS = "lm lm_weight lm_word_score lm_beam tune_lm".split()
-RUN_NOTES = "baseline reached batch_limit".split()
 
 
 class Run:
-    """A run in --output_dir, and what it notes down there in run.json: what it is of, the baseline's texts, its end.
-    `baseline` has "texts" {test set: {system: {clip: text}}}, the language model "asked" for, and "lm", what was used;
-    `reached` is the `goal` of the start that finished; `batch_limit` are the clips a step that still fit, where more
+    """A run in --output_dir. `notes` is what run.json holds: "identity", what the run is of; "baseline", the untouched
+    model's "texts" {test set: {system: texts}} with the checksum of what they are "of" and the language model
+    "lm"; "reached", the `goal` of the start that finished; "batch_limit", the clips a step that still fit, where more
     have filled the GPU's memory."""
 
-    baseline = reached = batch_limit = None
-
     def __init__(self, settings):
-        self.settings, self.output, self.lm_settings = settings, Path(settings.output_dir), {}  # of the systems decoded
+        self.settings, self.output, self.lms = settings, Path(settings.output_dir), {}  # of the systems decoded
         self.results, self.final, self.path = self.output / "results", self.output / "final", self.output / "run.json"
         weights = Path(settings.model).expanduser() / "model.safetensors"  # tells models in folders of one name apart
-        values = {**vars(settings), "clips_an_update": settings.clips_an_update, "weights": None}
-        if weights.is_file():
-            values["weights"] = zlib.crc32(weights.open("rb").read(1 << 20))
-        self.identity, self.goal = (public({name: values[name] for name in names}) for names in (IDENTITY, GOAL))
-        self.lm_asked = public({name: values[name] for name in LM_FLAGS}) if settings.lm else {}
-        if settings.lm and settings.lm != "auto":
-            self.lm_asked["lm_bytes"] = Path(settings.lm).stat().st_size
-        self.goal |= self.lm_asked
+        values = {**vars(settings), "clips_an_update": settings.clips_an_update}
+        values["weights"] = zlib.crc32(weights.open("rb").read(1 << 20)) if weights.is_file() else None
+        identity, goal, lm = ({name: values[name] for name in names} for names in (IDENTITY, GOAL, LM_FLAGS))
+        lm["lm_bytes"] = os.path.getsize(settings.lm) if os.path.isfile(settings.lm or "") else None
+        self.lm_asked = public(lm if settings.lm else {})
+        self.goal = public(goal) | self.lm_asked
+        self.notes = {"identity": public(identity), "baseline": None, "reached": None, "batch_limit": None}
 
     def open(self):
         """Take up what an earlier start of the run has left; raises UsageError where it is of another run."""
-        settings, output = self.settings, self.output
-        if settings.overwrite_output_dir and settings.is_first:
-            for path in [path for path in output.glob("*") if MADE_BY_A_RUN.match(path.name)]:
+        output, anew = self.output, self.settings.overwrite_output_dir
+        for path in [*self.results.glob("*.tmp"), *output.glob("*")] if self.settings.is_first else ():
+            if path.suffix == ".tmp" or (anew and MADE_BY_A_RUN.match(path.name)):  # half-written by a killed start
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in (
-            [*output.glob("*.tmp"), *self.results.glob("*.tmp")] if settings.is_first else ()
-        ):  # of a killed start
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        stored, foreign = None if settings.overwrite_output_dir else read_json(self.path), []
-        if not stored:  # a checkpoint that was copied can be gone on from
-            strange = [path for path in output.glob("checkpoint-*") if not (path / "trainer_state.json").exists()]
-            foreign = [str(path) for path in [self.final, *strange] if path.exists()]
-        # The first one's, because all have to do the same.
-        stored, foreign = accelerate.utils.gather_object([(stored, foreign)])[0]
+        found = [
+            *output.glob("final"),
+            *output.glob("checkpoint-*"),
+        ]  # a checkpoint that was copied can be gone on from
+        foreign = [str(path) for path in found if not (path / "trainer_state.json").exists()]
+        # The first process's, because all have to do the same.
+        notes, foreign = accelerate.utils.gather_object([(read_json(self.path), foreign)])[0]
         advice = "choose another --output_dir, or --overwrite_output_dir to delete what is there"
-        if foreign:
+        if foreign and not notes:
             raise UsageError(f"{foreign[0]} is of no run of this program, and this one would delete it; {advice}")
-        for name, value in self.identity.items() if stored else ():
-            if (found := stored["identity"].get(name)) != value:
+        for name, value in self.notes["identity"].items() if notes else ():
+            if (found := notes["identity"].get(name)) != value:
                 what = f"holds a run with {NO_FLAGS.get(name, f'--{name}')} {found}, not {value}"
                 raise UsageError(f"--output_dir {output} {what}; {advice}")
-        vars(self).update({name: stored.get(name) for name in RUN_NOTES} if stored else {})
+        self.notes |= notes or {}
 
-    def save(self):
+    def save(self, **notes):
+        self.notes |= notes
         if self.settings.is_first:
-            content = {name: getattr(self, name) for name in ("identity", *RUN_NOTES)}
-            write_text(self.path, json.dumps(content, ensure_ascii=False, indent=1))
+            write_text(self.path, json.dumps(self.notes, ensure_ascii=False, indent=1))
 
     def show_finished(self):
         """Show the scores of a run that is finished; returns whether it is, with its results there."""
         metrics = read_json(self.results / "metrics.json")
-        complete = self.reached == self.goal and metrics and (self.final / "config.json").is_file()
-        if not agreed(bool(complete), self.settings, "MAX"):
-            return False
-        if self.settings.is_first:
+        is_finished = self.notes["reached"] == self.goal and metrics and (self.final / "config.json").is_file()
+        is_finished = agreed(bool(is_finished), self.settings, "MAX")
+        if is_finished and self.settings.is_first:
             more = "--overwrite_output_dir starts anew, more --max_steps or --num_train_epochs go on"
             say(f"{self.output} holds this run, finished; {more}")
             show_scores(metrics)
-            say(f"\nmodel: {self.final}\nresults: {self.results}")
-            if self.settings.upload:
-                push_to_hub(self.settings, self.final)
-        return True
+            self.finish()
+        return is_finished
+
+    def finish(self):
+        if self.settings.upload:
+            push_to_hub(self.settings, self.final)
+        say(f"\nmodel: {self.final}\nresults: {self.results}\ncurves: tensorboard --logdir {self.output / 'runs'}")
 
     def select(self, processor, model, lm, sources):
         """Select the clips of `sources`, {"": the corpus, name: test set of --also_score}; raises RunError."""
@@ -3604,65 +3238,44 @@ class Run:
             emissions = decoder.emissions(clips)[0]
             texts[name] = {system: decoder.greedy(emissions)}
             if decoder.lm:
-                texts[name][f"{system}_lm"] = decoder.texts(emissions)
-        self.lm_settings |= {system: decoder.lm.settings} if decoder.lm else {}
+                texts[name][f"{system}_lm"], self.lms[system] = decoder.texts(emissions), decoder.lm.settings
         return texts
 
     def decode_baseline(self):
-        """`decode_tests` of the untouched model, whose texts an earlier start of the run may have noted down."""
-        clips, noted = {name: clips.table["clip"].tolist() for name, clips in self.tests.items()}, self.baseline or {}
-        kept = {(name, system): part for name in clips for system, part in noted.get("texts", {}).get(name, {}).items()}
-        is_known = kept and noted["asked"] == self.lm_asked and set(noted["texts"]) == set(clips)
-        if not is_known or any(set(part) != set(clips[name]) for (name, _), part in kept.items()):
+        """`decode_tests` of the untouched model, once a run: a later start takes the texts of the same clips."""
+        clips = {name: part.table["clip"].tolist() for name, part in self.tests.items()}
+        made_of, noted = digest([self.lm_asked, clips]), self.notes["baseline"] or {}
+        if noted.get("of") != made_of:
             say(f"scoring {self.settings.model} as it is on the test split")
-            texts, noted = (
-                self.decode_tests("baseline"),
-                {"asked": self.lm_asked, "lm": self.lm_settings.get("baseline")},
-            )
-            for name, part in texts.items():
-                part.update({system: dict(zip(clips[name], found)) for system, found in part.items()})
-            self.baseline = {**noted, "texts": texts}
-            self.save()
-        self.lm_settings["baseline"] = self.baseline["lm"]
-        texts = {}
-        for name, system in [(test, system) for test in clips for system in self.baseline["texts"][test]]:
-            found = [self.baseline["texts"][name][system][clip] for clip in clips[name]]
-            texts.setdefault(name, {})[system] = found
-            wer = percent(corpus_rate(self.tests[name].table["text"], found))
-            say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
-        return texts
+            noted = {"of": made_of, "texts": self.decode_tests("baseline"), "lm": self.lms.get("baseline")}
+            self.save(baseline=noted)
+        self.lms["baseline"] = noted["lm"]
+        for name, part in noted["texts"].items():
+            for system, texts in part.items():
+                wer = percent(corpus_rate(self.tests[name].table["text"], texts))
+                say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
+        return noted["texts"]
 
     def write_results(self, texts, history=()):
         """The results of `decode_tests`' texts; returns the metrics."""
-        settings, source, test = self.settings, self.source, self.clips["test"].table
+        settings, made, test = self.settings, self.source.made, self.clips["test"].table
         seen = None if settings.eval_only else set(self.clips["train"].table["accent"])
         scores = {name: Scores.of(self.tests[name].table, part, seen) for name, part in texts.items()}
-        values, own = settings.to_dict(), [item.name for item in dataclasses.fields(ScriptFlags)]
-        config = {name: values.pop(name) for name in own} | {"command": settings.command, "training": values}
+        values = settings.to_dict()
+        config = {name: values.pop(name) for name in ScriptFlags.__annotations__}
         data = {name: {**sizes_of(clips.table), "skipped": clips.reasons} for name, clips in self.clips.items()}
-        data |= {"made_splits": source.made, "speakers_in_train_too": shared_speakers(self.clips)}
-        data |= {"layout": source.layout, "characters_dropped_from_labels": self.encoder.dropped}
+        data |= {"made_splits": made, "speakers_in_train_too": shared_speakers(self.clips)}
+        data |= {"layout": self.source.layout, "characters_dropped_from_labels": self.encoder.dropped}
+        content = {"config": {**config, "command": settings.command, "training": values}, "data": data}
         longer = plural(int((test["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum()), "clip")
         windows = f"{longer} over {settings.window_seconds:g} s scored in overlapping windows"
-        notes = [f"{windows}; none left out for its length."]
-        notes += [*speaker_note(test), *shared_speaker_notes(self.clips)]
-        notes += [f"{' and '.join(source.made)} made of the train split by speaker."] * bool(source.made)
-        content = {"config": config, "data": data}
-        if lm := self.lm_settings.get("finetuned") or self.lm_settings.get("baseline"):
-            lm = {**lm, "baseline": self.lm_settings.get("baseline") or lm}  # each model is tuned by itself
-            notes += [f"LM ({name}): {used}" for name, used in (("now", lm), ("before", lm["baseline"]))]
-            content["lm"] = lm
+        notes = [f"{windows}; none left out for its length.", *speaker_note(test), *shared_speaker_notes(self.clips)]
+        notes += [f"{' and '.join(made)} made of the train split by speaker."] * bool(made)
+        if lm := self.lms.get("finetuned") or self.lms.get("baseline"):
+            content["lm"] = {**lm, "baseline": self.lms.get("baseline") or lm}  # each model is tuned by itself
+            notes += [f"LM ({name}): {used}" for name, used in (("now", lm), ("before", content["lm"]["baseline"]))]
         title = f"{public(settings.model)} on {public(settings.dataset)}"
         return write_results(self.results, content, scores, title, notes, history)
-
-    def score(self):
-        """--eval_only; returns the exit status."""
-        say(f"scoring {self.settings.model} on the test split")
-        texts = self.decode_tests("baseline")
-        if self.settings.is_first:
-            self.write_results(texts)
-            say(f"\nresults: {self.results}")
-        return 0
 
     def train(self, checkpoint, done):
         """Train, from `checkpoint` with its updates `done` if given, and leave the best model; returns the trainer. The
@@ -3681,9 +3294,15 @@ class Run:
         if settings.streaming:
             seed += done  # the stream starts anew, and should not with the same clips and masks
             train = mixed(TrainingStream, torch.utils.data.IterableDataset)(self.source, settings, self.check, seed)
-        greedy = Decoder(self.decoder.model, self.decoder.processor, settings)
+        greedy, limit = Decoder(self.decoder.model, self.decoder.processor, settings), self.notes["batch_limit"]
+        loading = explained(
+            f"{checkpoint} cannot be loaded", checkpoint_errors(), "delete it: an older one is taken then"
+        )
         try:
-            trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], seed, self.batch_limit)
+            trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], limit)
+            trainer.data_collator.seed = seed
+            for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
+                setattr(trainer, name, loading(getattr(trainer, name)))
             if checkpoint:
                 say(f"  going on from {checkpoint}, update {done} of {updates}")
             with STOP_SIGNALS.deferring():
@@ -3692,20 +3311,18 @@ class Run:
             batch, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
             less = f"--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps {steps * 2}"
             if settings.auto_train_batch and batch > 1:
-                self.batch_limit, less = batch // 2, f"the same command, which goes on with {batch // 2} a step"
-                self.save()
+                less = f"the same command, which goes on with {batch // 2} a step"
+                self.save(batch_limit=batch // 2)
             advice = f"try {less}, --gradient_checkpointing, or a lower --max_train_seconds"
             raise RunError(f"the GPU's memory is full with {plural(batch, 'clip')} a step: {advice}") from error
-        except checkpoint_errors() as error:  # before the first batch: of flags such as --optim, or of the checkpoint
+        except checkpoint_errors() as error:
             if (trainer and trainer.started) or LOST_PROCESS.search(str(error)):
                 raise
-            if checkpoint:
-                what = f"{checkpoint} cannot be loaded ({one_line(error)})"
-                raise RunError(f"{what}: delete it, an older one is taken then") from error
+            # Before the first batch: of flags such as --optim.
             raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
         finally:
-            if settings.is_first and not settings.disable_tqdm:
-                print(file=sys.stderr)  # no message belongs behind the progress bar
+            if trainer and trainer.bar:
+                trainer.bar.close()  # no message belongs behind it
         return trainer
 
     def fit_and_score(self, checkpoint, done):
@@ -3733,11 +3350,8 @@ class Run:
                         writer.add_scalar(f"{file_stem(name)}_{system}/{rate}", part[system][rate], step)
                 picture = Lazy("matplotlib.image").imread(self.results / "wer_by_accent.png")
                 writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
-            self.reached = self.goal
-            self.save()
-            if settings.upload:
-                push_to_hub(settings, self.final)
-            say(f"\nmodel: {self.final}\nresults: {self.results}\ncurves: tensorboard --logdir {self.output / 'runs'}")
+            self.save(reached=self.goal)
+            self.finish()
         return 0
 
 
@@ -3778,12 +3392,19 @@ def run(settings):
         say(f"  ready in {settings.data_dir}")
         return 0
     this.select(processor, model, lm, sources)
-    return this.fit_and_score(checkpoint, done) if trains else this.score()
+    if trains:
+        return this.fit_and_score(checkpoint, done)
+    say(f"scoring {settings.model} on the test split")
+    texts = this.decode_tests("baseline")
+    if settings.is_first:
+        this.write_results(texts)
+        say(f"\nresults: {this.results}")
+    return 0
 
 
 def main(argv=None):
     """Run the command line `argv` (sys.argv's if None); returns 0, 2 for a usage error, 1 for one while running."""
-    argv, rank = sys.argv[1:] if argv is None else list(argv), os.environ.get("RANK", "0")
+    argv, rank, status = sys.argv[1:] if argv is None else list(argv), os.environ.get("RANK", "0"), 1
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         STOP_SIGNALS.install()
@@ -3794,7 +3415,7 @@ def main(argv=None):
             return status  # each process refuses the same flags
     except RunError as error:
         # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
-        status, message = 1, str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
+        message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
     except Stopped as error:
         status = 128 + error.args[0]
         message = f"stopped by {signal.Signals(error.args[0]).name}: {error.advice}"
@@ -3803,7 +3424,7 @@ def main(argv=None):
     except Exception as error:
         if os.environ.get("MEDASR_TRACEBACK"):
             raise
-        status, message = 1, f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
+        message = f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
         if is_full_disk(error):
             message = f"a file cannot be written ({one_line(error)}): {ROOM_ADVICE}"
         elif LOST_PROCESS.search(str(error)):
