@@ -29,6 +29,7 @@ NOWHERE = "http://127.0.0.1:9"  # nothing answers there
 IN_TWO = ["--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: models this small wait for further threads
 sys.path.insert(0, str(HERE.parent))  # so that `pytest tests` finds the script as `python -m pytest tests` does
 
 

@@ -120,20 +120,21 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(folder, straigh
     for moment, checkpoints in (
         ((DECODE, 1), []),  # the baseline
         ((STEP, 6), [2, 4]),
-        ((SAVE, 1), [2, 4, 6]),
-        ((DECODE, 2), [2, 4, 6]),  # the evaluation after update 8
+        ((SAVE, 1), [2, 4]),  # gone on from checkpoint-2, and in checkpoint-4 once more
+        ((DECODE, 3), [2, 4, 6]),  # the evaluation after update 8
         ((DECODE, 2), [2, 4, 6, 8]),  # the final scoring
         (("script.write_model_card", 1), [2, 4, 6, 8]),  # into final/
     ):
-        killed = run_at(output, [*moment, KILL])
+        older = ["--resume_from_checkpoint", output / "checkpoint-2"] if moment[0] == SAVE else []
+        killed = run_at(output, [*moment, KILL], *older)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert [step for step in range(10) if (output / f"checkpoint-{step}").exists()] == checkpoints, moment
         assert not (output / "final").exists(), "a half-written folder has its name"
         if moment[0] == STEP:
             assert curves(output) == [[1, 2, 3, 4, 5], [2, 4], [2, 4]], "what was logged is lost"
         if moment[0] == SAVE:
-            assert curves(output) == [[5, 6], [6], [6]]
-            assert "checkpoint-6 is left aside: it was not finished" in run_at(output, [STEP, 1, KILL]).stderr
+            assert curves(output) == [[3, 4], [4], [4]]
+            assert "checkpoint-4 is left aside: it was not finished" in run_at(output, [STEP, 1, KILL]).stderr
     done = run_at(output)
     assert done.returncode == 0 and "as it is on the test split" not in done.stdout, done.stderr
     assert_same(output, straight)

@@ -274,7 +274,9 @@ def test_two_processes_with_uneven_shares_in_bfloat16_write_everything_once(demo
     assert [done.returncode for done in both] == [0, 0], errors
     assert said.count("model: ") == 1 and "Warning" not in errors
     clips = [row["audio_filepath"] for row in load_predictions(out / "results")]
-    assert len(clips) == len(set(clips)) == load_json(out / "results/metrics.json")["finetuned"]["clips"] == 25
+    metrics = load_json(out / "results/metrics.json")
+    assert len(clips) == len(set(clips)) == metrics["finetuned"]["clips"] == 25
+    assert metrics["baseline"] is metrics["delta"] is None
     curves = [tensorboard(path) for path in (out / "runs").glob("events*")]
     curves = [log.Scalars("train/loss") for log in curves if "train/loss" in log.Tags()["scalars"]]
     assert [[event.step for event in losses] for losses in curves] == [[1, 2, 3, 4, 5, 6]]
