@@ -1,346 +1,234 @@
 #!/usr/bin/env python3
-"""Measurements behind the README's figures, each one command.
+"""Measurements behind the figures of tests/README.md, each one command.
 
     python tests/benchmark.py gpu       # float16 and bfloat16 at MedASR's size and activation range, 50 updates each
     python tests/benchmark.py prepare   # converting an archive of 300 MB, and the usual way: unpack, then datasets.map
-    python tests/benchmark.py speed     # data path, start, training, evaluation, long audio; --quick in two minutes
+    python tests/benchmark.py speed     # data path, evaluation, start, long audio, training; --quick in some minutes
     python tests/benchmark.py trials    # what makes a better adapted model, on the demo's corpus: 5 runs a seed
 
 Figures are ratios or come from one run on one machine; run them on yours.
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import itertools
 import json
 import os
 import pickle
-import re
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+import jiwer
+import librosa
+import numpy as np
+import pyarrow
+import soundfile
+import soxr
+import torch
+import trials
+from datasets import Dataset
+from datasets.arrow_writer import ArrowWriter
+from transformers import AutoProcessor, LasrCTCConfig, LasrForCTC, Trainer, TrainingArguments
+from trials import CORPUS, MODEL, opened, script
 
-import trials  # noqa: E402
-
-import finetune_medasr  # noqa: E402
-
-CORPUS = HERE / "fixtures" / "corpus"
-MODEL = HERE / "fixtures" / "model"
+RATE = script.SAMPLE_RATE
+PROGRAM = [sys.executable, script.__file__]
 SUBSAMPLER_PEAK = 1.1e5  # what the released checkpoint's subsampler reaches; float16 ends at 65,504
 
 
 def full_size_model(folder, layers):
     """A LasrForCTC in MedASR's configuration with random weights and its activation range, saved with a processor."""
-    import torch
-    from transformers import AutoProcessor, LasrCTCConfig, LasrForCTC
-
     torch.manual_seed(0)
     model = LasrForCTC(LasrCTCConfig(encoder_config={"model_type": "lasr_encoder", "num_hidden_layers": layers})).eval()
-    processor = AutoProcessor.from_pretrained(MODEL)
-    waveform = 0.1 * torch.randn(4 * finetune_medasr.SAMPLE_RATE).numpy()
-    features = processor.feature_extractor(
-        [waveform], sampling_rate=finetune_medasr.SAMPLE_RATE, return_attention_mask=True, return_tensors="pt"
-    )
-    subsampler = model.encoder.subsampler
+    processor, subsampler = AutoProcessor.from_pretrained(MODEL), model.encoder.subsampler
+    features = script.log_mels(0.1 * torch.randn(1, 4 * RATE), torch.tensor([4 * RATE]), processor.feature_extractor)[0]
     with torch.no_grad():
-        peak = subsampler(features["input_features"]).abs().max()
+        scale = (SUBSAMPLER_PEAK / subsampler(features).abs().max()) ** 0.5
         for layer in (subsampler.conv_0, subsampler.conv_1):  # ReLU passes a positive scale through
-            layer.weight.mul_((SUBSAMPLER_PEAK / peak) ** 0.5)
-            layer.bias.mul_((SUBSAMPLER_PEAK / peak) ** 0.5)
-        reached = float(subsampler(features["input_features"]).abs().max())
+            layer.weight.mul_(scale)
+            layer.bias.mul_(scale)
+        reached = float(subsampler(features).abs().max())
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    print(
-        f"model: MedASR's configuration, {layers} layers, {parameters / 1e6:.2f} M parameters, subsampler output up "
-        f"to {reached:.3g}"
-    )
+    size = sum(weight.numel() for weight in model.parameters()) / 1e6
+    print(f"model: MedASR's configuration, {layers} layers, {size:.2f} M parameters, subsampler up to {reached:.3g}")
 
 
-def training_flags(folder, name, steps, batch_size):
-    return f"""--model {folder}/model --dataset {CORPUS} --data_dir {folder}/audio --output_dir {folder}/{name}
-        --max_steps {steps} --warmup_steps 5 --logging_steps 1 --eval_steps {steps} --save_steps {steps}
-        --save_total_limit 1 --per_device_train_batch_size {batch_size} --gradient_accumulation_steps 1
-        --learning_rate 3e-4 --skip_baseline --max_test_samples 8""".split()
+def logged(output):
+    """The entries with a training loss in the Trainer's log of the only checkpoint in a folder."""
+    state = json.loads(next(output.glob("checkpoint-*/trainer_state.json")).read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-def train_on_gpus(folder, precision, gpus, options):
-    """Run the program itself; returns its log."""
-    name = f"{precision}-{gpus}"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
-    flags = [*training_flags(folder, name, options.steps, options.batch_size), f"--{precision}"]
-    subprocess.run([sys.executable, *launcher, finetune_medasr.__file__, *flags], check=True)
-    state = max((folder / name).glob("checkpoint-*/trainer_state.json"))
-    return json.loads(state.read_text())["log_history"]
+# ---- gpu -------------------------------------------------------------------------------------------------------------
 
 
-def train_on_cpu(folder, options):
-    """The program's own trainer in float16 on the CPU, with the autocast and gradient scaler that accelerate leaves out
-    there; returns (the first loss of plain float16, the log).
-    """
-    import torch
-
-    flags = [*training_flags(folder, "cpu", options.steps, options.batch_size), "--max_eval_samples", "4"]
-    args, training = finetune_medasr.parse_arguments([*flags, "--report_to", "none", "--dataloader_num_workers", "0"])
-    processor, model = finetune_medasr.load_processor_and_model(args)
-    corpus = finetune_medasr.open_corpus(args)
-    finetune_medasr.prepare_corpus(corpus, ("dev",), args)
-    clips = finetune_medasr.load_split(corpus, "dev")
-    dev = finetune_medasr.select_clips(*clips, args, lambda rows: [""] * len(rows), 4, training.seed)
-    train = finetune_medasr.select_clips(*clips, args, lambda rows: [""] * len(rows), options.batch_size, training.seed)
-    encoder = finetune_medasr.LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")
-    batch = finetune_medasr.CTCCollator(processor.feature_extractor, encoder)(list(train.clips))
-    batch = finetune_medasr.model_inputs(batch, processor.feature_extractor, "cpu")
+def train_on_cpu(flags, batch_size):
+    """The log of the program's trainer in float16, with autocast and scaler, which accelerate leaves out on a CPU."""
+    run = opened([*flags, *"--max_eval_samples 4 --report_to none --dataloader_num_workers 0".split()])
+    settings, extractor, train = run.settings, run.decoder.extractor, run.clips["train"].audio
+    batch = script.CTCCollator(extractor, run.encoder)([train[index] for index in range(batch_size)])
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
-        plain = float(model.train()(**batch).loss)
-    model = finetune_medasr.load_processor_and_model(args)[1]  # the forward pass above has moved its BatchNorms
-    training.fp16, training.mixed_precision = True, "fp16"
-    dev = finetune_medasr.DevSet(dev, processor, encoder, args)
-    trainer = finetune_medasr.make_trainer(args, training, model, train.clips, dev)
+        loss = run.decoder.model.train()(**script.model_inputs(batch, extractor, "cpu")).loss
+        print(f"plain float16: loss {float(loss)} at the first update")
+    run.decoder.model = script.load_model(settings)[1]  # the forward pass above has moved its BatchNorms
+    settings.fp16, settings.mixed_precision = True, "fp16"
+    trainer = script.make_trainer(settings, run.decoder, run.encoder, train, run.clips["dev"])
     trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=64)
     trainer.train()
-    return plain, trainer.state.log_history
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 def report_losses(name, log):
-    entries = [entry for entry in log if "loss" in entry]
-    losses = [entry["loss"] for entry in entries]
-    finite = all(abs(loss) < float("inf") for loss in losses)
-    first, last = sum(losses[:5]) / len(losses[:5]), sum(losses[-5:]) / len(losses[-5:])
-    verdict = "finite and falling" if finite and last < first else "FAILED"
-    speed = sorted(entry["audio_seconds_per_second"] for entry in entries)[len(entries) // 2]
-    skipped = f", {entries[-1]['skipped_updates']} updates skipped" if "skipped_updates" in entries[-1] else ""
-    print(
-        f"{name}: {len(losses)} updates, loss {first:.2f} -> {last:.2f}, {verdict}{skipped}, "
-        f"{speed:.0f} audio s/s (median)",
-        flush=True,
-    )
+    losses, skipped = [entry["loss"] for entry in log], log[-1].get("skipped_updates", 0)
+    first, last = statistics.mean(losses[:5]), statistics.mean(losses[-5:])
+    verdict = "finite and falling" if np.isfinite(losses).all() and last < first else "FAILED"
+    speed = statistics.median(entry["audio_seconds_per_second"] for entry in log)
+    change = f"{len(losses)} updates, {skipped} of them skipped, loss {first:.2f} -> {last:.2f}"
+    print(f"{name}: {change}, {verdict}, {speed:.0f} audio s/s (median)", flush=True)
     return verdict != "FAILED"
 
 
 def benchmark_gpu(options):
-    import torch
-
-    has_gpu, good = torch.cuda.is_available(), True
-    options.batch_size = options.batch_size or (8 if has_gpu else 2)
+    gpus, good, steps = torch.cuda.device_count(), True, options.steps
+    batch_size = options.batch_size or (8 if gpus else 2)
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
         # float16 is emulated on a CPU and takes minutes an update at full depth; what overflows is in the first layers.
-        full_size_model(folder / "model", layers=17 if has_gpu else 2)
-        if not has_gpu:
+        full_size_model(Path(folder, "model"), layers=17 if gpus else 2)
+        flags = f"""--model {folder}/model --dataset {CORPUS} --data_dir {folder}/audio --max_steps {steps}
+            --warmup_steps 5 --logging_steps 1 --eval_steps {steps} --save_steps {steps} --save_total_limit 1
+            --per_device_train_batch_size {batch_size} --gradient_accumulation_steps 1 --learning_rate 3e-4
+            --skip_baseline --max_test_samples 8 --output_dir {folder}/""".split()
+        if not gpus:
             print("no CUDA GPU: the same trainer under float16 autocast on the CPU")
-            plain, log = train_on_cpu(folder, options)
-            print(f"plain float16: loss {plain} at the first update")
-            return 0 if report_losses("guarded float16", log) else 1
-        print(torch.cuda.device_count(), "x", torch.cuda.get_device_name(), torch.__version__)
-        runs = [("fp16", 1), ("bf16", 1)] + [("fp16", 2)] * (torch.cuda.device_count() > 1)
-        for precision, gpus in runs:
-            start = time.monotonic()
-            good &= report_losses(f"{precision} on {gpus}", train_on_gpus(folder, precision, gpus, options))
-            print(f"  {time.monotonic() - start:.0f} s with loading and scoring")
-        if torch.cuda.device_count() < 2:
-            print("two GPUs: not run, there is one")
+            return 0 if report_losses("guarded float16", train_on_cpu(flags, batch_size)) else 1
+        print(gpus, "x", torch.cuda.get_device_name(), torch.__version__)
+        for precision, count in [("fp16", 1), ("bf16", 1)] + [("fp16", 2)] * (gpus > 1):
+            launcher = f"-m torch.distributed.run --standalone --nproc_per_node {count}".split() if count > 1 else []
+            flags[-1] = f"{folder}/{precision}-{count}"
+            subprocess.run([sys.executable, *launcher, script.__file__, *flags, f"--{precision}"], check=True)
+            good &= report_losses(f"{precision} on {count}", logged(Path(flags[-1])))
     return 0 if good else 1
 
 
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 
 
-def fixture_speech():
-    """The fixture's clips as 16 kHz samples, one after the other, for ever."""
-    import soundfile
-
-    while True:
-        for archive in sorted(CORPUS.glob("audio/*/*/*.tar.gz")):
-            with tarfile.open(archive) as tar:
-                for member in tar:
-                    try:
-                        yield soundfile.read(io.BytesIO(tar.extractfile(member).read()), dtype="float32")[0]
-                    except soundfile.SoundFileError:
-                        continue
+def speech():
+    """The fixture's clips as 16 kHz samples, one after the other."""
+    clips = []
+    for archive in sorted(CORPUS.glob("audio/*/*/*.tar.gz")):
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                with contextlib.suppress(ValueError):
+                    clips.append(script.decode_audio(tar.extractfile(member).read()))
+    return np.concatenate(clips)
 
 
 def make_corpus(folder, megabytes):
-    """A corpus of one archive in AfriSpeech-200's form, 44.1 kHz stereo WAV clips of 10 to 20 s; returns (clips,
-    seconds).
-    """
-    import numpy as np
-    import soundfile
-    import soxr
-
-    generator, speech = np.random.default_rng(0), fixture_speech()
-    archive = folder / "audio" / "igbo" / "train" / "train_igbo_0.tar.gz"
-    transcripts = folder / "transcripts" / "igbo" / "train.csv"
+    """A corpus of one archive in AfriSpeech-200's form, 44.1 kHz stereo WAV clips of 10 to 20 s: (clips, seconds)."""
+    generator, samples, seconds = np.random.default_rng(0), speech(), 0.0
+    archive, transcripts = folder / "audio/igbo/train/train_igbo_0.tar.gz", folder / "transcripts/igbo/train.csv"
     archive.parent.mkdir(parents=True)
     transcripts.parent.mkdir(parents=True)
-    rows, seconds = ["user_ids,accent,transcript,audio_paths,duration,domain"], 0.0
+    rows = ["user_ids,accent,transcript,audio_paths,duration,domain"]
     with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
         while not rows[1:] or archive.stat().st_size < megabytes * 1e6:
-            samples, wanted = np.zeros(0, np.float32), generator.uniform(10, 20) * finetune_medasr.SAMPLE_RATE
-            while len(samples) < wanted:
-                samples = np.concatenate([samples, next(speech)])
-            mono = soxr.resample(samples, finetune_medasr.SAMPLE_RATE, 44_100)
+            start, count = generator.integers(len(samples) - 20 * RATE), int(generator.uniform(10, 20) * RATE)
+            mono = soxr.resample(samples[start : start + count], RATE, 44_100)
             mono += generator.normal(scale=1e-3, size=len(mono))  # a room's noise, which gzip cannot remove
-            buffer = io.BytesIO()
+            buffer, key, length = io.BytesIO(), f"session/{len(rows)}.wav", len(mono) / 44_100
             soundfile.write(buffer, np.stack([mono, 0.9 * mono], axis=1), 44_100, format="WAV", subtype="PCM_16")
-            member = tarfile.TarInfo(f"data/data/intron/session/{len(rows)}.wav")
+            member = tarfile.TarInfo(f"data/data/intron/{key}")
             member.size = buffer.tell()
             tar.addfile(member, io.BytesIO(buffer.getvalue()))
-            rows.append(
-                f"speaker,igbo,The patient has a "
-                f"fever.,/AfriSpeech-100/train/session/{len(rows)}.wav,{len(mono) / 44_100:.3f},clinical"
-            )
-            seconds += len(mono) / 44_100
+            rows.append(f"speaker,igbo,The patient has a fever.,/AfriSpeech-100/train/{key},{length:.3f},clinical")
+            seconds += length
     transcripts.write_text("\n".join(rows) + "\n")
     return len(rows) - 1, seconds
 
 
 def prepare_the_usual_way(options):
     """Unpack the archive, then `datasets.map` with librosa into cached features; run in a process of its own."""
-    import librosa
-    from datasets import Dataset
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(MODEL)
-    archive, transcripts = (
-        next(options.corpus.glob("audio/*/*/*.tar.gz")),
-        next(options.corpus.glob("transcripts/*/*.csv")),
-    )
-    with tarfile.open(archive) as tar:
-        tar.extractall(options.out / "wav", filter="data")
-    rows = [
-        {
-            "path": row["audio_paths"].replace("/AfriSpeech-100/train", str(options.out / "wav/data/data/intron")),
-            "text": row["transcript"],
-        }
-        for row in csv.DictReader(transcripts.open(newline=""))
-    ]
+    processor, (corpus, out) = AutoProcessor.from_pretrained(MODEL), options.folders
+    with tarfile.open(next(corpus.glob("audio/*/*/*.tar.gz"))) as tar:
+        tar.extractall(out / "wav", filter="data")
+    with next(corpus.glob("transcripts/*/*.csv")).open(newline="") as file:
+        rows = [{"name": row["audio_paths"], "text": row["transcript"]} for row in csv.DictReader(file)]
 
     def features(row):
-        samples, _ = librosa.load(row["path"], sr=finetune_medasr.SAMPLE_RATE)
-        inputs = processor.feature_extractor(samples, sampling_rate=finetune_medasr.SAMPLE_RATE)
+        samples, _ = librosa.load(out / "wav/data/data/intron" / row["name"].split("train/")[1], sr=RATE)
+        inputs = processor.feature_extractor(samples, sampling_rate=RATE)
         return {"input_features": inputs.input_features[0], "labels": processor.tokenizer(row["text"]).input_ids}
 
-    Dataset.from_list(rows).map(
-        features, remove_columns=["path", "text"], cache_file_name=str(options.out / "features.arrow")
-    )
+    cache = str(out / "features.arrow")
+    Dataset.from_list(rows).map(features, remove_columns=["name", "text"], cache_file_name=cache)
 
 
 def bytes_below(folder):
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # deleted meanwhile
-            continue
-    return total
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def memory_of_group(group):
-    """Resident bytes of all processes of a group together (Linux)."""
+    """Bytes that all processes of a group hold together, what they share counted once; not the pages of files, which
+    the system takes back when it needs room (Linux).
+    """
     total = 0
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE") if int(fields[2]) == group else 0
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if int((place / "stat").read_text().rpartition(")")[2].split()[2]) == group:
+                lines = map(str.split, (place / "smaps_rollup").read_text().splitlines())
+                total += sum(int(line[1]) * 1024 for line in lines if line[0] in ("Pss_Anon:", "Pss_Shmem:"))
     return total
 
 
-def measured(command, folder):
-    """{"wall", "cpu" in seconds, "memory", "disk" in bytes at the peak, "kept" in bytes} of a command that writes to
-    `folder`.
-    """
-    peaks, stop = {"memory": 0, "disk": 0}, threading.Event()
-    start = time.monotonic()
-    with open(folder.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log, start_new_session=True)
-
-        def watch():
-            while not stop.wait(0.1):
-                peaks["memory"] = max(peaks["memory"], memory_of_group(process.pid))
-                peaks["disk"] = max(peaks["disk"], bytes_below(folder))
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        stop.set()
-        watcher.join()
-    if status:
-        sys.exit(folder.with_suffix(".log").read_text())
-    kept = bytes_below(folder)
-    return {
-        "wall": time.monotonic() - start,
-        "cpu": usage.ru_utime + usage.ru_stime,
-        "kept": kept,
-        **peaks,
-        "disk": max(peaks["disk"], kept),
-    }
+def measured(*command):
+    """{"wall" and "cpu" in seconds, "memory" in bytes at the peak} of a command."""
+    memory, began = 0, time.monotonic()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, start_new_session=True)
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            memory = max(memory, memory_of_group(process.pid))
+            time.sleep(0.1)
+        log.seek(0)
+        if ended[1]:
+            sys.exit(log.read())
+    return {"wall": time.monotonic() - began, "cpu": ended[2].ru_utime + ended[2].ru_stime, "memory": memory}
 
 
 def benchmark_prepare(options):
+    figures = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        clips, seconds = make_corpus(folder / "full", options.megabytes)
         make_corpus(folder / "one", 0)  # one clip: what starting the program costs
-        archive = sum(path.stat().st_size for path in folder.glob("full/audio/*/*/*.tar.gz"))
-        print(
-            f"one archive of {archive / 1e6:.0f} MB: {clips} clips, {seconds / 3600:.2f} h; a single process converts "
-            f"it"
-        )
-        figures = []
-        for name in ("ours", "usual"):
-            for corpus in ("one", "full"):
-                out = folder / f"{name}-{corpus}"
-                out.mkdir()
-                command = [
-                    sys.executable,
-                    HERE.parent / "finetune_medasr.py",
-                    "--prepare_only",
-                    "--num_proc",
-                    1,
-                    "--dataset",
-                    folder / corpus,
-                    "--data_dir",
-                    out,
-                    "--output_dir",
-                    folder / "output",
-                ]
-                if name == "usual":
-                    command = [sys.executable, __file__, "usual", folder / corpus, out]
-                figures.append(measured(command, out))
-        ours, usual = (
-            {**full, "clip": (full["cpu"] - one["cpu"]) / (clips - 1)} for one, full in (figures[:2], figures[2:])
-        )
-        hours = seconds / 3600
-        rows = [
-            ("wall time with start-up, s", "wall", 1),
-            ("ms a clip on one core, without start-up", "clip", 1e3),
-            ("memory at the peak, MB", "memory", 1e-6),
-            ("disk at the peak beside the archive, MB an hour", "disk", 1e-6 / hours),
-            ("disk that stays, MB an hour", "kept", 1e-6 / hours),
-        ]
-        print(f"{'':<50}{'this script':>12}{'usual way':>12}{'ratio':>8}")
-        for label, key, scale in rows:
-            print(f"{label:<50}{ours[key] * scale:>12.1f}{usual[key] * scale:>12.1f}{usual[key] / ours[key]:>8.1f}")
-        print(
-            f"{'clips an hour on one core':<50}{3600 / ours['clip']:>12,.0f}{3600 / usual['clip']:>12,.0f}"
-            f"{usual['clip'] / ours['clip']:>8.1f}"
-        )
-        print(
-            "The usual way caches log-mels; this script computes them when it makes a batch, in the workers that feed "
-            "the GPU."
-        )
+        clips, seconds = make_corpus(folder / "full", options.megabytes)
+        size, hours = bytes_below(folder / "full" / "audio") / 1e6, seconds / 3600
+        print(f"one archive of {size:.0f} MB: {clips} clips, {hours:.2f} h; a single process converts it")
+        for name, corpus in itertools.product(("ours", "usual"), ("one", "full")):
+            out = folder / f"{name}-{corpus}"
+            out.mkdir()
+            flags = ["--dataset", folder / corpus, "--data_dir", out, "--output_dir", folder / "output"]
+            usual = [sys.executable, __file__, "usual", folder / corpus, out]
+            command = usual if name == "usual" else [*PROGRAM, "--prepare_only", "--num_proc", 1, *flags]
+            figures.append({**measured(*command), "kept": bytes_below(out)})
+    for label, key, scale in (
+        ("wall time with start-up, s", "wall", 1),
+        ("ms a clip on one core, without start-up", "cpu", 1e3 / (clips - 1)),
+        ("memory at the peak, MB", "memory", 1e-6),
+        ("disk that stays, MB an hour", "kept", 1e-6 / hours),
+    ):
+        one_clip, ours, one_usual, usual = (found[key] * scale for found in figures)
+        if key == "cpu":
+            ours, usual = ours - one_clip, usual - one_usual
+        print(f"{label:<50}{ours:>12,.1f}, the usual way {usual:,.1f}, ratio {usual / ours:.1f}")
+    print("The usual way caches log-mels; this script computes them when it makes a batch.")
     return 0
 
 
@@ -349,262 +237,188 @@ def benchmark_prepare(options):
 WORDS = "the patient has a fever and no cough give two hundred milligrams twice a day for seven days".split()
 
 
-def make_prepared_corpus(folder, train_clips, seconds=None, silent=False):
-    """A corpus as --prepare_only leaves it: clips of AfriSpeech-200's lengths (or of `seconds` each), with speech,
-    or `silent` ones, whose audio takes no room, of 100 archives.
-    """
-    import numpy as np
-    from datasets.arrow_writer import ArrowWriter
+def corpus_flags(folder, *more):
+    flags = f"--model {MODEL} --dataset {folder}/corpus --data_dir {folder}/audio_16khz --output_dir {folder}/out"
+    return [*f"{flags} --overwrite_output_dir --skip_baseline --report_to none".split(), *more]
 
-    generator, speech = np.random.default_rng(0), np.concatenate(list(itertools.islice(fixture_speech(), 100)))
-    silence, number = finetune_medasr.encode_flac(np.zeros(1600, np.float32)), 0
-    accents = [f"accent{index}" for index in range(100 if silent else 1)]
+
+def flac(samples):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, RATE, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def make_prepared_corpus(folder, train_clips, seconds=None, silent=False):
+    """A corpus as --prepare_only leaves it: clips of AfriSpeech-200's lengths, or of `seconds` each, with speech, or
+    `silent` ones of 100 archives, whose audio takes no room.
+    """
+    generator, numbers = np.random.default_rng(0), itertools.count()
+    words, accents = generator.choice(WORDS, 100_000), [f"accent{index}" for index in range(100 if silent else 1)]
     for split, accent in [("train", accent) for accent in accents] + [("dev", "accent0"), ("test", "accent0")]:
-        out = folder / "audio_16khz" / split / f"{split}_{accent}_0.arrow"
-        archive = folder / "corpus" / "audio" / accent / split / f"{split}_{accent}_0.tar.gz"
-        transcripts = folder / "corpus" / "transcripts" / accent / f"{split}.csv"
-        for path in (out, archive, transcripts):
+        archive = folder / "corpus/audio" / accent / split / f"{split}_{accent}_0.tar.gz"
+        transcripts = folder / "corpus/transcripts" / accent / f"{split}.csv"
+        for path in (archive, transcripts):
             path.parent.mkdir(parents=True, exist_ok=True)
-        archive.touch()
-        columns = "audio_paths,transcript,duration,accent,domain,user_ids,country,gender,age_group".split(",")
-        with (
-            open(transcripts, "w", newline="") as file,
-            ArrowWriter(path=str(out), features=finetune_medasr.clip_features(), writer_batch_size=50) as writer,
-        ):
-            table = csv.DictWriter(file, columns)
-            table.writeheader()
-            for _ in range(train_clips // len(accents) if split == "train" else 8):
-                length = seconds or float(np.clip(generator.lognormal(np.log(8.4), 0.7), 1, 30))
-                count, number = round(length * finetune_medasr.SAMPLE_RATE), number + 1
-                start = generator.integers(len(speech) - count)
-                audio = silence if silent else finetune_medasr.encode_flac(speech[start : start + count])
-                text = " ".join(generator.choice(WORDS, round(2.2 * length)))
-                key = f"session-{number:08d}/{number:032x}.wav"
-                row = {"audio_paths": key, "transcript": text, "duration": f"{length:.3f}", "accent": accent}
-                row |= {"domain": "clinical", "user_ids": f"speaker{number % 1466}", "country": "NG"}
-                table.writerow(row)
-                clip = {**finetune_medasr.clip_row(key, split, accent, row), "num_samples": count, "audio": audio}
-                writer.write(clip)
+            path.touch()
+        with open(transcripts, "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow("audio_paths transcript duration accent domain user_ids country".split())
+            for number in itertools.islice(numbers, train_clips // len(accents) if split == "train" else 8):
+                length, start = float(np.clip(generator.lognormal(np.log(8.4), 0.7), 1, 30)), generator.integers(90_000)
+                text = " ".join(words[start : start + round(2.2 * (seconds or length))])
+                row = [f"{seconds or length:.3f}", accent, "clinical", f"speaker{number % 1466}", "NG"]
+                table.writerow([f"session-{number:08d}/{number:032x}.wav", text, *row])
+    settings, features = script.parse_settings(corpus_flags(folder)), script.clip_features()
+    samples = speech()
+    for shard in script.Source(settings.dataset, settings, script.SPLITS).shards:
+        audio = [flac(np.zeros(1600))] * len(shard.rows)
+        for place, count in enumerate(() if silent else shard.rows["num_samples"]):
+            start = generator.integers(len(samples) - count)
+            audio[place] = flac(samples[start : start + count])
+        shard.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = pyarrow.Table.from_pandas(shard.rows.assign(audio=audio), features.arrow_schema, preserve_index=False)
+        with ArrowWriter(path=str(shard.path), features=features) as writer:
+            writer.write_table(rows, 50)  # in batches of so many rows, as the program writes it
             writer.finalize()
 
 
-def corpus_flags(folder, *more):
-    flags = f"--model {MODEL} --dataset {folder}/corpus --data_dir {folder}/audio_16khz --output_dir {folder}/out"
-    return [*f"{flags} --overwrite_output_dir --skip_baseline".split(), *more]
+def usual_collator(processor):
+    """The collator of the usual CTC notebooks: cached features and labels, each padded by its own class."""
+
+    def collate(rows):
+        inputs = [{"input_features": row["input_features"]} for row in rows]
+        batch = processor.feature_extractor.pad(inputs, return_attention_mask=True, return_tensors="pt")
+        labels = processor.tokenizer.pad([{"input_ids": row["labels"]} for row in rows], return_tensors="pt")
+        return {**batch, "labels": labels["input_ids"].masked_fill(labels["attention_mask"].ne(1), -100)}
+
+    return collate
 
 
-def opened(folder, *more):
-    """(args, training, processor, model, encoder, {split: Selection}) of a prepared corpus, as a run opens them."""
-    args, training = finetune_medasr.parse_arguments(corpus_flags(folder, "--report_to", "none", *more))
-    training.disable_tqdm = True
-    processor, model = finetune_medasr.load_processor_and_model(args)
-    encoder = finetune_medasr.LabelEncoder(processor.tokenizer, model.config.vocab_size, args.target_text)
-    check = finetune_medasr.ClipCheck(model, processor.feature_extractor, encoder, args.max_train_seconds)
-    corpus, selections = finetune_medasr.open_corpus(args), {}
-    for split in ("train", "dev"):
-        clips = finetune_medasr.load_split(corpus, split)
-        selections[split] = finetune_medasr.select_clips(*clips, args, check, None, 0)
-    return args, training, processor, model, encoder, selections
-
-
-def cached_features(clips, processor, folder):
+def cached_features(audio, processor, folder):
     """What the usual way trains on: log-mels and labels that datasets.map has cached."""
 
     def features(row):
-        samples = finetune_medasr.decode_audio(row["audio"])
-        inputs = processor.feature_extractor([samples], sampling_rate=finetune_medasr.SAMPLE_RATE)
+        inputs = processor.feature_extractor([script.decode_audio(row["audio"])], sampling_rate=RATE)
         return {"input_features": inputs.input_features[0], "labels": processor.tokenizer(row["text"]).input_ids}
 
-    name = str(folder / f"features-{len(clips)}.arrow")
-    return clips.map(features, remove_columns=clips.column_names, cache_file_name=name)
+    return audio.map(features, remove_columns=audio.column_names, cache_file_name=str(folder / "features.arrow"))
 
 
-class UsualCollator:
-    """The collator of the usual CTC notebooks: cached features and labels, each padded by its own class."""
+def usual_trainer(folder, run, clips, steps=1, extra=()):
+    def rates(prediction):
+        labels = np.where(prediction.label_ids == -100, run.processor.tokenizer.pad_token_id, prediction.label_ids)
+        texts, references = map(run.processor.tokenizer.batch_decode, (prediction.predictions.argmax(-1), labels))
+        return {"wer": jiwer.wer(references, texts), "cer": jiwer.cer(references, texts)}
 
-    def __init__(self, processor):
-        self.processor = processor
-
-    def __call__(self, rows):
-        inputs = [{"input_features": row["input_features"]} for row in rows]
-        batch = self.processor.feature_extractor.pad(inputs, return_attention_mask=True, return_tensors="pt")
-        labels = self.processor.tokenizer.pad([{"input_ids": row["labels"]} for row in rows], return_tensors="pt")
-        batch["labels"] = labels["input_ids"].masked_fill(labels["attention_mask"].ne(1), -100)
-        return batch
+    sizes = dict(per_device_train_batch_size=8, per_device_eval_batch_size=8, gradient_accumulation_steps=4)
+    quiet = dict(report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1, remove_unused_columns=False)
+    training = TrainingArguments(output_dir=str(folder / "usual"), max_steps=steps, **sizes, **quiet, **dict(extra))
+    data = dict(data_collator=usual_collator(run.processor), train_dataset=clips, eval_dataset=clips)
+    return Trainer(model=run.decoder.model, args=training, compute_metrics=rates, **data)
 
 
 def paired(repeats, *calls):
-    """The median seconds of each of `calls`, made in turn.
-
-    Each is called twice and the second time counts, as in a loop of its own: after another's large arrays the first
-    finds its memory given back to the system, and pays for every page anew.
+    """The median seconds of each of `calls`, made in turn. Each is called twice and the second time counts: after
+    another's large arrays the first finds its memory given back to the system, and pays for every page anew.
     """
     times = [[] for _ in calls]
     for call, taken in itertools.chain.from_iterable(zip(calls, times) for _ in range(repeats + 1)):
         call()
-        start = time.perf_counter()
+        began = time.perf_counter()
         call()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.perf_counter() - began)
     return [statistics.median(taken[1:]) for taken in times]
 
 
-def measure_data_path(folder, options):
+def data_path(folder, options):
     """From finished file to padded batch, clips of 10 s, on one core."""
-    import torch
-
     torch.set_num_threads(1)
     make_prepared_corpus(folder, 32, seconds=10.0)
-    _, _, processor, _, encoder, selections = opened(folder)
-    clips, extractor = selections["train"].clips, processor.feature_extractor
-    usual = cached_features(clips, processor, folder)
-    collator, usual_collator = finetune_medasr.CTCCollator(extractor, encoder), UsualCollator(processor)
-    indices = list(range(8))
-
-    def ours():
-        return finetune_medasr.model_inputs(collator(clips.__getitems__(indices)), extractor, "cpu")
-
-    def theirs():
-        return usual_collator(usual.__getitems__(indices))
-
-    audio = [clip["audio"] for clip in clips.select(indices)]
-
-    def decode():
-        return [finetune_medasr.decode_audio(data) for data in audio]
-
-    def extract():
-        options = dict(padding="longest", return_attention_mask=True, return_tensors="pt")
-        return extractor(decode(), sampling_rate=finetune_medasr.SAMPLE_RATE, **options)
-
-    def for_a_gpu():
-        return collator(clips.__getitems__(indices))
-
-    torch.testing.assert_close(ours()["input_features"].shape, theirs()["input_features"].shape)
-    calls = ours, theirs, decode, extract, for_a_gpu
-    a, b, c, d, e = paired(5 if options.quick else 20, *calls)
+    run, indices = opened(corpus_flags(folder)), list(range(8))
+    clips, extractor = run.clips["train"].audio, run.decoder.extractor
+    usual, collate = cached_features(clips, run.processor, folder), usual_collator(run.processor)
+    collator, audio = script.CTCCollator(extractor, run.encoder), [clip["audio"] for clip in clips.select(indices)]
+    calls = (
+        lambda: script.model_inputs(collator(clips.__getitems__(indices)), extractor, "cpu"),
+        lambda: collate(usual.__getitems__(indices)),
+        lambda: list(map(script.decode_audio, audio)),
+        lambda: extractor(list(map(script.decode_audio, audio)), sampling_rate=RATE, return_attention_mask=True),
+        lambda: collator(clips.__getitems__(indices)),
+    )
+    assert calls[0]()["input_features"].shape == calls[1]()["input_features"].shape
+    times = (1e3 * seconds / 8 for seconds in paired(5 if options.quick else 20, *calls))
+    ours, theirs, decoding, extracting, for_a_gpu = times
     return [
-        ("finished file to padded batch, ms a clip of 10 s", 1e3 * a / 8, 1e3 * b / 8, b / a),
-        ("  on a core whose GPU makes the log-mels", 1e3 * e / 8, 1e3 * b / 8, b / e),
-        ("  of it FLAC to samples", 1e3 * c / 8, None, None),
-        ("  with LasrFeatureExtractor instead of the script's log-mels", 1e3 * d / 8, None, None),
+        ("finished file to padded batch, ms a clip of 10 s", ours, theirs, theirs / ours),
+        ("  on a core whose GPU makes the log-mels", for_a_gpu, theirs, theirs / for_a_gpu),
+        ("  of it FLAC to samples", decoding),
+        ("  with LasrFeatureExtractor instead of the script's log-mels", extracting),
     ]
 
 
-def usual_trainer(folder, model, processor, train, dev, steps, extra=()):
-    from transformers import Trainer, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
-
-    def rates(prediction):
-        ids = prediction.predictions.argmax(-1)
-        labels = np.where(prediction.label_ids == -100, processor.tokenizer.pad_token_id, prediction.label_ids)
-        texts, references = (processor.tokenizer.batch_decode(part) for part in (ids, labels))
-        return finetune_medasr.error_rates_metric().compute(predictions=texts, references=references)
-
-    import numpy as np
-
-    settings = dict(per_device_train_batch_size=8, per_device_eval_batch_size=8, gradient_accumulation_steps=4)
-    training = TrainingArguments(
-        output_dir=str(folder / "usual"),
-        **settings,
-        max_steps=steps,
-        report_to="none",
-        save_strategy="no",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        logging_steps=1,
-        **dict(extra),
-    )
-    trainer = Trainer(
-        model=model, args=training, data_collator=UsualCollator(processor), train_dataset=train, eval_dataset=dev,
-        compute_metrics=rates,
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def measure_evaluation(folder, options):
+def evaluation(folder, options):
     """The dev scores of clips of the corpus's lengths: the script's, and Trainer.evaluate with gathered logits."""
     make_prepared_corpus(folder, 64 if options.quick else 256)
-    args, training, processor, model, encoder, selections = opened(folder)
-    clips = selections["train"]
-    dev = finetune_medasr.DevSet(clips, processor, encoder, args)
-    usual = cached_features(clips.clips.shuffle(seed=0), processor, folder)
-    trainer = usual_trainer(folder, model, processor, usual, usual, 1)
-    a, b = paired(2 if options.quick else 5, lambda: dev.score(model, training), trainer.evaluate)
-    audio = finetune_medasr.hours(clips.rows) * 3600
-    return [("evaluation, audio seconds a second", audio / a, audio / b, b / a)]
+    run = opened(corpus_flags(folder, "--early_stopping_patience", 0))
+    clips = run.clips["train"]
+    trainer = script.make_trainer(run.settings, run.decoder, run.encoder, clips.audio, clips)
+    usual = usual_trainer(folder, run, cached_features(clips.audio.shuffle(seed=0), run.processor, folder))
+    ours, theirs = paired(2 if options.quick else 5, trainer.evaluate, usual.evaluate)
+    audio = clips.table["num_samples"].sum() / RATE
+    return [("evaluation, audio seconds a second", audio / ours, audio / theirs, theirs / ours)]
 
 
-def padding_of(selection, clips):
-    """Percent of padding in batches of so many clips in the order of an epoch, and in random order."""
-    import numpy as np
-    from transformers.trainer_pt_utils import LengthGroupedSampler
-
-    lengths = np.array([row["num_samples"] for row in selection.rows])
-    sampler = finetune_medasr.mixed(finetune_medasr.EpochOrder, LengthGroupedSampler)(32, lengths.tolist(), 42, int)
-    found = []
-    for order in (list(sampler), np.random.default_rng(0).permutation(len(lengths))):
-        batches = [lengths[order[start : start + clips]] for start in range(0, len(lengths), clips)]
-        found.append(100 * (1 - lengths.sum() / sum(len(batch) * batch.max() for batch in batches)))
-    return found
-
-
-def measure_start(folder, options):
-    """From the command to one update with 58,000 prepared clips, beyond what a few clips take."""
-    flags = "--max_steps 1 --eval_strategy no --save_strategy no --load_best_model_at_end false --report_to none"
-    found = {"few": [], "many": []}
-    for name, count in (("few", 100), ("many", 58_000)):
-        make_prepared_corpus(folder / name, count, silent=True)
-    for name in ["few", "many"] * (1 if options.quick else 3):
-        command = [sys.executable, finetune_medasr.__file__, *corpus_flags(folder / name), *flags.split()]
-        found[name].append(measured(command, folder / name / "out"))
-    few, many = (min(runs, key=lambda run: run["wall"]) for runs in found.values())
-    clips = opened(folder / "many")[-1]["train"]
-    grouped, shuffled = padding_of(clips, 8)
-    grouped32, shuffled32 = padding_of(clips, 32)
-    return [
-        ("start with 58,000 clips beyond that with 100, s", many["wall"] - few["wall"], None, None),
-        ("  memory beyond it, MB", (many["memory"] - few["memory"]) / 1e6, None, None),
-        ("  the pickled training clips, MB", len(pickle.dumps(clips.clips)) / 1e6, None, None),
-        ("padding in batches of 8, % (random order beside it)", grouped, shuffled, shuffled / grouped),
-        ("padding in batches of 32, %", grouped32, shuffled32, shuffled32 / grouped32),
-    ]
+def start(folder, options):
+    """From the command to one update with many prepared clips, beyond what 100 clips take; padding of an epoch."""
+    flags = "--max_steps 1 --eval_strategy no --save_strategy no --load_best_model_at_end false".split()
+    counts, found, rows = [100, 58_000, 400_000] + [1_000_000] * options.million, {}, []
+    for count in counts:
+        make_prepared_corpus(folder / str(count), count, silent=True)
+    for count in counts * (1 if options.quick else 3):
+        found.setdefault(count, []).append(measured(*PROGRAM, *corpus_flags(folder / str(count), *flags)))
+    few, *many = (min(found[count], key=lambda run: run["wall"]) for count in counts)
+    for count, best in zip(counts[1:], many):
+        rows.append((f"start with {count:,} clips beyond that with 100, s", best["wall"] - few["wall"]))
+        rows.append(("  of it on the CPU, s", best["cpu"] - few["cpu"]))
+        rows.append(("  memory beyond it, MB", (best["memory"] - few["memory"]) / 1e6))
+    run = opened(corpus_flags(folder / "58000", *flags))
+    train = run.clips["train"]
+    rows.append(("the pickled training clips of 58,000, MB", len(pickle.dumps(train.audio)) / 1e6))
+    trainer = script.make_trainer(run.settings, run.decoder, run.encoder, train.audio, run.clips["dev"])
+    lengths, epoch = np.array(train.audio["num_samples"][:]), list(trainer._get_train_sampler())
+    for size in (8, 32):
+        padded = []
+        for order in (epoch, np.random.default_rng(0).permutation(len(lengths))):
+            batches = [lengths[order[first : first + size]] for first in range(0, len(lengths), size)]
+            padded.append(100 * (1 - lengths.sum() / sum(len(batch) * batch.max() for batch in batches)))
+        rows.append((f"padding in batches of {size}, % (random order beside it)", *padded, padded[1] / padded[0]))
+    return rows
 
 
-def measure_long_audio(folder, options):
+def long_audio(folder, options):
     """--transcribe of 1, 10 and 60 minutes."""
-    import numpy as np
-    import soundfile
-
-    speech, rows = np.concatenate(list(itertools.islice(fixture_speech(), 100))), []
+    samples, found = speech(), {}
     for minutes in (1, 10, 60):
-        path, out = folder / f"{minutes}.flac", folder / f"out-{minutes}"
-        with soundfile.SoundFile(path, "w", finetune_medasr.SAMPLE_RATE, 1, format="FLAC") as file:
+        path = folder / f"{minutes}.flac"
+        with soundfile.SoundFile(path, "w", RATE, 1, format="FLAC") as file:
             for _ in range(minutes):
-                file.write(np.resize(speech, 60 * finetune_medasr.SAMPLE_RATE))
-        command = [sys.executable, finetune_medasr.__file__, "--transcribe", path, "--model", MODEL]
-        rows.append((minutes, measured([*command, "--use_cpu", "true", "--output_dir", out], out)))
-    first = rows[0][1]
-    lines = [(f"{minutes} min of audio to text, s", found["wall"], None, None) for minutes, found in rows]
-    memory = [(f"  memory at {minutes} min, MB", found["memory"] / 1e6, None, None) for minutes, found in rows]
-    a_minute = [(found["wall"] - first["wall"]) / (minutes - 1) for minutes, found in rows[1:]]
-    linear = [("  s a minute beyond the first, at 10 and 60 min", *a_minute, a_minute[1] / a_minute[0])]
-    return lines + memory + linear
+                file.write(np.resize(samples, 60 * RATE))
+        flags = ["--transcribe", path, "--model", MODEL, "--use_cpu", "true", "--output_dir", folder / "out"]
+        found[minutes] = measured(*PROGRAM, *flags)
+    rows = [(f"{minutes} min of audio to text, s", one["wall"]) for minutes, one in found.items()]
+    return rows + [(f"  memory at {minutes} min, MB", one["memory"] / 1e6) for minutes, one in found.items()]
 
 
-def train_usual(folder, options):
+def train_usual(run, folder, updates):
     """Audio seconds a second of the usual recipe: cached features, random batches of 8 x 4, bf16 on a GPU."""
-    import torch
-
-    args, training, processor, model, encoder, selections = opened(folder, *options.model)
-    train = cached_features(selections["train"].clips, processor, folder)
-    steps, extra = options.updates, {"bf16": True} if torch.cuda.is_available() else {"use_cpu": True}
-    trainer = usual_trainer(folder, model, processor, train, None, steps, {**extra, "dataloader_num_workers": 2})
+    precision = {"bf16": True} if torch.cuda.is_available() else {"use_cpu": True}
+    clips = cached_features(run.clips["train"].audio, run.processor, folder)
+    trainer = usual_trainer(folder, run, clips, updates, {**precision, "dataloader_num_workers": 2})
     trainer.model_accepts_loss_kwargs = False
-    heard = []
-    step = trainer.training_step
+    heard, step = [], trainer.training_step
 
     def timed(model, inputs, *rest):
-        heard.append((time.monotonic(), inputs["attention_mask"].sum().item() * 160 / 16_000))
+        heard.append((time.monotonic(), inputs["attention_mask"].sum().item() * 160 / RATE))
         return step(model, inputs, *rest)
 
     trainer.training_step = timed
@@ -613,136 +427,62 @@ def train_usual(folder, options):
     return sum(seconds for _, seconds in heard[warm:-1]) / (heard[-1][0] - heard[warm][0])
 
 
-def train_ours(folder, options):
-    flags = [*corpus_flags(folder, *options.model), "--max_steps", options.updates, "--logging_steps", 1]
-    flags += ["--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", options.updates]
-    flags += ["--load_best_model_at_end", "false", "--no_spec_augment", "--max_test_samples", 1, "--report_to", "none"]
-    subprocess.run(list(map(str, [sys.executable, finetune_medasr.__file__, *flags])), check=True, capture_output=True)
-    state = json.loads(next((folder / "out").glob("checkpoint-*/trainer_state.json")).read_text())
-    logged = [entry for entry in state["log_history"] if "loss" in entry]
-    logged = logged[len(logged) // 3 :]
-    return [
-        statistics.median(entry[name] for entry in logged) for name in ("audio_seconds_per_second", "data_wait_percent")
-    ]
-
-
-def train_resident(folder, options):
-    """Audio seconds a second of forward, backward and AdamW on one batch that stays on the GPU, float16."""
-    import torch
-
-    args, training, processor, model, encoder, selections = opened(folder, *options.model)
-    collator = finetune_medasr.CTCCollator(processor.feature_extractor, encoder)
-    middle = len(selections["train"].clips) // 2
-    rows = [selections["train"].clips[index] for index in range(middle - 16, middle + 16)]
-    batch, device = collator(rows), training.device
-    seconds = sum(row["num_samples"] for row in rows) / finetune_medasr.SAMPLE_RATE
-    inputs = finetune_medasr.model_inputs(batch, processor.feature_extractor, device)
-    model = model.to(device).train()
-    finetune_medasr.guard_half_precision(model, [inputs], device)
-    model.train()
-    optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler()
-    for step in range(options.updates):
-        if step == options.updates // 3:
-            torch.cuda.synchronize()
-            start = time.monotonic()
-        with torch.autocast("cuda", torch.float16):
-            loss = model(**inputs).loss
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    torch.cuda.synchronize()
-    return seconds * (options.updates - options.updates // 3) / (time.monotonic() - start)
-
-
-def measure_training(folder, options):
+def training(folder, options):
     """Audio seconds a second in training: the small model on a CPU, MedASR's configuration on a GPU."""
-    import torch
-
     has_gpu = torch.cuda.is_available()
-    options.updates = 30 if has_gpu else 4 if options.quick else 8
-    options.model = ["--max_train_seconds", "30"]
+    updates = 30 if has_gpu else 4 if options.quick else 8
     make_prepared_corpus(folder, 1500 if has_gpu else 128)
+    flags = corpus_flags(folder, "--no_spec_augment")
     if has_gpu:
         full_size_model(folder / "model", layers=17)
-        options.model += ["--model", str(folder / "model")]
-    ours, wait = train_ours(folder, options)
-    usual = train_usual(folder, options)
+        flags += ["--model", str(folder / "model")]
+    run = f"--max_steps {updates} --save_steps {updates} --logging_steps 1 --eval_strategy no --max_test_samples 1"
+    run = [*PROGRAM, *flags, *run.split(), "--load_best_model_at_end", "false"]
+    subprocess.run(run, check=True, capture_output=True)
+    log = logged(folder / "out")[updates // 3 :]
+    ours, wait = (
+        statistics.median(entry[name] for entry in log) for name in ("audio_seconds_per_second", "data_wait_percent")
+    )
+    usual = train_usual(opened(flags), folder, updates)
     where = "MedASR's size, GPU" if has_gpu else "the small model, CPU"
-    rows = [
-        (f"training, {where}, audio s a second", ours, usual, ours / usual),
-        ("  share of time waiting for data, %", wait, None, None),
-    ]
-    if not has_gpu:
-        return rows + [("training, MedASR's size, GPU: not run, there is none", None, None, None)]
-    resident = train_resident(folder, options)
-    return rows + [("  on one resident batch (this script beside it)", resident, ours, ours / resident)]
+    rows = [(f"training, {where}, audio s a second", ours, usual, ours / usual)]
+    rows += [("  share of time waiting for data, %", wait)]
+    return rows + [("training, MedASR's size, GPU: not run, there is none",)] * (not has_gpu)
 
 
-def measure_threads(folder, options):
-    """The demo's training with so many threads and workers, and with threads that spin while they wait."""
-    rows = []
-    flags = "--max_steps 16 --eval_strategy no --save_strategy no --load_best_model_at_end false --skip_baseline"
-    flags += f" --max_test_samples 1 --overwrite_output_dir --output_dir {folder}/out --data_dir {folder}/audio_16khz"
-    settings = [(1, 0, "PASSIVE"), (1, 1, "PASSIVE"), (2, 0, "PASSIVE"), (2, 1, "PASSIVE"), (2, 1, "ACTIVE")]
-    for threads, workers, policy in settings[:: 4 if options.quick else 1]:
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": policy}
-        command = [sys.executable, finetune_medasr.__file__, "--demo", *flags.split()]
-        command += ["--dataloader_num_workers", str(workers)]
-        done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-        speed = float(re.search(r"at (\d+) an hour", done.stdout)[1])
-        waiting = "spinning" if policy == "ACTIVE" else "sleeping"
-        rows.append((f"demo's training, {threads} threads {waiting}, {workers} workers, audio s/s", speed, None, None))
-    return rows
+SPEED = data_path, evaluation, start, long_audio, training
 
 
 def benchmark_speed(options):
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    parts = [
-        measure_data_path,
-        measure_evaluation,
-        measure_start,
-        measure_long_audio,
-        measure_training,
-        measure_threads,
-    ]
-    print(f"{'':<58}{'this script':>12}{'usual way':>12}{'ratio':>8}")
-    for part in [part for part in parts if options.only in part.__name__]:
-        with tempfile.TemporaryDirectory() as folder:
-            for label, *figures in part(Path(folder), options):
-                print(
-                    f"{label:<58}"
-                    + "".join(f"{'' if x is None else f'{x:,.1f}':>{w}}" for x, w in zip(figures, (12, 12, 8))),
-                    flush=True,
-                )
+    print(f"{'':<60}{'this script':>12}{'usual way':>12}{'ratio':>8}")
+    for part in [part for part in SPEED if options.only in part.__name__]:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            rows = part(Path(folder), options)
+        for label, *figures in rows:
+            cells = (f"{figure:>{width},.1f}" for figure, width in zip(figures, (12, 12, 8)))
+            print(f"{label:<60}" + "".join(cells), flush=True)
     return 0
+
+
+COMMANDS = dict(gpu=benchmark_gpu, prepare=benchmark_prepare, speed=benchmark_speed, trials=trials.run_trials)
+COMMANDS["usual"] = prepare_the_usual_way  # which "prepare" runs itself
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    gpu = commands.add_parser("gpu", help="half precision at full size")
-    gpu.add_argument("--steps", type=int, default=50)
-    gpu.add_argument("--batch_size", type=int, help="8 on a GPU, 2 without one")
-    gpu.set_defaults(run=benchmark_gpu)
-    prepare = commands.add_parser("prepare", help="time, memory and disk of the preparation")
-    prepare.add_argument("--megabytes", type=float, default=300)
-    prepare.set_defaults(run=benchmark_prepare)
-    speed = commands.add_parser("speed", help="data path, start, training, evaluation and long audio")
-    speed.add_argument("--quick", action="store_true", help="fewer repetitions")
-    speed.add_argument("--only", default="", help="one part, e.g. data_path")
-    speed.set_defaults(run=benchmark_speed)
-    tried = commands.add_parser("trials", help="averaged checkpoints, speed perturbation and freezing, by WER")
-    tried.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45])
-    tried.add_argument("--only", default="", help="one change beside the base, e.g. speed")
-    tried.add_argument("--results", type=Path, help="JSON lines to go on from, and to add to")
-    tried.set_defaults(run=trials.run_trials)
-    usual = commands.add_parser("usual", help="the way that 'prepare' compares with; it runs this itself")
-    usual.add_argument("corpus", type=Path)
-    usual.add_argument("out", type=Path)
-    usual.set_defaults(run=prepare_the_usual_way)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("folders", nargs="*", type=Path, help="of 'usual': the corpus, and where to write")
+    parser.add_argument("--steps", type=int, default=50, help="of 'gpu'")
+    parser.add_argument("--batch_size", type=int, help="of 'gpu'; 8 on a GPU, 2 without one")
+    parser.add_argument("--megabytes", type=float, default=300, help="of 'prepare'")
+    parser.add_argument("--quick", action="store_true", help="of 'speed': fewer repetitions")
+    parser.add_argument("--million", action="store_true", help="of 'speed': the start with 1,000,000 clips too")
+    parser.add_argument("--only", default="", help="of 'speed' or 'trials': one part, e.g. data_path or perturbed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45], help="of 'trials'")
+    parser.add_argument("--results", type=Path, help="of 'trials': JSON lines to go on from, and to add to")
     options = parser.parse_args()
-    return options.run(options)
+    return COMMANDS[options.command](options)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ voices, which the model was pre-trained on: what it forgets of them.
 """
 
 import contextlib
-import csv
 import json
 import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from zlib import crc32
 
 import numpy as np
@@ -20,21 +20,36 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import finetune_medasr  # noqa: E402
+import finetune_medasr as script  # noqa: E402
 
-US_ENGLISH = HERE / "fixtures" / "us_english"
+CORPUS, MODEL, US_ENGLISH = (HERE / "fixtures" / name for name in ("corpus", "model", "us_english"))
 SETS = {"dev": "dev", "seen": "seen accents", "unseen": "unseen accent", "us": "US English"}
 AVERAGED = 3  # checkpoints
 SPEEDS = (0.9, 1.0, 1.1)
 # Checkpoints every 20 updates in all of them, for the averages; without early stopping all do the same work.
-FLAGS = "--eval_steps 20 --save_steps 20 --save_total_limit 10 --early_stopping_patience 0 --report_to none --use_cpu"
+FLAGS = """--demo --eval_steps 20 --save_steps 20 --save_total_limit 10 --early_stopping_patience 0 --report_to none
+    --use_cpu""".split()
+
+
+def opened(flags, also=()):
+    """What a run has before it trains; the clips of `also`, {name: further test set}, are beside those of the splits."""
+    settings = script.parse_settings([*map(str, flags), "--disable_tqdm", "true"])
+    processor, model = script.load_model(settings)
+    sources = {"": script.Source(settings.dataset, settings, script.SPLITS)}
+    sources |= {
+        name: script.Source(str(place), settings, ("test",), is_extra=True) for name, place in dict(also).items()
+    }
+    for name, source in sources.items():
+        script.prepare(source, ("test",) if name else script.SPLITS, settings)
+    encoder = script.LabelEncoder(processor.tokenizer, model.config.vocab_size, settings.target_text)
+    clips = script.select_all(sources, settings, lambda table: table["problem"])
+    decoder = script.Decoder(model, processor, settings)
+    return SimpleNamespace(settings=settings, processor=processor, clips=clips, encoder=encoder, decoder=decoder)
 
 
 @dataclass
-class PerturbedSpeed(finetune_medasr.CTCCollator):
+class PerturbedSpeed(script.CTCCollator):
     """Plays each clip at one of SPEEDS, drawn from seed, epoch and clip; as it is where its labels would not fit."""
-
-    check: object = None
 
     def __call__(self, rows):
         return super().__call__([{**row, "samples": self.played(row)} for row in rows])
@@ -42,72 +57,55 @@ class PerturbedSpeed(finetune_medasr.CTCCollator):
     def played(self, row):
         import soxr
 
-        samples = finetune_medasr.decode_audio(row["audio"])
+        samples, (labels,) = script.decode_audio(row["audio"]), self.encoder([row["text"]])
         speed = np.random.default_rng((self.seed, self.epoch, crc32(row["clip"].encode()), 1)).choice(SPEEDS)
-        played = soxr.resample(samples, finetune_medasr.SAMPLE_RATE * speed, finetune_medasr.SAMPLE_RATE)
-        fits = not self.check([{**row, "num_samples": len(played)}])[0]
-        return played.astype(np.float32) if fits else samples
+        played = soxr.resample(samples, script.SAMPLE_RATE * speed, script.SAMPLE_RATE).astype(np.float32)
+        # A logit every 640 samples, the first after 2,320; CTC puts a blank between two equal labels.
+        needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
+        return played if needed <= 1 + (len(played) - 2_320) // 640 else samples
 
 
-def perturb_speed(job, trainer):
-    collator = trainer.data_collator
-    trainer.data_collator = PerturbedSpeed(**{**vars(collator), "check": job.check})
+def perturb_speed(run, trainer):
+    trainer.data_collator = PerturbedSpeed(**vars(trainer.data_collator))
 
 
 def freeze(layers):
     """A change that keeps the subsampler and so many of the lowest layers as they are (BatchNorm's statistics move)."""
 
-    def change(job, trainer):
-        encoder = trainer.model.encoder
-        for module in (encoder.subsampler, *encoder.layers[:layers]):
+    def change(run, trainer):
+        for module in (trainer.model.encoder.subsampler, *trainer.model.encoder.layers[:layers]):
             module.requires_grad_(False)
 
     return change
 
 
+BASE = "as it is"
 TRIALS = {
-    "as it is": lambda job, trainer: None,
+    BASE: lambda run, trainer: None,
     "speed perturbed": perturb_speed,
     "subsampler frozen": freeze(0),
     "subsampler, 1 of 4 layers frozen": freeze(1),
     "subsampler, 2 of 4 layers frozen": freeze(2),
 }
-BASE = next(iter(TRIALS))
 
 
-def us_english_clips(job):
-    """The Selection of the US-English test clips."""
-    from datasets import Dataset
-
-    clips = []
-    with (US_ENGLISH / "test" / "metadata.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            columns = {**row, "transcript": row["text"], "user_ids": row["speaker_id"]}
-            audio = (US_ENGLISH / "test" / row["file_name"]).read_bytes()
-            clip = finetune_medasr.clip_row(row["file_name"], "test", row["accent"], columns)
-            clips.append(finetune_medasr.make_clip(clip, audio))
-    clips = Dataset.from_list(clips, features=finetune_medasr.clip_features())
-    return finetune_medasr.select_clips(clips, [], job.args, job.check, None, 0)
-
-
-def scores(job, model):
+def scores(run, model):
     """{set: WER in %} of a model."""
-    dev = finetune_medasr.DevSet(job.selections["dev"], job.processor, job.encoder, job.args)
-    found = {"dev": dev.score(model, job.training)["wer"]}
-    written = job.write_down(model, "finetuned")
-    test, us_english = (scored["finetuned"].scores for scored in job.score_texts(written).values())
-    found |= {name: test["groups"]["seen_accent"][name]["wer"] for name in ("seen", "unseen")}
-    found["us"] = us_english["wer"]
-    return {name: 100 * wer for name, wer in found.items()}
+    run.decoder.model, accents, found = model, set(run.clips["train"].table["accent"]), {}
+    for name in ("dev", "test", "us"):
+        texts = {"finetuned": run.decoder.greedy(run.decoder.emissions(run.clips[name])[0])}
+        metrics = script.Scores.of(run.clips[name].table, texts, accents).metrics()["finetuned"]
+        found |= metrics["groups"]["seen_accent"] if name == "test" else {name: metrics}
+    return {name: 100 * found[name]["wer"] for name in SETS}
 
 
-def average(job, trainer):
+def average(run, trainer):
     """The mean of the checkpoints with the best dev WER, its BatchNorm statistics those of the training clips."""
     import torch
     from transformers import AutoModelForCTC
 
     evaluated = [(entry["eval_wer"], entry["step"]) for entry in trainer.state.log_history if "eval_wer" in entry]
-    folders = [job.output / f"checkpoint-{step}" for _, step in sorted(evaluated)[:AVERAGED]]
+    folders = [f"{run.settings.output_dir}/checkpoint-{step}" for _, step in sorted(evaluated)[:AVERAGED]]
     models = [AutoModelForCTC.from_pretrained(folder, dtype="float32") for folder in folders]
     states, model = [model.state_dict() for model in models], models[0]
     mean = {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
@@ -116,83 +114,62 @@ def average(job, trainer):
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
             module.reset_running_stats()
-            module.train()
-            module.momentum = None  # the mean over all batches
-    collator, clips = finetune_medasr.CTCCollator(job.processor.feature_extractor), job.selections["train"].clips
+            module.train().momentum = None  # the mean over all batches
+    clips, extractor = run.clips["train"].audio, run.decoder.extractor
     with torch.no_grad():
         for start in range(0, len(clips), 8):  # they are sorted by length
-            batch = collator([clips[index] for index in range(start, min(start + 8, len(clips)))])
-            model(**finetune_medasr.model_inputs(batch, job.processor.feature_extractor, "cpu"))
+            batch = script.CTCCollator(extractor)([clips[at] for at in range(start, min(start + 8, len(clips)))])
+            model(**script.model_inputs(batch, extractor, "cpu"))
     return model
 
 
 def run_trial(name, seed, folder):
     """{system: {set: WER in %}} of a training run: its best checkpoint and its average; before it, of the base."""
-    from transformers import set_seed
-
-    flags = f"--demo {FLAGS} --seed {seed} --output_dir {folder}/run --data_dir {folder}/audio"
-    args, training = finetune_medasr.parse_arguments(flags.split())
-    training.disable_tqdm = True
-    set_seed(seed)
-    processor, model = finetune_medasr.load_processor_and_model(args, trains=True)
-    corpus = finetune_medasr.open_corpus(args)
-    finetune_medasr.prepare_corpus(corpus, finetune_medasr.SPLITS, args)
-    parts = {split: (args, corpus, split) for split in finetune_medasr.SPLITS}
-    job = finetune_medasr.Job(args, training, processor, model, parts)
-    job.tests["us"] = us_english_clips(job)
-    found = {"before": scores(job, model)} if name == BASE else {}
-    dev = finetune_medasr.DevSet(job.selections["dev"], processor, job.encoder, args)
-    trainer = finetune_medasr.make_trainer(args, training, model, job.training_clips(None), dev)
-    TRIALS[name](job, trainer)
+    flags = [*FLAGS, "--seed", seed, "--output_dir", f"{folder}/run", "--data_dir", f"{folder}/audio"]
+    script.transformers.set_seed(seed)
+    run = opened(flags, {"us": US_ENGLISH})
+    found = {"before": scores(run, run.decoder.model)} if name == BASE else {}
+    train, dev = run.clips["train"].audio, run.clips["dev"]
+    trainer = script.make_trainer(run.settings, run.decoder, run.encoder, train, dev)
+    TRIALS[name](run, trainer)
     trainer.train()
-    found[name] = scores(job, trainer.model)
-    averaged = f"{name}; best {AVERAGED} averaged"
-    return found | {averaged: scores(job, average(job, trainer))}
-
-
-def with_spread(values, form):
-    """Mean and standard deviation, the mean as `form` writes it."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
-
-
-def difference(values, base):
-    """Mean and standard deviation of the paired differences, and on how many seeds the WER is lower."""
-    changes = [value - other for value, other in zip(values, base)]
-    return f"{with_spread(changes, '+.1f')} ({sum(change < 0 for change in changes)}/{len(changes)})"
+    found[name] = scores(run, trainer.model)
+    return found | {f"{name}; best {AVERAGED} averaged": scores(run, average(run, trainer))}
 
 
 def table(results):
-    """Markdown of {(system, seed): {set: WER}}: the WERs, and their differences to the base on the same seeds."""
-    rows = []
+    """Markdown of {(system, seed): {set: WER}}: mean and standard deviation, and those of the changes from the base on
+    the same seeds, with the number of seeds on which the WER is lower.
+    """
+
+    def with_spread(values, form=".1f"):
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):{form}}{spread}"
+
+    rows = [["WER in %", "seeds", *SETS.values(), *(f"{label}, change" for label in SETS.values())], ["---"] * 10]
     for system in dict.fromkeys(system for system, _ in results):
         seeds = [seed for name, seed in results if name == system and (BASE, seed) in results]
-        wers = {name: [results[system, seed][name] for seed in seeds] for name in SETS}
-        base = {name: [results[BASE, seed][name] for seed in seeds] for name in SETS}
-        changes = ["" if system in ("before", BASE) else difference(wers[name], base[name]) for name in SETS]
-        rows.append([system, len(seeds), *(with_spread(wers[name], ".1f") for name in SETS), *changes])
-    header = ["WER in %", "seeds", *SETS.values(), *(f"{label}, change" for label in SETS.values())]
-    return finetune_medasr.markdown_table(header, rows)
-
-
-def known_results(path, names):
-    """{(system, seed): {set: WER}} of the trials `names`, in their order."""
-    entries = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
-    chosen = [entry for name in names for entry in entries if entry["trial"] == name]
-    return {(system, entry["seed"]): wers for entry in chosen for system, wers in entry["found"].items()}
+        cells, changes = [], []
+        for part in SETS:
+            cells.append(with_spread([results[system, seed][part] for seed in seeds]))
+            change = [results[system, seed][part] - results[BASE, seed][part] for seed in seeds]
+            lower = f"({sum(value < 0 for value in change)}/{len(seeds)})"
+            changes.append("" if system in ("before", BASE) else f"{with_spread(change, '+.1f')} {lower}")
+        rows.append([system, str(len(seeds)), *cells, *changes])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def run_trials(options):
     """Each trial with each seed, but for those that `options.results` holds already; prints the table."""
     path = options.results or Path(tempfile.mkdtemp()) / "trials.jsonl"
+    known = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
     names = [name for name in TRIALS if name == BASE or options.only in name]
-    for seed in options.seeds:
-        for name in names:
-            if (name, seed) in known_results(path, [name]):
-                continue
-            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-                found = run_trial(name, seed, Path(folder))
-            with path.open("a") as file:
-                file.write(json.dumps({"trial": name, "seed": seed, "found": found}) + "\n")
-    print("\n".join(table(known_results(path, names))))
+    done = {(entry["trial"], entry["seed"]) for entry in known}
+    for seed, name in [(seed, name) for seed in options.seeds for name in names if (name, seed) not in done]:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            known.append({"trial": name, "seed": seed, "found": run_trial(name, seed, folder)})
+        with path.open("a") as file:
+            file.write(json.dumps(known[-1]) + "\n")
+    chosen = [entry for name in names for entry in known if entry["trial"] == name]
+    print(table({(system, entry["seed"]): wers for entry in chosen for system, wers in entry["found"].items()}))
     return 0
