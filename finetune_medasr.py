@@ -341,21 +341,15 @@ class TrainingFlags:
     dataloader_num_workers: NotNegative[int | None] = flag(None, "processes that decode audio; up to 8, by cores")
     resume_from_checkpoint: str | None = flag(None, "a checkpoint's folder; the newest complete one if not given")
     seed: NotNegative[int] = flag(42, "seed of everything random")
-    # What the Trainer needs for this job; where it is a single value, the code relies on it: the collator reads columns
-    # that are not arguments of the model. disable_tqdm's own default follows the libraries' log level.
-    eval_strategy: Literal["no", "steps", "epoch"] = "steps"
-    save_strategy: Literal["no", "steps", "epoch"] = "steps"
-    load_best_model_at_end: bool = True
-    metric_for_best_model: Literal["wer", "cer", "loss", "wer_by_domain/clinical", "wer_by_domain/general"] = "wer"
-    greater_is_better: bool = False
-    report_to: str = "tensorboard"
-    disable_tqdm: bool = False
-    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
-    length_column_name: Literal["num_samples"] = "num_samples"
-    remove_unused_columns: Literal[False] = False
-    label_smoothing_factor: Literal[0] = 0
 
 
+# What the Trainer needs for this job; each can still be set by its own flag, but for those that the code relies on: the
+# collator reads columns that are not arguments of the model. disable_tqdm's default follows the libraries' log level.
+TRAINING_DEFAULTS = dict(eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True, disable_tqdm=False)
+TRAINING_DEFAULTS |= dict(metric_for_best_model="wer", greater_is_better=False, report_to=["tensorboard"])
+TRAINING_DEFAULTS |= dict(train_sampling_strategy="group_by_length")
+FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
+BEST_METRICS = ("wer", "cer", "loss", "wer_by_domain/clinical", "wer_by_domain/general")
 DEMO_FLAGS = [
     *("--model", str(FIXTURES / "model"), "--dataset", str(FIXTURES / "corpus"), "--output_dir", "./medasr-demo"),
     *"--data_dir ./medasr-demo/audio --learning_rate 2e-3 --max_steps 120 --gradient_accumulation_steps 2".split(),
@@ -423,7 +417,7 @@ class CheckedSettings:
         return tuple(split for split in splits if not (on_disk and self.streaming and split == "train"))
 
     def problems(self):
-        """Yield what cannot work, in a line that names the flag, the value and the valid ones; false if it can."""
+        """Yield for each check a line with the flag, the value and the valid ones, or something false if it passes."""
         for name in BATCH_SIZES:
             is_size = re.fullmatch(r"auto|0*[1-9]\d*", value := getattr(self, name))
             yield not is_size and f"--{name} is {value}; it must be a number of clips above 0, or auto"
@@ -434,6 +428,11 @@ class CheckedSettings:
                 yield not is_good and f"--{name} is {value:g}; it must be {bound[0]}, and finite"
         seconds, least = self.window_seconds, 3 * WINDOW_OVERLAP_SECONDS
         yield seconds < least and f"--window_seconds is {seconds:g}; it must be at least {least:g}"
+        for name, needed in FIXED.items():
+            value = getattr(self, name)
+            yield value != needed and f"--{name} is {value}; this program needs {needed}: leave the flag out"
+        best = str(self.metric_for_best_model or "wer").removeprefix("eval_")
+        yield best not in BEST_METRICS and f"--metric_for_best_model is {best}; it must be {', '.join(BEST_METRICS)}"
         for name in ("fsdp", "deepspeed"):
             is_on = getattr(self, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
             yield is_on and f"--{name} is not supported: this model needs no sharding; torchrun gives each GPU a copy"
@@ -447,7 +446,8 @@ class CheckedSettings:
             is_good = folder.strip() and found.is_dir() and os.access(found, os.W_OK | os.X_OK)
             yield not is_good and f"--{name} is '{folder}': {found} is no folder that can be written to; choose another"
         output = Path(self.output_dir).expanduser().resolve()
-        for name in ("data_dir", "model", "dataset", "resume_from_checkpoint")[: 4 if self.overwrite_output_dir else 1]:
+        read = ("model", "dataset", "resume_from_checkpoint") if self.overwrite_output_dir else ()
+        for name in ("data_dir", *read):
             path = Path(folder := getattr(self, name) or "/").expanduser().resolve()
             is_lost = path.is_relative_to(output) and MADE_BY_A_RUN.match(path.relative_to(output).as_posix())
             yield is_lost and f"--{name} {folder} is what a run under --output_dir {output} replaces or deletes"
@@ -493,8 +493,8 @@ def make_parser(show_all):
     training = dataclass(type("Training", (TrainingFlags, transformers.TrainingArguments), {}))
     parser = Parser([ScriptFlags, training], allow_abbrev=False, formatter_class=layout, **texts)
     parser.add_argument("--help_all", action="help", help="show every flag, those of TrainingArguments included")
-    shown = [item for kind in (ScriptFlags, TrainingFlags) for item in dataclasses.fields(kind) if item.metadata]
-    shown = {"help", "help_all", *(item.name for item in shown)}
+    parser.set_defaults(**TRAINING_DEFAULTS, **FIXED)
+    shown = {"help", "help_all", *vars(ScriptFlags), *vars(TrainingFlags)}
     for action in parser._actions:
         action.option_strings = action.option_strings[-1:] if action.dest == "help" else action.option_strings[:1]
         if not show_all and action.dest not in shown:
@@ -578,12 +578,11 @@ def explained_hub_errors(repo, kind):
         raise RunError(f"{kind} {repo} {meaning}") from error
 
 
-RETRIES = 6  # drops of a connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
-
-
 class HubStream(io.RawIOBase):
     """A file of a `Repository` on the Hub as a stream from `position` on, through dropped connections. The Hub client
     waits out answers of 5xx and 429 by itself."""
+
+    drops = 6  # of the connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
 
     def __init__(self, repository, path, position=0):
         self.file, self.size = repository.on_hub(path, block_size=0), repository.files[path][0]
@@ -593,7 +592,7 @@ class HubStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        for attempt in range(RETRIES):
+        for attempt in range(self.drops):
             if self.file.loc >= self.size:
                 return 0
             if attempt:
@@ -604,7 +603,7 @@ class HubStream(io.RawIOBase):
                     buffer[: len(data)] = data
                     return len(data)
             except httpx2.TransportError:
-                if attempt == RETRIES - 1:
+                if attempt == self.drops - 1:
                     raise
         raise OSError(f"it ends after {self.file.loc:,} of {self.size:,} bytes")
 
@@ -640,8 +639,7 @@ class Repository:
                     raise
                 say("  the Hub cannot be reached: taken as it was when it was listed last")
                 return
-        found = [item for item in tree if hasattr(item, "size")]
-        self.files = {file.path: [file.size, file.lfs.sha256 if file.lfs else None] for file in found}
+        self.files = {file.path: [file.size, file.lfs and file.lfs.sha256] for file in tree if hasattr(file, "size")}
         write_text(listing, json.dumps(self.files, indent=1))
 
     def size(self, paths):
@@ -936,14 +934,12 @@ class Source:
 
     def add_archives(self, archives, splits, accents):
         """AfriSpeech-200's layout: audio/<accent>/<split>/*.tar.gz and transcripts/<accent>/<split>.csv."""
-        tables, self.shards, self.names = {}, [], archives
-        for part in itertools.product(sorted(accents), splits):
-            if (path := "transcripts/{}/{}.csv".format(*part)) in self.repository.files:
-                tables[part] = path
+        self.shards, self.names = [], archives
+        parts = {f"transcripts/{accent}/{split}.csv": (accent, split) for accent in sorted(accents) for split in splits}
+        paths = [path for path in parts if path in self.repository.files]
         with ThreadPoolExecutor(8) as pool:  # some hundred small files on the Hub, so several at once
-            list(pool.map(self.repository.fetch, tables.values()))
-        for (accent, split), path in tables.items():
-            table = self.read(path)
+            tables = dict(zip(map(parts.get, paths), pool.map(self.read, paths)))
+        for (accent, split), table in tables.items():
             table["clip"], table["split"] = table["clip"].map(clip_key).astype("str"), split
             table["accent"] = table["accent"].replace("", accent)
             tables[accent, split] = table[table["clip"] != ""].drop_duplicates("clip")
@@ -1817,7 +1813,8 @@ class CTCCollator:
         # Waveforms are padded, not features, so that padded frames come out as silence.
         batch = {"waveforms": pad(list(map(torch.from_numpy, waveforms))), "num_samples": torch.tensor(lengths)}
         batch["counts"] = sum(lengths), len(lengths) * max(lengths)
-        batch |= {f"{name}s": [row.get(name, "") for row in rows] for name in ("clip", "problem")}
+        for name in {"clip", "problem"} & set(rows[0]):  # prepared clips have both, windows of clips a problem
+            batch[f"{name}s"] = [row[name] for row in rows]
         if self.encoder:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=-100)
@@ -2881,7 +2878,7 @@ class CTCTrainer:
 
     loss_is_scaled_for_ga = True  # compute_loss has divided it among an update's batches
     clips, bar = (), None  # of the update under way; of the progress
-    # Since the last log: samples without and with padding, when that was, seconds of waiting for data.
+    # Since the last log: samples without and with padding; when that was, pauses aside; seconds of waiting for data.
     heard, started, waited = np.zeros(2), 0.0, 0.0
     skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16 since the last log, and just now
 
@@ -2905,7 +2902,7 @@ class CTCTrainer:
     def on_train_begin(self, args, state, control, **kwargs):
         looks = {"desc": "training", "unit": "update", "disable": self.decoder.is_silent}
         self.bar = tqdm.tqdm(total=state.max_steps, initial=state.global_step, **looks)
-        # What a resumption lacks: the best checkpoint if the folder was moved, an evaluation that a signal came at.
+        # What a resumption lacks: the best checkpoint's new place if the folder was moved, and a stopped evaluation.
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         state.best_model_checkpoint = str(best) if best.exists() else state.best_model_checkpoint
         evaluated = {entry["step"] for entry in state.log_history if "eval_wer" in entry}
@@ -2916,15 +2913,15 @@ class CTCTrainer:
 
     def stop_early(self):
         """Early stopping counts in the history of the run, which a resumption keeps."""
-        state, patience = self.state, self.args.load_best_model_at_end and self.args.early_stopping_patience
-        late = sum("eval_wer" in entry and entry["step"] > (state.best_global_step or 0) for entry in state.log_history)
-        if 0 < patience <= late and not self.control.should_training_stop:
+        best, patience = self.state.best_global_step or 0, self.args.early_stopping_patience
+        late = sum("eval_wer" in entry and entry["step"] > best for entry in self.state.log_history)
+        if self.args.load_best_model_at_end and 0 < patience <= late and not self.control.should_training_stop:
             self.control.should_training_stop, more = True, "a higher --early_stopping_patience goes on"
             say(f"  stopped early: {plural(late, 'evaluation')} without a better dev WER; {more}")
 
     def _run_epoch(self, epoch, **options):
-        """An epoch, of whose order and masks its number and the seed decide: the Trainer restores its random state only
-        after the first batch has been drawn. It would also make one more update of a run that is at its end."""
+        """Order and masks come from the seed and the epoch alone: the Trainer restores its random state only after the
+        first batch has been drawn. It would also make one more update of a run that is at its end."""
         self.order.manual_seed(self.args.seed + epoch)
         self.data_collator.epoch = epoch
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
@@ -2961,24 +2958,23 @@ class CTCTrainer:
         return norm
 
     def refuse(self, problem):
-        """Raise RunError for numbers that are not finite."""
         advice = f"{'use --bf16, or ' * self.args.fp16}lower --learning_rate, or raise --warmup_steps"
         raise RunError(f"{problem} at update {self.state.global_step + 1}: {advice}; earlier checkpoints are good")
 
     def _maybe_log_save_evaluate(self, *inputs, **options):
-        """What comes after an update. A signal ends the run then, or in the evaluation, with a checkpoint."""
+        """What follows an update. A signal ends the run here, or in the evaluation, with a checkpoint."""
         start, stopped = time.monotonic(), agreed(STOP_SIGNALS.number, self.args, "MAX")
         try:
             if not stopped:
                 super()._maybe_log_save_evaluate(*inputs, **options)
-        except Stopped as error:  # the evaluation, which may take minutes, is caught up with
+        except Stopped as error:  # in the evaluation, which the next start makes up for
             stopped = error.args[0]
         if stopped:
             self.control.should_save, self.control.should_evaluate = True, False
             super()._maybe_log_save_evaluate(*inputs, **options)
             say(f"  checkpoint-{self.state.global_step} written")
             raise Stopped(stopped)
-        self.started += time.monotonic() - start  # the speed is that of training
+        self.started += time.monotonic() - start
         self.bar.update(self.state.global_step - self.bar.n)
         self.stop_early()
 
@@ -3013,9 +3009,8 @@ class CTCTrainer:
         scores = error_rates_metric().compute(references=pairs["text"], predictions=pairs["hypothesis"])
         for domain, part in table[table["domain"] != ""].groupby("domain"):
             scores[f"wer_by_domain/{domain}"] = corpus_rate(part["text"], part["hypothesis"])
-        shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]]
-        cells = [map(markdown_text, row) for row in shown.itertuples(index=False)]
-        scores["transcriptions"] = "\n".join(markdown_table(["accent", "reference", "hypothesis"], cells))
+        shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]].map(markdown_text)
+        scores["transcriptions"] = "\n".join(markdown_table(["accent", "reference", "hypothesis"], shown.to_numpy()))
         scores |= {"loss": loss, "runtime": round(time.monotonic() - start, 2)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
@@ -3163,7 +3158,8 @@ class Run:
     have filled the GPU's memory."""
 
     def __init__(self, settings):
-        self.settings, self.output, self.lms = settings, Path(settings.output_dir), {}  # of the systems decoded
+        self.settings, self.output = settings, Path(settings.output_dir)
+        self.lms = {}  # system: the settings of the language model that its texts were made with
         self.results, self.final, self.path = self.output / "results", self.output / "final", self.output / "run.json"
         weights = Path(settings.model).expanduser() / "model.safetensors"  # tells models in folders of one name apart
         values = {**vars(settings), "clips_an_update": settings.clips_an_update}
@@ -3180,10 +3176,8 @@ class Run:
         for path in [*self.results.glob("*.tmp"), *output.glob("*")] if self.settings.is_first else ():
             if path.suffix == ".tmp" or (anew and MADE_BY_A_RUN.match(path.name)):  # half-written by a killed start
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        found = [
-            *output.glob("final"),
-            *output.glob("checkpoint-*"),
-        ]  # a checkpoint that was copied can be gone on from
+        found = [*output.glob("final"), *output.glob("checkpoint-*")]
+        # A checkpoint that was copied here can be gone on from.
         foreign = [str(path) for path in found if not (path / "trainer_state.json").exists()]
         # The first process's, because all have to do the same.
         notes, foreign = accelerate.utils.gather_object([(read_json(self.path), foreign)])[0]
@@ -3278,9 +3272,8 @@ class Run:
         return write_results(self.results, content, scores, title, notes, history)
 
     def train(self, checkpoint, done):
-        """Train, from `checkpoint` with its updates `done` if given, and leave the best model; returns the trainer. The
-        default warm-up and evaluation interval are shortened where a run is too short for them. Raises RunError that
-        says what to change."""
+        """Train, from `checkpoint` with its updates `done` if given; returns the trainer with the best model. Shortens
+        the default warm-up and evaluation interval where a run is too short for them."""
         settings, default, trainer = self.settings, TrainingFlags, None
         train, seed = self.clips["train"].audio, settings.seed
         updates, _ = planned_updates(settings, len(self.clips["train"]))
@@ -3301,10 +3294,10 @@ class Run:
         try:
             trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], limit)
             trainer.data_collator.seed = seed
-            for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
-                setattr(trainer, name, loading(getattr(trainer, name)))
             if checkpoint:
                 say(f"  going on from {checkpoint}, update {done} of {updates}")
+            for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
+                setattr(trainer, name, loading(getattr(trainer, name)))
             with STOP_SIGNALS.deferring():
                 trainer.train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError as error:
@@ -3338,10 +3331,10 @@ class Run:
         texts = {name: texts.get(name, {}) | found for name, found in self.decode_tests("finetuned").items()}
         if settings.is_first:
             metrics = self.write_results(texts, trainer.state.log_history)
-            with explained(f"{self.final} cannot be written", checkpoint_errors(), ROOM_ADVICE):
-                with complete(self.final) as final:
-                    trainer.save_model(str(final))
-                    write_model_card(final, self.results, settings, metrics)
+            what = f"{self.final} cannot be written"
+            with explained(what, checkpoint_errors(), ROOM_ADVICE), complete(self.final) as final:
+                trainer.save_model(str(final))
+                write_model_card(final, self.results, settings, metrics)
             # The test scores and the picture by accent go to TensorBoard, beside the curves of the training.
             with Lazy("torch.utils.tensorboard").SummaryWriter(str(self.output / "runs")) as writer:
                 step, parts = trainer.state.global_step, {"test": metrics, **metrics.get("also", {})}
@@ -3365,7 +3358,7 @@ def run(settings):
     if settings.transcribe:
         return transcribe(settings)
     transformers.set_seed(settings.seed)
-    this, processor, trains = Run(settings), None, not any(getattr(settings, mode) for mode in MODES)
+    this, trains = Run(settings), not any(getattr(settings, mode) for mode in MODES)
     if trains:
         this.open()
         if this.show_finished():
