@@ -264,7 +264,6 @@ def mixed(*kinds):
 
 Number = typing.TypeVar("Number")
 Positive, NotNegative = Annotated[Number, "above 0"], Annotated[Number, "0 or more"]
-Finite = Annotated[Number, "a number"]
 
 
 def flag(default, text):
@@ -310,7 +309,7 @@ class ScriptFlags:
     format_dictation: bool = flag(False, "write dictated {period}, {new paragraph} ... as what they stand for")
     lm: str | None = flag(None, f"decode with this n-gram of the model's tokens too; auto: {LM_FILE} of the model")
     lm_weight: NotNegative[float] = flag(0.5, "what a log-probability of --lm counts beside one of the model")
-    lm_word_score: Finite[float] = flag(1.5, "what each token adds to a text's score: --lm alone prefers short ones")
+    lm_word_score: float = flag(1.5, "what each token adds to a text's score: --lm alone prefers short ones")
     lm_beam: Positive[int] = flag(8, "hypotheses that the search with --lm keeps at each frame")
     tune_lm: bool = flag(False, "choose --lm_weight and --lm_word_score on dev before the test clips are scored")
     demo: bool = flag(False, "run the whole job on the small model and corpus in tests/fixtures, offline")
@@ -422,10 +421,13 @@ class CheckedSettings:
             is_size = re.fullmatch(r"auto|0*[1-9]\d*", value := getattr(self, name))
             yield not is_size and f"--{name} is {value}; it must be a number of clips above 0, or auto"
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            if (bound := getattr(hint, "__metadata__", "")) and (value := getattr(self, name)) is not None:
-                is_in = {"above 0": value > 0, "0 or more": value >= 0}.get(bound[0], True)
-                is_good = is_in and np.isfinite(value)
-                yield not is_good and f"--{name} is {value:g}; it must be {bound[0]}, and finite"
+            (bound,), value = getattr(hint, "__metadata__", [""]), getattr(self, name)
+            if isinstance(value, (int, float)):
+                is_in = {"above 0": value > 0, "0 or more": value >= 0}.get(bound, True) and np.isfinite(value)
+                yield not is_in and f"--{name} is {value:g}; it must be {bound or 'a number'}, and finite"
+        yield self.seed >= 2**32 and f"--seed is {self.seed}; it must be below 2**32"
+        is_good = self.max_steps > 0 or self.max_steps == -1
+        yield not is_good and f"--max_steps is {self.max_steps}; it must be above 0, or -1 for --num_train_epochs"
         seconds, least = self.window_seconds, 3 * WINDOW_OVERLAP_SECONDS
         yield seconds < least and f"--window_seconds is {seconds:g}; it must be at least {least:g}"
         for name, needed in FIXED.items():
@@ -717,6 +719,8 @@ def load_model(settings):
         processor = transformers.AutoProcessor.from_pretrained(**source)
         model, loading = transformers.AutoModelForCTC.from_pretrained(**source, **options)
         rate, features = processor.feature_extractor.sampling_rate, type(processor.feature_extractor).__name__
+        silence = CTCCollator(processor.feature_extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
+        model.eval()(**model_inputs(silence, processor.feature_extractor, "cpu"))  # shows what does not fit together
         labels = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")(["patient PATIENT"])[0]
     unfit = [key for key, *_ in loading["mismatched_keys"]] + sorted(loading["missing_keys"])  # filled with noise
     problems = (
@@ -992,7 +996,7 @@ class Source:
             for split, file in [(split, str(file)) for split, files in found.items() for file in files]:
                 path = os.path.relpath(file, place) if repository.folder else re.sub("^hf://([^/]+/){3}", "", file)
                 if path in repository.files:  # what names no split is "train" for datasets
-                    named[path] = split_in(path) if list(found) == ["train"] else split_in(split)
+                    named[path] = split_in(path) if list(found) == ["train"] else split_in(str(split))
             write_text(noted, json.dumps(named, indent=1))
         self.names = list(named)
         if set(splits) <= set(named.values()):  # a corpus may be large beside its test split
@@ -1181,7 +1185,7 @@ def audio_length(path):
             count = promised * len(file.read(1))
     if not count:
         with open_audio(path) as file, contextlib.suppress(soundfile.SoundFileError):
-            while found := len(file.read(2**20 // file.channels, dtype="float32")):
+            while found := len(file.read(max(1, 2**14 // file.channels), dtype="float32")):
                 count += found
     if not count:
         raise ValueError("no audio samples")
@@ -1712,7 +1716,7 @@ class ClipCheck:
             return ""
         if samples < self.shortest:
             return f"too short: {samples / SAMPLE_RATE:.2f} s, the model needs {self.shortest / SAMPLE_RATE:.3f} s"
-        if samples > self.max_train_seconds * SAMPLE_RATE:
+        if samples / SAMPLE_RATE > self.max_train_seconds:
             return f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s"
         folded, room = self.encoder.fold(text), self.logits[(samples - self.shortest) // self.hop]
         # CTC puts a blank between two equal labels. Labels are made where there may be too many: each is of one
