@@ -32,7 +32,7 @@ FLAGS = """--demo --eval_steps 20 --save_steps 20 --save_total_limit 10 --early_
 
 
 def opened(flags, also=()):
-    """What a run has before it trains; the clips of `also`, {name: further test set}, are beside those of the splits."""
+    """What a run has before it trains; its clips are those of the splits and of `also`, {name: further test set}."""
     settings = script.parse_settings([*map(str, flags), "--disable_tqdm", "true"])
     processor, model = script.load_model(settings)
     sources = {"": script.Source(settings.dataset, settings, script.SPLITS)}
