@@ -34,15 +34,17 @@ import soxr
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 MODEL, DATASET = "google/medasr", "intronhealth/afrispeech-200"
 COMMITS = {DATASET: "b538c6e111914a812af28ff677f8cffc9b404b7d"}
-LFS_SUFFIXES = {".csv", ".gz", ".safetensors", ".bin", ".model", ".kenlm"}
+LFS_SUFFIXES = {".csv", ".gz", ".parquet", ".ogg", ".wav", ".safetensors", ".bin", ".model", ".kenlm"}
 HUB_RATE = 44100
 BLOCK = 1 << 16
 
 # ---- The corpus as the Hub has it ------------------------------------------------------------------------------------
 
 
-def hub_copy(corpus_dir, out_dir):
-    """Copy a corpus of small .ogg clips with the Hub's kind of audio, 44.1 kHz stereo WAV; returns `out_dir`."""
+def hub_copy(corpus_dir, out_dir, accents="*"):
+    """Copy a corpus of small .ogg clips, or the folders of its `accents` (a pattern), with the Hub's kind of audio, 44.1
+    kHz stereo WAV; returns `out_dir`.
+    """
 
     def copy(source):
         target = out_dir / source.relative_to(corpus_dir)
@@ -55,7 +57,7 @@ def hub_copy(corpus_dir, out_dir):
             shutil.copyfile(source, target)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(copy, [path for path in corpus_dir.rglob("*") if path.is_file()]))
+        list(pool.map(copy, [path for path in corpus_dir.glob(f"*/{accents}/**/*") if path.is_file()]))
     (out_dir / "afrispeech-200.py").write_text("import datasets\n")  # `datasets` refuses a repository with a script
     return out_dir
 

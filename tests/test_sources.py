@@ -1,0 +1,943 @@
+"""Where clips come from: every kind of source, in a folder and on a Hub, and what may be wrong with it."""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import finetune_medasr as script
+import numpy as np
+import pyarrow.parquet
+import pytest
+import soundfile
+
+from conftest import (
+    CORPUS,
+    MODEL,
+    SPLITS,
+    corpus_audio,
+    corpus_rows,
+    error_line,
+    load_json,
+    load_predictions,
+    run_script,
+)
+from loopback_hub import DATASET, LoopbackHub, hub_copy
+from loopback_hub import MODEL as HUB_MODEL
+from warm import WarmStarts
+
+RATE = 16_000
+TEXT = "The patient has a fever."
+
+# ---------------------------------------------------------------- clips, good and bad
+
+
+def sound(samples, rate=RATE, **options):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, **{"format": "WAV", "subtype": "PCM_16", **options})
+    return buffer.getvalue()
+
+
+def tone(seconds=3.0, rate=RATE):
+    return 0.1 * np.sin(np.arange(round(seconds * rate)) * 2 * np.pi * 440 / rate)
+
+
+GOOD = sound(tone())
+BOMB = GOOD[:24] + struct.pack("<II", 1, 2) + GOOD[32:]  # at a claimed rate of 1 Hz it is 3 GB at 16 kHz
+NO_TEXT = "no text left that the tokenizer covers"
+NO_NUMBER = "undecodable audio .*not numbers"
+BAD_CLIPS = {  # name: (audio, text, why it is left out of training, why out of the test; "" where it is used)
+    "html": (b"<html>Service unavailable</html>", TEXT, "undecodable audio", "undecodable audio"),
+    "empty-file": (b"", TEXT, "no audio|undecodable audio", "no audio|undecodable audio"),
+    "half-a-header": (GOOD[:20], TEXT, "undecodable audio", "undecodable audio"),
+    "header-alone": (GOOD[:44], TEXT, "no audio samples", "no audio samples"),
+    "bomb": (BOMB, TEXT, "undecodable audio .*1 GB", "undecodable audio .*1 GB"),
+    "nan": (sound(tone() * np.nan, subtype="FLOAT"), TEXT, NO_NUMBER, NO_NUMBER),
+    "infinite": (sound(tone() + np.inf, subtype="FLOAT"), TEXT, NO_NUMBER, NO_NUMBER),
+    "loud": (sound(tone() * 1e29, subtype="FLOAT"), TEXT, "", ""),
+    "truncated": (GOOD[: len(GOOD) // 2], TEXT, "", ""),
+    "8-khz": (sound(tone(rate=8_000), 8_000), TEXT, "", ""),
+    "96-khz-8-channels": (sound(np.tile(tone(rate=96_000)[:, None], 8), 96_000), TEXT, "", ""),
+    "mp3": (sound(tone(), format="MP3", subtype="MPEG_LAYER_III"), TEXT, "", ""),
+    "silence": (sound(np.zeros(3 * RATE)), TEXT, "", ""),
+    "one-sample": (sound(tone(1 / RATE)), TEXT, r"too short: 0\.00 s", ""),
+    "long": (sound(tone(21)), TEXT, r"over --max_train_seconds: 21\.0 s", ""),
+    "blank-text": (GOOD, " \u00a0\n\t", "empty text", "empty text"),
+    "punctuation": (GOOD, "?!...", "", ""),
+    "uncovered": (GOOD, "漢字 😀", NO_TEXT, ""),
+    "much-text": (GOOD, "a fever " * 1_250, "more labels than frames", ""),
+    "formula": (GOOD, "=1+1", "", ""),
+    "no-audio": (None, TEXT, "no audio", "no audio"),
+    "no-transcript": (GOOD, None, "no transcript", "no transcript"),
+}
+GROUPS = ("speaker", "accent", "country", "domain", "gender", "age_group")
+THEIRS = {"speaker": "user_ids"}  # what AfriSpeech-200 calls it
+SIZES = {("damara", "train"): 12, ("damara", "dev"): 4, ("damara", "test"): 6, ("akan (fante)", "test"): 4}
+
+
+def make_clips():
+    """[{split, name, audio, text, speaker, accent, ...}] of the fixture corpus and of BAD_CLIPS; file names are unique."""
+    clips = []
+    for split in SPLITS:
+        audio, rows = corpus_audio(split), corpus_rows(split)
+        for accent in ("damara", "akan (fante)"):
+            names = [name for name in audio if rows[name]["accent"] == accent][: SIZES.get((accent, split), 0)]
+            for name in names:
+                row = {group: rows[name][THEIRS.get(group, group)] for group in GROUPS}
+                clips.append(
+                    {"name": name, "split": split, "audio": audio[name], "text": rows[name]["transcript"]} | row
+                )
+        for number, (name, (audio, text, *_)) in enumerate(BAD_CLIPS.items() if split != "dev" else ()):
+            row = dict.fromkeys(GROUPS, "") | {
+                "speaker": f"{split}-{number % 4}",
+                "accent": "damara",
+                "domain": "clinical",
+            }
+            clips.append({"name": f"bad/{name}.wav", "split": split, "audio": audio, "text": text} | row)
+    return clips
+
+
+# ---------------------------------------------------------------- the kinds of sources
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def write_table(path, rows):
+    text = io.StringIO()
+    if path.suffix == ".jsonl":
+        text.writelines(json.dumps(row) + "\n" for row in rows)
+    else:
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    write(path, text.getvalue())
+
+
+def read_rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, audio in members:
+            info = tarfile.TarInfo(f"data/data/intron/{name}")
+            info.size = len(audio)
+            tar.addfile(info, io.BytesIO(audio))
+
+
+def write_archives(folder, clips):
+    """AfriSpeech-200's layout; its training clips in two archives."""
+    parts = {}
+    for clip in clips:
+        parts.setdefault((re.sub(r"\W+", "-", clip["accent"]).strip("-"), clip["split"]), []).append(clip)
+    for (accent, split), part in parts.items():
+        rows = [
+            {"audio_paths": f"/AfriSpeech-100/{split}/{clip['name']}", "transcript": clip["text"], "duration": 3}
+            | {THEIRS.get(group, group): clip[group] for group in GROUPS}
+            for clip in part if clip["text"] is not None
+        ]  # fmt: skip
+        write_table(folder / f"transcripts/{accent}/{split}.csv", rows)
+        members = [(clip["name"], clip["audio"]) for clip in part if clip["audio"] is not None]
+        for number in range(count := 2 if split == "train" else 1):
+            write_tar(folder / f"audio/{accent}/{split}/{split}_{accent}_{number}.tar.gz", members[number::count])
+    return folder
+
+
+FOLDERS = {"train": "train", "dev": "validation", "test": "test"}
+OTHER_NAMES = {"text": "sentence", "speaker": "client_id", "gender": "sex"}
+
+
+def other_row(clip):
+    return {OTHER_NAMES.get(name, name): clip[name] for name in ("text", *GROUPS)}
+
+
+def write_audio_folder(folder, clips):
+    """datasets' AudioFolder, with a table in each split's folder, under other people's column names."""
+    for split in dict.fromkeys(clip["split"] for clip in clips):
+        part = [clip for clip in clips if clip["split"] == split]
+        for clip in part:
+            if clip["audio"] is not None:
+                write(folder / FOLDERS[split] / clip["name"], clip["audio"])
+        rows = [{"file_name": clip["name"], **other_row(clip)} for clip in part if clip["text"] is not None]
+        write_table(folder / FOLDERS[split] / f"metadata.{'csv' if split == 'train' else 'jsonl'}", rows)
+    return folder
+
+
+def write_parquet(folder, clips, prefix="data"):
+    """What `datasets` pushes to the Hub, with two files for training."""
+    from datasets import Audio, ClassLabel, Features, Value
+
+    columns = dict.fromkeys(other_row(clips[0]), Value("string")) | {
+        "domain": ClassLabel(names=["general", "clinical"])
+    }
+    features = Features(audio=Audio(sampling_rate=RATE, decode=False), **columns)
+    for split in dict.fromkeys(clip["split"] for clip in clips):
+        rows = [
+            {"audio": {"bytes": clip["audio"], "path": clip["name"].split("/")[1]}, **other_row(clip)}
+            | {"domain": features["domain"].str2int(clip["domain"])}
+            for clip in clips if clip["split"] == split
+        ]  # fmt: skip
+        for number in range(count := 2 if split == "train" else 1):
+            # Dataset.from_list would need torchcodec to encode the column of audio.
+            part = pyarrow.Table.from_pylist(rows[number::count], schema=features.arrow_schema)
+            path = folder / prefix / f"{FOLDERS[split]}-{number:05d}-of-{count:05d}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pyarrow.parquet.write_table(part, path, row_group_size=8)
+    return folder
+
+
+KINDS = {"archives": write_archives, "audio-folder": write_audio_folder, "parquet": write_parquet}
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """{kind: a folder of the same clips}"""
+    folder, clips = tmp_path_factory.mktemp("corpora"), make_clips()
+    return {kind: write_kind(folder / kind, clips) for kind, write_kind in KINDS.items()}
+
+
+def clip_file(name):
+    """What a clip of any kind of source is called alike: the name of its file. Parquet rows have a number before it."""
+    return re.sub(r"^\d{5}-", "", name.split("/")[-1])
+
+
+def prepared(data_dir):
+    """{(split, file): row} of all prepared files."""
+    from datasets import Dataset
+
+    files = [Dataset.from_file(str(path)) for path in sorted(data_dir.rglob("*.arrow"))]
+    return {(row["split"], clip_file(row["clip"])): row for rows in files for row in rows}
+
+
+def digests(data_dir):
+    """{prepared file, without the mark of what it is made of: SHA-256}"""
+    return {
+        path.name.split(".")[0]: hashlib.sha256(path.read_bytes()).hexdigest() for path in data_dir.rglob("*.arrow")
+    }
+
+
+def modified(data_dir):
+    return {path: path.stat().st_mtime_ns for path in data_dir.rglob("*.arrow")}
+
+
+def skipped(folder):
+    """[(split, clip, reason)] of skipped_clips.csv."""
+    rows = read_rows(folder / "results/skipped_clips.csv")
+    return [(row["split"], row["clip"], row["reason"]) for row in rows]
+
+
+def run(folder, dataset, *flags):
+    """The exit status of the program in this process."""
+    paths = ["--model", MODEL, "--dataset", dataset, "--data_dir", folder / "audio", "--output_dir", folder / "out"]
+    return script.main([*map(str, [*paths, "--num_proc", 1, "--disable_tqdm", "true", "--use_cpu", "true", *flags])])
+
+
+def assert_refused(done, status, *words):
+    """That a run ended with `status` and one line of an error that holds each of `words`, patterns."""
+    retries = re.compile(r"HTTP Error|Rate limited|Retrying|thrown while requesting|warning:")
+    line = error_line("\n".join(line for line in done.stderr.splitlines() if not retries.search(line)))
+    assert done.returncode == status and "unexpected" not in line, done.stderr
+    for word in words:
+        assert re.search(word, line), line
+
+
+TRAINING = """--max_steps 1 --eval_steps 1 --save_steps 1 --per_device_train_batch_size 4 --max_train_seconds 20
+    --gradient_accumulation_steps 1 --dataloader_num_workers 0 --num_proc 1 --use_cpu true""".split()
+
+
+def flags_of(dataset, *flags):
+    return ["--model", MODEL, "--dataset", dataset, "--data_dir", "audio", "--output_dir", "out", *flags]
+
+
+@pytest.fixture(scope="module")
+def runs(corpora, warm, tmp_path_factory):
+    """runs(kind) -> a whole run on a folder of that kind."""
+    done = {}
+
+    def run_once(kind):
+        if kind not in done:
+            folder = tmp_path_factory.mktemp(kind)
+            ended = warm.run(*flags_of(corpora[kind], *TRAINING), cwd=folder)
+            assert ended.returncode == 0, ended.stderr[-2000:]
+            done[kind] = SimpleNamespace(
+                folder=folder, clips=prepared(folder / "audio"), skipped=skipped(folder / "out"), ended=ended,
+                metrics=load_json(folder / "out/results/metrics.json"),
+                texts={clip_file(row["audio_filepath"]): row for row in load_predictions(folder / "out/results")},
+            )  # fmt: skip
+        return done[kind]
+
+    return run_once
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_clips_are_named_with_their_reasons_and_the_others_are_used(runs, kind):
+    found = Counter((split, clip_file(clip)) for split, clip, _ in runs(kind).skipped)
+    assert set(found.values()) == {1}, "a clip is named twice"
+    reasons = {(split, clip_file(clip)): reason for split, clip, reason in runs(kind).skipped}
+    for name, (_, _, *expected) in BAD_CLIPS.items():
+        for split, reason in zip(("train", "test"), expected):
+            key, reason = (
+                (split, f"{name}.wav"),
+                "empty text" if (kind, name) == ("parquet", "no-transcript") else reason,
+            )
+            assert bool(reason) == (key in reasons) and re.match(reason, reasons.pop(key, "")), (key, found)
+    assert reasons == {}
+    used = {f"{name}.wav" for name, row in BAD_CLIPS.items() if not row[3]}
+    assert {name for name in runs(kind).texts if name.endswith(".wav")} == used
+
+
+@pytest.mark.parametrize("kind", list(KINDS)[1:])
+def test_all_kinds_give_the_same_audio_texts_and_scores(runs, kind):
+    """The FLAC is the same byte for byte; the untouched model hears the same."""
+
+    def content(run):
+        names = ("audio", "num_samples", "text", *GROUPS)
+        return {key: [row[name] for name in names] for key, row in run.clips.items() if row["audio"] and row["text"]}
+
+    assert content(runs(kind)) == content(runs("archives"))
+
+    def texts(run):
+        return {name: (row["text"], row["baseline_text"], row["duration"]) for name, row in run.texts.items()}
+
+    assert texts(runs(kind)) == texts(runs("archives"))
+    assert runs(kind).metrics["baseline"] == runs("archives").metrics["baseline"]
+
+
+def test_prepared_audio_is_the_corpus_in_16_khz_mono_flac(runs):
+    originals = {clip_file(clip["name"]): clip for clip in make_clips() if not clip["name"].startswith("bad/")}
+    assert len(originals) == sum(SIZES.values())
+    for (split, name), clip in runs("archives").clips.items():
+        if clip["problem"]:
+            assert clip["audio"] == b"" and clip["num_samples"] == 0
+            continue
+        with soundfile.SoundFile(io.BytesIO(clip["audio"])) as flac:
+            form = flac.format, flac.subtype, flac.samplerate, flac.channels, flac.frames
+            assert form == ("FLAC", "PCM_16", RATE, 1, clip["num_samples"])
+            samples = flac.read()
+        if name in originals:
+            assert split == originals[name]["split"] and clip["text"] == originals[name]["text"]
+            assert np.abs(samples - soundfile.read(io.BytesIO(originals[name]["audio"]))[0]).max() < 1e-4
+    loud, eight = (soundfile.read(io.BytesIO(runs("archives").clips["test", f"{name}.wav"]["audio"]))[0]
+                   for name in ("loud", "8-khz"))  # fmt: skip
+    assert np.abs(loud).max() == pytest.approx(1, abs=1e-3), "what is over full scale is clipped"
+    assert np.abs(eight - tone())[500:-500].max() < 1e-3, "resampled"
+
+
+# ---------------------------------------------------------------- a Hub that misbehaves
+
+
+@pytest.fixture(scope="module")
+def the_hub(corpora, tmp_path_factory):
+    """A Hub with each kind of source, and AfriSpeech-200 in part: four archives of 2 to 11 MB."""
+    afrispeech = hub_copy(CORPUS, tmp_path_factory.mktemp("hub") / "corpus", "[ad]*")
+    datasets = {DATASET: afrispeech, "clinic/gated": corpora["audio-folder"]}
+    datasets |= {f"clinic/{kind}": corpora[kind] for kind in KINDS}
+    gated = {"token_required": {HUB_MODEL, "clinic/gated", "clinic/gated-model"}}
+    tokens = {"denied_tokens": {"hf_denied"}, "invalid_tokens": {"hf_bad"}}
+    with LoopbackHub({HUB_MODEL: MODEL, "clinic/gated-model": MODEL}, datasets, **gated, **tokens) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def online(the_hub, tmp_path_factory):
+    """Starts the program where there is no network but the Hub."""
+    home = tmp_path_factory.mktemp("home")
+    env = the_hub.env(home, HF_HUB_DOWNLOAD_TIMEOUT="2", OMP_NUM_THREADS="1")
+    with WarmStarts(env) as online:
+        online.home = home
+        yield online
+
+
+@pytest.fixture
+def hub(the_hub):
+    """The Hub as it is at first."""
+    the_hub.clear_faults()
+    the_hub.requests.clear()
+    return the_hub
+
+
+PREPARE = "--prepare_only --num_proc 1 --data_dir audio --output_dir out".split()
+FAULTS = [  # of the four largest files of a source, the largest first: [(kind, value), ...]
+    [("drop_after", 9_000)] * 4,
+    [("reset_after", 5_000), ("reset_after", 5_000), ("corrupt", None)],
+    [("status", 429), ("stall", 2_000)],
+    [("status", 503), ("truncate", None), ("drop_after", 0)],
+]
+
+
+def left_behind(data_dir):
+    """Files of a data folder that should be gone when all is prepared."""
+    kept = re.compile(r"\.(arrow|json|jsonl|csv|lock)$")
+    return [path for path in data_dir.rglob("*") if path.is_file() and not kept.search(path.name)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_source_on_a_bad_hub_is_prepared_as_from_a_folder_and_then_needs_no_hub(
+    kind, hub, online, warm, runs, corpora, tmp_path
+):
+    files = sorted((path for path in corpora[kind].rglob("*") if path.is_file()), key=lambda path: -path.stat().st_size)
+    for path, faults in zip(files, FAULTS):
+        for fault, value in faults:
+            # What is asked for in parts, as the texts of parquet files, has no checksum.
+            if (kind, fault) != ("parquet", "truncate"):
+                place, headers = (
+                    path.relative_to(corpora[kind]).as_posix(),
+                    {"Retry-After": "0"} if value == 429 else {},
+                )
+                hub.fault(f"*/resolve/*/{place}", fault, value, times=1, headers=headers)
+    dataset = f"clinic/{kind}"
+    done = online.run(*PREPARE, "--dataset", dataset, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not any(fault.times > 0 for fault in hub._faults), "a fault was not met"
+    assert digests(tmp_path / "audio") == digests(runs(kind).folder / "audio")
+    assert left_behind(tmp_path / "audio") == []
+
+    made = modified(tmp_path / "audio")
+    hub.requests.clear()
+    done = online.run(*PREPARE, "--dataset", dataset, cwd=tmp_path)
+    assert done.returncode == 0 and "preparing audio" not in done.stderr
+    assert [request.path for request in hub.requests] == [f"/api/datasets/{dataset}/tree/main"]  # "main" may change
+    done = warm.run(*flags_of(dataset, "--eval_only", "--use_cpu", "true"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    texts = {clip_file(row["audio_filepath"]): row["pred_text"] for row in load_predictions(tmp_path / "out/results")}
+    assert texts == {name: row["baseline_text"] for name, row in runs(kind).texts.items()}
+    assert modified(tmp_path / "audio") == made
+
+
+def archive_requests(hub):
+    """{archive: [(the byte that a GET request begins at, the bytes sent)], the oldest first}"""
+    found = {}
+    for log in hub.requests:
+        if log.method == "GET" and log.path.endswith(".tar.gz"):
+            start = int(re.match(r"bytes=(\d+)-", log.range)[1]) if log.range else 0
+            found.setdefault(log.path.split("/")[-1].split(".")[0], []).append((start, log.sent))
+    return found
+
+
+def test_a_download_goes_on_at_the_byte_reached_however_often_it_drops(hub, online, tmp_path):
+    hub.fault("*/test_damara_0.tar.gz", "drop_after", 300_000)
+    done = online.run(*PREPARE, "--accents", "damara", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    requests = archive_requests(hub)["test_damara_0"]
+    assert len(requests) >= 10
+    for (before, sent), (start, _) in zip(requests, requests[1:]):
+        assert before + sent - 70_000 <= start <= before + sent, "bytes were fetched again"
+
+
+def test_archives_that_cannot_be_had_do_not_stop_the_others(hub, online, runs, tmp_path):
+    hub.fault("*/test_damara_0.tar.gz", "corrupt")
+    hub.fault("*/dev_damara_0.tar.gz", "missing")
+    prepare_all = [*PREPARE, "--dataset", "clinic/archives"]
+    done = online.run(*prepare_all, cwd=tmp_path)
+    assert done.returncode == 1 and "2 of 5 archives could not be prepared" in done.stderr.splitlines()[-1]
+    assert re.search("(test|dev)_damara_0.tar.gz", done.stderr.splitlines()[-1])
+    assert len(archive_requests(hub)["test_damara_0"]) == 2, "a corrupt archive is fetched once more"
+    good = digests(tmp_path / "audio")
+    assert len(good) == 3 and good.items() < digests(runs("archives").folder / "audio").items()
+    hub.clear_faults()
+    hub.requests.clear()
+    assert online.run(*prepare_all, cwd=tmp_path).returncode == 0
+    assert digests(tmp_path / "audio") == digests(runs("archives").folder / "audio")
+    assert archive_requests(hub).keys() == {"test_damara_0", "dev_damara_0"}
+
+
+# ---------------------------------------------------------------- kills
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+    return found
+
+
+def sizes(data_dir, pattern):
+    """{name: bytes} of files that may vanish meanwhile."""
+    found = {}
+    for path in data_dir.rglob(pattern):
+        with contextlib.suppress(FileNotFoundError):
+            found[path.name] = path.stat().st_size
+    return found
+
+
+def group_ends(group, seconds=10):
+    """Whether every process of a group ends by itself within so many seconds; those that do not are killed."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    os.killpg(group, signal.SIGKILL)
+    return False
+
+
+def workers_of(group):
+    """The processes of a group that convert audio."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError, ProcessLookupError):
+            if b"spawn_main" in path.read_bytes() and os.getpgid(int(path.parent.name)) == group:
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_a_preparation_that_was_ended_goes_on_and_a_finished_one_needs_no_hub(hub, online, warm, tmp_path):
+    audio, flags = tmp_path / "audio", [*PREPARE, "--accents", "damara"]
+
+    def start_and_end(number, whom, sizes_of_files=lambda: sum(sizes(audio, "*.partial").values()), grown=1_000_000):
+        """Send a signal to the processes whom(pid) of a new start when its files have `grown`; what it ended with."""
+        before = sizes_of_files()
+        pid = online.start(*flags, cwd=tmp_path)
+        wait_until(lambda: sizes_of_files() > before + grown)
+        for process in whom(pid):
+            os.kill(process, number)
+        ended = online.wait()
+        assert group_ends(pid), "a process outlived the program"
+        return ended
+
+    hub.fault("*.tar.gz", "slow", 4_000_000)  # so that they are ended in a download
+    assert start_and_end(signal.SIGKILL, lambda pid: [pid]).returncode == -signal.SIGKILL
+    stopped = start_and_end(signal.SIGINT, lambda pid: [-pid])  # as Ctrl-C does
+    assert stopped.returncode == 130 and "Traceback" not in stopped.stderr
+    assert "stopped by SIGINT: the same command goes on" in stopped.stderr.splitlines()[-1]
+    killed = start_and_end(signal.SIGKILL, lambda pid: workers_of(pid)[:1])  # as the kernel does for want of memory
+    assert killed.returncode == 1 and "--num_proc" in killed.stderr.splitlines()[-1]
+    hub.clear_faults()
+    start_and_end(signal.SIGKILL, lambda pid: [-pid], lambda: len(sizes(audio, "*.arrow.*.tmp")), 0)  # in a conversion
+    assert online.run(*flags, cwd=tmp_path).returncode == 0
+    for requests in archive_requests(hub).values():
+        for (before, sent), (start, _) in zip(requests, requests[1:]):
+            # What was sent and did not reach the disk before a kill is asked for again.
+            assert before + sent - 2_000_000 <= start <= before + sent, "a download started anew"
+    assert left_behind(audio) == []
+
+    made = modified(audio)
+    hub.requests.clear()
+    for more in ([], ["--accents", "Damara", "--domains", "clinical", "--seed", 7, "--max_train_seconds", 5]):
+        done = online.run(*flags, *more, cwd=tmp_path)
+        assert done.returncode == 0 and "preparing audio" not in done.stderr
+    assert hub.requests == [] and modified(audio) == made
+    folder = [*PREPARE, "--dataset", hub.folders["datasets", DATASET], "--accents", "damara", "--data_dir", "other"]
+    assert warm.run(*folder, cwd=tmp_path).returncode == 0
+    assert digests(audio) == digests(tmp_path / "other")
+
+
+# ---------------------------------------------------------------- streaming
+
+WATCHED = """
+import sys, zlib
+import finetune_medasr as script
+
+inputs_of = script.model_inputs
+
+def watched(batch, extractor, device):
+    inputs = inputs_of(batch, extractor, device)
+    if "labels" in batch and "clips" in batch:
+        for clip, mels, real in zip(batch["clips"], inputs["input_features"], inputs["attention_mask"]):
+            print("SEEN", clip, zlib.crc32(mels[real].numpy().tobytes()))
+    return inputs
+
+if __name__ == "__main__":  # not in a process that converts audio
+    script.model_inputs = watched
+    sys.exit(script.main(sys.argv[1:]))
+"""
+
+
+def seen(done):
+    """[(clip, checksum of its masked log-mels)] of what a run of WATCHED was trained on, in its order."""
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [
+        (clip_file(clip), int(found)) for clip, found in re.findall(r"^SEEN (.*) (\d+)$", done.stdout, re.MULTILINE)
+    ]
+
+
+def test_a_stream_gives_each_clip_once_a_pass_and_other_ones_after_a_resumption(hub, online, runs, tmp_path):
+    (tmp_path / "watched.py").write_text(WATCHED)
+    hub.fault("*/train_damara_0.tar.gz", "drop_after", 300_000, times=2)
+    used = {f"{name}.wav" for name, row in BAD_CLIPS.items() if not row[2]}
+    used |= {
+        clip_file(clip["name"]) for clip in make_clips() if clip["split"] == "train" and "bad/" not in clip["name"]
+    }
+    flags = flags_of("clinic/archives", "--streaming", *TRAINING, "--skip_baseline", "--dataloader_num_workers", 2)
+    flags += "--per_device_train_batch_size 5 --save_steps 8 --eval_steps 8 --max_steps".split()
+    first, second = (
+        seen(online.run(*flags, updates, program=tmp_path / "watched.py", cwd=tmp_path)) for updates in (8, 12)
+    )
+    passes = [first[: len(used)], first[len(used) :], second]
+    for found in passes:
+        assert sorted(clip for clip, _ in found) == sorted(used)
+    assert len({tuple(clip for clip, _ in found) for found in passes}) == 3, "two passes have the same order"
+    masked = Counter(clip for clip, _ in {*first, *second})
+    assert masked.pop("silence.wav") == 1  # a mask is silence too
+    assert set(masked.values()) == {3}, "a clip has the same masks in two passes"
+    named = Counter(clip_file(clip) for split, clip, _ in skipped(tmp_path / "out") if split == "train")
+    # A stream does not know of a row without audio before its end, and it has none.
+    assert named == {f"{name}.wav": 1 for name, row in BAD_CLIPS.items() if row[2] and name != "no-audio"}
+    assert not [path for path in tmp_path.rglob("*") if "train" in path.name and path.suffix in (".arrow", ".gz")]
+
+
+# ---------------------------------------------------------------- a run from nothing, and what a Hub may refuse
+
+FIRST = [*"--max_steps 2 --gradient_accumulation_steps 1 --num_proc 1 --data_dir audio --output_dir out".split(),
+         *("--accents", "damara", "akan (fante)", "--push_to_hub", "--hub_model_id", "clinic/medasr-accents")]  # fmt: skip
+
+
+def test_the_main_command_goes_from_nothing_to_a_final_model_on_the_hub(hub, online, tmp_path):
+    from transformers import AutoModelForCTC, AutoProcessor
+
+    logged_in = {"HF_TOKEN": "hf_good"}
+    done = online.run(*FIRST, cwd=tmp_path, env=logged_in)
+    assert done.returncode == 0, done.stderr[-2000:]
+    final, results = tmp_path / "out/final", tmp_path / "out/results"
+    assert AutoProcessor.from_pretrained(final).tokenizer and AutoModelForCTC.from_pretrained(final).config.vocab_size
+    card = (final / "README.md").read_text()
+    assert f"base_model: {HUB_MODEL}\n" in card and f"- {DATASET}\n" in card
+    config = load_json(results / "metrics.json")["config"]
+    assert (config["model"], config["dataset"]) == (HUB_MODEL, DATASET)
+    rows = corpus_rows("test")
+    test = {name for name in corpus_audio("test") if rows[name]["accent"] in config["accents"]}
+    assert {row["audio_filepath"].replace(".wav", ".ogg") for row in load_predictions(results)} == test
+
+    fetched = Counter(log.path for log in hub.requests if log.method == "GET" and f"{DATASET}/resolve/" in log.path)
+    assert set(fetched.values()) == {1} and all(f"/resolve/{hub.commit(DATASET)}/" in path for path in fetched)
+    assert {Path(path).name for path in fetched if path.endswith(".gz")} == {
+        "train_damara_0.tar.gz", "dev_damara_0.tar.gz", "test_damara_0.tar.gz", "test_akan-fante_0.tar.gz"
+    }  # fmt: skip
+    assert left_behind(tmp_path / "audio") == []
+
+    ((name, files),) = hub.uploads
+    assert name == "clinic/medasr-accents" and {"README.md", "model.safetensors", "tokenizer.json"} <= set(files)
+    whole = {path.relative_to(final).as_posix(): path.read_bytes() for path in final.rglob("*") if path.is_file()}
+    assert files == whole
+    done = online.run(*FIRST, cwd=tmp_path, env=logged_in)
+    assert done.returncode == 0 and "finished" in done.stdout and "uploaded to" in done.stdout
+    assert len(hub.uploads) == 2 and hub.uploads[1] == hub.uploads[0]
+
+    # On a machine that is offline, with the cache that the model went to.
+    offline = {**hub.env(online.home, HF_HUB_OFFLINE="1"), "OMP_NUM_THREADS": "1"}
+    flags = "--eval_only --max_test_samples 3 --accents damara --data_dir audio --output_dir again".split()
+    done = run_script(*flags, cwd=tmp_path, env=offline)
+    assert done.returncode == 0 and "preparing audio" not in done.stderr, done.stderr
+    assert len(load_predictions(tmp_path / "again/results")) == 3
+
+
+GATED = ["--model", "clinic/gated-model"]
+REFUSED = {  # what a Hub refuses: (flags, token, words of the message)
+    "no token": (
+        GATED,
+        "",
+        ["clinic/gated-model is gated and you are not logged in", "terms at http.*/clinic/gated-model", "hf auth"],
+    ),
+    "no access": (GATED, "hf_denied", ["clinic/gated-model is gated and your account has no access", "terms at http"]),
+    "invalid token": (GATED, "hf_bad", ["clinic/gated-model", "token is not valid", "hf auth login", "HF_TOKEN"]),
+    "unknown model": (
+        ["--model", "google/medasrr"],
+        "hf_good",
+        ["google/medasrr is not on the Hub, or is private", "--model"],
+    ),
+    "not an id": (["--model", "google/medasr/large"], "", ["google/medasr/large", "owner/name", "--model"]),
+    "model revision": ([*GATED, "--model_revision", "v9"], "hf_good", ["no such revision", "--model_revision"]),
+    "unknown dataset": (["--dataset", "clinic/no"], "hf_good", ["dataset clinic/no is not on the Hub", "--dataset"]),
+    "private dataset": (["--dataset", "clinic/no"], "", ["dataset clinic/no is not on the Hub, or is private"]),
+    "gated dataset": (["--dataset", "clinic/gated"], "", ["dataset clinic/gated is gated", "/datasets/clinic/gated"]),
+    "dataset revision": (["--dataset_revision", "v9"], "", [f"{DATASET} has no such revision", "--dataset_revision"]),
+    "answers of 503": ([], "", [f"dataset {DATASET} could not be read", "503", "run the same command again"]),
+    "upload": (["--push_to_hub"], "hf_denied", ["--push_to_hub: out cannot be written", "hf auth login"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_hub_refuses_is_one_line_before_any_audio_is_fetched(case, hub, online, tmp_path):
+    flags, token, words = REFUSED[case]
+    flags = flags if "--model" in flags else ["--model", MODEL, *flags]
+    if case == "answers of 503":
+        hub.fault("/api/datasets/*", "status", 503, headers={"Retry-After": "0"})
+    env = {"HF_TOKEN": token} if token else {}
+    done = online.run(*flags, "--data_dir", "audio", "--output_dir", "out", cwd=tmp_path, env=env)
+    assert_refused(done, 1, *words)
+    assert not list(tmp_path.rglob("*.arrow")) and not (tmp_path / "out").exists()
+    assert hub.count("*.tar.gz") == 0 and (MODEL in flags or hub.count("*datasets*") == 0)
+
+
+def test_without_a_network_one_line_says_what_is_missing(warm, tmp_path):
+    for kind, flags in (("model", ["--model", "nobody/nothing"]), ("dataset", flags_of("nobody/nothing"))):
+        assert_refused(warm.run(*flags, cwd=tmp_path), 1, f"{kind} nobody/nothing is not on this machine", "reached")
+
+
+# ---------------------------------------------------------------- one --data_dir for all
+
+
+def some_clips(count=6, splits=SPLITS):
+    """A few good clips, of a speaker each two."""
+    clips = [clip for clip in make_clips() if "bad/" not in clip["name"] and clip["accent"] == "damara"]
+    chosen = [clip for split in splits for clip in [clip for clip in clips if clip["split"] == split][:count]]
+    return [clip | {"speaker": f"{clip['split']} {number // 2}"} for number, clip in enumerate(chosen)]
+
+
+def test_a_data_folder_holds_several_corpora_and_only_what_changed_is_made_again(warm, tmp_path):
+    clips, audio = some_clips(4), tmp_path / "audio"
+
+    def prepare(kind, *flags):
+        """(prepared files that are gone, new ones, those that stayed) after a run."""
+        before = modified(audio)
+        done = warm.run(*flags_of(tmp_path / kind, "--num_proc", 1, "--use_cpu", "true", *flags), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        after = modified(audio)
+        return before.keys() - after.keys(), after.keys() - before.keys(), dict(before.items() & after.items())
+
+    total = 0
+    for kind, write_kind in KINDS.items():
+        write_kind(tmp_path / kind, clips)
+        gone, made, stayed = prepare(kind, "--prepare_only")
+        assert not gone and len(made) >= 3 and len(stayed) == total
+        total += len(made)
+    write(audio / "notes/letter.tmp", "somebody else's")
+    (folder,) = {path.parent for path in made}
+    write(folder / f"{min(made).name}.1.tmp", "half a file")
+
+    changes = {"audio": GOOD, "text": "Another text."}
+    for kind, column in (
+        ("archives", "text"),
+        ("audio-folder", "text"),
+        ("audio-folder", "audio"),
+        ("parquet", "audio"),
+    ):
+        # Of the test split alone, as --eval_only then asks for.
+        changed = [clip | {column: changes[column]} if clip["split"] == "test" else clip for clip in clips]
+        write_kind = KINDS[kind]
+        write_kind(tmp_path / "new", [clip for clip in changed if clip["split"] == "test"])
+        for path in (tmp_path / "new").rglob("*.*"):
+            target = tmp_path / kind / path.relative_to(tmp_path / "new")
+            if target.read_bytes() != path.read_bytes() and (column == "audio" or "tar" not in path.name):
+                shutil.copy(path, target)
+        shutil.rmtree(tmp_path / "new")
+        gone, made, stayed = prepare(kind, "--eval_only")
+        assert len(gone) == len(made) == 1 and len(stayed) == total - 1, (kind, gone, made)
+        from datasets import Dataset
+
+        rows = Dataset.from_file(str(*made)).to_list()
+        assert {row["split"] for row in rows} == {"test"}
+        assert {row["text"] for row in rows} == {"Another text."} or len({row["audio"] for row in rows}) == 1
+    assert (audio / "notes/letter.tmp").exists() and not list(folder.glob("*.tmp"))
+
+
+def test_of_two_programs_that_prepare_the_same_audio_one_works(warm, online, corpora, runs, tmp_path):
+    flags = [*PREPARE, "--dataset", corpora["audio-folder"]]
+    for number, starts in enumerate((warm, online)):
+        starts.start(*flags, "--output_dir", f"out{number}", cwd=tmp_path)
+    both = [starts.wait() for starts in (warm, online)]
+    assert [done.returncode for done in both] == [0, 0], both
+    assert sum("preparing audio" in done.stderr for done in both) == 1, "both did the work"
+    assert digests(tmp_path / "audio") == digests(runs("audio-folder").folder / "audio")
+
+
+def test_a_full_disk_is_foreseen(online, hub, tmp_path):
+    patched = "import shutil, sys\nusage = shutil.disk_usage\n"
+    patched += "shutil.disk_usage = lambda path: usage(path)._replace(free=12_000_000)\n"
+    (tmp_path / "full.py").write_text(
+        patched + "import finetune_medasr\nsys.exit(finetune_medasr.main(sys.argv[1:]))\n"
+    )
+    # The largest archive has 11 MB, and the audio at 16 kHz 3 MB.
+    done = online.run(*PREPARE, "--accents", "damara", program=tmp_path / "full.py", cwd=tmp_path)
+    assert_refused(done, 1, r"needs 0\.0 GB in audio/.* and 0\.0 GB are free", "--data_dir")
+    assert hub.count("*.tar.gz") == 0
+
+
+def test_a_damaged_prepared_file_is_named_and_made_again_when_deleted(runs, corpora, tmp_path, capfd):
+    shutil.copytree(runs("parquet").folder / "audio", tmp_path / "audio")
+    file = next(path for path in (tmp_path / "audio").rglob("*.arrow") if "test" in path.name)
+    for content in (b"", file.read_bytes()[:-2_000]):
+        file.write_bytes(content)
+        capfd.readouterr()
+        assert run(tmp_path, corpora["parquet"], "--eval_only") == 1
+        assert re.search(f"{re.escape(str(file))} is damaged .*: delete it", error_line(capfd.readouterr().err))
+
+
+# ---------------------------------------------------------------- splits
+
+
+def one_table(folder, rows):
+    """A folder with one table of `rows`, whose recordings are all the same; returns `folder`."""
+    write_table(folder / "metadata.csv", rows)
+    for row in rows:
+        write(folder / row["file_name"], GOOD)
+    return folder
+
+
+def splits_used(folder, dataset, *flags):
+    """{split: (clips, speakers)} of a run's tables."""
+    flags = [
+        "--dataset",
+        dataset,
+        "--data_dir",
+        folder / "audio",
+        "--output_dir",
+        folder / "out",
+        "--num_proc",
+        1,
+        *flags,
+    ]
+    settings = script.parse_settings(list(map(str, flags)))
+    source = script.Source(str(dataset), settings, SPLITS)
+    script.prepare(source, SPLITS, settings)
+    _, table = script.load_clips(source, SPLITS)
+    return {split: (set(part["clip"]), set(part["speaker"])) for split, part in table.groupby("split")}
+
+
+def test_missing_splits_are_made_by_speaker(tmp_path, capfd):
+    rows = [{"file_name": f"{number}.wav", "text": TEXT, "speaker_id": f"s{number // 2}"} for number in range(40)]
+    folder = one_table(tmp_path / "own", rows)
+    used = splits_used(tmp_path, folder)
+    assert "dev and test made of the train split by speaker, by --seed 42" in capfd.readouterr().out
+    assert {split: len(clips) for split, (clips, _) in used.items()} == {"train": 32, "dev": 4, "test": 4}
+    people = [speakers for _, speakers in used.values()]
+    assert sum(map(len, people)) == len(set.union(*people)) == 20
+    made = modified(tmp_path / "audio")
+    assert splits_used(tmp_path, folder) == used
+    assert splits_used(tmp_path, folder, "--seed", 7)["test"] != used["test"]
+    one_table(folder, [row | {"split": "test" if number < 10 else "train"} for number, row in enumerate(rows)])
+    used = splits_used(tmp_path / "given", folder)
+    assert {split: len(clips) for split, (clips, _) in used.items()} == {"train": 28, "dev": 2, "test": 10}
+    assert not used["dev"][1] & used["train"][1] and "  dev made of the train split" in capfd.readouterr().out
+    assert modified(tmp_path / "audio") == made, "audio is converted once for all splits"
+
+
+def test_a_run_on_made_splits_says_so_in_its_results_and_card(tmp_path, warm):
+    clips = [clip | {"split": "train"} for clip in some_clips(8)]
+    rows = [{"file_name": clip["name"], "text": clip["text"], "user_id": clip["speaker"]} for clip in clips]
+    rows[-1]["user_id"] = ""
+    folder = one_table(tmp_path / "own", rows)
+    for clip in clips:
+        write(folder / clip["name"], clip["audio"])
+    done = warm.run(*flags_of(folder, *TRAINING, "--skip_baseline"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    data = load_json(tmp_path / "out/results/metrics.json")["data"]
+    assert data["made_splits"] == ["dev", "test"] and data["speakers_in_train_too"] == {}
+    assert "dev and test made of the train split by speaker" in (tmp_path / "out/results/report.md").read_text()
+    card = (tmp_path / "out/final/README.md").read_text()
+    assert "whose speakers are not in training" in card and "frican" not in card
+    assert skipped(tmp_path / "out") == [("train", rows[-1]["file_name"], "no speaker to make a split by")]
+
+
+def test_speakers_of_two_given_splits_are_counted(tmp_path, warm):
+    rows = [{"file_name": f"{number}.wav", "text": TEXT, "split": SPLITS[number % 3], "client_id": f"speaker {number % 2}"}
+            for number in range(12)]  # fmt: skip
+    done = warm.run(*flags_of(one_table(tmp_path / "own", rows), *TRAINING, "--skip_baseline"), cwd=tmp_path)
+    note = "2 speakers of test in train too: its scores are not those of new speakers."
+    assert done.returncode == 0 and f"warning: {note}" in done.stderr
+    assert load_json(tmp_path / "out/results/metrics.json")["data"]["speakers_in_train_too"] == {"dev": 2, "test": 2}
+    assert note in (tmp_path / "out/results/report.md").read_text()
+    assert "whose speakers are not in training" not in (tmp_path / "out/final/README.md").read_text()
+
+
+def test_splits_come_from_columns_and_folders_under_many_names(tmp_path, capfd):
+    """ "stress-test" is a word of a file's name and no split; what has none, where others have, is left out."""
+    names = {"training": "train", "Valid": "dev", "eval": "test", "": "", "invalidated": ""}
+    rows = [
+        {"file_name": f"ada/{number}-stress-test.wav", "text": TEXT, "split": name} for number, name in enumerate(names)
+    ]
+    rows += [{"file_name": "eval/train.wav", "text": TEXT, "split": ""}]
+    used = splits_used(tmp_path, one_table(tmp_path / "own", rows))
+    found = {clip: split for split, (clips, _) in used.items() for clip in clips}
+    expected = {row["file_name"]: split for row, split in zip(rows, names.values()) if split} | {
+        "eval/train.wav": "test"
+    }
+    assert found == expected
+    assert "2 clips, such as ada/3-stress-test.wav, of no split that is named: left out" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------- selections
+
+
+SELECTIONS = [  # (flags, which test clips of the corpora they leave)
+    (["--accents", "Akan (Fante)"], lambda clip: clip["accent"] == "akan (fante)"),
+    (
+        ["--countries", "na", "--domains", "Clinical"],
+        lambda clip: (clip["country"], clip["domain"]) == ("NA", "clinical"),
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accents_countries_and_domains_choose_however_they_are_written(kind, runs, corpora, tmp_path):
+    for flags, is_wanted in SELECTIONS:
+        assert run(tmp_path, corpora[kind], "--eval_only", "--data_dir", runs(kind).folder / "audio", *flags) == 0
+        clips = [clip for clip in make_clips() if clip["split"] == "test" and is_wanted(clip)]
+        bad = {f"{name}.wav" for name, row in BAD_CLIPS.items() if row[3]}
+        expected = {clip_file(clip["name"]) for clip in clips} - bad
+        assert (
+            {clip_file(row["audio_filepath"]) for row in load_predictions(tmp_path / "out/results")}
+            == expected
+            != set()
+        )
+
+
+def test_a_limit_draws_clips_by_the_seed(runs, corpora, tmp_path):
+    whole, drawn = [clip_file(row["audio_filepath"]) for row in runs("archives").texts.values()], {}
+    for seed in (1, 2, 1):
+        flags = [
+            "--eval_only",
+            "--data_dir",
+            runs("archives").folder / "audio",
+            "--max_test_samples",
+            5,
+            "--seed",
+            seed,
+        ]
+        assert run(tmp_path, corpora["archives"], *flags) == 0
+        found = {clip_file(row["audio_filepath"]) for row in load_predictions(tmp_path / "out/results")}
+        assert len(found) == 5 and found == drawn.setdefault(seed, found), "another start draws others"
+    assert drawn[1] != drawn[2]
+    assert all(found not in (set(whole[:5]), set(whole[-5:])) for found in drawn.values())
+
+
+def test_a_clip_in_two_archives_is_used_once_the_first_and_listed(tmp_path):
+    text, (first, second) = {"text": TEXT, "split": "test"}, (sound(tone(seconds)) for seconds in (2, 3))
+    clip = dict.fromkeys(GROUPS, "") | {"name": "x/a.wav", "accent": "zulu", **text}
+    folder = write_archives(tmp_path / "own", [clip | {"audio": first}])
+    for number, members in enumerate(
+        ([("x/a.wav", first)], [("x/a.wav", second), ("x/b.wav", GOOD)], [("x/b.wav", first)])
+    ):
+        write_tar(folder / f"audio/zulu/test/test_zulu_{number}.tar.gz", members)
+    table = folder / "transcripts/zulu/test.csv"
+    write_table(table, [row | {"audio_paths": f"/x/{name}.wav"} for name in "ab" for row in read_rows(table)])
+    assert run(tmp_path, folder, "--eval_only") == 0
+    assert {row["audio_filepath"]: row["duration"] for row in load_predictions(tmp_path / "out/results")} == {
+        "x/a.wav": 2,
+        "x/b.wav": 3,
+    }
+    assert skipped(tmp_path / "out") == [("test", "x/a.wav", "a second copy"), ("test", "x/b.wav", "a second copy")]
+
+
+def test_a_dry_run_counts_without_fetching_audio(hub, online, tmp_path):
+    flags = ["--dry_run", "--accents", "damara", "akan-fante", "--output_dir", "out", "--max_train_samples", 20]
+    done = online.run(*flags, cwd=tmp_path)
+    assert done.returncode == 0 and hub.count("*.tar.gz") == 0
+    corpus = hub.folders["datasets", DATASET]
+    size = sum(path.stat().st_size for path in corpus.rglob("*.tar.gz"))
+    assert f"to fetch {size / 1e9:.2f} GB in 4 archives" in done.stdout
+    for split, count in (("train", 30), ("dev", 6), ("test", 18)):
+        seconds = sum(float(row["duration"]) for path in corpus.rglob(f"*/{split}.csv") for row in read_rows(path))
+        assert re.search(rf"{split} +{count} clips +{seconds / 3600:.2f} h", done.stdout), done.stdout
+    assert re.search("akan .fante. +10 clips", done.stdout)
+    assert re.search("10 updates, 1 an epoch, of 8 clips x 4 accumulation steps x 1 device", done.stdout)
+    assert not list(tmp_path.rglob("*.arrow")) and not (tmp_path / "out").exists()
