@@ -7,48 +7,35 @@ from finetune_medasr import LabelEncoder, normalize_paper, normalize_wer
 
 # Text as it stands in AfriSpeech-200, and the same in the characters that MedASR's tokenizer covers.
 FOLDED = {
-    "The patient has a fever.": "The patient has a fever.",
-    "THE PATIENT HAS MALARIA": "THE PATIENT HAS MALARIA",
-    "200 mg, 11 too good": "200 mg, 11 too good",  # CTC would collapse doubled letters
-    "1100 mm, 2.55": "1100 mm, 2.55",
+    "The patient has a fever. THE PATIENT HAS MALARIA": "The patient has a fever. THE PATIENT HAS MALARIA",
+    "200 mg, 11 too good, 1100 mm, 2.55": "200 mg, 11 too good, 1100 mm, 2.55",  # CTC would collapse doubles
     "don’t ‘stop’ “quoted”": "don't 'stop' \"quoted\"",
     "2–3 days, yes — no, non‑breaking": "2-3 days, yes — no, non-breaking",
-    "200\u00a0mg 5\u202fmg\u2009daily": "200 mg 5 mg daily",
-    "saw\tthe\nchild \r\n\n today ": "saw the child today",
-    "the patient&apos;s 200&nbsp;mg": "the patient's 200 mg",
-    "R&amp;D, R & D, R&D": "R and D, R and D, R and D",
+    "saw\tthe\nchild \r\n\n 200\u00a0mg 5\u202fmg\u2009daily ": "saw the child 200 mg 5 mg daily",
+    "the patient&apos;s 200&nbsp;mg R&amp;D, R & D, R&D": "the patient's 200 mg R and D, R and D, R and D",
     "patients&notes a&lt &amp; &unknown; &#39;x&#x27;": "patients and notes a and lt and and unknown; 'x'",
     "38 °C, 38°": "38 degrees C, 38 degrees",
     "37 ℃ R＆D": "37 degrees C R and D",  # what NFKD makes of a character is folded too
-    "20 µg": "20 mcg",  # U+00B5, the micro sign
-    "20 μg daily": "20 mcg daily",  # U+03BC, the Greek letter
+    "20 µg, 20 μg daily": "20 mcg, 20 mcg daily",  # U+00B5, the micro sign; U+03BC, the Greek letter
     "20 µL, 5 μm": "20 uL, 5 um",
-    "5±2, 3×4, ~5, x^2": "5+/-2, 3x4, -5, x 2",
+    "5±2, 3×4, ~5, x^2, pH = 7": "5+/-2, 3x4, -5, x 2, pH equals 7",
     "≤5 ≥ 10 <18 or >65": "less than or equal to 5 greater than or equal to 10 less than 18 or greater than 65",
-    "pH = 7, me@site": "pH equals 7, me at site",
-    "Patient #3 either|or \\": "Patient 3 either/or /",
-    "a_b * and so on…": "a_b * and so on...",
-    "café naïve cafe\u0301": "cafe naive cafe",  # the last accent is a character of its own
-    "Ọlọ́run ẹ ṅ ɛ ɔ ŋ ɓ": "Olorun e n e o n b",
-    "eﬁcacy, ﬂu": "eficacy, flu",
-    "kg/m² CO₂ 10⁹/L": "kg/m2 CO2 10 9/L",
+    "me@site Patient #3 either|or \\ a_b *…": "me at site Patient 3 either/or / a_b *...",
+    "café naïve cafe\u0301 Ọlọ́run ẹ ṅ ɛ ɔ ŋ ɓ": "cafe naive cafe Olorun e n e o n b",  # accents of their own, too
+    "eﬁcacy, ﬂu, kg/m² CO₂ 10⁹/L": "eficacy, flu, kg/m2 CO2 10 9/L",
     "½ tablet, 1½ tablets": "1/2 tablet, 1 1/2 tablets",
     "α-blocker, β2, ΔG": "alpha-blocker, beta2, deltaG",
-    "zero\u200bwidth\ufeff soft\u00adhyphen": "zerowidth softhyphen",
-    "well 😀 done": "well done",
+    "zero\u200bwidth\ufeff soft\u00adhyphen, well 😀 done": "zerowidth softhyphen, well done",
     "the (paired) one, paired(s) ((a) b) c": "the paired one, paired s a b c",
-    "1) first 2) second": "1) first 2) second",  # the tokenizer has ")" and no "("
-    "(open": "open",
-    "after lunch -> treated with": "after lunch treated with",
-    "a --> b => c <- d • e → f ➔ g": "a b c d e f g",
+    "1) first 2) second (open": "1) first 2) second open",  # the tokenizer has ")" and no "("
+    "treated -> with, a --> b => c <- d • e → f ➔ g": "treated with, a b c d e f g",
     "glucose <-5, age => 18": "glucose less than -5, age equals greater than 18",
-    "[FINDINGS] 50% + {period}": "[FINDINGS] 50% + {period}",
-    "a;b: c? d! -e/f": "a;b: c? d! -e/f",
+    "[FINDINGS] 50% + {period} a;b: c? d! -e/f": "[FINDINGS] 50% + {period} a;b: c? d! -e/f",
     " \n ": "",
 }
 # What could pass for a special token, what nothing is left of, and symbols whose wording is a matter of taste.
 MORE_TEXTS = (
-    """</s>|<s>|<unk>|<epsilon>|a<extra_id_7>b|$5 and €5|№ 5 ™ ® ‰|5×10⁹|´`′″|œdema Æ ß ø|🤰🏾|\0\a|ÅÄÖ|\u0301|日本"""
+    "</s>|<s>|<unk>|<epsilon>|a<extra_id_7>b|$5 and €5|№ 5 ™ ® ‰|5×10⁹|´`′″|œdema Æ ß ø|🤰🏾|\0\a|ÅÄÖ|\u0301|日本"
 )
 
 
@@ -87,38 +74,24 @@ def test_what_a_tokenizer_covers_decides_what_is_folded():
     assert spelled(LabelEncoder(tokenizer, pieces.index("é"), "as_written"), "café") == "cafe"
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    {
-        "The patient’s BP is high.": "the patient's bp is high",
-        "Give 20 µg; then {comma} (rest)!": "give 20 mcg then rest",
-        "[FINDINGS]\u00a0Café": "findings cafe",
-        "...": "",
-    }.items(),
-)
-def test_target_text_words_trains_on_lower_case_words_alone(text, words):
-    assert spelled(label_encoder("words"), text) == words
+def test_target_text_words_trains_on_lower_case_words_alone():
+    text = "The patient’s BP: give 20 µg; then {comma} (rest)! [FINDINGS]\u00a0Café ..."
+    assert spelled(label_encoder("words"), text) == "the patient's bp give 20 mcg then rest findings cafe"
 
 
 @pytest.mark.parametrize(
     "text, normal",
     {
-        "": "",
-        " . ": "",
+        " . {period}": "",
         "The PATIENT has a fever.": "the patient has a fever",
-        "{period}": "",
         "fever {comma} cough {period} {new paragraph} [FINDINGS] {colon} clear": "fever cough findings clear",
         "<s>fever<epsilon> </s>": "fever",
-        "no fever full stop.": "no fever full stop",  # a spoken mark that was transcribed is a word
-        "fever koma, cough": "fever koma cough",
-        "one\ntwo\tthree  four\u00a0mg": "one two three four mg",
-        "don’t don't donʼt don`t": "don't don't don't don't",
-        "‘the dogs’ bone’, 'twas “quoted”": "the dogs bone twas quoted",
+        "no fever full stop. fever koma, cough": "no fever full stop fever koma cough",  # spoken, and transcribed
+        "one\ntwo\tthree  four\u00a0mg mightincrease": "one two three four mg mightincrease",
+        "don’t don't donʼt don`t ‘the dogs’ bone’, 'twas “x”": "don't don't don't don't the dogs bone twas x",
         "the patient&apos;s R&amp;D": "the patient's r and d",
-        "20 µg at 38° or 37 ℃, R＆D": "20 mcg at 38 degrees or 37 degrees c r and d",
-        "1½ tablets, 10⁹/L": "1 1 2 tablets 10 9 l",
-        "mightincrease": "mightincrease",
-        "200 mg, 11, 2.5, 120/80": "200 mg 11 2 5 120 80",
+        "20 µg at 38° or 37 ℃, R＆D Acme™": "20 mcg at 38 degrees or 37 degrees c r and d acmetm",
+        "1½ tablets, 10⁹/L, 200 mg, 2.5, 120/80": "1 1 2 tablets 10 9 l 200 mg 2 5 120 80",
         "x-ray 2–3 (paired) [x] a_b": "x ray 2 3 paired x a b",
         "50% >5 & <3": "50 greater than 5 and less than 3",
         "Ọlọ́run café cafe\u0301 ɔkyɛ": "olorun cafe cafe okye",
@@ -132,30 +105,18 @@ def test_normalize_wer_leaves_lower_case_words(text, normal):
 @pytest.mark.parametrize(
     "text, normal",
     {
-        "": "",
         "The PATIENT has a fever.": "the patient has a fever.",
         "full stop.": "full stop.",  # only after a space
         "\nfull stop": "full stop",
-        "No fever full stop.": "no fever.",
-        "No fever full stop": "no fever.",
-        "no fever full stop. Next": "no fever. next",
+        "No fever full stop. Next Full stop": "no fever. next.",
         "no fever full stop, next": "no fever., next",
-        "fever comma, cough": "fever, cough",
-        "fever comma cough": "fever comma cough",
-        "fever koma, cough coma, b": "fever cough b",
-        "fever koma cough": "fever koma cough",
-        "fever comma,. Next": "fever. next",
-        "fever,, cough": "fever, cough",
-        "fever Comma, cough FULL STOP": "fever, cough.",
-        "one\ntwo": "onetwo",
-        "one \ntwo": "one two",
-        "one\n\ntwo\n": "one two",
+        "fever Comma, cough comma b": "fever, cough comma b",
+        "fever koma, cough coma, b koma c": "fever cough b koma c",
+        "fever comma,. Next,, x": "fever. next, x",
+        "one\ntwo \nthree\n\nfour\n": "onetwo three four",
         "one \t two\tthree   four ": "one two three four",
-        "a > b >5": "a b 5",
-        "a>b": "ab",
-        "200\u00a0mg": "200 mg",
-        "don’t don't": "dont don't",
-        "the patient&apos;s": "the patientaposs",
+        "a > b >5 a>b": "a b 5 ab",
+        "200\u00a0mg don’t don't the patient&apos;s": "200 mg dont don't the patientaposs",
         "50% (2-3) [x] a+b: c? 'd' 2.5, 120/80": "50% (2-3) [x] a+b: c? 'd' 2.5, 120/80",
         '{period} "a"; b! c_d = #1 & @': "period a b cd  1  ",  # characters go last: what they leave behind stays
         "20 µg 38° 2–3 café": "20 g 38 23 caf",
