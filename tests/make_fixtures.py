@@ -5,11 +5,10 @@
     python tests/make_fixtures.py --us_english --out DIR   # only the US-English test clips
 
 The corpus has the layout of the Hub's AfriSpeech-200 and its kinds of dirt; the speech is espeak-ng reading English
-through voices of other languages. The model is pre-trained by finetune_medasr.py itself on US-English voices, so
-that adapting it to the corpus is the real task in small. The US-English test clips, in `datasets`' AudioFolder layout,
-show what it forgets by that: their speakers are none of the pre-training's. Needs espeak-ng; the corpus takes 10
-seconds, the model about 10 minutes on 2 idle cores. What is made anew is not the same byte for byte (Ogg serial
-numbers, the order of sums).
+through voices of other languages. finetune_medasr.py itself pre-trains the model on US-English voices, so that adapting
+it to the corpus is the real task in small; the US-English test clips, of other speakers, show what it forgets by that.
+Needs espeak-ng; the corpus takes 10 seconds, the model about 10 minutes on 2 idle cores. What is made anew is not the
+same byte for byte (Ogg serial numbers, the order of sums).
 """
 
 import argparse
@@ -39,52 +38,23 @@ HERE = Path(__file__).resolve().parent
 RATE = 16000
 SEED = 7
 
-# ---- Text: a closed vocabulary that a tiny model can learn -----------------------------------------------------------
-
-TEMPLATES = {
-    "clinical": [
-        "The {who} has {symptom} and {symptom}.",
-        "The {who} has had {symptom} for {few} days.",
-        "Give {dose} mg of {drug} {when}.",
-        "The {staff} saw the {who} in the {ward}.",
-        "The blood pressure is {level} and the {organ} is {state}.",
-        "No {sign}, no {sign} and no {sign}.",
-        "Start {drug} {when} for {few} days.",
-        "The malaria test was {result}, and the {who} has {symptom}.",
-    ],
-    "general": [
-        "The children walk to the {town} every {day}.",
-        "The {person} {trades} {goods} and {goods} at the {town}.",
-        "My {relative} lives in {city} near the {town}.",
-        "The rain came at night, and the {land} is {level}.",
-        "My {relative} has a new house near the {land}.",
-        "The {person} saw {few} {people} in the {land}.",
-    ],
+SENTENCES = {
+    "clinical": """The {who} has {symptom} and {symptom}. / The {who} has had {symptom} for {few} days. / Give {dose}
+        mg of {drug} {when}. / The {staff} saw the {who} in the {ward}. / The blood pressure is {level} and the
+        {organ} is {state}. / No {sign}, no {sign} and no {sign}. / Start {drug} {when} for {few} days. / The malaria
+        test was {result}, and the {who} has {symptom}.""",
+    "general": """The children walk to the {town} every {day}. / The {person} {trades} {goods} and {goods} at the
+        {town}. / My {relative} lives in {city} near the {town}. / The rain came at night, and the {land} is {level}.
+        / My {relative} has a new house near the {land}. / The {person} saw {few} {people} in the {land}.""",
 }
-SLOTS = {
-    "who": "patient child mother woman".split(),
-    "symptom": ["a fever", "a cough", "malaria", "chest pain", "back pain", "a headache"],
-    "sign": "fever cough pain malaria".split(),
-    "few": "2 3 5 10".split(),
-    "dose": "20 50 200 500".split(),
-    "drug": "paracetamol aspirin quinine".split(),
-    "when": ["twice daily", "every morning", "every night", "daily"],
-    "staff": "doctor nurse".split(),
-    "ward": "clinic hospital village".split(),
-    "level": "high low normal".split(),
-    "organ": "heart skin".split(),
-    "state": "normal clear".split(),
-    "result": "positive negative".split(),
-    "town": "market school hospital".split(),
-    "day": "morning night".split(),
-    "person": "farmer teacher woman".split(),
-    "people": "children patients".split(),
-    "trades": "buys sells".split(),
-    "goods": "maize fish rice water".split(),
-    "relative": "brother sister mother".split(),
-    "city": "Lagos Nairobi".split(),
-    "land": "river road village".split(),
-}
+TEMPLATES = {domain: " ".join(text.split()).split(" / ") for domain, text in SENTENCES.items()}
+CHOICES = """who:patient/child/mother/woman symptom:a_fever/a_cough/malaria/chest_pain/back_pain/a_headache few:2/3/5/10
+    sign:fever/cough/pain/malaria dose:20/50/200/500 drug:paracetamol/aspirin/quinine staff:doctor/nurse
+    when:twice_daily/every_morning/every_night/daily ward:clinic/hospital/village level:high/low/normal organ:heart/skin
+    state:normal/clear result:positive/negative town:market/school/hospital day:morning/night land:river/road/village
+    person:farmer/teacher/woman people:children/patients trades:buys/sells goods:maize/fish/rice/water
+    relative:brother/sister/mother city:Lagos/Nairobi"""
+SLOTS = {slot: words.replace("_", " ").split("/") for slot, words in (pair.split(":") for pair in CHOICES.split())}
 READ_AS = {"mg": "milligrams", "2": "two", "3": "three", "5": "five", "10": "ten", "20": "twenty", "38": "thirty eight"}
 READ_AS |= {"50": "fifty", "100": "one hundred", "200": "two hundred", "500": "five hundred"}
 
@@ -106,7 +76,6 @@ per:per cent:sent
 """.split()
 )
 
-# ---- Clips: who says what --------------------------------------------------------------------------------------------
 
 # espeak's voice, (spelling, replacement) pairs of habits on the respelled words, and {split: (speakers, clips)}
 Accent = namedtuple("Accent", "name country voice habits sizes")
@@ -126,7 +95,6 @@ AGES = ["<18yrs", "19-25", "26-40", "41-55", "56yrs", ""]
 
 
 def digest(*parts):
-    """A stable 32-digit id made of the parts."""
     return hashlib.md5("/".join(map(str, parts)).encode()).hexdigest()
 
 
@@ -140,7 +108,7 @@ def make_speakers(accent, split, rng, variants):
             user_ids=digest("speaker", accent.name, split, number),
             espeak=f"-v {voice}+{variant} -p {rng.randint(25, 75)} -s {rng.randint(130, 175)}".split(),
             habits=None if voice.startswith("en") else accent.habits,
-            says_marks=number % 3 == 1,  # "comma" and "full stop" (or "period") aloud
+            says_marks=number % 3 == 1,  # aloud: "comma" and "full stop" or "period"
         )
 
 
@@ -164,23 +132,19 @@ def make_clips(accents, rng):
             speakers = list(make_speakers(accent, split, rng, variants))
             for number in range(count):
                 turn, speaker = divmod(number, len(speakers))
-                domain = rng.choice(list(TEMPLATES))
-                clip = SimpleNamespace(split=split, domain=domain, **speakers[speaker])
+                clip = SimpleNamespace(split=split, domain=rng.choice(list(TEMPLATES)), **speakers[speaker])
                 clip.session = str(uuid.UUID(digest("session", accent.name, split, speaker, turn % 2)))
                 clip.file = digest(accent.name, split, number)
-                clip.transcript = clip.said = make_sentence(domain, rng)
+                clip.transcript = clip.said = make_sentence(clip.domain, rng)
                 clips.append(clip)
     return clips
-
-
-# ---- Speech ----------------------------------------------------------------------------------------------------------
 
 
 def spoken_words(clip, full_stop):
     """The words that the speaker says, spelled for the speaker's voice."""
     read_as = READ_AS | ({".": full_stop, ",": "comma"} if clip.says_marks else {".": "", ",": ""})
-    words = re.findall(r"\d+|[a-z]+|[.,]", clip.said.lower())
-    words = " ".join(read_as.get(word, word) for word in words).split()
+    words = (read_as.get(word, word) for word in re.findall(r"\d+|[a-z]+|[.,]", clip.said.lower()))
+    words = " ".join(words).split()
     if clip.habits is None:  # espeak's English voices know how English is read
         return " ".join(words)
     respelled = " ".join(RESPELLED[word] for word in words)
@@ -204,13 +168,12 @@ def encode(samples):
 
 
 def record(clips, full_stop):
-    """Let every clip be spoken."""
+    """Let every clip be spoken; returns them."""
     for clip in clips:
         samples = synthesise(spoken_words(clip, full_stop), clip)
         clip.audio, clip.duration = encode(samples), len(samples) / RATE
+    return clips
 
-
-# ---- Dirt ------------------------------------------------------------------------------------------------------------
 
 # Written text (as in the real transcripts) and what is said for it; each takes the place of one ordinary clip.
 DIRTY_TEXTS = {
@@ -267,8 +230,6 @@ def dirty_audio(clips):
     clips.append(test[12])
 
 
-# ---- The Hub's layout ------------------------------------------------------------------------------------------------
-
 COLUMNS = (
     "idx user_ids accent age_group country transcript nchars audio_ids audio_paths duration origin domain split gender"
 ).split()
@@ -281,31 +242,18 @@ def write_csv(path, clips, path_column="audio_paths"):
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writerow(dict(zip(COLUMNS, COLUMNS)) | {"audio_paths": path_column})
         for idx, clip in enumerate(clips):
-            name = f"{clip.session}/{clip.file}"
-            row = dict(idx=idx, nchars=len(clip.transcript), audio_ids=name, origin="intron")
-            row |= dict(audio_paths=f"/AfriSpeech-100/{clip.split}/{name}.ogg", duration=round(clip.duration, 3))
-            writer.writerow(vars(clip) | row)
-
-
-def write_archive(path, clips):
-    """One tar.gz of clips."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as tar:
-        for clip in clips:
-            member = tarfile.TarInfo(f"data/data/intron/{clip.session}/{clip.file}.ogg")
-            member.size = len(clip.audio)
-            tar.addfile(member, io.BytesIO(clip.audio))
-
-
-def statistics(clips, shards):
-    """What accents.json says of one accent and split."""
-    duration = round(sum(clip.duration for clip in clips), 3)
-    speakers = {clip.user_ids for clip in clips}
-    return {"num_clips": len(clips), "duration": duration, "num_speakers": len(speakers), "shards": shards}
+            name, row = f"{clip.session}/{clip.file}", dict(idx=idx, nchars=len(clip.transcript), origin="intron")
+            row |= dict(audio_ids=name, audio_paths=f"/AfriSpeech-100/{clip.split}/{name}.ogg")
+            writer.writerow(vars(clip) | row | {"duration": round(clip.duration, 3)})
 
 
 def write_hub(out, clips):
     """Write transcripts, archives and accents.json of all clips."""
+
+    def summarise(clips, shards):
+        duration, speakers = round(sum(clip.duration for clip in clips), 3), {clip.user_ids for clip in clips}
+        return {"num_clips": len(clips), "duration": duration, "num_speakers": len(speakers), "shards": shards}
+
     shutil.rmtree(out, ignore_errors=True)
     summary = {"all": {}}
     for split in dict.fromkeys(clip.split for clip in clips):
@@ -322,10 +270,15 @@ def write_hub(out, clips):
             size = -(-len(with_audio) // shards)
             for shard in range(shards):
                 archive = out / "audio" / slug / split / f"{split}_{slug}_{shard}.tar.gz"
-                write_archive(archive, with_audio[shard * size : (shard + 1) * size])
-            summary.setdefault(accent, {})[split] = statistics(chosen, shards)
+                archive.parent.mkdir(parents=True, exist_ok=True)
+                with tarfile.open(archive, "w:gz") as tar:
+                    for clip in with_audio[shard * size : (shard + 1) * size]:
+                        member = tarfile.TarInfo(f"data/data/intron/{clip.session}/{clip.file}.ogg")
+                        member.size = len(clip.audio)
+                        tar.addfile(member, io.BytesIO(clip.audio))
+            summary.setdefault(accent, {})[split] = summarise(chosen, shards)
             all_shards += shards
-        summary["all"][split] = statistics(of_split, all_shards)
+        summary["all"][split] = summarise(of_split, all_shards)
     (out / "accents.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
@@ -353,24 +306,14 @@ def make_us_clips():
     return clips
 
 
-def make_us_corpus(out):
-    """What the model is pre-trained on."""
-    clips = make_us_clips()
-    record(clips, "period")
-    write_hub(out, clips)
-
-
 def make_us_test(out):
-    """The test clips of US voices as an AudioFolder. A speaker is a voice variant with a pitch and a rate of its own.
-
-    The samples have gone through Ogg Vorbis as all that the model was trained on. They have 9 bits, because FLAC
-    compresses 16 to twice the size, and the model as pre-trained has a WER of about 1 % on either.
+    """The test clips of US voices as an AudioFolder. The samples have gone through Ogg Vorbis as those of the training,
+    and have 9 bits: FLAC compresses 16 to twice the size, and the pre-trained model has a WER of about 1 % on either.
     """
     clips = make_us_clips()
     trained_on = {tuple(clip.espeak) for clip in clips if clip.split != "test"}
-    clips = [clip for clip in clips if clip.split == "test"]
-    assert not trained_on & {tuple(clip.espeak) for clip in clips}
-    record(clips, "period")
+    clips = record([clip for clip in clips if clip.split == "test"], "period")
+    assert not trained_on & {tuple(clip.espeak) for clip in clips}  # voice variant, pitch and rate: a speaker
     shutil.rmtree(out, ignore_errors=True)
     (out / "test").mkdir(parents=True)
     with (out / "test" / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
@@ -383,16 +326,12 @@ def make_us_test(out):
             sf.write(out / "test" / name, np.round(samples * 2**8) / 2**8, RATE, "PCM_16", compression_level=1.0)
 
 
-# ---- The model -------------------------------------------------------------------------------------------------------
-
 SPECIALS = ["<epsilon>", "<s>", "</s>", "<unk>"]
 CHARACTERS = string.ascii_letters + string.digits + "!\"%')*+,-./:;?[]_{}—"  # exactly what MedASR covers
 TOKENS = ["▁{period}", "▁{comma}", "▁{colon}", "▁{new", "▁paragraph}"]  # dictated marks
 EXTRA_IDS = 100  # ids of the tokenizer that the head cannot emit; MedASR has as many
-PRETRAINING = """
-    --learning_rate 2e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --max_steps 2200
-    --warmup_steps 150 --eval_steps 550 --save_steps 550 --early_stopping_patience 0 --skip_baseline true
-    --spec_augment false
+PRETRAINING = """--learning_rate 2e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --max_steps 2200
+    --warmup_steps 150 --eval_steps 550 --save_steps 550 --early_stopping_patience 0 --skip_baseline --no_spec_augment
 """
 
 
@@ -401,9 +340,8 @@ def make_processor():
     from transformers import LasrFeatureExtractor, LasrProcessor, LasrTokenizer
 
     rng = random.Random(SEED)
-    counts = Counter(
-        word for domain in list(TEMPLATES) * 2000 for word in re.findall("[A-Za-z]{2,}", make_sentence(domain, rng))
-    )
+    sentences = " ".join(make_sentence(domain, rng) for domain in list(TEMPLATES) * 2000)
+    counts = Counter(re.findall("[A-Za-z]{2,}", sentences))
     pieces = {"▁": -2.0} | dict.fromkeys(TOKENS, -4.0) | dict.fromkeys(CHARACTERS, -10.0)
     pieces |= {f"▁{word}": round(math.log(count / counts.total()), 3) for word, count in counts.most_common()}
     vocab = [(piece, 0.0) for piece in SPECIALS] + list(pieces.items())
@@ -418,10 +356,8 @@ def make_initial_model(vocab_size):
 
     torch.manual_seed(SEED)
     encoder = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256)
-    encoder |= dict(conv_kernel_size=9, subsampling_conv_channels=64)
-    # One of four layers is too much to lose, and with MedASR's momentum of 0.01 a run of a few hundred steps scores as
-    # if it learned nothing.
-    encoder |= dict(layerdrop=0.0, batch_norm_momentum=0.1)
+    # One of four layers is too much to lose; with MedASR's momentum of 0.01 a short run scores as if untrained.
+    encoder |= dict(conv_kernel_size=9, subsampling_conv_channels=64, layerdrop=0.0, batch_norm_momentum=0.1)
     return LasrForCTC(LasrCTCConfig(vocab_size=vocab_size, encoder_config=encoder))
 
 
@@ -433,11 +369,11 @@ def make_model(out):
     import finetune_medasr as script
 
     # MedASR was trained on labels that end in `</s>`; the script's own fine-tuning leaves it out.
-    encode_without = script.LabelEncoder.__call__
-    script.LabelEncoder.__call__ = lambda self, text: encode_without(self, text) + [self.tokenizer.eos_token_id]
+    encode, end = script.LabelEncoder.__call__, make_processor().tokenizer.eos_token_id
+    script.LabelEncoder.__call__ = lambda self, texts: [[*ids, end] for ids in encode(self, texts)]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        make_us_corpus(work / "corpus")
+        write_hub(work / "corpus", record(make_us_clips(), "period"))
         processor = make_processor()
         processor.save_pretrained(work / "initial")
         make_initial_model(len(processor.tokenizer) - EXTRA_IDS).save_pretrained(work / "initial")
