@@ -1447,10 +1447,13 @@ def load_clips(source, splits):
     announced = source.announced[source.announced["split"].isin(splits)]
     table = prepared_rows(audio) if prepared else announced.iloc[:0].copy()
     source.assign_splits(table)
-    table = table.assign(row=np.arange(len(table)))[table["split"].isin(splits)]
-    missing = announced[~(announced["split"] + "/" + announced["clip"]).isin(table["split"] + "/" + table["clip"])]
+    table["row"] = np.arange(len(table))
+    table = table if table["split"].isin(splits).all() else table[table["split"].isin(splits)]
+    # Series.isin would keep a Python object of each name.
+    names = pandas.concat([part["split"] + "/" + part["clip"] for part in (table, announced)], ignore_index=True)
+    missing = announced[~names.duplicated().to_numpy()[len(table) :]]
     missing = missing.assign(num_samples=0, problem=missing["problem"].replace("", "no audio"), row=-1)
-    return audio, pandas.concat([table, missing[table.columns]], ignore_index=True)
+    return audio, pandas.concat([table, missing[table.columns]], ignore_index=True) if len(missing) else table
 
 
 def select_clips(audio, table, settings, check, limit=None):
@@ -1459,12 +1462,13 @@ def select_clips(audio, table, settings, check, limit=None):
     reasons = pandas.Series(check(table), table.index, "str")
     copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
     reasons = reasons.mask(copies, "a second copy")
-    kept, skipped = table[reasons == ""], table[reasons != ""].assign(reason=reasons[reasons != ""])
+    kept, skipped = table.loc[reasons == "", ["num_samples", "clip"]], table[reasons != ""].assign(reason=reasons)
     if limit and limit < len(kept):
         kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[:limit]]
-    kept = kept.sort_values(["num_samples", "clip"], ascending=[False, True], ignore_index=True)
-    audio = audio.select(kept["row"].tolist(), keep_in_memory=True) if audio else None
-    return Clips(audio, kept.drop(columns="row"), skipped)
+    order = kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index
+    kept = table.loc[order].reset_index(drop=True)
+    rows = kept.pop("row").tolist()
+    return Clips(audio.select(rows, keep_in_memory=True) if audio else None, kept, skipped)
 
 
 def select_all(sources, settings, check):
@@ -1475,7 +1479,8 @@ def select_all(sources, settings, check):
     for extra, source in sources.items():
         splits = ("test",) if extra else settings.splits(on_disk=True)
         audio, table = load_clips(source, splits)
-        table = table if extra else table[is_wanted(table, settings)]
+        wanted = None if extra else is_wanted(table, settings)
+        table = table if extra or wanted.all() else table[wanted]
         if settings.streaming and not extra and not settings.prepare_only:
             train = source.announced[source.announced["split"] == "train"]
             selected["train"] = Clips(None, train[is_wanted(train, settings)], table.iloc[:0].assign(reason=""))
@@ -1483,6 +1488,8 @@ def select_all(sources, settings, check):
             part = table[table["split"] == split].reset_index(drop=True)
             selected[name] = select_clips(audio, part, settings, check, limits[split])
             selected[name].skipped["split"] = name
+        if not settings.streaming:
+            source.announced, source.shards = None, []  # a million clips are some hundred megabytes
     skipped = pandas.concat([clips.skipped for clips in selected.values()])
     if settings.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
         write_text(path, ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
@@ -2502,7 +2509,9 @@ class Scores:
             drawn.append(people[generator.integers(len(people), size=size, dtype=np.int32)].sum(axis=1))
         *drawn, words = np.concatenate(drawn).T
         drawn = {system: errors / np.maximum(words, 1) for system, errors in zip(self.texts, drawn)}
-        sums, found = counts.sum(), dict.fromkeys(("baseline", "finetuned", "delta"))
+        endings = ("", "_lm") if any(system.endswith("_lm") for system in self.texts) else ("",)
+        sums = counts.sum()
+        found = {f"{name}{ending}": None for ending in endings for name in ("baseline", "finetuned", "delta")}
         sizes = {"clips": len(part), "speakers": len(people), "words": int(sums["of", "wer"])}
         is_small = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
         for system in self.texts:
@@ -2510,9 +2519,9 @@ class Scores:
             kinds = {kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}
             ends = np.percentile(drawn[system], (2.5, 97.5)).tolist()
             found[system] = {**rates, **sizes, "wer_ci95": ends, **kinds, "small": is_small}
-        for ending in ("", "_lm"):
+        for ending in endings:
             before, after = f"baseline{ending}", f"finetuned{ending}"
-            if found.get(before) and found.get(after):
+            if found[before] and found[after]:
                 change, more = drawn[after] - drawn[before], counts[after, "wer"] - counts[before, "wer"]
                 shares = (float(share.mean()) for share in (change < 0, more < 0, more == 0, more > 0))
                 delta = {rate: found[after][rate] - found[before][rate] for rate in RATES if sums["of", rate]}
