@@ -42,8 +42,8 @@ BLOCK = 1 << 16
 
 
 def hub_copy(corpus_dir, out_dir, accents="*"):
-    """Copy a corpus of small .ogg clips, or the folders of its `accents` (a pattern), with the Hub's kind of audio, 44.1
-    kHz stereo WAV; returns `out_dir`.
+    """Copy a corpus of small .ogg clips, or its folders `accents` (a pattern), with the Hub's kind of audio, 44.1 kHz
+    stereo WAV; returns `out_dir`.
     """
 
     def copy(source):

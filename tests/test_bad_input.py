@@ -1,7 +1,6 @@
 """Bad input of each kind through the command line: exit status, message, and what is used of it all the same."""
 
 import ctypes
-import gzip
 import io
 import json
 import os
@@ -15,15 +14,16 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import kills
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets import Dataset
-from finetune_medasr import main
-
 from conftest import CORPUS, MODEL, SCRIPT, error_line, load_json, load_predictions
+from datasets import Dataset
 from test_sources import GOOD, TEXT, skipped, sound, write
+
+from finetune_medasr import main
 
 
 def run(capfd, *arguments):
@@ -43,82 +43,53 @@ def refused(capfd, arguments, status, message):
 
 # ---------------------------------------------------------------- flags
 
+BOUNDS = """max_train_samples=-3 max_eval_samples=0 max_train_seconds=nan num_proc=0 learning_rate=0 learning_rate=inf
+    learning_rate=-1e-05 num_train_epochs=0 max_steps=0 max_steps=-7 warmup_steps=nan weight_decay=nan max_grad_norm=inf
+    per_device_train_batch_size=0 gradient_accumulation_steps=0 eval_steps=0 save_total_limit=-1 window_seconds=1
+    early_stopping_patience=-1 dataloader_num_workers=-1 seed=-1 seed=4294967296 metric_for_best_model=foo
+    remove_unused_columns=True label_smoothing_factor=0.1""".split()
 FLAGS = [  # (flags, what the message says)
-    ("--max_train_samples -3", "--max_train_samples is -3"),
-    ("--max_eval_samples 0", "--max_eval_samples is 0"),
+    *((f"--{bound}", f"--{bound.replace('=', ' is ')}") for bound in BOUNDS),
     ("--max_train_samples many", "--max_train_samples.*'many'"),
-    ("--max_train_seconds nan", "--max_train_seconds is nan"),
-    ("--num_proc 0", "--num_proc is 0"),
-    ("--learning_rate 0", "--learning_rate is 0"),
-    ("--learning_rate inf", "--learning_rate is inf.*finite"),
-    ("--learning_rate=-1e-5", "--learning_rate is -1e-05"),
     ("--learning_rate", "--learning_rate"),
-    ("--num_train_epochs 0", "--num_train_epochs is 0"),
-    ("--max_steps 0", "--max_steps is 0"),
-    ("--max_steps -7", "--max_steps is -7"),
-    ("--warmup_steps nan", "--warmup_steps is nan"),
-    ("--weight_decay nan", "--weight_decay is nan"),
-    ("--max_grad_norm inf", "--max_grad_norm is inf"),
-    ("--weight_decay heavy", "--weight_decay.*'heavy'"),
-    ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0.*auto"),
-    ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps is 0"),
-    ("--eval_steps 0", "--eval_steps is 0"),
     ("--logging_steps 0.5", "--logging_steps.*'0.5'"),
-    ("--save_total_limit -1", "--save_total_limit is -1"),
     ("--save_steps 300 --eval_steps 200", "300.*multiple.*200"),
-    ("--window_seconds 1", "--window_seconds is 1.*6"),
-    ("--early_stopping_patience -1", "--early_stopping_patience is -1"),
-    ("--dataloader_num_workers -1", "--dataloader_num_workers is -1"),
-    ("--seed -1", "--seed is -1"),
-    ("--seed 4294967296", "--seed is 4294967296"),
     ("--target_text spoken", "'spoken'.*as_written.*words"),
     ("--report_to foo", "foo is not supported.*tensorboard"),
-    ("--metric_for_best_model foo", "--metric_for_best_model is foo.*wer"),
-    ("--remove_unused_columns true", "--remove_unused_columns is True.*leave"),
-    ("--label_smoothing_factor 0.1", "--label_smoothing_factor is 0.1.*leave"),
     ("--accelerator_config foo", "foo"),
     ("--deepspeed foo.json", "deepspeed"),
     ("--lr_scheduler_type foo", "--lr_scheduler_type.*'foo'"),
     ("--use_cpu perhaps", "--use_cpu"),
     ("--fp16 --bf16", "fp16"),
     ("--streaming", "--streaming needs --max_steps"),
-    ("--streaming --max_steps 2 --max_train_samples 3", "--max_train_samples cannot be used with --streaming"),
+    ("--streaming --max_steps 2 --max_train_samples 3", "--max_train_samples.*--streaming"),
     ("--dry_run --prepare_only", "--prepare_only and --dry_run"),
     ("--eval_only --transcribe {corpus}/accents.json", "--eval_only and --transcribe"),
     ("--learnin_rate 3", "--learnin_rate.*--learning_rate"),
     ("--weight_decai=3", "--weight_decai.*--weight_decay"),
-    ("stray.yaml stray", "stray.yaml"),
     ("--accents yoruba --model", "--model"),
     ("--transcribe nowhere.wav", "--transcribe.* nowhere.wav"),
     ("--transcribe {corpus}/transcripts", "--transcribe.*no audio file"),
     ("--output_dir=", "--output_dir is ''"),
-    ("--data_dir=", "--data_dir is ''"),
     ("--output_dir {tmp}/file", "--output_dir is .*file is no folder"),
     ("--data_dir {tmp}/file/below", "--data_dir is .*file is no folder"),
     ("--output_dir {tmp} --data_dir {tmp}/results/audio", "--data_dir .* replaces"),
-    ("--output_dir {tmp} --data_dir {tmp}/checkpoint-7", "--data_dir .* replaces"),
     ("--output_dir {tmp} --model {tmp}/final --overwrite_output_dir", "--model .*deletes"),
     ("--output_dir {tmp} --dataset {tmp}/runs --overwrite_output_dir", "--dataset .*deletes"),
     ("--output_dir {tmp} --resume_from_checkpoint {tmp}/checkpoint-7 --overwrite_output_dir", "--resume_from.*deletes"),
     ("nowhere.yaml", "nowhere.yaml"),
-    ("{tmp}/broken.yaml", "broken.yaml"),
-    ("{tmp}/list.yaml", "list.yaml .*YAML"),
-    ("{tmp}/text.yaml", "text.yaml .*YAML"),
-    ("{tmp}/typo.yaml", "learnin_rate.*--learning_rate"),
-    ("{tmp}/nested.yaml", "training"),
-    ("{tmp}/binary.yaml", "binary.yaml .*YAML"),
-    ("{tmp}/python.yaml", "python.yaml .*YAML"),
     ("{tmp}", "YAML.*Is a directory"),
 ]
-YAML = {
-    "broken": b"accents: [yoruba,\nseed: }",
-    "list": b"- seed\n- 7\n",
-    "text": b"just words",
-    "typo": b"learnin_rate: 1e-5\n",
-    "nested": b"training:\n  seed: 7\n",
-    "binary": b"\xff\xfe\0\x80",
-    "python": b"seed: !!python/object/apply:os.system ['touch ran']\n",
+YAML = {  # name: (content, what the message says)
+    "broken": (b"accents: [yoruba,\nseed: }", "broken.yaml"),
+    "list": (b"- seed\n- 7\n", "list.yaml .*YAML"),
+    "text": (b"just words", "text.yaml .*YAML"),
+    "typo": (b"learnin_rate: 1e-5\n", "learnin_rate.*--learning_rate"),
+    "nested": (b"training:\n  seed: 7\n", "training"),
+    "binary": (b"\xff\xfe\0\x80", "binary.yaml .*YAML"),
+    "python": (b"seed: !!python/object/apply:os.system ['touch ran']\n", "python.yaml .*YAML"),
 }
+FLAGS += [(f"{{tmp}}/{name}.yaml", message) for name, (_, message) in YAML.items()]
 
 
 @pytest.mark.parametrize("flags, message", FLAGS, ids=[flags for flags, _ in FLAGS])
@@ -127,7 +98,7 @@ def test_flags_that_cannot_work_are_refused_before_anything_is_written(tmp_path,
     write(tmp_path / "file", "not a folder")
     for folder in ("final", "runs", "checkpoint-7"):
         (tmp_path / folder).mkdir()
-    for name, content in YAML.items():
+    for name, (content, _) in YAML.items():
         write(tmp_path / f"{name}.yaml", content)
     before = sorted(tmp_path.rglob("*"))
     assert refused(capfd, flags.format(tmp=tmp_path, corpus=CORPUS).split(), 2, message) == ""
@@ -157,22 +128,17 @@ SCORE_FILES = [  # (name, content, exit status, what is said)
     ("nowhere.csv", None, 2, "--score_file .*nowhere.csv"),
     ("x.jsonl", "not JSON\n", 2, "not lines of JSON"),
     ("x.jsonl", ROW + '{"text": "a", "pred', 2, "not lines of JSON"),
-    ("x.jsonl", "[" * 100_000, 2, "not lines of JSON"),
     ("x.jsonl", "[1, 2]\n", 2, "row 1 is not an object"),
     ("x.jsonl", "", 2, "no column"),
-    ("x.jsonl", b"\xff\xfe\0\1", 2, "not lines of JSON"),
     ("x.jsonl", b"\xff\xfe\1", 2, "--score_file"),
-    ("x.jsonl", '{"text": "a"}\n', 2, "no column pred_text"),
     ("x.jsonl", '{"text": "...", "pred_text": "a"}\n', 2, "no text with a word"),
     ("x.csv", "reference,hypothesis\na,b\n", 2, "no column text.*its columns are reference, hypothesis"),
     ("x.csv", "text,hypothesis\na,b\n", 2, "no column pred_text"),
     ("x.csv", "", 2, "no column text.*its columns are none"),
-    ("x.csv", "text,pred_text\n", 2, "no row with both text and pred_text among 0"),
     ("x.csv", "version https://git-lfs.github.com/spec/v1\n", 2, "Git LFS pointer"),
     ("x.jsonl", ROW + '{"text": "a", "pred_text": "a", "duration": 1e306}', 0, "2 rows without a duration"),
     ("x.jsonl", ROW + '{"text": "a", "pred_text": "a", "duration": [NaN]}', 0, "2 rows without a duration"),
     ("x.jsonl", ROW + '{"text": "a\\ud800 שלום 😀", "pred_text": "a"}', 0, "2 rows without a duration"),
-    ("x.jsonl", ROW.encode("utf-16"), 0, "1 row without a duration"),
     ("x.jsonl", ROW + '{"text": "", "pred_text": "a"}', 0, "Row 2 .*no text: left out"),
     ("x.jsonl", ROW + '{"text": "a", "pred_text": "a", "baseline_text": "b"}', 0, "no comparison is made"),
     ("x.TSV", "text\tpred_text\r\na\tb\r\n", 0, "1 row without a duration"),
@@ -238,23 +204,6 @@ def two(folder, *more):
     return [(member(f"{folder}/first"), GOOD), *more, (member(f"{folder}/second"), GOOD)]
 
 
-SECOND = 512 + (len(GOOD) + 511) // 512 * 512  # where the header of the second member begins
-
-
-def huge():
-    """A member that claims 2 GB, and an archive that ends there."""
-    info = tarfile.TarInfo(member("huge/second"))
-    info.size = 2_000_000_000
-    return gzip.compress(tar(two("huge"), "w")[:SECOND] + info.tobuf())
-
-
-def bad_header():
-    """A tar whose second header holds no number where the size should be."""
-    data = bytearray(tar(two("bad-header"), "w"))
-    data[SECOND + 124 : SECOND + 136] = b"not a number"
-    return gzip.compress(bytes(data))
-
-
 def spoiled(how):
     """An archive of ten clips that gzip cannot make small, so that damage in the middle falls between clips."""
     noise = np.random.default_rng(0)
@@ -281,8 +230,6 @@ ARCHIVES = {  # accent: (archive, clips used, {clip or archive: why it is left o
     "nothing": (b"", [], {"train_nothing_0": DAMAGED, "nothing/first.wav": "no audio"}),
     "html-page": (b"<html>Service unavailable</html>", [], {"train_html-page_0": DAMAGED}),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\n", [], {"train_lfs_0": DAMAGED + ".*git lfs pull"}),
-    "huge": (huge(), ["first"], {"huge/second.wav": "over 1 GB|no audio", "train_huge_0": DAMAGED}),
-    "bad-header": (bad_header(), ["first"], {"bad-header/second.wav": "no audio"}),
     "cut": (spoiled("cut"), TEN[:4], {"train_cut_0": DAMAGED + ".*4 clips", "cut/9.wav": "no audio"}),
     "corrupt": (spoiled("corrupt"), TEN[:5], {"train_corrupt_0": DAMAGED + ".*5 clips", "corrupt/9.wav": "no audio"}),
     "checksum": (spoiled("checksum"), TEN, {"train_checksum_0": DAMAGED}),
@@ -347,7 +294,7 @@ def horrors(tmp_path_factory, warm):
         done = warm.run(*flags, cwd=folder)
         assert {path: path.read_bytes() for path in before} == before
         assert {path.name for path in folder.iterdir()} == {"corpus", "audio", "out"}
-        assert done.returncode == 0 or layout == "archives" and "no dev clip is left" in done.stderr, done.stderr
+        assert done.returncode == 0, done.stderr
         assert not list(folder.parent.rglob("climbs.wav")) and not Path("/tmp/outside").exists()
         # Of all rows: clips of different folders have files of the same name.
         files = [Dataset.from_file(str(path)) for path in (folder / "audio").rglob("*.arrow")]
@@ -387,71 +334,94 @@ def test_an_odd_table_is_read_and_said_to_be_odd(horrors, layout, name):
 # ---------------------------------------------------------------- sources that leave nothing
 
 
-def archives_with(table=None, archive=None, split="train"):
-    return lambda folder: add_accent(
-        folder,
-        "x",
+def archives(table=None, archive=None, split="train"):
+    archive, table = (
         tar(two("x")) if archive is None else archive,
         rows_of("x", split=split) if table is None else table,
-        split,
     )
+    return lambda folder: add_accent(folder, "x", archive, table, split)
 
 
-def recordings_with(table, name="metadata.csv", clips=("a.wav",)):
+def recordings(table, name="metadata.csv"):
+    return lambda folder: (write(folder / name, table), write((folder / name).parent / "a.wav", GOOD))
+
+
+def parquets(readme="", **columns):
     def make(folder):
-        write(folder / name, table)
-        for clip in clips:
-            write(folder / clip, GOOD)
-
-    return make
-
-
-def parquet_with(columns, name="test.parquet", readme=""):
-    def make(folder):
-        folder.mkdir()
-        pyarrow.parquet.write_table(pyarrow.table(columns), folder / name)
-        if readme:
-            write(folder / "README.md", f"---\n{readme}\n---\n# Dictations\n")
+        write(folder / "README.md", f"---\n{readme}\n---\n" if readme else "")
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["one"], **columns}), folder / "test.parquet")
 
     return make
 
 
 CELL = [{"bytes": b"", "path": "a.wav"}]
 CONFIGS = "configs: [{config_name: en, data_files: test.parquet}, {config_name: fr, data_files: test.parquet}]"
-NO_SPEAKER = "file_name,text,split\na.wav,one,train\n"
+STRANGE = "configs: [{config_name: a, data_files: [{split: 1}]}]"
+HEAD, ONE, LFS = "file_name,text", "a.wav,one\n", "version https://git-lfs.github.com/spec/v1\n"
+NOT_AUDIO, NO_WORDS = tar([(member("x/first"), b"x")]), rows_of("x", split="test").replace(TEXT, "?!")
 SOURCES = {  # name: (how it is made, flags, exit status, what the message says)
-    "no text column": (archives_with(rows_of("x").replace("transcript", "words")), "", 2, "no column text.*--text_column.*user_ids"),
-    "no path": (archives_with(rows_of("x").replace("audio_paths", "file")), "", 1, "no column file_name or audio_paths.*user_ids"),
-    "an empty table": (archives_with(""), "", 2, "no column text.*columns are none"),
-    "a page": (archives_with("<html>Service unavailable</html>"), "", 2, "no column text.*columns are <html>"),
-    "a binary table": (archives_with(bytes(range(256)) * 9), "", 2, "no column text"),
-    "an LFS table": (archives_with("version https://git-lfs.github.com/spec/v1\n"), "", 1, "Git LFS pointer.*git lfs pull"),
-    "no rows": (archives_with(HEADER + "\n"), "", 1, "no train clip is left"),
-    "no text at all": (archives_with(rows_of("x", split="test").replace(TEXT, "?!"), split="test"), "--eval_only", 1, "no test transcript has a word to score: 2 clips"),
-    "an empty archive": (archives_with(archive=b"", split="test"), "--eval_only", 1, "no test clip is left: 2 x no audio, 1 x damaged archive"),
-    "no audio": (archives_with(archive=tar([(member("x/first"), b"x")]), split="test"), "--eval_only", 1, "no test clip is left: 1 x undecodable audio, 1 x no audio"),
+    "no texts": (archives(rows_of("x").replace("transcript", "x")), "", 2, "no column text.*--text_column.*user_ids"),
+    "no path": (
+        archives(rows_of("x").replace("audio_paths", "x")),
+        "",
+        1,
+        "no column file_name or audio_paths.*user_ids",
+    ),
+    "an empty table": (archives(""), "", 2, "no column text.*columns are none"),
+    "a page": (archives("<html>Service unavailable</html>"), "", 2, "no column text.*columns are <html>"),
+    "a binary table": (archives(bytes(range(256)) * 9), "", 2, "no column text"),
+    "an LFS table": (archives(LFS), "", 1, "Git LFS pointer.*git lfs pull"),
+    "no rows": (archives(HEADER + "\n"), "", 1, "no train clip is left"),
+    "no words": (archives(NO_WORDS, split="test"), "--eval_only", 1, "no test transcript has a word to score: 2 clips"),
+    "nothing packed": (
+        archives(archive=b"", split="test"),
+        "--eval_only",
+        1,
+        "left: 2 x no audio, 1 x damaged archive",
+    ),
+    "no audio": (
+        archives(archive=NOT_AUDIO, split="test"),
+        "--eval_only",
+        1,
+        "left: 1 x undecodable audio, 1 x no audio",
+    ),
     "nothing": (lambda folder: folder.mkdir(), "", 1, "has no audio/<accent>/<split>.*metadata.csv.*0 files"),
-    "another layout": (recordings_with("", "notes.txt"), "", 1, "has no audio/<accent>/<split>.*2 files, such as a.wav"),
-    "no table of that name": (lambda folder: None, "", 1, "own is neither a folder nor a Hub id|own is not on|nowhere"),
-    "broken JSON": (recordings_with('{"file_name": "a.wav"\n', "metadata.jsonl"), "", 1, "metadata.jsonl is not lines of JSON"),
-    "another JSON": (recordings_with('["a.wav"]\n', "metadata.jsonl"), "", 1, "metadata.jsonl: row 1 is not an object"),
-    "no file_name": (recordings_with("path,text\na.wav,one\n"), "", 1, "metadata.csv has no column file_name.*path, text"),
-    "no such files": (recordings_with("file_name,text\nb.wav,one\n"), "", 1, "metadata.csv names no file that is there among 1 row, such as b.wav"),
-    "two text columns": (recordings_with("file_name,text,sentence\na.wav,one,two\n"), "", 2, "metadata.csv has .*text and sentence.*--text_column"),
-    "another text column": (recordings_with("file_name,text\na.wav,one\n"), "--text_column words", 2, "no column words.*--text_column"),
-    "no splits": (recordings_with("file_name,text,speaker\na.wav,one,ada\n"), "", 1, "no dev and no test split, and 1 speaker of train.*column split"),
-    "no speakers": (recordings_with(NO_SPEAKER), "", 1, "no dev and no test split, and 0 speakers of train.*column such as speaker"),
-    "no train": (recordings_with("file_name,text\na.wav,one\n", "test/metadata.csv", ["test/a.wav"]), "", 1, "has no train.* split"),
-    "a stream of others": (recordings_with(NO_SPEAKER), "--streaming --max_steps 2", 2, "--streaming is for AfriSpeech-200's layout"),
-    "a config of none": (recordings_with(NO_SPEAKER), ":fr", 2, "names 'fr'"),
-    "no audio column": (parquet_with({"text": ["one"], "sound": ["a.wav"]}), "", 1, "test.parquet has no audio column.*text, sound"),
-    "two audio columns": (parquet_with({"text": ["one"], "left": CELL, "right": CELL}), "", 1, "test.parquet has more than one: left, right"),
-    "no parquet": (recordings_with("PAR1", "test.parquet"), "", 1, "test.parquet cannot be read as parquet"),
-    "several configs": (parquet_with({"text": ["one"], "audio": CELL}, readme=CONFIGS), "", 2, "en.*fr"),
-    "another config": (parquet_with({"text": ["one"], "audio": CELL}, readme=CONFIGS), ":de", 2, "'de'.*en.*fr"),
-    "a strange README": (parquet_with({"text": ["one"], "audio": CELL}, readme="configs: [{config_name: a, data_files: [{split: 1}]}]"), "", 2, "--dataset"),
-    "a README of no YAML": (parquet_with({"text": ["one"], "audio": CELL}, readme="made: 2023-02-30"), "", 2, "--dataset.*day is out of range"),
-}  # fmt: skip
+    "other files": (recordings("", "notes.txt"), "", 1, "has no audio/<accent>/<split>.*2 files, such as a.wav"),
+    "no folder": (lambda folder: None, "", 1, "own .*--dataset|own.*owner/name"),
+    "broken JSON": (
+        recordings('{"file_name": "a.wav"\n', "metadata.jsonl"),
+        "",
+        1,
+        "metadata.jsonl is not lines of JSON",
+    ),
+    "other JSON": (recordings('["a.wav"]\n', "metadata.jsonl"), "", 1, "metadata.jsonl: row 1 is not an object"),
+    "no file_name": (recordings("path,text\n" + ONE), "", 1, "metadata.csv has no column file_name.*path, text"),
+    "no such file": (recordings(HEAD + "\nb.wav,one"), "", 1, "metadata.csv names no file.* 1 row, such as b.wav"),
+    "two texts": (
+        recordings(f"{HEAD},sentence\na.wav,one,two"),
+        "",
+        2,
+        "metadata.csv has .*text and sentence.*--text_col",
+    ),
+    "other texts": (recordings(f"{HEAD}\n{ONE}"), "--text_column words", 2, "no column words.*--text_column"),
+    "no splits": (
+        recordings(f"{HEAD},speaker\na.wav,one,ada"),
+        "",
+        1,
+        "no dev and no test split, and 1 speaker of train",
+    ),
+    "no speakers": (recordings(f"{HEAD}\n{ONE}"), "", 1, "no dev and no test split, and 0 speakers .*such as speaker"),
+    "no train": (recordings(f"{HEAD}\n{ONE}", "test/metadata.csv"), "", 1, "has no train.* split"),
+    "a stream": (recordings(f"{HEAD}\n{ONE}"), "--streaming --max_steps 2", 2, "--streaming is for AfriSpeech-200's"),
+    "a config of none": (recordings(f"{HEAD}\n{ONE}"), ":fr", 2, "names 'fr'"),
+    "no audio column": (parquets(sound=["a.wav"]), "", 1, "test.parquet has no audio column.*text, sound"),
+    "two audio columns": (parquets(left=CELL, right=CELL), "", 1, "test.parquet has more than one: left, right"),
+    "no parquet": (recordings("PAR1", "test.parquet"), "", 1, "test.parquet cannot be read as parquet"),
+    "several configs": (parquets(CONFIGS, audio=CELL), "", 2, "en.*fr"),
+    "another config": (parquets(CONFIGS, audio=CELL), ":de", 2, "'de'.*en.*fr"),
+    "a strange README": (parquets(STRANGE, audio=CELL), "", 2, "--dataset"),
+    "no README": (parquets("made: 2023-02-30", audio=CELL), "", 2, "--dataset.*day is out of range"),
+}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -467,64 +437,65 @@ def test_a_source_that_cannot_be_used_is_refused(tmp_path, capfd, name):
 # ---------------------------------------------------------------- models
 
 
-def edit_json(path, **changes):
-    content = load_json(path)
-    for name, value in changes.items():
-        *parents, last = name.split("__")
-        place = content
-        for parent in parents:
-            place = place[parent]
-        place[last] = value
-    path.write_text(json.dumps(content))
+def edit_json(name, *place, value):
+    """A function that changes one value in a JSON file of a model."""
+
+    def edit(folder):
+        part = content = load_json(folder / name)
+        for key in place[:-1]:
+            part = part[key]
+        part[place[-1]] = value
+        write(folder / name, json.dumps(content))
+
+    return edit
 
 
-def edit_weights(folder, change):
-    from safetensors.torch import load_file, save_file
+def edit_weights(change):
+    """A function that puts {new name: new value} of change(name, value) in place of each weight of a model."""
 
-    weights = {
-        new: value
-        for name, value in load_file(folder / "model.safetensors").items()
-        for new, value in change(name, value)
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    def edit(folder):
+        from safetensors.torch import load_file, save_file
 
+        weights = [change(name, value) for name, value in load_file(folder / "model.safetensors").items()]
+        weights = {name: value for part in weights for name, value in part.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-def remove(folder, *names):
-    for name in names:
-        (folder / name).unlink()
+    return edit
 
 
-def set_config(**changes):
-    return lambda folder: edit_json(folder / "config.json", **changes)
+def remove(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
 
 
-def set_extractor(**changes):
-    return lambda folder: edit_json(
-        folder / "processor_config.json", **{f"feature_extractor__{name}": value for name, value in changes.items()}
-    )
+def replace(name, content):
+    return lambda folder: write(folder / name, content)
+
+
+def extractor(name, value):
+    return edit_json("processor_config.json", "feature_extractor", name, value=value)
 
 
 MODELS = {  # kind: (what is done to a copy of the small model, what the message says)
-    "no config": (lambda folder: remove(folder, "config.json"), "config.json"),
-    "no weights": (lambda folder: remove(folder, "model.safetensors"), r"safetensors"),
-    "no processor": (lambda folder: remove(folder, "processor_config.json"), "processor"),
-    "no tokenizer": (lambda folder: remove(folder, "tokenizer.json", "tokenizer_config.json"), "tokenizer"),
-    "broken tokenizer": (lambda folder: write(folder / "tokenizer.json", "{}"), "cannot be loaded"),
+    "no config": (remove("config.json"), "config.json"),
+    "no weights": (remove("model.safetensors"), "safetensors"),
+    "no processor": (remove("processor_config.json"), "processor"),
+    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
+    "broken tokenizer": (replace("tokenizer.json", "{}"), "cannot be loaded"),
     "cut weights": (lambda folder: os.truncate(folder / "model.safetensors", 99_999), "cannot be loaded"),
-    "LFS weights": (lambda folder: write(folder / "model.safetensors", "version https://git-lfs"), "cannot be loaded"),
-    "broken config": (lambda folder: write(folder / "config.json", "{"), "cannot be loaded"),
-    "another class": (lambda folder: write(folder / "config.json", '{"model_type": "wav2vec2"}'), "wav2vec2.*lasr_ctc"),
-    "another size": (set_config(encoder_config__hidden_size=192), "lacks weights of its config.json"),
-    "another vocabulary": (set_config(vocab_size=179), "lacks weights of its config.json.*ctc_head"),
+    "LFS weights": (replace("model.safetensors", LFS), "cannot be loaded"),
+    "broken config": (replace("config.json", "{"), "cannot be loaded"),
+    "another class": (replace("config.json", '{"model_type": "wav2vec2"}'), "wav2vec2.*lasr_ctc"),
+    "another size": (edit_json("config.json", "encoder_config", "hidden_size", value=192), "lacks weights"),
+    "another vocabulary": (edit_json("config.json", "vocab_size", value=179), "lacks weights.*ctc_head"),
     "weights missing": (
-        lambda folder: edit_weights(folder, lambda name, value: [(name, value)] * ("head" not in name)),
-        "lacks weights.*ctc_head",
+        edit_weights(lambda name, value: {} if "head" in name else {name: value}),
+        "lacks weights.*head",
     ),
-    "other names": (lambda folder: edit_weights(folder, lambda name, value: [(f"x.{name}", value)]), "lacks weights"),
-    "NaN": (lambda folder: edit_weights(folder, lambda name, value: [(name, value * float("nan"))]), "not finite"),
-    "8 kHz": (set_extractor(sampling_rate=8_000), "8,?000 Hz"),
-    "64 mel bins": (set_extractor(feature_size=64), "processor|features|mel"),
-    "another extractor": (set_extractor(feature_extractor_type="ParakeetFeatureExtractor"), "ParakeetFeatureExtractor"),
+    "other names": (edit_weights(lambda name, value: {f"x.{name}": value}), "lacks weights"),
+    "NaN": (edit_weights(lambda name, value: {name: value * float("nan")}), "not finite"),
+    "8 kHz": (extractor("sampling_rate", 8_000), "8,?000 Hz"),
+    "64 mel bins": (extractor("feature_size", 64), "processor|features|mel"),
+    "another extractor": (extractor("feature_extractor_type", "ParakeetFeatureExtractor"), "cannot be loaded"),
 }
 
 
@@ -538,7 +509,7 @@ def test_a_model_that_cannot_be_used_is_refused(tmp_path, capfd, kind):
     refused(capfd, arguments, 1, f"model {re.escape(str(tmp_path / 'model'))} .*{message}")
 
 
-# ---------------------------------------------------------------- what the Trainer alone can judge, folders, permissions
+# ---------------------------------------------------------------- the Trainer's flags, folders, permissions
 
 TRAINING_FLAGS = [
     ("--optim adamw_bnb_8bit", "bitsandbytes"),
@@ -548,34 +519,20 @@ TRAINING_FLAGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def audio(tmp_path_factory, warm):
-    """A --data_dir of the fixture corpus's zulu clips, prepared."""
-    folder = tmp_path_factory.mktemp("audio")
-    done = warm.run("--prepare_only", "--num_proc", 1, "--dataset", CORPUS, "--accents", "zulu", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "afrispeech-200-16khz"
-
-
-def training(audio, output, *flags):
-    few = """--accents zulu --max_steps 1 --eval_steps 1 --save_steps 1 --per_device_train_batch_size 2
-        --gradient_accumulation_steps 1 --max_train_samples 2 --max_eval_samples 2 --max_test_samples 2 --skip_baseline
-        --dataloader_num_workers 0 --use_cpu true --num_proc 1""".split()
-    return ["--model", MODEL, "--dataset", CORPUS, "--data_dir", audio, "--output_dir", output, *few, *flags]
-
-
 @pytest.mark.parametrize("flags, message", TRAINING_FLAGS)
-def test_what_the_trainer_alone_can_judge_is_a_usage_error(audio, tmp_path, capfd, flags, message):
-    found, _, errors = run(capfd, *training(audio, tmp_path / "out", *flags.split()))
+def test_what_the_trainer_alone_can_judge_is_a_usage_error(demo, tmp_path, capfd, flags, message):
+    flags = ["--skip_baseline", *flags.split()]
+    found, _, errors = run(capfd, *kills.command(demo.audio, tmp_path / "out", *flags)[2:])
     assert found == 2 and re.search(f"error: .*{message}", errors) and "unexpected" not in errors, errors
 
 
-def test_audio_survives_a_new_start_wherever_it_lies(audio, tmp_path, capfd):
+def test_audio_inside_the_output_folder_survives_a_new_start(demo, tmp_path, capfd):
     inside = tmp_path / "out/audio"
-    shutil.copytree(audio, inside)
+    shutil.copytree(demo.audio, inside)
     before = {path: path.stat().st_mtime_ns for path in inside.rglob("*.arrow")}
     for more in ([], ["--overwrite_output_dir"]):
-        status, out, errors = run(capfd, *training(inside, tmp_path / "out", *more))
+        flags = ["--skip_baseline", "--max_steps", "1", "--eval_steps", "1", "--save_steps", "1", *more]
+        status, out, errors = run(capfd, *kills.command(inside, tmp_path / "out", *flags)[2:])
         assert status == 0 and "preparing audio" not in errors and "finished" not in out, errors
         assert {path: path.stat().st_mtime_ns for path in inside.rglob("*.arrow")} == before
 
@@ -595,52 +552,22 @@ for argv in json.loads(sys.argv[2]):
     print("STATUS", finetune_medasr.main(argv), flush=True)
     print("END", file=sys.stderr, flush=True)
 """
-CLOSED = {  # kind: (what is closed, its mode, flags, exit status, what the message says)
-    "--output_dir": (
-        "shut",
-        0o555,
-        "--output_dir {0}/shut/out",
-        2,
-        "--output_dir is .*shut is no folder that can be written",
-    ),
-    "--data_dir": (
-        "shut",
-        0o555,
-        "--data_dir {0}/shut/audio",
-        2,
-        "--data_dir is .*shut is no folder that can be written",
-    ),
-    "--dataset": ("corpus/audio/x", 0, "--dry_run --dataset {0}/corpus", 1, "corpus cannot be read .*Permission"),
-    "a table": (
-        "corpus/transcripts/x/train.csv",
-        0,
-        "--dry_run --dataset {0}/corpus",
-        1,
-        "train.csv cannot be read .*Perm",
-    ),
-    "--score_file": (
-        "scores.jsonl",
-        0,
-        "--score_file {0}/scores.jsonl",
-        2,
-        "--score_file .*cannot be read .*Permission",
-    ),
-    "a YAML file": ("run.yaml", 0, "{0}/run.yaml", 2, "run.yaml .*Permission"),
-    "--model": (
-        "model/model.safetensors",
-        0,
-        "--transcribe {0}/visit.wav --model {0}/model",
-        1,
-        "model .*cannot be loaded",
-    ),
-    "--transcribe": ("visit.wav", 0, f"--transcribe {{0}}/visit.wav --model {MODEL}", 1, "visit.wav .*Permission"),
+CLOSED = {  # what is closed: (its mode, flags, exit status, what the message says)
+    "shut": (0o555, "--output_dir {0}/shut/out", 2, "--output_dir is .*shut is no folder that can be written"),
+    "shut/": (0o555, "--data_dir {0}/shut/audio", 2, "--data_dir is .*shut is no folder that can be written"),
+    "corpus/audio/x": (0, "--dry_run --dataset {0}/corpus", 1, "corpus cannot be read .*Permission"),
+    "corpus/transcripts/x/train.csv": (0, "--dry_run --dataset {0}/corpus", 1, "train.csv cannot be read .*Permission"),
+    "scores.jsonl": (0, "--score_file {0}/scores.jsonl", 2, "--score_file .*cannot be read .*Permission"),
+    "run.yaml": (0, "{0}/run.yaml", 2, "run.yaml .*Permission"),
+    "model/model.safetensors": (0, "--transcribe {0}/visit.wav --model {0}/model", 1, "model .*cannot be loaded"),
+    "visit.wav": (0, f"--transcribe {{0}}/visit.wav --model {MODEL}", 1, "visit.wav .*Permission"),
 }
 
 
 def test_what_may_not_be_opened_is_named(tmp_path):
     """All in one process that root's powers do not help."""
     commands = []
-    for number, (name, mode, flags, *_) in enumerate(CLOSED.values()):
+    for number, (name, (mode, flags, *_)) in enumerate(CLOSED.items()):
         folder = tmp_path / str(number)
         add_accent(folder / "corpus", "x", tar(two("x")), rows_of("x"))
         shutil.copytree(MODEL, folder / "model")

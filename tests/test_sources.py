@@ -16,28 +16,18 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import finetune_medasr as script
 import numpy as np
 import pyarrow.parquet
 import pytest
 import soundfile
-
-from conftest import (
-    CORPUS,
-    MODEL,
-    SPLITS,
-    corpus_audio,
-    corpus_rows,
-    error_line,
-    load_json,
-    load_predictions,
-    run_script,
-)
+from conftest import CORPUS, MODEL, corpus_audio, corpus_rows, error_line, load_json, load_predictions, run_script
 from loopback_hub import DATASET, LoopbackHub, hub_copy
 from loopback_hub import MODEL as HUB_MODEL
 from warm import WarmStarts
 
-RATE = 16_000
+import finetune_medasr as script
+
+RATE, SPLITS = 16_000, ("train", "dev", "test")
 TEXT = "The patient has a fever."
 
 # ---------------------------------------------------------------- clips, good and bad
@@ -87,24 +77,21 @@ SIZES = {("damara", "train"): 12, ("damara", "dev"): 4, ("damara", "test"): 6, (
 
 
 def make_clips():
-    """[{split, name, audio, text, speaker, accent, ...}] of the fixture corpus and of BAD_CLIPS; file names are unique."""
+    """[{split, name, audio, text, speaker, ...}] of the fixture corpus and of BAD_CLIPS; file names are unique."""
     clips = []
     for split in SPLITS:
         audio, rows = corpus_audio(split), corpus_rows(split)
         for accent in ("damara", "akan (fante)"):
             names = [name for name in audio if rows[name]["accent"] == accent][: SIZES.get((accent, split), 0)]
             for name in names:
-                row = {group: rows[name][THEIRS.get(group, group)] for group in GROUPS}
-                clips.append(
-                    {"name": name, "split": split, "audio": audio[name], "text": rows[name]["transcript"]} | row
-                )
+                groups = {group: rows[name][THEIRS.get(group, group)] for group in GROUPS}
+                clips.append({"name": name, "audio": audio[name], "text": rows[name]["transcript"], **groups})
         for number, (name, (audio, text, *_)) in enumerate(BAD_CLIPS.items() if split != "dev" else ()):
-            row = dict.fromkeys(GROUPS, "") | {
-                "speaker": f"{split}-{number % 4}",
-                "accent": "damara",
-                "domain": "clinical",
-            }
-            clips.append({"name": f"bad/{name}.wav", "split": split, "audio": audio, "text": text} | row)
+            groups = dict.fromkeys(GROUPS, "") | {"accent": "damara", "domain": "clinical"}
+            groups["speaker"] = f"{split}-{number % 4}"
+            clips.append({"name": f"bad/{name}.wav", "audio": audio, "text": text, **groups})
+        for clip in clips:
+            clip.setdefault("split", split)
     return clips
 
 
@@ -179,13 +166,12 @@ def write_audio_folder(folder, clips):
     return folder
 
 
-def write_parquet(folder, clips, prefix="data"):
+def write_parquet(folder, clips):
     """What `datasets` pushes to the Hub, with two files for training."""
     from datasets import Audio, ClassLabel, Features, Value
 
-    columns = dict.fromkeys(other_row(clips[0]), Value("string")) | {
-        "domain": ClassLabel(names=["general", "clinical"])
-    }
+    columns = dict.fromkeys(other_row(clips[0]), Value("string"))
+    columns["domain"] = ClassLabel(names=["general", "clinical"])
     features = Features(audio=Audio(sampling_rate=RATE, decode=False), **columns)
     for split in dict.fromkeys(clip["split"] for clip in clips):
         rows = [
@@ -196,7 +182,7 @@ def write_parquet(folder, clips, prefix="data"):
         for number in range(count := 2 if split == "train" else 1):
             # Dataset.from_list would need torchcodec to encode the column of audio.
             part = pyarrow.Table.from_pylist(rows[number::count], schema=features.arrow_schema)
-            path = folder / prefix / f"{FOLDERS[split]}-{number:05d}-of-{count:05d}.parquet"
+            path = folder / "data" / f"{FOLDERS[split]}-{number:05d}-of-{count:05d}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
             pyarrow.parquet.write_table(part, path, row_group_size=8)
     return folder
@@ -227,9 +213,8 @@ def prepared(data_dir):
 
 def digests(data_dir):
     """{prepared file, without the mark of what it is made of: SHA-256}"""
-    return {
-        path.name.split(".")[0]: hashlib.sha256(path.read_bytes()).hexdigest() for path in data_dir.rglob("*.arrow")
-    }
+    files = {path.name.split(".")[0]: path.read_bytes() for path in data_dir.rglob("*.arrow")}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def modified(data_dir):
@@ -292,10 +277,8 @@ def test_bad_clips_are_named_with_their_reasons_and_the_others_are_used(runs, ki
     reasons = {(split, clip_file(clip)): reason for split, clip, reason in runs(kind).skipped}
     for name, (_, _, *expected) in BAD_CLIPS.items():
         for split, reason in zip(("train", "test"), expected):
-            key, reason = (
-                (split, f"{name}.wav"),
-                "empty text" if (kind, name) == ("parquet", "no-transcript") else reason,
-            )
+            key, is_null = (split, f"{name}.wav"), (kind, name) == ("parquet", "no-transcript")
+            reason = "empty text" if is_null else reason
             assert bool(reason) == (key in reasons) and re.match(reason, reasons.pop(key, "")), (key, found)
     assert reasons == {}
     used = {f"{name}.wav" for name, row in BAD_CLIPS.items() if not row[3]}
@@ -396,11 +379,8 @@ def test_a_source_on_a_bad_hub_is_prepared_as_from_a_folder_and_then_needs_no_hu
         for fault, value in faults:
             # What is asked for in parts, as the texts of parquet files, has no checksum.
             if (kind, fault) != ("parquet", "truncate"):
-                place, headers = (
-                    path.relative_to(corpora[kind]).as_posix(),
-                    {"Retry-After": "0"} if value == 429 else {},
-                )
-                hub.fault(f"*/resolve/*/{place}", fault, value, times=1, headers=headers)
+                place, wait = path.relative_to(corpora[kind]).as_posix(), {"Retry-After": "0"} if value == 429 else {}
+                hub.fault(f"*/resolve/*/{place}", fault, value, times=1, headers=wait)
     dataset = f"clinic/{kind}"
     done = online.run(*PREPARE, "--dataset", dataset, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -431,11 +411,11 @@ def archive_requests(hub):
 
 
 def test_a_download_goes_on_at_the_byte_reached_however_often_it_drops(hub, online, tmp_path):
-    hub.fault("*/test_damara_0.tar.gz", "drop_after", 300_000)
+    hub.fault("*/test_damara_0.tar.gz", "drop_after", 700_000)
     done = online.run(*PREPARE, "--accents", "damara", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     requests = archive_requests(hub)["test_damara_0"]
-    assert len(requests) >= 10
+    assert len(requests) == 5
     for (before, sent), (start, _) in zip(requests, requests[1:]):
         assert before + sent - 70_000 <= start <= before + sent, "bytes were fetched again"
 
@@ -491,11 +471,12 @@ def group_ends(group, seconds=10):
 
 
 def workers_of(group):
-    """The processes of a group that convert audio."""
+    """The processes of a group that convert audio; none of them has paid for torch."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError, ProcessLookupError):
             if b"spawn_main" in path.read_bytes() and os.getpgid(int(path.parent.name)) == group:
+                assert b"libtorch" not in path.with_name("maps").read_bytes()
                 found.append(int(path.parent.name))
     return found
 
@@ -519,7 +500,7 @@ def test_a_preparation_that_was_ended_goes_on_and_a_finished_one_needs_no_hub(hu
     stopped = start_and_end(signal.SIGINT, lambda pid: [-pid])  # as Ctrl-C does
     assert stopped.returncode == 130 and "Traceback" not in stopped.stderr
     assert "stopped by SIGINT: the same command goes on" in stopped.stderr.splitlines()[-1]
-    killed = start_and_end(signal.SIGKILL, lambda pid: workers_of(pid)[:1])  # as the kernel does for want of memory
+    killed = start_and_end(signal.SIGKILL, workers_of)  # as the kernel does for want of memory
     assert killed.returncode == 1 and "--num_proc" in killed.stderr.splitlines()[-1]
     hub.clear_faults()
     start_and_end(signal.SIGKILL, lambda pid: [-pid], lambda: len(sizes(audio, "*.arrow.*.tmp")), 0)  # in a conversion
@@ -565,18 +546,15 @@ if __name__ == "__main__":  # not in a process that converts audio
 def seen(done):
     """[(clip, checksum of its masked log-mels)] of what a run of WATCHED was trained on, in its order."""
     assert done.returncode == 0, done.stderr[-2000:]
-    return [
-        (clip_file(clip), int(found)) for clip, found in re.findall(r"^SEEN (.*) (\d+)$", done.stdout, re.MULTILINE)
-    ]
+    found = re.findall(r"^SEEN (.*) (\d+)$", done.stdout, re.MULTILINE)
+    return [(clip_file(clip), int(checksum)) for clip, checksum in found]
 
 
 def test_a_stream_gives_each_clip_once_a_pass_and_other_ones_after_a_resumption(hub, online, runs, tmp_path):
     (tmp_path / "watched.py").write_text(WATCHED)
     hub.fault("*/train_damara_0.tar.gz", "drop_after", 300_000, times=2)
     used = {f"{name}.wav" for name, row in BAD_CLIPS.items() if not row[2]}
-    used |= {
-        clip_file(clip["name"]) for clip in make_clips() if clip["split"] == "train" and "bad/" not in clip["name"]
-    }
+    used |= {clip_file(clip["name"]) for clip in some_clips(99, ["train"])}
     flags = flags_of("clinic/archives", "--streaming", *TRAINING, "--skip_baseline", "--dataloader_num_workers", 2)
     flags += "--per_device_train_batch_size 5 --save_steps 8 --eval_steps 8 --max_steps".split()
     first, second = (
@@ -597,8 +575,8 @@ def test_a_stream_gives_each_clip_once_a_pass_and_other_ones_after_a_resumption(
 
 # ---------------------------------------------------------------- a run from nothing, and what a Hub may refuse
 
-FIRST = [*"--max_steps 2 --gradient_accumulation_steps 1 --num_proc 1 --data_dir audio --output_dir out".split(),
-         *("--accents", "damara", "akan (fante)", "--push_to_hub", "--hub_model_id", "clinic/medasr-accents")]  # fmt: skip
+FIRST = "--max_steps 2 --gradient_accumulation_steps 1 --num_proc 1 --data_dir audio --output_dir out".split()
+FIRST += ["--accents", "damara", "akan (fante)", "--push_to_hub", "--hub_model_id", "clinic/medasr-accents"]
 
 
 def test_the_main_command_goes_from_nothing_to_a_final_model_on_the_hub(hub, online, tmp_path):
@@ -641,23 +619,20 @@ def test_the_main_command_goes_from_nothing_to_a_final_model_on_the_hub(hub, onl
 
 
 GATED = ["--model", "clinic/gated-model"]
+NOT_THERE = ["--dataset", "clinic/no"]
 REFUSED = {  # what a Hub refuses: (flags, token, words of the message)
     "no token": (
         GATED,
         "",
-        ["clinic/gated-model is gated and you are not logged in", "terms at http.*/clinic/gated-model", "hf auth"],
+        ["clinic/gated-model is gated and you are not logged in", "http.*/clinic/gated-model", "hf auth"],
     ),
     "no access": (GATED, "hf_denied", ["clinic/gated-model is gated and your account has no access", "terms at http"]),
     "invalid token": (GATED, "hf_bad", ["clinic/gated-model", "token is not valid", "hf auth login", "HF_TOKEN"]),
-    "unknown model": (
-        ["--model", "google/medasrr"],
-        "hf_good",
-        ["google/medasrr is not on the Hub, or is private", "--model"],
-    ),
+    "unknown model": (["--model", "a/b"], "hf_good", ["a/b is not on the Hub, or is private", "--model"]),
     "not an id": (["--model", "google/medasr/large"], "", ["google/medasr/large", "owner/name", "--model"]),
     "model revision": ([*GATED, "--model_revision", "v9"], "hf_good", ["no such revision", "--model_revision"]),
-    "unknown dataset": (["--dataset", "clinic/no"], "hf_good", ["dataset clinic/no is not on the Hub", "--dataset"]),
-    "private dataset": (["--dataset", "clinic/no"], "", ["dataset clinic/no is not on the Hub, or is private"]),
+    "unknown dataset": (NOT_THERE, "hf_good", ["dataset clinic/no is not on the Hub", "--dataset"]),
+    "private dataset": (NOT_THERE, "", ["dataset clinic/no is not on the Hub, or is private"]),
     "gated dataset": (["--dataset", "clinic/gated"], "", ["dataset clinic/gated is gated", "/datasets/clinic/gated"]),
     "dataset revision": (["--dataset_revision", "v9"], "", [f"{DATASET} has no such revision", "--dataset_revision"]),
     "answers of 503": ([], "", [f"dataset {DATASET} could not be read", "503", "run the same command again"]),
@@ -715,16 +690,11 @@ def test_a_data_folder_holds_several_corpora_and_only_what_changed_is_made_again
     write(folder / f"{min(made).name}.1.tmp", "half a file")
 
     changes = {"audio": GOOD, "text": "Another text."}
-    for kind, column in (
-        ("archives", "text"),
-        ("audio-folder", "text"),
-        ("audio-folder", "audio"),
-        ("parquet", "audio"),
-    ):
+    for change in "archives text", "audio-folder text", "audio-folder audio", "parquet audio":
+        kind, column = change.split()
         # Of the test split alone, as --eval_only then asks for.
-        changed = [clip | {column: changes[column]} if clip["split"] == "test" else clip for clip in clips]
-        write_kind = KINDS[kind]
-        write_kind(tmp_path / "new", [clip for clip in changed if clip["split"] == "test"])
+        changed = [clip | {column: changes[column]} for clip in clips if clip["split"] == "test"]
+        KINDS[kind](tmp_path / "new", changed)
         for path in (tmp_path / "new").rglob("*.*"):
             target = tmp_path / kind / path.relative_to(tmp_path / "new")
             if target.read_bytes() != path.read_bytes() and (column == "audio" or "tar" not in path.name):
@@ -753,9 +723,8 @@ def test_of_two_programs_that_prepare_the_same_audio_one_works(warm, online, cor
 def test_a_full_disk_is_foreseen(online, hub, tmp_path):
     patched = "import shutil, sys\nusage = shutil.disk_usage\n"
     patched += "shutil.disk_usage = lambda path: usage(path)._replace(free=12_000_000)\n"
-    (tmp_path / "full.py").write_text(
-        patched + "import finetune_medasr\nsys.exit(finetune_medasr.main(sys.argv[1:]))\n"
-    )
+    patched += "import finetune_medasr\nsys.exit(finetune_medasr.main(sys.argv[1:]))\n"
+    write(tmp_path / "full.py", patched)
     # The largest archive has 11 MB, and the audio at 16 kHz 3 MB.
     done = online.run(*PREPARE, "--accents", "damara", program=tmp_path / "full.py", cwd=tmp_path)
     assert_refused(done, 1, r"needs 0\.0 GB in audio/.* and 0\.0 GB are free", "--data_dir")
@@ -785,18 +754,8 @@ def one_table(folder, rows):
 
 def splits_used(folder, dataset, *flags):
     """{split: (clips, speakers)} of a run's tables."""
-    flags = [
-        "--dataset",
-        dataset,
-        "--data_dir",
-        folder / "audio",
-        "--output_dir",
-        folder / "out",
-        "--num_proc",
-        1,
-        *flags,
-    ]
-    settings = script.parse_settings(list(map(str, flags)))
+    folders = ["--dataset", dataset, "--data_dir", folder / "audio", "--output_dir", folder / "out"]
+    settings = script.parse_settings([*map(str, [*folders, "--num_proc", 1, *flags])])
     source = script.Source(str(dataset), settings, SPLITS)
     script.prepare(source, SPLITS, settings)
     _, table = script.load_clips(source, SPLITS)
@@ -839,8 +798,8 @@ def test_a_run_on_made_splits_says_so_in_its_results_and_card(tmp_path, warm):
 
 
 def test_speakers_of_two_given_splits_are_counted(tmp_path, warm):
-    rows = [{"file_name": f"{number}.wav", "text": TEXT, "split": SPLITS[number % 3], "client_id": f"speaker {number % 2}"}
-            for number in range(12)]  # fmt: skip
+    people = [(number, SPLITS[number % 3], f"speaker {number % 2}") for number in range(12)]
+    rows = [{"file_name": f"{name}.wav", "text": TEXT, "split": split, "client_id": who} for name, split, who in people]
     done = warm.run(*flags_of(one_table(tmp_path / "own", rows), *TRAINING, "--skip_baseline"), cwd=tmp_path)
     note = "2 speakers of test in train too: its scores are not those of new speakers."
     assert done.returncode == 0 and f"warning: {note}" in done.stderr
@@ -850,82 +809,63 @@ def test_speakers_of_two_given_splits_are_counted(tmp_path, warm):
 
 
 def test_splits_come_from_columns_and_folders_under_many_names(tmp_path, capfd):
-    """ "stress-test" is a word of a file's name and no split; what has none, where others have, is left out."""
+    """A "stress-test" is a word of a file's name and no split; what has none, where others have, is left out."""
     names = {"training": "train", "Valid": "dev", "eval": "test", "": "", "invalidated": ""}
-    rows = [
-        {"file_name": f"ada/{number}-stress-test.wav", "text": TEXT, "split": name} for number, name in enumerate(names)
-    ]
-    rows += [{"file_name": "eval/train.wav", "text": TEXT, "split": ""}]
+    files = [*(f"ada/{number}-stress-test.wav" for number in range(len(names))), "eval/train.wav"]
+    rows = [{"file_name": file, "text": TEXT, "split": name} for file, name in zip(files, [*names, ""])]
     used = splits_used(tmp_path, one_table(tmp_path / "own", rows))
     found = {clip: split for split, (clips, _) in used.items() for clip in clips}
-    expected = {row["file_name"]: split for row, split in zip(rows, names.values()) if split} | {
-        "eval/train.wav": "test"
-    }
-    assert found == expected
+    assert found == {file: split for file, split in zip(files, [*names.values(), "test"]) if split}
     assert "2 clips, such as ada/3-stress-test.wav, of no split that is named: left out" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------- selections
 
 
-SELECTIONS = [  # (flags, which test clips of the corpora they leave)
-    (["--accents", "Akan (Fante)"], lambda clip: clip["accent"] == "akan (fante)"),
-    (
-        ["--countries", "na", "--domains", "Clinical"],
-        lambda clip: (clip["country"], clip["domain"]) == ("NA", "clinical"),
-    ),
-]
+def scored_files(folder):
+    return {clip_file(row["audio_filepath"]) for row in load_predictions(folder / "out/results")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_accents_countries_and_domains_choose_however_they_are_written(kind, runs, corpora, tmp_path):
-    for flags, is_wanted in SELECTIONS:
+    bad = {f"{name}.wav" for name, row in BAD_CLIPS.items() if row[3]}
+    test = [clip for clip in make_clips() if clip["split"] == "test" and clip_file(clip["name"]) not in bad]
+    for flags, chosen in (
+        (["--accents", "Akan (Fante)"], [clip for clip in test if clip["accent"] == "akan (fante)"]),
+        (["--countries", "na"], [clip for clip in test if clip["country"] == "NA"]),
+        (["--domains", "Clinical"], [clip for clip in test if clip["domain"] == "clinical"]),
+    ):
         assert run(tmp_path, corpora[kind], "--eval_only", "--data_dir", runs(kind).folder / "audio", *flags) == 0
-        clips = [clip for clip in make_clips() if clip["split"] == "test" and is_wanted(clip)]
-        bad = {f"{name}.wav" for name, row in BAD_CLIPS.items() if row[3]}
-        expected = {clip_file(clip["name"]) for clip in clips} - bad
-        assert (
-            {clip_file(row["audio_filepath"]) for row in load_predictions(tmp_path / "out/results")}
-            == expected
-            != set()
-        )
+        assert 0 < len(chosen) < len(test) and scored_files(tmp_path) == {clip_file(clip["name"]) for clip in chosen}
 
 
 def test_a_limit_draws_clips_by_the_seed(runs, corpora, tmp_path):
     whole, drawn = [clip_file(row["audio_filepath"]) for row in runs("archives").texts.values()], {}
+    folder = ["--eval_only", "--data_dir", runs("archives").folder / "audio"]
     for seed in (1, 2, 1):
-        flags = [
-            "--eval_only",
-            "--data_dir",
-            runs("archives").folder / "audio",
-            "--max_test_samples",
-            5,
-            "--seed",
-            seed,
-        ]
-        assert run(tmp_path, corpora["archives"], *flags) == 0
-        found = {clip_file(row["audio_filepath"]) for row in load_predictions(tmp_path / "out/results")}
+        assert run(tmp_path, corpora["archives"], *folder, "--max_test_samples", 5, "--seed", seed) == 0
+        found = scored_files(tmp_path)
         assert len(found) == 5 and found == drawn.setdefault(seed, found), "another start draws others"
     assert drawn[1] != drawn[2]
     assert all(found not in (set(whole[:5]), set(whole[-5:])) for found in drawn.values())
 
 
 def test_a_clip_in_two_archives_is_used_once_the_first_and_listed(tmp_path):
-    text, (first, second) = {"text": TEXT, "split": "test"}, (sound(tone(seconds)) for seconds in (2, 3))
-    clip = dict.fromkeys(GROUPS, "") | {"name": "x/a.wav", "accent": "zulu", **text}
-    folder = write_archives(tmp_path / "own", [clip | {"audio": first}])
-    for number, members in enumerate(
-        ([("x/a.wav", first)], [("x/a.wav", second), ("x/b.wav", GOOD)], [("x/b.wav", first)])
-    ):
-        write_tar(folder / f"audio/zulu/test/test_zulu_{number}.tar.gz", members)
+    first, second = (sound(tone(seconds)) for seconds in (2, 3))
+    clip = dict.fromkeys(GROUPS, "") | {"name": "x/a.wav", "accent": "zulu", "split": "test"}
+    folder = write_archives(tmp_path / "own", [clip | {"text": TEXT, "audio": first}])
+    for number, members in enumerate(("a 2", "a 3 b 3", "b 2")):
+        words = members.split()
+        audio = [
+            (f"x/{name}.wav", first if seconds == "2" else second) for name, seconds in zip(words[::2], words[1::2])
+        ]
+        write_tar(folder / f"audio/zulu/test/test_zulu_{number}.tar.gz", audio)
     table = folder / "transcripts/zulu/test.csv"
     write_table(table, [row | {"audio_paths": f"/x/{name}.wav"} for name in "ab" for row in read_rows(table)])
     assert run(tmp_path, folder, "--eval_only") == 0
-    assert {row["audio_filepath"]: row["duration"] for row in load_predictions(tmp_path / "out/results")} == {
-        "x/a.wav": 2,
-        "x/b.wav": 3,
-    }
-    assert skipped(tmp_path / "out") == [("test", "x/a.wav", "a second copy"), ("test", "x/b.wav", "a second copy")]
+    lengths = {row["audio_filepath"]: row["duration"] for row in load_predictions(tmp_path / "out/results")}
+    assert lengths == {"x/a.wav": 2, "x/b.wav": 3}
+    assert skipped(tmp_path / "out") == [("test", f"x/{name}.wav", "a second copy") for name in "ab"]
 
 
 def test_a_dry_run_counts_without_fetching_audio(hub, online, tmp_path):
