@@ -1462,7 +1462,10 @@ def select_clips(audio, table, settings, check, limit=None):
     reasons = pandas.Series(check(table), table.index, "str")
     copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
     reasons = reasons.mask(copies, "a second copy")
-    kept, skipped = table.loc[reasons == "", ["num_samples", "clip"]], table[reasons != ""].assign(reason=reasons)
+    kept, skipped = (
+        table.loc[reasons == "", ["num_samples", "clip"]],
+        table[reasons != ""].assign(reason=reasons[reasons != ""]),
+    )
     if limit and limit < len(kept):
         kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[:limit]]
     order = kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index
