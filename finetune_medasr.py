@@ -719,6 +719,8 @@ def load_model(settings):
         processor = transformers.AutoProcessor.from_pretrained(**source)
         model, loading = transformers.AutoModelForCTC.from_pretrained(**source, **options)
         rate, features = processor.feature_extractor.sampling_rate, type(processor.feature_extractor).__name__
+        if rate != SAMPLE_RATE:
+            raise RunError(f"{what}: it takes audio of {rate:,} Hz, not {SAMPLE_RATE:,} Hz")
         silence = CTCCollator(processor.feature_extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
         model.eval()(**model_inputs(silence, processor.feature_extractor, "cpu"))  # shows what does not fit together
         labels = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")(["patient PATIENT"])[0]
@@ -727,7 +729,6 @@ def load_model(settings):
         unfit and f"it lacks weights of its config.json, such as {unfit[:1]}",
         (broken := not_finite(model)) and f"it holds weights that are not finite, in {broken}",
         features != "LasrFeatureExtractor" and f"its features are not MedASR's, but of {features}",
-        rate != SAMPLE_RATE and f"it takes audio of {rate:,} Hz",
         not decode_ids(processor, labels) and "its tokenizer is not for its vocabulary",
     )
     for problem in filter(None, problems):
