@@ -278,9 +278,13 @@ def test_damaged_checkpoints_of_a_moved_run(folder, straight, run_at):
             (output / "checkpoint-6" / name).write_bytes(whole)
         shutil.rmtree(output / "checkpoint-6")
         done = run_at(output)
+        output = output.rename(folder / "once-more")
+        shutil.rmtree(output / "final")
+        last = run_at(output)
     finally:
         hidden.rename(straight)
     assert done.returncode == 0 and "checkpoint-4, update 4 of 8" in done.stdout, done.stderr
+    assert last.returncode == 0 and "checkpoint-8, update 8 of 8" in last.stdout, last.stderr
     assert_same(output, straight)
 
 
@@ -372,6 +376,7 @@ def save_late(*inputs):
     save(*inputs)
 
 def write_late(*inputs):
+    open("{tmp_path}/all", "w").write(str(os.path.exists(names[1])))
     time.sleep(2)
     write(*inputs)
 
@@ -382,7 +387,7 @@ atexit.register(lambda: open("{tmp_path}/" + os.environ["RANK"], "w").write(str(
     stopped = run_at(tmp_path / "out", [STEP, 1, stop], *IN_TWO, *QUICK, start=run_two)
     assert [done.returncode for done in stopped] == [143, 143], stopped[0].stderr
     assert "checkpoint-1 written" in stopped[0].stdout
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["True", "True"]
+    assert [(tmp_path / name).read_text() for name in ("0", "1", "all")] == ["True"] * 3
 
 
 @pytest.mark.parametrize("moment", [[STEP, 2], ["transformers.Trainer._save_rng_state", 1]])
