@@ -2,6 +2,7 @@
 arguments.
 """
 
+import contextlib
 import functools
 import io
 from pathlib import Path
@@ -32,14 +33,8 @@ def random_model(**encoder_config):
     from transformers import AutoConfig, LasrForCTC
 
     config = AutoConfig.from_pretrained(MODEL)
-    settings = {
-        "num_hidden_layers": 2,
-        "dropout": 0.0,
-        "activation_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "layerdrop": 0.0,
-    }
-    for name, value in {**settings, **encoder_config}.items():
+    settings = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout", "layerdrop"), 0.0)
+    for name, value in {**settings, "num_hidden_layers": 2, **encoder_config}.items():
         setattr(config.encoder_config, name, value)
     torch.manual_seed(0)
     model = LasrForCTC(config).eval()
@@ -98,3 +93,11 @@ def parse(output_dir, *flags):
     still = "--eval_strategy no --save_strategy no --load_best_model_at_end false"
     corpus = ["--model", MODEL, "--dataset", CORPUS, "--output_dir", output_dir, "--data_dir", f"{output_dir}/audio"]
     return script.parse_settings([str(word) for word in (*corpus, *quiet.split(), *still.split(), *flags)])
+
+
+def run_main(cwd, *arguments):
+    """(exit status, stdout, stderr) of the program in this process, in the folder `cwd`, on the CPU."""
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        status = script.main([*map(str, arguments), "--use_cpu", "true"])
+    return status, out.getvalue(), errors.getvalue()

@@ -14,12 +14,12 @@ import jiwer
 import numpy as np
 import pytest
 from conftest import CORPUS, MODEL, SCRIPT, error_line, load_json, load_predictions, run_script, tensorboard, write_wav
-from helpers import small_processor
+from helpers import run_main, small_processor
 from loopback_hub import MODEL as HUB_MODEL
 from loopback_hub import LoopbackHub
 from make_lm import estimate, make_lm, write_arpa
 
-from finetune_medasr import Emissions, LanguageModel, beam_search, main, normalize_wer
+from finetune_medasr import Emissions, LanguageModel, beam_search, normalize_wer
 
 LETTERS = "abc"  # ids 1, 2, 3; 0 is the blank, 4 a special token
 SENTENCES = [list(text) for text in ("abab", "abc", "ca", "bbc", "aab", "cabb")]
@@ -99,9 +99,6 @@ def test_memory_does_not_grow_with_the_texts_that_a_search_has_left(letters):
         tracemalloc.stop()
 
 
-# ---------------------------------------------------------------- on the small model and corpus
-
-
 @pytest.fixture(scope="module")
 def arpa(tmp_path_factory):
     path = tmp_path_factory.mktemp("lm") / "tokens.arpa"
@@ -110,23 +107,10 @@ def arpa(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capfd, tmp_path, monkeypatch):
-    """run(flag, ...) -> (exit status, stdout, stderr) of the program in this process, on the CPU, in `tmp_path`."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        capfd.readouterr()
-        status = main([str(argument) for argument in (*arguments, "--use_cpu", "true", "--disable_tqdm", "true")])
-        return status, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def transcribe(run, demo, known_clip, tmp_path):
-    """transcribe(--lm's value, flag, ...) -> what `run` gives for a clip and the demo's model."""
+def transcribe(demo, known_clip, tmp_path):
+    """transcribe(--lm's value, flag, ...) -> (exit status, stdout, stderr) for a clip and the demo's model."""
     write_wav(tmp_path / "clip.wav", known_clip[0])
-    return lambda lm, *flags: run("--transcribe", "clip.wav", "--model", demo.final, "--lm", lm, *flags)
+    return lambda lm, *flags: run_main(tmp_path, "--transcribe", "clip.wav", "--model", demo.final, "--lm", lm, *flags)
 
 
 def evaluation(demo, *flags):
@@ -134,8 +118,8 @@ def evaluation(demo, *flags):
     return ["--eval_only", "--model", demo.final, "--dataset", CORPUS, "--data_dir", demo.audio, *flags]
 
 
-def test_the_language_model_lowers_the_wer_of_speakers_never_trained_on(demo, arpa, run, tmp_path):
-    status, out, err = run(*evaluation(demo, "--lm", arpa, "--output_dir", "out"))
+def test_the_language_model_lowers_the_wer_of_speakers_never_trained_on(demo, arpa, tmp_path):
+    status, out, err = run_main(tmp_path, *evaluation(demo, "--lm", arpa, "--output_dir", "out"))
     assert status == 0, err
     metrics, predictions = load_json(tmp_path / "out/results/metrics.json"), load_predictions(tmp_path / "out/results")
     assert metrics["baseline"] == demo.metrics["finetuned"] | {"groups": metrics["baseline"]["groups"]}
@@ -182,9 +166,6 @@ def test_auto_is_asked_of_the_hub(arpa, known_clip, tmp_path):
     assert all(part in message for part in ("--lm auto", "lm_6.kenlm", "clinic/other", "give --lm a file")), message
 
 
-# ---------------------------------------------------------------- what is refused
-
-
 def test_a_file_that_is_no_model_of_tokens_is_refused(transcribe, arpa, tmp_path):
     pieces = small_processor().tokenizer.convert_ids_to_tokens(range(4, 172))
     content, letters = arpa.read_bytes(), [piece for piece in pieces if len(piece.strip("\u2581")) == 1]
@@ -218,23 +199,20 @@ REFUSED = {  # the flags, and what the message has of them
 }  # fmt: skip
 
 
-def test_flags_that_cannot_work_are_refused(run, tmp_path, monkeypatch):
+def test_flags_that_cannot_work_are_refused(tmp_path, monkeypatch):
     (tmp_path / "here").touch()
     for flags, parts in REFUSED.items():
-        status, _, err = run("--model", MODEL, "--dataset", CORPUS, *flags.split())
+        status, _, err = run_main(tmp_path, "--model", MODEL, "--dataset", CORPUS, *flags.split())
         assert status in (1, 2) and "report it" not in error_line(err), flags
         assert all(part in error_line(err) for part in parts.split()), (flags, err)
     monkeypatch.setitem(sys.modules, "flashlight", None)  # a package that is not there
-    status, _, err = run("--eval_only", "--lm", "auto")
+    status, _, err = run_main(tmp_path, "--eval_only", "--lm", "auto")
     assert status == 2 and "pip install flashlight-text" in error_line(err)
 
 
-# ---------------------------------------------------------------- runs
-
-
-def test_tuning_takes_the_best_weights_on_dev_and_says_what_it_tried(demo, arpa, run, tmp_path):
+def test_tuning_takes_the_best_weights_on_dev_and_says_what_it_tried(demo, arpa, tmp_path):
     few = ["--lm_beam", "4", "--max_eval_samples", "12", "--max_test_samples", "4", "--output_dir", "out"]
-    status, out, err = run(*evaluation(demo, "--lm", arpa, "--tune_lm", *few))
+    status, out, err = run_main(tmp_path, *evaluation(demo, "--lm", arpa, "--tune_lm", *few))
     assert status == 0, err
     record, metrics = (load_json(tmp_path / "out/results" / name) for name in ("lm.json", "metrics.json"))
     assert record["clips"] == metrics["data"]["dev"]["clips"] == 12
@@ -245,12 +223,12 @@ def test_tuning_takes_the_best_weights_on_dev_and_says_what_it_tried(demo, arpa,
     assert f"--lm_weight {record['weight']:g} --lm_word_score {record['word_score']:g}: dev WER" in out
 
 
-def test_a_run_scores_both_models_with_it_and_keeps_the_baselines_texts(demo, arpa, run, tmp_path):
+def test_a_run_scores_both_models_with_it_and_keeps_the_baselines_texts(demo, arpa, tmp_path):
     flags = f"""--model {demo.final} --dataset {CORPUS} --data_dir {demo.audio} --output_dir out --lm {arpa}
         --max_train_samples 8 --max_eval_samples 2 --max_test_samples 6 --eval_steps 1 --save_steps 1
         --gradient_accumulation_steps 1 --warmup_steps 0 --dataloader_num_workers 0 --max_steps""".split()
     results, first = tmp_path / "out/results", "as it is on the test split"
-    status, out, err = run(*flags, 1)
+    status, out, err = run_main(tmp_path, *flags, 1)
     assert status == 0 and first in out, err
     metrics, (row, *_) = load_json(results / "metrics.json"), load_predictions(results)
     assert metrics["baseline_lm"]["wer"] < metrics["baseline"]["wer"]
@@ -270,16 +248,16 @@ def test_a_run_scores_both_models_with_it_and_keeps_the_baselines_texts(demo, ar
     texts = kept["baseline"]["texts"]["test"]
     texts["baseline_lm"] = ["from the first start"] * len(texts["baseline"])
     (tmp_path / "out/run.json").write_text(json.dumps(kept))
-    status, out, err = run(*flags, 2)
+    status, out, err = run_main(tmp_path, *flags, 2)
     assert status == 0 and first not in out, err
     assert {row["baseline_text_lm"] for row in load_predictions(results)} == {"from the first start"}
-    status, out, err = run(*flags, 2, "--lm_weight", "0.4")
+    status, out, err = run_main(tmp_path, *flags, 2, "--lm_weight", "0.4")
     assert status == 0 and first in out, err
     assert load_json(results / "metrics.json")["lm"]["weight"] == 0.4
     assert {row["baseline_text_lm"] for row in load_predictions(results)} != {"from the first start"}
 
 
-def test_two_processes_write_what_one_writes(demo, arpa, run, run_two, tmp_path):
+def test_two_processes_write_what_one_writes(demo, arpa, run_two, tmp_path):
     (tmp_path / "in").mkdir()
     for number, row in enumerate(demo.predictions[:4]):
         write_wav(tmp_path / f"in/{number}.wav", row["audio_filepath"])
@@ -289,6 +267,9 @@ def test_two_processes_write_what_one_writes(demo, arpa, run, run_two, tmp_path)
     for command in ((*score, "two"), transcribe):
         first, second = run_two(*command, *two, cwd=tmp_path)
         assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert run(*score, "one")[0] == 0 and run(*transcribe)[1] == first.stdout != second.stdout == ""
+    assert (
+        run_main(tmp_path, *score, "one")[0] == 0
+        and run_main(tmp_path, *transcribe)[1] == first.stdout != second.stdout == ""
+    )
     one, both = (load_predictions(tmp_path / name / "results") for name in ("one", "two"))
     assert one == both and len(one) == 9

@@ -14,26 +14,17 @@ import pytest
 import soundfile
 import torch
 from conftest import MODEL, SCRIPT, corpus_audio, error_line
-from helpers import RATE, frames_of, label_encoder, noise
+from helpers import RATE, frames_of, label_encoder, noise, run_main
 
 import finetune_medasr as script
-from finetune_medasr import main
 
 SPEED = r"[\d,.]+ s of audio in [\d,.]+ s, [\d,.]+ times as fast as it was spoken; loading took [\d.]+ s"
 
 
-@pytest.fixture
-def transcribe(tmp_path, monkeypatch, capfd):
-    """transcribe(argument, ...) -> (exit status, stdout, lines of stderr), in `tmp_path`, on the CPU."""
-    monkeypatch.chdir(tmp_path)
-
-    def transcribe(*arguments):
-        capfd.readouterr()
-        status = main(["--transcribe", *map(str, arguments), "--use_cpu", "true"])
-        out, errors = capfd.readouterr()
-        return status, out, errors.splitlines()
-
-    return transcribe
+def transcribe(folder, *arguments):
+    """(exit status, stdout, lines of stderr)"""
+    status, out, errors = run_main(folder, "--transcribe", *arguments)
+    return status, out, errors.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -53,37 +44,34 @@ def write(path, samples, **options):
     return path
 
 
-# ---------------------------------------------------------------- what is found
-
-
-def test_folders_patterns_and_files_are_found_once_and_in_order(transcribe, demo, spoken, tmp_path):
+def test_folders_patterns_and_files_are_found_once_and_in_order(demo, spoken, tmp_path):
     for name, (samples, _) in zip(("z.wav", "in/b/one.flac", "in/two.OGG", "in/.hidden.wav"), spoken):
         write(tmp_path / name, samples, format=name.split(".")[-1].upper())
     (tmp_path / "in/notes.txt").write_text("not audio")
     texts, model = [text for _, text in spoken[:3]], ["--model", demo.final]
-    status, out, errors = transcribe("z.wav", "in", "in/*/*.flac", *model)
+    status, out, errors = transcribe(tmp_path, "z.wav", "in", "in/*/*.flac", *model)
     expected = [f"z.wav\t{texts[0]}", f"in/b/one.flac\t{texts[1]}"]
     assert status == 0 and out.splitlines()[:2] == expected
     assert out.splitlines()[2].startswith("in/two.OGG\t") and len(out.splitlines()) == 3  # Ogg Vorbis is lossy
     assert len(errors) == 1 and re.fullmatch(SPEED, errors[0])
-    assert transcribe("in/**/*.flac", *model)[1] == expected[1] + "\n"  # a pattern can stand for many
+    assert transcribe(tmp_path, "in/**/*.flac", *model)[1] == expected[1] + "\n"  # a pattern can stand for many
     # A single file is its bare text. The last run's model is the default.
     shutil.copytree(demo.final, tmp_path / "medasr-afrispeech-200/final")
-    status, out, errors = transcribe("in/b/one.flac")
+    status, out, errors = transcribe(tmp_path, "in/b/one.flac")
     assert (status, out) == (0, texts[1] + "\n") and "transcribing with medasr-afrispeech-200/final" in errors[0]
 
 
-def test_standard_input_is_read_and_the_pipe_stays_clean(transcribe, demo, spoken, tmp_path):
+def test_standard_input_is_read_and_the_pipe_stays_clean(demo, spoken, tmp_path):
     given, flags = write(tmp_path / "visit.wav", spoken[0][0]).read_bytes(), ["--model", demo.final]
     command = [sys.executable, SCRIPT, "--transcribe", "-", *flags]
     done = subprocess.run(command, input=given, capture_output=True, timeout=300)
     assert (done.returncode, done.stdout.decode()) == (0, spoken[0][1] + "\n")
     assert re.fullmatch(SPEED, done.stderr.decode().strip())
-    status, out, errors = transcribe("-", *flags)  # nothing is in it
+    status, out, errors = transcribe(tmp_path, "-", *flags)  # nothing is in it
     assert (status, out) == (1, "") and "- cannot be read as audio" in error_line("\n".join(errors))
 
 
-def test_broken_files_are_named_and_the_others_are_done_to_their_ends(transcribe, demo, spoken, tmp_path):
+def test_broken_files_are_named_and_the_others_are_done_to_their_ends(demo, spoken, tmp_path):
     content = write(tmp_path / "first.wav", spoken[0][0]).read_bytes()
     (tmp_path / "broken.wav").write_bytes(b"RIFF, but nothing else")
     (tmp_path / "empty.wav").touch()
@@ -93,7 +81,7 @@ def test_broken_files_are_named_and_the_others_are_done_to_their_ends(transcribe
     (tmp_path / "cut.flac").write_bytes(whole[: len(whole) // 2])
     before = set(tmp_path.iterdir())
     names = ["first.wav", "broken.wav", "empty.wav", "lying.wav", "cut.flac"]
-    status, out, errors = transcribe(*names, "--model", demo.final)
+    status, out, errors = transcribe(tmp_path, *names, "--model", demo.final)
     assert status == 1 and out.splitlines()[:2] == [f"{name}.wav\t{spoken[0][1]}" for name in ("first", "lying")]
     assert out.splitlines()[2].startswith("cut.flac\t") and len(out.splitlines()[2].split()) > 50
     assert sorted(re.findall(r"error: (\w+.wav) cannot be read", "\n".join(errors))) == ["broken.wav", "empty.wav"]
@@ -101,10 +89,10 @@ def test_broken_files_are_named_and_the_others_are_done_to_their_ends(transcribe
     assert set(tmp_path.iterdir()) == before
 
 
-def test_each_recording_gets_a_file_of_its_own(transcribe, demo, spoken, tmp_path):
+def test_each_recording_gets_a_file_of_its_own(demo, spoken, tmp_path):
     for name, (samples, _) in zip(("in/monday/visit.wav", "in/tuesday/visit.wav", "in/tuesday/visit.flac"), spoken):
         write(tmp_path / name, samples)
-    status, out, _ = transcribe("in", "--transcript_dir", "out/texts", "--model", demo.final)
+    status, out, _ = transcribe(tmp_path, "in", "--transcript_dir", "out/texts", "--model", demo.final)
     found = {path.relative_to(tmp_path / "out/texts").as_posix() for path in (tmp_path / "out").rglob("*.*")}
     assert (status, out) == (0, "")
     assert found == {"monday/visit.txt", "tuesday/visit.wav.txt", "tuesday/visit.flac.txt"}
@@ -125,26 +113,21 @@ REFUSED = {
 }
 
 
-def test_what_cannot_be_done_is_said_in_a_line(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
+def test_what_cannot_be_done_is_said_in_a_line(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/notes.md").write_text("no audio")
     for name in ("visit.flac", "other/visit.flac"):
         write(tmp_path / name, noise(1))
     for flags, message in REFUSED.items():
-        status = main([*flags.split(), "--model", str(MODEL), "--use_cpu", "true"])
-        out, errors = capfd.readouterr()
+        status, out, errors = run_main(tmp_path, *flags.split(), "--model", MODEL)
         assert status in (1, 2) and out == "" and re.search(message, error_line(errors)), (flags, errors)
-
-
-# ---------------------------------------------------------------- long audio
 
 
 def words_of(content):
     return [word for segment in content["segments"] for word in segment["words"]]
 
 
-def test_words_of_a_long_recording_are_neither_lost_nor_doubled_nor_late(transcribe, demo, spoken, tmp_path):
+def test_words_of_a_long_recording_are_neither_lost_nor_doubled_nor_late(demo, spoken, tmp_path):
     """The small model hears a clip among others less well than alone; where two windows meet it hears it no worse."""
     parts, places, length = [], [], 0  # clips with silence between them: where each begins and ends, in seconds
     for samples, text in spoken * 2:
@@ -152,7 +135,7 @@ def test_words_of_a_long_recording_are_neither_lost_nor_doubled_nor_late(transcr
         parts += [samples, np.zeros(RATE * 3 // 2, np.float32)]
         length += len(samples) + RATE * 3 // 2
     write(tmp_path / "ward round.flac", np.concatenate(parts))
-    status, out, _ = transcribe("ward round.flac", "--transcript_format", "json", "--model", demo.final)
+    status, out, _ = transcribe(tmp_path, "ward round.flac", "--transcript_format", "json", "--model", demo.final)
     words = words_of(json.loads(out))
     assert status == 0 and all(before["end"] <= after["start"] for before, after in zip(words, words[1:]))
     inside = [word for word in words if any(start - 0.1 < word["start"] < end for start, end, _ in places)]
@@ -171,7 +154,7 @@ def test_words_of_a_long_recording_are_neither_lost_nor_doubled_nor_late(transcr
     assert across.insertions < 0.05 * (across.hits + across.substitutions)
 
 
-def test_bfloat16_is_for_the_model_alone(transcribe, tmp_path, monkeypatch):
+def test_bfloat16_is_for_the_model_alone(tmp_path, monkeypatch):
     """As on a GPU: matrices in bfloat16, log-mels in float32."""
     write(tmp_path / "visit.wav", noise(3))
     kinds, features, made = set(), [], script.model_inputs
@@ -181,17 +164,14 @@ def test_bfloat16_is_for_the_model_alone(transcribe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "model_inputs", lambda *batch: features.append(made(*batch)) or features[-1])
     with torch.nn.modules.module.register_module_forward_hook(watch):
-        assert transcribe("visit.wav", "--model", MODEL)[0] == 0 and kinds == {torch.float32}
+        assert transcribe(tmp_path, "visit.wav", "--model", MODEL)[0] == 0 and kinds == {torch.float32}
         exact = features[-1]["input_features"]
-        assert transcribe("visit.wav", "--model", MODEL, "--bf16", "true")[0] == 0 and torch.bfloat16 in kinds
+        assert transcribe(tmp_path, "visit.wav", "--model", MODEL, "--bf16", "true")[0] == 0 and torch.bfloat16 in kinds
     assert exact.dtype == torch.float32 and torch.equal(features[-1]["input_features"], exact)
 
 
-# ---------------------------------------------------------------- words at known times
-
-
 @pytest.fixture
-def say(transcribe, tmp_path, monkeypatch):
+def say(tmp_path, monkeypatch):
     """say([(text, seconds of silence after it), ...], flag, ...) -> what --transcribe writes for a recording in which
     the model hears these texts, a label and a blank in each two frames of 0.04 s.
     """
@@ -202,7 +182,7 @@ def say(transcribe, tmp_path, monkeypatch):
         for text, pause in parts:
             ids += [id for label in label_encoder()([text])[0] for id in (label, 0)] + [0] * round(pause / 0.04)
         monkeypatch.setattr(script.Decoder, "emissions", lambda *_, **__: ([frames_of(ids)], {}, 0.0))
-        status, out, _ = transcribe("visit.wav", "--model", MODEL, *flags)
+        status, out, _ = transcribe(tmp_path, "visit.wav", "--model", MODEL, *flags)
         assert status == 0
         return out
 
@@ -211,21 +191,17 @@ def say(transcribe, tmp_path, monkeypatch):
 
 def test_words_have_the_times_of_their_frames(say):
     """The first frame stands for what begins at 0.0525 s: the middle 0.04 s of the 0.145 s that it hears."""
-    said = [("the", 1.0), ("patient has", 0.0)]
-    content = json.loads(say(said, "--transcript_format", "json"))
-    start, expected = 0.0525, []
-    for word, pause in (("the", 1.0), ("patient", 0), ("has", 0)):
-        frames = 2 * len(label_encoder()([word])[0])
-        expected.append((word, start, start + 0.04 * (frames - 1)))
-        start += 0.04 * frames + pause
-    words = words_of(content)
-    assert [word["word"] for word in words] == [word for word, *_ in expected]
-    for word, (_, start, end) in zip(words, expected):
-        assert (word["start"], word["end"], word["probability"]) == pytest.approx((start, end, 1), abs=1e-3)
+    content = json.loads(say([("the", 1.0), ("patient has", 0.0)], "--transcript_format", "json"))
     assert list(content) == ["text", "segments", "language"] and content["text"] == "the patient has"
     assert [segment["text"] for segment in content["segments"]] == ["the", "patient has"]
-    for segment in content["segments"]:
-        assert (segment["start"], segment["end"]) == (segment["words"][0]["start"], segment["words"][-1]["end"])
+    # Each is one token here, in one frame, and followed by a frame of nothing.
+    for word, name, start in zip(words_of(content), ("the", "patient", "has"), (0.0525, 1.1325, 1.2125), strict=True):
+        assert word["word"] == name and word["probability"] == 1
+        assert (word["start"], word["end"]) == pytest.approx((start, start + 0.04), abs=1e-3)
+    ends = [(segment["start"], segment["end"]) for segment in content["segments"]]
+    assert ends == [
+        (part[0]["start"], part[-1]["end"]) for part in (segment["words"] for segment in content["segments"])
+    ]
 
 
 @pytest.mark.parametrize("kind, mark", [("srt", ","), ("vtt", ".")])
