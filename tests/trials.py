@@ -6,6 +6,7 @@ voices, which the model was pre-trained on: what it forgets of them.
 """
 
 import contextlib
+import functools
 import json
 import statistics
 import sys
@@ -34,13 +35,11 @@ FLAGS = """--demo --eval_steps 20 --save_steps 20 --save_total_limit 10 --early_
 def opened(flags, also=()):
     """What a run has before it trains; its clips are those of the splits and of `also`, {name: further test set}."""
     settings = script.parse_settings([*map(str, flags), "--disable_tqdm", "true"])
-    processor, model = script.load_model(settings)
-    sources = {"": script.Source(settings.dataset, settings, script.SPLITS)}
-    sources |= {
-        name: script.Source(str(place), settings, ("test",), is_extra=True) for name, place in dict(also).items()
-    }
-    for name, source in sources.items():
-        script.prepare(source, ("test",) if name else script.SPLITS, settings)
+    (processor, model), sources = script.load_model(settings), {}
+    for name, place in {"": settings.dataset, **dict(also)}.items():
+        splits = ("test",) if name else script.SPLITS
+        sources[name] = script.Source(str(place), settings, splits, is_extra=bool(name))
+        script.prepare(sources[name], splits, settings)
     encoder = script.LabelEncoder(processor.tokenizer, model.config.vocab_size, settings.target_text)
     clips = script.select_all(sources, settings, lambda table: table["problem"])
     decoder = script.Decoder(model, processor, settings)
@@ -57,7 +56,7 @@ class PerturbedSpeed(script.CTCCollator):
     def played(self, row):
         import soxr
 
-        samples, (labels,) = script.decode_audio(row["audio"]), self.encoder([row["text"]])
+        samples, labels = script.decode_audio(row["audio"]), self.encoder([row["text"]])[0]
         speed = np.random.default_rng((self.seed, self.epoch, crc32(row["clip"].encode()), 1)).choice(SPEEDS)
         played = soxr.resample(samples, script.SAMPLE_RATE * speed, script.SAMPLE_RATE).astype(np.float32)
         # A logit every 640 samples, the first after 2,320; CTC puts a blank between two equal labels.
@@ -65,28 +64,20 @@ class PerturbedSpeed(script.CTCCollator):
         return played if needed <= 1 + (len(played) - 2_320) // 640 else samples
 
 
-def perturb_speed(run, trainer):
+def perturb_speed(trainer):
     trainer.data_collator = PerturbedSpeed(**vars(trainer.data_collator))
 
 
-def freeze(layers):
-    """A change that keeps the subsampler and so many of the lowest layers as they are (BatchNorm's statistics move)."""
-
-    def change(run, trainer):
-        for module in (trainer.model.encoder.subsampler, *trainer.model.encoder.layers[:layers]):
-            module.requires_grad_(False)
-
-    return change
+def freeze(trainer, layers):
+    """Keep the subsampler and so many of the lowest layers as they are (BatchNorm's statistics move)."""
+    for module in (trainer.model.encoder.subsampler, *trainer.model.encoder.layers[:layers]):
+        module.requires_grad_(False)
 
 
 BASE = "as it is"
-TRIALS = {
-    BASE: lambda run, trainer: None,
-    "speed perturbed": perturb_speed,
-    "subsampler frozen": freeze(0),
-    "subsampler, 1 of 4 layers frozen": freeze(1),
-    "subsampler, 2 of 4 layers frozen": freeze(2),
-}
+TRIALS = {BASE: lambda trainer: None, "speed perturbed": perturb_speed}
+TRIALS["subsampler frozen"] = functools.partial(freeze, layers=0)
+TRIALS |= {f"subsampler, {count} of 4 layers frozen": functools.partial(freeze, layers=count) for count in (1, 2)}
 
 
 def scores(run, model):
@@ -110,8 +101,7 @@ def average(run, trainer):
     states, model = [model.state_dict() for model in models], models[0]
     mean = {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
     model.load_state_dict({name: value.to(states[0][name].dtype) for name, value in mean.items()})
-    model.eval()
-    for module in model.modules():
+    for module in model.eval().modules():
         if isinstance(module, torch.nn.BatchNorm1d):
             module.reset_running_stats()
             module.train().momentum = None  # the mean over all batches
@@ -129,9 +119,8 @@ def run_trial(name, seed, folder):
     script.transformers.set_seed(seed)
     run = opened(flags, {"us": US_ENGLISH})
     found = {"before": scores(run, run.decoder.model)} if name == BASE else {}
-    train, dev = run.clips["train"].audio, run.clips["dev"]
-    trainer = script.make_trainer(run.settings, run.decoder, run.encoder, train, dev)
-    TRIALS[name](run, trainer)
+    trainer = script.make_trainer(run.settings, run.decoder, run.encoder, run.clips["train"].audio, run.clips["dev"])
+    TRIALS[name](trainer)
     trainer.train()
     found[name] = scores(run, trainer.model)
     return found | {f"{name}; best {AVERAGED} averaged": scores(run, average(run, trainer))}
@@ -143,8 +132,7 @@ def table(results):
     """
 
     def with_spread(values, form=".1f"):
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):{form}}{spread}"
+        return f"{statistics.mean(values):{form}}" + f" ± {statistics.stdev(values):.1f}" * (len(values) > 1)
 
     rows = [["WER in %", "seeds", *SETS.values(), *(f"{label}, change" for label in SETS.values())], ["---"] * 10]
     for system in dict.fromkeys(system for system, _ in results):
@@ -153,8 +141,8 @@ def table(results):
         for part in SETS:
             cells.append(with_spread([results[system, seed][part] for seed in seeds]))
             change = [results[system, seed][part] - results[BASE, seed][part] for seed in seeds]
-            lower = f"({sum(value < 0 for value in change)}/{len(seeds)})"
-            changes.append("" if system in ("before", BASE) else f"{with_spread(change, '+.1f')} {lower}")
+            lower = f"{with_spread(change, '+.1f')} ({sum(value < 0 for value in change)}/{len(seeds)})"
+            changes.append("" if system in ("before", BASE) else lower)
         rows.append([system, str(len(seeds)), *cells, *changes])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
