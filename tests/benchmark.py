@@ -5,8 +5,6 @@
     python tests/benchmark.py prepare   # converting an archive of 300 MB, and the usual way: unpack, then datasets.map
     python tests/benchmark.py speed     # data path, evaluation, start, long audio, training; --quick in some minutes
     python tests/benchmark.py trials    # what makes a better adapted model, on the demo's corpus: 5 runs a seed
-
-Figures are ratios or come from one run on one machine; run them on yours.
 """
 
 import argparse
