@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measurements behind the figures of tests/README.md, each one command.
 
-    python tests/benchmark.py gpu       # float16 and bfloat16 at MedASR's size and activation range, 50 updates each
-    python tests/benchmark.py prepare   # converting an archive of 300 MB, and the usual way: unpack, then datasets.map
-    python tests/benchmark.py speed     # data path, evaluation, start, long audio, training; --quick in some minutes
-    python tests/benchmark.py trials    # what makes a better adapted model, on the demo's corpus: 5 runs a seed
+python tests/benchmark.py gpu       # float16 and bfloat16 at MedASR's size and activation range, 50 updates each
+python tests/benchmark.py prepare   # converting an archive of 300 MB, and the usual way: unpack, then datasets.map
+python tests/benchmark.py speed     # data path, evaluation, start, long audio, training; --quick in some minutes
+python tests/benchmark.py trials    # what makes a better adapted model, on the demo's corpus: 5 runs a seed
 """
 
 import argparse
