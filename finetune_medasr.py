@@ -1582,7 +1582,7 @@ GREEK = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩαβγδεζηθικλ�
 # What a character becomes that the tokenizer lacks and that Unicode does not decompose; symbols become the words that a
 # reader voices. Labels and scored texts share this one mapping: the model can only write what its labels had. A
 # character neither here nor decomposable is dropped from labels, and counted.
-FOLDS = {
+FOLDS = str.maketrans({
     **dict.fromkeys("‘’‚‛`´ʼ′", "'"), **dict.fromkeys("“”„″«»", '"'), **dict.fromkeys("~−—", "-"), "·": ".", "…": "...",
     **dict.fromkeys("÷⁄\\|", "/"), "×": "x", "±": "+/-", "&": " and ", "@": " at ", "=": " equals ", "°": " degrees ",
     "<": " less than ", ">": " greater than ", "≤": " less than or equal to ", "≥": " greater than or equal to ",
@@ -1590,8 +1590,7 @@ FOLDS = {
     # Greek letters are read by their names, but for the micro of units.
     **{letter: unicodedata.name(letter).split()[-1].lower() for letter in GREEK},
     "µ": "u", "μ": "u",
-}  # fmt: skip
-FOLD_TABLE = str.maketrans(FOLDS)
+})  # fmt: skip
 ENTITY = re.compile(r"&(?:(#\d+|#[xX][0-9a-fA-F]+)|\w+);")  # only with its semicolon: "patients&notes" holds none
 # Arrows and bullets; "<-5" and "=> 5" are comparisons.
 LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")
@@ -1628,7 +1627,7 @@ class LabelEncoder:
         if self.covered(character):
             return character
         decomposed = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
-        folded = FOLDS.get(character, "".join(decomposed)) or character
+        folded = FOLDS.get(ord(character), "".join(decomposed)) or character
         if folded != character:
             return "".join(map(self.fold_character, folded))
         category = unicodedata.category(character)
@@ -1662,8 +1661,8 @@ class LabelEncoder:
 def normalize_wer(text):
     """The text that `wer` compares: lower-case words without punctuation, apostrophes inside words kept. `{period}`,
     entities, accents and what `FOLDS` spells out (& ° α) are resolved first: MedASR can only write the word."""
-    text = CONTROL_TOKEN.sub(" ", tidy(text)).translate(FOLD_TABLE).lower()
-    text = unicodedata.normalize("NFKD", text).lower().translate(FOLD_TABLE)  # of ™ come capitals
+    text = CONTROL_TOKEN.sub(" ", tidy(text)).translate(FOLDS).lower()
+    text = unicodedata.normalize("NFKD", text).lower().translate(FOLDS)  # of ™ come capitals
     text = "".join(sign for sign in text if not (unicodedata.combining(sign) or unicodedata.category(sign) == "Cf"))
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text))
 
@@ -1690,52 +1689,49 @@ SILENCE = float(np.log(1e-5))  # LasrFeatureExtractor floors its mel energies at
 
 
 def frame_count(extractor, samples):
-    """Frames of log-mels of so many samples, without centring."""
+    """Frames of log-mels of so many samples, a number or an array, without centring."""
     return 1 + (samples - extractor.win_length) // extractor.hop_length
 
 
-def logit_lengths(model, extractor, samples):
-    """Lengths of the logits of clips of so many samples, an array of ints."""
-    frames = torch.from_numpy(np.atleast_1d(frame_count(extractor, np.asarray(samples))))
-    return model._get_subsampling_output_length(frames).numpy()
+def logit_count(config, extractor, samples):
+    """Logits of clips of so many samples, as with `frame_count`; below 1 for those that the model cannot be run on."""
+    count, encoder = frame_count(extractor, samples), config.encoder_config
+    for _ in range(2):  # the subsampler's convolutions, without padding
+        count = (count - encoder.subsampling_conv_kernel_size) // encoder.subsampling_conv_stride + 1
+    return count
 
 
-def shortest_clip(model, extractor):
-    """The fewest samples that the model can be run on, to a hop; 2,320 (0.145 s) for MedASR."""
-    candidates = np.arange(extractor.win_length, SAMPLE_RATE, extractor.hop_length)
-    return int(candidates[logit_lengths(model, extractor, candidates) >= 1][0])
-
-
+@dataclass
 class ClipCheck:
     """check(table) -> why each clip cannot be used, or "". Dev and test clips are never left out for their length:
     short ones are padded, long ones scored in windows. It holds no model, because a stream's workers get it too."""
 
-    def __init__(self, model, extractor, encoder, max_train_seconds):
-        self.encoder, self.max_train_seconds, self.hop = encoder, max_train_seconds, extractor.hop_length
-        self.shortest = shortest_clip(model, extractor)
-        longest = round(min(max_train_seconds * SAMPLE_RATE, CLIP_BYTES_LIMIT / 4))
-        self.logits = logit_lengths(model, extractor, np.arange(self.shortest, longest + 1, self.hop)).tolist()
+    config: object
+    extractor: object
+    encoder: LabelEncoder
+    max_train_seconds: float
 
     def __call__(self, table):
+        rooms = logit_count(self.config, self.extractor, table["num_samples"])
         columns = (table[name] for name in ("problem", "split", "text", "num_samples"))
-        return list(itertools.starmap(self.reason, zip(*columns)))
+        return list(map(self.reason, *columns, rooms))
 
-    def reason(self, problem, split, text, samples):
+    def reason(self, problem, split, text, samples, room):
         if problem or not (text[:1].isalnum() or tidy(text)):
             return problem or "empty text"
         if split != "train":
             return ""
-        if samples < self.shortest:
-            return f"too short: {samples / SAMPLE_RATE:.2f} s, the model needs {self.shortest / SAMPLE_RATE:.3f} s"
+        if room < 1:
+            return f"too short: {samples / SAMPLE_RATE:.3f} s"
         if samples / SAMPLE_RATE > self.max_train_seconds:
             return f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s"
-        folded, room = self.encoder.fold(text), self.logits[(samples - self.shortest) // self.hop]
         # CTC puts a blank between two equal labels. Labels are made where there may be too many: each is of one
         # character at least, the space before a word included.
+        folded = self.encoder.fold(text)
         if folded.isascii() and 0 < len(folded) < room - len(re.findall(r"(.)(?=\1)", folded)):
             return ""
         labels = self.encoder([folded])[0]
-        needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
+        needed = len(labels) + sum(map(int.__eq__, labels, labels[1:]))
         if needed > room:
             return f"more labels than frames: {needed} labels, {room} logits"
         return "" if labels else "no text left that the tokenizer covers"
@@ -1747,18 +1743,15 @@ FREQUENCY_MASKS, FREQUENCY_MASK_BINS = 2, 20
 TIME_MASK_EVERY_FRAMES, TIME_MASK_FRAMES = 250, 30
 
 
-def draw_masks(frames, bins, seed):
-    """The [start, stop) of SpecAugment's masks of a clip: (those of its frames, those of its mel bins). The seed alone
-    decides them, whichever process makes the batch: a resumed run draws the same ones."""
-    generator = np.random.default_rng(seed)
-    wanted = [(FREQUENCY_MASK_BINS, bins)] * FREQUENCY_MASKS
-    wanted += [(min(TIME_MASK_FRAMES, frames // 5), frames)] * -(-frames // TIME_MASK_EVERY_FRAMES)
-    spans = []
-    for longest, size in wanted:
-        width = generator.integers(min(longest, size) + 1)
-        start = generator.integers(size - width + 1)
-        spans.append((start, start + width))
-    return spans[FREQUENCY_MASKS:], spans[:FREQUENCY_MASKS]
+def spec_augment(mels, seed):
+    """Mask the log-mels (frames, bins) of a clip with silence, in place. The seed alone decides where: a resumed run
+    masks the same."""
+    generator, (frames, bins) = np.random.default_rng(seed), mels.shape
+    spans = [(1, bins, FREQUENCY_MASK_BINS)] * FREQUENCY_MASKS
+    spans += [(0, frames, min(TIME_MASK_FRAMES, frames // 5))] * -(-frames // TIME_MASK_EVERY_FRAMES)
+    for axis, size, longest in spans:
+        width = int(generator.integers(min(longest, size) + 1))
+        mels.narrow(axis, int(generator.integers(size - width + 1)), width).fill_(SILENCE)
 
 
 @functools.cache
@@ -1799,11 +1792,8 @@ def model_inputs(batch, extractor, device):
     inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
     with torch.no_grad():
         features, real = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
-        for mels, (frames, stretches, bands) in zip(features, batch.get("masks", ())):
-            for start, stop in stretches:
-                mels[start:stop] = SILENCE
-            for start, stop in bands:
-                mels[:frames, start:stop] = SILENCE
+        for mels, (frames, seed) in zip(features, batch.get("masks", ())):
+            spec_augment(mels[:frames], seed)
     return {**inputs, "input_features": features, "attention_mask": real}
 
 
@@ -1811,7 +1801,7 @@ def model_inputs(batch, extractor, device):
 class CTCCollator:
     """Rows of a prepared split -> a padded batch for `model_inputs`, in the DataLoader's workers: waveforms (clips,
     samples), num_samples (clips,); counts, samples without and with padding; clips, their names, and problems; with an
-    `encoder` labels (clips, longest) padded with -100; with `augment` masks, (frames, *draw_masks) of each clip."""
+    `encoder` labels (clips, longest) padded with -100; with `augment` masks, each clip's frames and seed."""
 
     extractor: object
     encoder: LabelEncoder | None = None
@@ -1834,9 +1824,8 @@ class CTCCollator:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=-100)
         if self.augment:
-            frames, bins = [frame_count(self.extractor, length) for length in lengths], self.extractor.feature_size
             seeds = [(self.seed, self.epoch, zlib.crc32(row["clip"].encode())) for row in rows]
-            batch["masks"] = [(count, *draw_masks(count, bins, seed)) for count, seed in zip(frames, seeds)]
+            batch["masks"] = [(frame_count(self.extractor, length), seed) for length, seed in zip(lengths, seeds)]
         return batch
 
 
@@ -1864,14 +1853,12 @@ class Span(NamedTuple):
 
 @dataclass
 class Windows:
-    """The spans of clips, decoded when asked for; `problem` is why one cannot be."""
+    """The clips of `Span`s, decoded when asked for; `problem` is why one cannot be."""
 
     clips: object
-    spans: list[Span]
 
-    def __getitem__(self, index):
-        span, problem = self.spans[index], ""
-        clip = self.clips[span.row]
+    def __getitem__(self, span):
+        clip, problem = self.clips[span.row], ""
         try:
             samples = decode_audio(clip["audio"], span.start, span.stop)
         except ValueError as error:
@@ -1890,12 +1877,15 @@ class Decoder:
         self.model, self.processor, self.settings, self.lm = model, processor, settings, lm
         self.extractor, self.in_bfloat16 = processor.feature_extractor, False
         self.is_silent = not settings.is_first or settings.disable_tqdm
-        self.shortest = shortest_clip(model, self.extractor)
         self.step = model.config.inputs_to_logits_ratio * self.extractor.hop_length  # samples a logit
+        # The fewest samples that the model can be run on, to a hop; 2,320 (0.145 s) for MedASR.
+        candidates = range(self.extractor.win_length, SAMPLE_RATE, self.extractor.hop_length)
+        self.shortest = next(count for count in candidates if logit_count(model.config, self.extractor, count) >= 1)
 
-    def spans(self, lengths):
-        """The `Span`s of clips of so many samples, the longest first: what does not fit in memory shows at once. Clips
-        over --window_seconds are in overlapping windows, whose logits are kept from the middle of the overlap."""
+    def batches(self, lengths):
+        """`Span`s of clips of so many samples, in batches: --per_device_eval_batch_size of them, or, if that is auto,
+        as many seconds with their padding as the device takes. Clips over --window_seconds are in overlapping windows,
+        batched apart, whose logits are kept from the middle of the overlap."""
         overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / self.step)  # in logits, as the next
         window = round(self.settings.window_seconds * SAMPLE_RATE / self.step)
         spans, size, stride = [], window * self.step, (window - 2 * overlap) * self.step
@@ -1903,22 +1893,18 @@ class Decoder:
             for start in range(0, max(0, length - size) + stride, stride):
                 stop, last = min(start + size, length), window - overlap
                 if stop == length:  # what comes after a clip's own logits is padding, where `forward` leaves garbage
-                    last = int(logit_lengths(self.model, self.extractor, max(stop - start, self.shortest))[0])
+                    last = logit_count(self.model.config, self.extractor, max(stop - start, self.shortest))
                 spans.append(Span(row, start, stop, overlap if start else 0, last, length <= size))
-        return sorted(spans, key=lambda span: (span.is_whole, span.start - span.stop, span.row, span.start))
-
-    def batches(self, spans):
-        """Indices of `spans` in batches, of windows or of whole clips: --per_device_eval_batch_size of them, or, if
-        that is auto, as many seconds with their padding as the device takes."""
-        batches, start, size = [], 0, self.settings.per_device_eval_batch_size
+        # The longest first: what does not fit in memory shows at once.
+        spans.sort(key=lambda span: (span.is_whole, span.start - span.stop, span.row, span.start))
+        batches, start, count = [], 0, self.settings.per_device_eval_batch_size
         budget = EVAL_SECONDS.get(self.settings.device.type, EVAL_SECONDS["cpu"]) * SAMPLE_RATE
         while start < len(spans):
-            longest = spans[start]  # of its batch, because `spans` are sorted
+            longest = spans[start]
             if self.settings.auto_eval_batch:
-                size = max(1, budget // (longest.stop - longest.start))
-            alike = sum(span.is_whole == longest.is_whole for span in spans[start : start + size])
-            batches.append(list(range(start, start + alike)))
-            start += alike
+                count = max(1, budget // (longest.stop - longest.start))
+            batches.append([span for span in spans[start : start + count] if span.is_whole == longest.is_whole])
+            start += len(batches[-1])
         return batches
 
     def emissions(self, clips, encoder=None, doing="scoring"):
@@ -1926,35 +1912,32 @@ class Decoder:
         each frame the most probable id is kept, or as many as a search with `lm` needs. With an `encoder` of the clips'
         labels there is a loss, of those that need no windows; otherwise it is 0."""
         settings, self.model = self.settings, self.model.to(self.settings.device).eval()
-        spans, pieces, loss = self.spans(clips.table["num_samples"].tolist()), {}, 0.0
-        mine = self.batches(spans)[settings.process_index :: settings.world_size]
-        collator = CTCCollator(self.extractor, encoder, shortest=self.shortest)
+        mine = self.batches(clips.table["num_samples"].tolist())[settings.process_index :: settings.world_size]
+        collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), {}, 0.0
         options = {"batch_sampler": mine, "collate_fn": collator, "pin_memory": settings.device.type == "cuda"}
         options["num_workers"] = min(settings.dataloader_num_workers, len(mine))
         options["generator"] = torch.Generator()  # its own: scoring must not move what training draws next
         bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent)
         with bar, STOP_SIGNALS.deferring():
-            for indices, batch in zip(mine, torch.utils.data.DataLoader(Windows(clips.audio, spans), **options)):
+            for spans, batch in zip(mine, torch.utils.data.DataLoader(Windows(clips.audio), **options)):
                 if STOP_SIGNALS.number:
                     break
-                if not spans[indices[0]].is_whole:
+                if not spans[0].is_whole:
                     batch.pop("labels", None)
                 emitted, batch_loss = self.run(batch)
                 loss += batch_loss
-                for index, problem, found in zip(indices, batch["problems"], emitted):
-                    span = spans[index]
-                    kept = Emissions(*(values[span.first : span.last] for values in found))
-                    pieces[span.row, span.start] = problem, kept
-                bar.update(len(indices))
+                for span, problem, found in zip(spans, batch["problems"], emitted):
+                    pieces[span] = problem, [values[span.first : span.last] for values in found]
+                bar.update(len(spans))
             pieces, losses = zip(*accelerate.utils.gather_object([(pieces, loss)]))
             if stopped := agreed(STOP_SIGNALS.number, settings, "MAX"):
                 raise Stopped(stopped)
         joined, problems = [[] for _ in range(len(clips))], {}
-        for (row, _), (problem, found) in sorted(itertools.chain.from_iterable(map(dict.items, pieces))):
-            joined[row].append(found)
-            problems |= {row: problem} if problem else {}
+        for span, (problem, found) in sorted(itertools.chain.from_iterable(map(dict.items, pieces))):
+            joined[span.row].append(found)
+            problems |= {span.row: problem} if problem else {}
         joined = [Emissions(*map(np.concatenate, zip(*parts))) for parts in joined]
-        return joined, problems, sum(losses) / max(1, sum(span.is_whole for span in spans))
+        return joined, problems, sum(losses) / max(1, sum(span.is_whole for part in pieces for span in part))
 
     def run(self, batch):
         """(the `Emissions` of each clip, the sum of their losses) of a batch, halved where it fills the memory."""
@@ -3233,7 +3216,7 @@ class Run:
         """Select the clips of `sources`, {"": the corpus, name: test set of --also_score}; raises RunError."""
         settings, self.source = self.settings, sources[""]
         self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, settings.target_text)
-        self.check = ClipCheck(model, processor.feature_extractor, self.encoder, settings.max_train_seconds)
+        self.check = ClipCheck(model.config, processor.feature_extractor, self.encoder, settings.max_train_seconds)
         self.clips = select_all(sources, settings, self.check)
         self.tests = {name or "test": self.clips[name or "test"] for name in sources}
         self.decoder = Decoder(model, processor, settings, lm)
