@@ -43,7 +43,6 @@ import shlex
 import shutil
 import signal
 import stat
-import string
 import tarfile
 import tempfile
 import textwrap
@@ -1592,17 +1591,14 @@ FOLDS = str.maketrans({
     "µ": "u", "μ": "u",
 })  # fmt: skip
 ENTITY = re.compile(r"&(?:(#\d+|#[xX][0-9a-fA-F]+)|\w+);")  # only with its semicolon: "patients&notes" holds none
-# Arrows and bullets; "<-5" and "=> 5" are comparisons.
-LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")
-# "5 µg" is read as micrograms and written mcg in prescriptions; "ug" is on the lists of error-prone abbreviations.
-MICROGRAM = re.compile(r"[µμ]g\b")
-# MedASR writes dictated punctuation and layout as {period}, {new paragraph}.
-CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")
+LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")  # "<-5" and "=> 5" are comparisons
+MICROGRAM = re.compile(r"[µμ]g\b")  # mcg in prescriptions; "ug" is on the lists of error-prone abbreviations
+CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")  # MedASR writes {period}, {new paragraph}
 
 
 def tidy(text):
-    """The text with HTML entities resolved, without arrows and bullets, any run of whitespace (NBSP, newline) as one
-    space, fractions and powers parted from the digit before them: 1½ is not 11/2, and 10⁹ is not 109."""
+    """The text with HTML entities resolved, without arrows and bullets, whitespace (NBSP, newline) as single spaces,
+    fractions and powers parted from the digit before them: 1½ is not 11/2, and 10⁹ is not 109."""
     text = ENTITY.sub(lambda it: html.unescape(it[0]) if it[1] else html.entities.html5.get(it[0][1:], it[0]), text)
     text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", text))
     return " ".join(re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text).split())
@@ -1615,8 +1611,6 @@ class LabelEncoder:
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
         self.opens, self.dropped = self.covered("("), Counter()
         self.table = {}  # code point -> what it becomes, for str.translate
-        plain = "".join(filter(self.covered, string.ascii_letters + string.digits + ".,'-"))
-        self.plain = re.compile(f"[ {re.escape(plain)}]*")  # most transcripts: nothing in them is folded
 
     def covered(self, character):
         """Whether the tokenizer has a piece that the head can emit for `character`, inside a word and on its own."""
@@ -1635,13 +1629,10 @@ class LabelEncoder:
 
     def fold(self, text):
         """The transcript in the characters that the tokenizer covers; what is dropped is counted in `dropped`."""
-        if self.target_text != "words" and self.plain.fullmatch(text):
-            return " ".join(text.split())
         text = normalize_wer(text) if self.target_text == "words" else tidy(text)
-        if not self.opens:
-            # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
-            while re.search(r"\([^()]*\)", text):
-                text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
+        # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
+        while not self.opens and re.search(r"\([^()]*\)", text):
+            text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
         text = unicodedata.normalize("NFC", text)
         for character in set(text) - {" "}:
             if ord(character) not in self.table:
@@ -1833,8 +1824,7 @@ class CTCCollator:
 
 
 class Emissions(NamedTuple):
-    """What a model says of a clip or window: the most probable `ids` of each of its frames and their natural
-    `log_probs`, both (frames, how many were asked for), the most probable first."""
+    """The most probable `ids` of each frame of a clip and their natural `log_probs`, both (frames, ids a frame)."""
 
     ids: np.ndarray
     log_probs: np.ndarray
@@ -1981,7 +1971,6 @@ LM_CANDIDATES = 16  # the most probable ids of a frame, which the search chooses
 # What stands for "▁" in an n-gram's file: itself, or what pyctcdecode's users have to write (MedASR's lm_6.kenlm).
 LM_WORD_MARKS = "▁#"
 LM_NONSENSE = "no/such/piece"
-LM_WORDS = "the and with that from this THE AND WITH THAT FROM THIS".split()
 
 
 @dataclass(eq=False, slots=True)
@@ -2056,65 +2045,42 @@ def beam_search(emissions, lm):
     return frames[::-1], score
 
 
-def lm_path(settings):
-    """The file that --lm means, fetched if need be; raises RunError if it is none that KenLM reads."""
-    folder, path = Path(settings.model).expanduser(), settings.lm
-    if path == "auto":
-        # A fine-tuned model's folder has none: MedASR's serves it too.
-        repo, revision = (DEFAULT_MODEL, None) if folder.is_dir() else (settings.model, settings.model_revision)
-        path = folder / LM_FILE
-        try:
-            with explained_hub_errors(repo, "model"):
-                path = path if path.is_file() else hub.hf_hub_download(repo, LM_FILE, revision=revision)
-        except RunError as error:
-            raise RunError(f"--lm auto looks for {LM_FILE} of {repo}; give --lm a file, or: {error}") from error
-    with explained(f"--lm {path} cannot be read", (OSError, EOFError, zlib.error)), open(path, "rb") as file:
-        is_packed = file.peek(2).startswith(b"\x1f\x8b")
-        head = (gzip.open(file) if is_packed else file).read(1 << 16).lstrip()
-    if not re.match(rb"mmap lm http://kheafield.com/code|(?s:.*)^\\data\\\s*$", head, re.MULTILINE):
-        raise RunError(f"--lm {path} is no language model: neither ARPA (\\data\\) nor KenLM's binary format")
-    return path
-
-
 def load_lm(settings, processor, vocab_size):
     """The `LanguageModel` of --lm for the model's tokens, None without the flag; raises RunError."""
     if not settings.lm:
         return None
-    path, tokenizer = lm_path(settings), processor.tokenizer
-    names = dict(enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size))))
-    pieces = {id: name for id, name in names.items() if name not in (None, *tokenizer.all_special_tokens)}
+    tokenizer, folder, path = processor.tokenizer, Path(settings.model).expanduser(), Path(settings.lm)
+    if settings.lm == "auto" and not (path := folder / LM_FILE).is_file():
+        # A fine-tuned model's folder has none: MedASR's serves it too.
+        repo, revision = (DEFAULT_MODEL, None) if folder.is_dir() else (settings.model, settings.model_revision)
+        what = f"--lm auto looks for {LM_FILE} of {repo}; give --lm a file instead"
+        with explained(what, RunError), explained_hub_errors(repo, "model"):
+            path = Path(hub.hf_hub_download(repo, LM_FILE, revision=revision))
+    names = enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size)))
+    pieces = {id: name for id, name in names if name not in (None, *tokenizer.all_special_tokens)}
     spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in LM_WORD_MARKS]
-    words = dict.fromkeys(itertools.chain([LM_NONSENSE], LM_WORDS, *map(dict.values, spellings)))
-    words = {word: number for number, word in enumerate(words)}
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        dictionary = importlib.import_module("flashlight.lib.text.dictionary").Dictionary(list(words))
-        os.dup2(nowhere, 2)  # KenLM draws there while it reads an ARPA file
-        kenlm = importlib.import_module("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
-    except (RuntimeError, ValueError, MemoryError, ImportError) as error:
-        # KenLM says first in which of its source files.
-        what = re.sub(r"^.* threw \w+( because `.*?')?\.", "", " ".join(str(error).split()))
-        raise RunError(f"--lm {path} cannot be loaded: {what[:300]}") from error
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
+    words = [LM_NONSENSE, *{*spellings[0].values(), *spellings[1].values()}]
+    failures = RuntimeError, ValueError, MemoryError, ImportError
+    with explained(f"--lm {path} cannot be loaded", failures, "it must be in ARPA's format or KenLM's binary one"):
+        dictionary = Lazy("flashlight.lib.text.dictionary").Dictionary(words)
+        kenlm = Lazy("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
 
-    # A word that the n-gram knows has another probability than nonsense.
-    probabilities = {word: kenlm.score(kenlm.start(False), number)[1] for word, number in words.items()}
-    known = {word for word in words if probabilities[word] != probabilities[LM_NONSENSE]}
-    spelling = max(spellings, key=lambda pieces: len(known & set(pieces.values())))
-    found, total = len(known & set(spelling.values())), len(spelling)
-    share = f"{found:,} of the model's {total:,} tokens"
-    whole = [f"whole words, such as '{word}'" for word in LM_WORDS if word in known - set(spelling.values())]
-    if whole or found < total / 2:
-        raise RunError(f"--lm {path} knows {[*whole, share][0]}: it must be an n-gram of the tokens of this model")
-    if found < 0.9 * total:
+    # A piece that the n-gram knows has another probability than nonsense. One of whole words may know many a piece, but
+    # none with a word mark.
+    probabilities = [kenlm.score(kenlm.start(False), dictionary.get_index(word))[1] for word in words]
+    known = {word for word, probability in zip(words, probabilities) if probability != probabilities[0]}
+    spelling = max(spellings, key=lambda spelling: len(known & set(spelling.values())))
+    found = [id for id in pieces if spelling[id] in known]
+    starts = [id for id, piece in pieces.items() if piece.startswith("▁")]
+    share = f"{len(found):,} of the model's {len(pieces):,} tokens"
+    if len({*found} & {*starts}) < len(starts) / 2:
+        raise RunError(f"--lm {path} knows {share}: it must be an n-gram of the tokens of this model, not of words")
+    if len(found) < 0.9 * len(pieces):
         warn(f"--lm {path} knows only {share}")
-    numbers = [words[spelling.get(id, LM_NONSENSE)] for id in names]
-    counts_as = np.array([id if id in pieces else tokenizer.pad_token_id for id in names])
+    numbers = [dictionary.get_index(spelling.get(id, LM_NONSENSE)) for id in range(vocab_size)]
+    counts_as = np.array([id if id in pieces else tokenizer.pad_token_id for id in range(vocab_size)])
     weights = settings.lm_weight, settings.lm_word_score, settings.lm_beam
-    return LanguageModel(Path(path).name, kenlm, numbers, counts_as, tokenizer.pad_token_id, *weights)
+    return LanguageModel(path.name, kenlm, numbers, counts_as, tokenizer.pad_token_id, *weights)
 
 
 TUNING_CLIPS = 500  # of dev at the most: the search is run some thirty times
@@ -2127,17 +2093,15 @@ def tune_lm(decoder, dev):
     chosen = range(0, len(dev), math.ceil(len(dev) / TUNING_CLIPS))
     clips = Clips(dev.audio.select(chosen), dev.table.iloc[list(chosen)])
     say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
-    emissions, tried = decoder.emissions(clips)[0], {}
-    wer = functools.partial(corpus_rate, clips.table["text"])
+    emissions, tried = decoder.emissions(clips)[0], []
     for weight, word_score in TUNING_GRID:
         decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
-        tried[weight, word_score] = wer(decoder.texts(emissions))
-    weight, word_score = min(tried, key=tried.get)  # the first of equals
+        tried.append([weight, word_score, corpus_rate(clips.table["text"], decoder.texts(emissions))])
+    weight, word_score, wer = min(tried, key=lambda entry: entry[-1])  # the first of equals
     decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
-    record = {"clips": len(clips), "wer": tried[weight, word_score], "wer_greedy": wer(decoder.greedy(emissions))}
-    scores = f"dev WER {percent(record['wer'])}, greedy {percent(record['wer_greedy'])}"
-    say(f"  --lm_weight {weight:g} --lm_word_score {word_score:g}: {scores}")
-    return {**decoder.lm.settings, **record, "tried": [[*pair, found] for pair, found in tried.items()]}
+    greedy = corpus_rate(clips.table["text"], decoder.greedy(emissions))
+    say(f"  --lm_weight {weight:g} --lm_word_score {word_score:g}: dev WER {percent(wer)}, greedy {percent(greedy)}")
+    return {**decoder.lm.settings, "clips": len(clips), "wer": wer, "wer_greedy": greedy, "tried": tried}
 
 
 # ---------------------------------------------------------------- transcribing
@@ -2197,69 +2161,59 @@ LINGER_SECONDS = 0.5  # that a subtitle stays after its last word's last frame, 
 PAUSE_SECONDS = 1.0  # between the written frames of two words, at which a sentence is taken to end
 
 
-@dataclass
-class Transcript:
-    """The words of a recording, as the content of a file of any --transcript_format; `clean` makes a text of theirs."""
+def text_of(words, clean):
+    return clean(" ".join(word.text for word in words))
 
-    name: str
-    words: list[Word]
-    clean: object = str
 
-    def text_of(self, words):
-        return self.clean(" ".join(word.text for word in words))
+def subtitle_lines(words, clean):
+    """The lines of a subtitle, none longer than LINE_CHARACTERS but of a single word."""
+    text = " ".join(text_of(words, clean).split())
+    return textwrap.wrap(text, LINE_CHARACTERS, break_long_words=False, break_on_hyphens=False)
 
-    def lines(self, words):
-        """The lines of a subtitle, none longer than LINE_CHARACTERS but of a single word."""
-        text = " ".join(self.text_of(words).split())
-        return textwrap.wrap(text, LINE_CHARACTERS, break_long_words=False, break_on_hyphens=False)
 
-    def segments(self):
-        """The words in lists, each of a subtitle, parted at pauses and dictated line breaks and where it is full."""
-        parts = []
-        for word in self.words:
-            ends = not parts or word.start - parts[-1][-1].end >= PAUSE_SECONDS
-            ends = ends or word.end - parts[-1][0].start > CUE_SECONDS
-            ends = ends or len(self.lines([*parts[-1], word])) > CUE_LINES
-            if ends or (self.clean is not str and parts[-1][-1].text in ("line}", "paragraph}")):
-                parts.append([])
-            parts[-1].append(word)
-        return parts
+def split_words(words, clean):
+    """The words in lists, each of a subtitle, parted at pauses and dictated line breaks and where one is full."""
+    parts = []
+    for word in words:
+        ends = not parts or word.start - parts[-1][-1].end >= PAUSE_SECONDS
+        ends = ends or word.end - parts[-1][0].start > CUE_SECONDS
+        ends = ends or len(subtitle_lines([*parts[-1], word], clean)) > CUE_LINES
+        if ends or (clean is not str and parts[-1][-1].text in ("line}", "paragraph}")):
+            parts.append([])
+        parts[-1].append(word)
+    return parts
 
-    def text(self, with_name):
-        text = self.text_of(self.words)
-        return f"{self.name}\t{' '.join(text.split())}\n" if with_name else text + "\n"
 
-    def json(self, with_name):
-        """Whisper's keys, in one line, and "file" before them if `with_name`."""
-        segments = []
-        for number, part in enumerate(self.segments()):
-            words = [
+def format_transcript(kind, words, clean, name=""):
+    """The words of a recording as the content of a file of --transcript_format `kind`; `clean` makes a text of theirs.
+    The `name` is in it if given. json has Whisper's keys, in one line."""
+    text, parts = text_of(words, clean), split_words(words, clean)
+    if kind == "text":
+        return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
+    if kind == "json":
+        content = {"file": name} if name else {}
+        content |= {"text": text, "segments": [], "language": "en"}
+        for number, part in enumerate(parts):
+            entries = [
                 {"word": text, "start": round(start, 3), "end": round(end, 3), "probability": round(probability, 4)}
                 for text, start, end, probability in part
             ]
-            times = {"start": words[0]["start"], "end": words[-1]["end"]}
-            segments.append({"id": number, **times, "text": self.text_of(part), "words": words})
-        content = {"file": self.name} if with_name else {}
-        content |= {"text": self.text_of(self.words), "segments": segments, "language": "en"}
+            times = {"start": entries[0]["start"], "end": entries[-1]["end"]}
+            content["segments"].append({"id": number, **times, "text": text_of(part, clean), "words": entries})
         return json.dumps(content, ensure_ascii=False) + "\n"
-
-    def cues(self, decimal_mark):
-        """Yield (times, text) of each subtitle."""
-        parts = self.segments()
-        for part, following in itertools.zip_longest(parts, parts[1:]):
-            end = min(part[-1].end + LINGER_SECONDS, following[0].start if following else np.inf)
-            times = []
-            for seconds in (part[0].start, end):
-                minutes, thousandths = divmod(round(seconds * 1000), 60_000)
-                clock = f"{minutes // 60:02}:{minutes % 60:02}:{thousandths / 1000:06.3f}"
-                times.append(clock.replace(".", decimal_mark))
-            yield " --> ".join(times), "\n".join(self.lines(part))
-
-    def srt(self, with_name):
-        return "\n".join(f"{number}\n{times}\n{text}\n" for number, (times, text) in enumerate(self.cues(","), start=1))
-
-    def vtt(self, with_name):
-        return "\n".join(["WEBVTT\n", *(f"{times}\n{html.escape(text, False)}\n" for times, text in self.cues("."))])
+    cues = ["WEBVTT\n"] if kind == "vtt" else []
+    for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
+        end, times = min(part[-1].end + LINGER_SECONDS, following[0].start if following else np.inf), []
+        for seconds in (part[0].start, end):
+            minutes, thousandths = divmod(round(seconds * 1000), 60_000)
+            times.append(f"{minutes // 60:02}:{minutes % 60:02}:{thousandths / 1000:06.3f}")
+        head, lines = " --> ".join(times), "\n".join(subtitle_lines(part, clean))
+        if kind == "vtt":
+            lines = html.escape(lines, quote=False)
+        else:
+            head = f"{number}\n{head.replace('.', ',')}"
+        cues.append(f"{head}\n{lines}\n")
+    return "\n".join(cues)
 
 
 def find_recordings(settings):
@@ -2274,18 +2228,19 @@ def find_recordings(settings):
                 inside = filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match]
                 files += sorted(map(str, inside))
         if not files:
-            problem = "no audio file is in this folder" if matches else "there is no such file or folder"
-            raise UsageError(f"--transcribe is {path}: {problem}")
+            raise UsageError(f"--transcribe is {path}: there is no such file, or no audio file in this folder")
         # What is below the fixed part of a pattern tells files of one name apart.
         fixed = os.path.dirname(path) if os.path.isfile(path) else re.split(r"[^/\\]*[*?\[]", path)[0]
         for file in files:
-            below = "stdin" if file == "-" else os.path.relpath(file, fixed or ".")
-            found.setdefault(os.path.abspath(file), (file, below, os.path.splitext(below)[0]))
+            found.setdefault(
+                os.path.abspath(file), (file, "stdin" if file == "-" else os.path.relpath(file, fixed or "."))
+            )
     if kind in ("srt", "vtt") and not keeps and len(found) > 1:
         raise UsageError(f"--transcript_format {kind} of several files needs --transcript_dir: their times start anew")
-    stems, recordings = Counter(stem.casefold() for _, _, stem in found.values()), {}
-    for file, below, stem in found.values():
-        recordings[file] = below if stems[stem.casefold()] > 1 else stem
+    recordings = {file: os.path.splitext(below)[0] for file, below in found.values()}
+    stems = Counter(map(str.casefold, recordings.values()))
+    for file, below in found.values():
+        recordings[file] = below if stems[recordings[file].casefold()] > 1 else recordings[file]
         other = taken.setdefault(recordings[file].casefold(), file)
         if keeps and other != file:
             what = f"{other} and {file} would both be {below}'s transcript"
@@ -2297,12 +2252,10 @@ def open_recording(name, spool):
     """(path, samples at 16 kHz) of a recording; raises ValueError or OSError. Standard input and pipes are copied into
     the folder `spool`, because libsndfile seeks."""
     path, given = name, 0 if name == "-" else name
-    if given == 0 and os.isatty(0):
-        raise ValueError("standard input is a terminal; pipe audio into it")
     if given == 0 or stat.S_ISFIFO(os.stat(name).st_mode):
         path = os.path.join(spool, str(len(os.listdir(spool))))
         with open(given, "rb", closefd=given != 0) as source, open(path, "wb") as file:
-            shutil.copyfileobj(source, file, 2**20)
+            shutil.copyfileobj(source, file)
     samples, missing = audio_length(path)
     if missing > 0:
         warn(f"{name} ends after {samples / SAMPLE_RATE:,.1f} s, {missing:,.1f} s before what its header says")
@@ -2334,8 +2287,6 @@ def transcribe(settings):
                 try:
                     part[name] = open_recording(name, spool)
                 except (ValueError, OSError) as error:
-                    if is_full_disk(error):
-                        raise
                     problems[name] = one_line(error)
                 lengths = [samples for _, samples in part.values()]
                 if number < len(recordings) and sum(lengths) < PART_SECONDS * SAMPLE_RATE * settings.world_size:
@@ -2348,11 +2299,12 @@ def transcribe(settings):
                         problems[name] = unreadable[row]
                     elif settings.is_first:
                         heard += lengths[row] / SAMPLE_RATE
-                        made = Transcript(name, clip_words(decoder, emissions[row]), clean)
-                        text, suffix = getattr(made, kind)(with_names), "txt" if kind == "text" else kind
+                        words = clip_words(decoder, emissions[row])
+                        text = format_transcript(kind, words, clean, name if with_names else "")
                         if folder is None:
                             print(text, end="", flush=True)
                         else:
+                            suffix = "txt" if kind == "text" else kind
                             write_text(Path(folder).expanduser() / f"{recordings[name]}.{suffix}", text)
                 for name, problem in problems.items():
                     say(f"{PROGRAM}: error: {name} cannot be read as audio: {problem}", sys.stderr)
