@@ -52,12 +52,12 @@ import typing
 import unicodedata
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 try:
     import numpy as np
@@ -1628,7 +1628,7 @@ class LabelEncoder:
         return "-" if category == "Pd" else " " if category[0] in "PSZ" else ""  # a lost sign still parts words
 
     def fold(self, text):
-        """The transcript in the characters that the tokenizer covers; what is dropped is counted in `dropped`."""
+        """The transcript in the characters that the tokenizer covers; what is lost is counted in `dropped`."""
         text = normalize_wer(text) if self.target_text == "words" else tidy(text)
         # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
         while not self.opens and re.search(r"\([^()]*\)", text):
@@ -1679,14 +1679,9 @@ def decode_ids(processor, ids):
 SILENCE = float(np.log(1e-5))  # LasrFeatureExtractor floors its mel energies at 1e-5, so a frame of 0.0 would be loud
 
 
-def frame_count(extractor, samples):
-    """Frames of log-mels of so many samples, a number or an array, without centring."""
-    return 1 + (samples - extractor.win_length) // extractor.hop_length
-
-
 def logit_count(config, extractor, samples):
-    """Logits of clips of so many samples, as with `frame_count`; below 1 for those that the model cannot be run on."""
-    count, encoder = frame_count(extractor, samples), config.encoder_config
+    """Logits of clips of so many samples, a number or an array; below 1 for those that the model cannot be run on."""
+    count, encoder = 1 + (samples - extractor.win_length) // extractor.hop_length, config.encoder_config
     for _ in range(2):  # the subsampler's convolutions, without padding
         count = (count - encoder.subsampling_conv_kernel_size) // encoder.subsampling_conv_stride + 1
     return count
@@ -1704,8 +1699,7 @@ class ClipCheck:
 
     def __call__(self, table):
         rooms = logit_count(self.config, self.extractor, table["num_samples"])
-        columns = (table[name] for name in ("problem", "split", "text", "num_samples"))
-        return list(map(self.reason, *columns, rooms))
+        return list(map(self.reason, table["problem"], table["split"], table["text"], table["num_samples"], rooms))
 
     def reason(self, problem, split, text, samples, room):
         if problem or not (text[:1].isalnum() or tidy(text)):
@@ -1713,7 +1707,7 @@ class ClipCheck:
         if split != "train":
             return ""
         if room < 1:
-            return f"too short: {samples / SAMPLE_RATE:.3f} s"
+            return f"too short: {samples / SAMPLE_RATE:.2f} s"
         if samples / SAMPLE_RATE > self.max_train_seconds:
             return f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s"
         # CTC puts a blank between two equal labels. Labels are made where there may be too many: each is of one
@@ -1728,44 +1722,35 @@ class ClipCheck:
         return "" if labels else "no text left that the tokenizer covers"
 
 
-# SpecAugment (Park et al. 2019, arXiv 1904.08779), moderate: of 128 mel bins up to 2 x 20 are masked, of the time one
-# stretch of up to 0.3 s (less than most words) in every 2.5 s.
-FREQUENCY_MASKS, FREQUENCY_MASK_BINS = 2, 20
-TIME_MASK_EVERY_FRAMES, TIME_MASK_FRAMES = 250, 30
-
-
 def spec_augment(mels, seed):
-    """Mask the log-mels (frames, bins) of a clip with silence, in place. The seed alone decides where: a resumed run
-    masks the same."""
+    """SpecAugment (Park et al. 2019, arXiv 1904.08779) of the log-mels (frames, bins) of a clip, in place: up to 2 x 20
+    bins and, in every 2.5 s, a stretch of up to 0.3 s (less than most words) become silence. The seed alone decides
+    where: a resumed run masks the same."""
     generator, (frames, bins) = np.random.default_rng(seed), mels.shape
-    spans = [(1, bins, FREQUENCY_MASK_BINS)] * FREQUENCY_MASKS
-    spans += [(0, frames, min(TIME_MASK_FRAMES, frames // 5))] * -(-frames // TIME_MASK_EVERY_FRAMES)
-    for axis, size, longest in spans:
+    for axis, size, longest in [(1, bins, 20)] * 2 + [(0, frames, min(30, frames // 5))] * math.ceil(frames / 250):
         width = int(generator.integers(min(longest, size) + 1))
         mels.narrow(axis, int(generator.integers(size - width + 1)), width).fill_(SILENCE)
 
 
 @functools.cache
-def mel_constants(extractor, device):
-    """The window (win_length,) of a LasrFeatureExtractor and its mel filters, on `device`. The filters come in bands:
-    (slice of the spectrum, real and imaginary parts side by side, that a band spans; weights (that many, bins))."""
+def mel_bands(extractor, device):
+    """The mel filters of a LasrFeatureExtractor in bands: (slice of the spectrum that a band spans, real and imaginary
+    parts side by side; weights (that many, bins)), on `device`."""
     # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
-    exact = torch.float64 if torch.device(device).type == "cuda" else torch.float32
-    window = torch.hann_window(extractor.win_length, periodic=False, dtype=torch.float64)
-    filters, bands = extractor.mel_filters.float().repeat_interleave(2, 0), []
+    exact, bands = torch.float64 if torch.device(device).type == "cuda" else torch.float32, []
+    filters = extractor.mel_filters.float().repeat_interleave(2, 0)
     for band in filters.tensor_split(8, 1):  # a filter spans a few bins: bands leave most zeros out of the product
         spanned = band.any(1).nonzero().flatten().tolist()
         span = slice(spanned[0], spanned[-1] + 1)
         bands.append((span, band[span].contiguous().to(device, exact)))
-    return window.float().to(device), bands
+    return bands
 
 
 def log_mels(waveforms, lengths, extractor):
-    """(log-mels (clips, frames, bins), mask (clips, frames)) of padded waveforms (clips, samples), on their device.
-    LasrFeatureExtractor's computation with its own window, filters and floor, in float32 instead of float64, which
-    differs by less than 1e-3."""
-    window, bands = mel_constants(extractor, waveforms.device)
-    features = []
+    """(log-mels (clips, frames, bins), mask (clips, frames)) of padded waveforms (clips, samples), on their device:
+    LasrFeatureExtractor's computation in float32 instead of float64, which differs by less than 1e-3."""
+    bands, features = mel_bands(extractor, waveforms.device), []
+    window = torch.hann_window(extractor.win_length, False, dtype=torch.float64, device=waveforms.device).float()
     # On a CPU clip by clip, whose frames fit into the cache.
     for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):
         frames = part.unfold(-1, extractor.win_length, extractor.hop_length) * window
@@ -1782,17 +1767,17 @@ def model_inputs(batch, extractor, device):
     """What the model's forward takes, on `device`, of a batch of CTCCollator: the log-mels are computed there."""
     inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
     with torch.no_grad():
-        features, real = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
-        for mels, (frames, seed) in zip(features, batch.get("masks", ())):
-            spec_augment(mels[:frames], seed)
-    return {**inputs, "input_features": features, "attention_mask": real}
+        features, mask = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
+        for mels, is_real, seed in zip(features, mask, batch.get("mask_seeds", ())):
+            spec_augment(mels[: int(is_real.sum())], seed)
+    return {**inputs, "input_features": features, "attention_mask": mask}
 
 
 @dataclass
 class CTCCollator:
     """Rows of a prepared split -> a padded batch for `model_inputs`, in the DataLoader's workers: waveforms (clips,
     samples), num_samples (clips,); counts, samples without and with padding; clips, their names, and problems; with an
-    `encoder` labels (clips, longest) padded with -100; with `augment` masks, each clip's frames and seed."""
+    `encoder` labels (clips, longest) padded with -100; with `augment` the seed of each clip's masks."""
 
     extractor: object
     encoder: LabelEncoder | None = None
@@ -1815,30 +1800,17 @@ class CTCCollator:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=-100)
         if self.augment:
-            seeds = [(self.seed, self.epoch, zlib.crc32(row["clip"].encode())) for row in rows]
-            batch["masks"] = [(frame_count(self.extractor, length), seed) for length, seed in zip(lengths, seeds)]
+            batch["mask_seeds"] = [(self.seed, self.epoch, zlib.crc32(row["clip"].encode())) for row in rows]
         return batch
 
 
 # ---------------------------------------------------------------- decoding
 
-
-class Emissions(NamedTuple):
-    """The most probable `ids` of each frame of a clip and their natural `log_probs`, both (frames, ids a frame)."""
-
-    ids: np.ndarray
-    log_probs: np.ndarray
-
-
-class Span(NamedTuple):
-    """A clip, or a window of a long one: samples `start` to `stop`, of whose logits `first` to `last` are kept."""
-
-    row: int
-    start: int
-    stop: int
-    first: int
-    last: int
-    is_whole: bool
+# The most probable `ids` of each frame of a clip and their natural `log_probs`, both (frames, ids a frame).
+Emissions = namedtuple("Emissions", "ids log_probs")
+# A clip, or a window of a long one: samples `start` to `stop`, of whose logits `first` to `last` are kept.
+Span = namedtuple("Span", "row start stop first last is_whole")
+EVAL_SECONDS = {"cpu": 160, "cuda": 3_600}  # of audio in a scoring batch; 3,600 s take some 5 GB
 
 
 @dataclass
@@ -1854,9 +1826,6 @@ class Windows:
         except ValueError as error:
             samples, problem = np.zeros(0, np.float32), str(error)
         return {"samples": samples, "text": clip.get("text", ""), "problem": problem}
-
-
-EVAL_SECONDS = {"cpu": 160, "cuda": 3_600}  # of audio in a scoring batch; 3,600 s take some 5 GB
 
 
 class Decoder:
@@ -2060,8 +2029,7 @@ def load_lm(settings, processor, vocab_size):
     pieces = {id: name for id, name in names if name not in (None, *tokenizer.all_special_tokens)}
     spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in LM_WORD_MARKS]
     words = [LM_NONSENSE, *{*spellings[0].values(), *spellings[1].values()}]
-    failures = RuntimeError, ValueError, MemoryError, ImportError
-    with explained(f"--lm {path} cannot be loaded", failures, "it must be in ARPA's format or KenLM's binary one"):
+    with explained(f"--lm {path} cannot be loaded", checkpoint_errors(), "it must be ARPA's or KenLM's binary format"):
         dictionary = Lazy("flashlight.lib.text.dictionary").Dictionary(words)
         kenlm = Lazy("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
 
@@ -2106,14 +2074,8 @@ def tune_lm(decoder, dev):
 
 # ---------------------------------------------------------------- transcribing
 
-
-class Word(NamedTuple):
-    """A word of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames."""
-
-    text: str
-    start: float
-    end: float
-    probability: float
+# A word of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames.
+Word = namedtuple("Word", "text start end probability")
 
 
 def clip_words(decoder, emissions):
@@ -2219,7 +2181,7 @@ def format_transcript(kind, words, clean, name=""):
 def find_recordings(settings):
     """{path of a recording of --transcribe: its place under --transcript_dir, without suffix}, each once, in order.
     Raises UsageError, also where two would be one file, RunError for a folder that cannot be read."""
-    found, taken, kind, keeps = {}, {}, settings.transcript_format, settings.transcript_dir is not None
+    found, keeps = {}, settings.transcript_dir is not None
     for path in settings.transcribe:
         matches = [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         files = []
@@ -2232,19 +2194,21 @@ def find_recordings(settings):
         # What is below the fixed part of a pattern tells files of one name apart.
         fixed = os.path.dirname(path) if os.path.isfile(path) else re.split(r"[^/\\]*[*?\[]", path)[0]
         for file in files:
-            found.setdefault(
-                os.path.abspath(file), (file, "stdin" if file == "-" else os.path.relpath(file, fixed or "."))
-            )
-    if kind in ("srt", "vtt") and not keeps and len(found) > 1:
-        raise UsageError(f"--transcript_format {kind} of several files needs --transcript_dir: their times start anew")
-    recordings = {file: os.path.splitext(below)[0] for file, below in found.values()}
+            below = "stdin" if file == "-" else os.path.relpath(file, fixed or ".")
+            found.setdefault(os.path.abspath(file), (file, below))
+    if settings.transcript_format in ("srt", "vtt") and not keeps and len(found) > 1:
+        raise UsageError(
+            "--transcript_format srt or vtt of several files needs --transcript_dir: their times start anew"
+        )
+    recordings, taken = {file: os.path.splitext(below)[0] for file, below in found.values()}, {}
     stems = Counter(map(str.casefold, recordings.values()))
     for file, below in found.values():
-        recordings[file] = below if stems[recordings[file].casefold()] > 1 else recordings[file]
+        if stems[recordings[file].casefold()] > 1:
+            recordings[file] = below
         other = taken.setdefault(recordings[file].casefold(), file)
         if keeps and other != file:
             what = f"{other} and {file} would both be {below}'s transcript"
-            raise UsageError(f"--transcript_dir: {what}; give the folder that both are in, whose parts are kept apart")
+            raise UsageError(f"--transcript_dir: {what}; give the folder that both are in")
     return recordings
 
 
@@ -2291,8 +2255,9 @@ def transcribe(settings):
                 lengths = [samples for _, samples in part.values()]
                 if number < len(recordings) and sum(lengths) < PART_SECONDS * SAMPLE_RATE * settings.world_size:
                     continue
-                audio = [{"audio": path} for path, _ in part.values()]
-                clips = Clips(audio, pandas.DataFrame({"num_samples": lengths}))
+                clips = Clips(
+                    [{"audio": path} for path, _ in part.values()], pandas.DataFrame({"num_samples": lengths})
+                )
                 emissions, unreadable, _ = decoder.emissions(clips, doing="transcribing")
                 for row, name in enumerate(part):
                     if row in unreadable:
