@@ -1578,9 +1578,8 @@ class TrainingStream:
 # ---------------------------------------------------------------- text
 
 GREEK = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩαβγδεζηθικλμνξοπρςστυφχψω"
-# What a character becomes that the tokenizer lacks and that Unicode does not decompose; symbols become the words that a
-# reader voices. Labels and scored texts share this one mapping: the model can only write what its labels had. A
-# character neither here nor decomposable is dropped from labels, and counted.
+# What a character becomes that the tokenizer lacks and Unicode does not decompose; symbols become words, as a reader
+# voices them. Labels and scored texts share it: the model can only write what its labels had.
 FOLDS = str.maketrans({
     **dict.fromkeys("‘’‚‛`´ʼ′", "'"), **dict.fromkeys("“”„″«»", '"'), **dict.fromkeys("~−—", "-"), "·": ".", "…": "...",
     **dict.fromkeys("÷⁄\\|", "/"), "×": "x", "±": "+/-", "&": " and ", "@": " at ", "=": " equals ", "°": " degrees ",
@@ -1629,11 +1628,10 @@ class LabelEncoder:
 
     def fold(self, text):
         """The transcript in the characters that the tokenizer covers; what is lost is counted in `dropped`."""
-        text = normalize_wer(text) if self.target_text == "words" else tidy(text)
+        text = unicodedata.normalize("NFC", normalize_wer(text) if self.target_text == "words" else tidy(text))
         # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
         while not self.opens and re.search(r"\([^()]*\)", text):
             text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
-        text = unicodedata.normalize("NFC", text)
         for character in set(text) - {" "}:
             if ord(character) not in self.table:
                 self.table[ord(character)] = self.fold_character(character)
@@ -1710,13 +1708,9 @@ class ClipCheck:
             return f"too short: {samples / SAMPLE_RATE:.2f} s"
         if samples / SAMPLE_RATE > self.max_train_seconds:
             return f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s"
-        # CTC puts a blank between two equal labels. Labels are made where there may be too many: each is of one
-        # character at least, the space before a word included.
-        folded = self.encoder.fold(text)
-        if folded.isascii() and 0 < len(folded) < room - len(re.findall(r"(.)(?=\1)", folded)):
-            return ""
-        labels = self.encoder([folded])[0]
-        needed = len(labels) + sum(map(int.__eq__, labels, labels[1:]))
+        labels = self.encoder([text])[0]
+        # CTC puts a blank between two equal labels.
+        needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
         if needed > room:
             return f"more labels than frames: {needed} labels, {room} logits"
         return "" if labels else "no text left that the tokenizer covers"
@@ -1754,7 +1748,6 @@ def log_mels(waveforms, lengths, extractor):
     # On a CPU clip by clip, whose frames fit into the cache.
     for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):
         frames = part.unfold(-1, extractor.win_length, extractor.hop_length) * window
-        # Real and imaginary parts side by side: the filters sum their squares.
         squares = torch.view_as_real(torch.fft.rfft(frames, n=extractor.n_fft)).flatten(-2).square_()
         mels = [squares[..., span].to(band.dtype) @ band for span, band in bands]
         features.append(torch.cat(mels, -1).float().clamp_(min=1e-5).log_())
@@ -1810,7 +1803,6 @@ class CTCCollator:
 Emissions = namedtuple("Emissions", "ids log_probs")
 # A clip, or a window of a long one: samples `start` to `stop`, of whose logits `first` to `last` are kept.
 Span = namedtuple("Span", "row start stop first last is_whole")
-EVAL_SECONDS = {"cpu": 160, "cuda": 3_600}  # of audio in a scoring batch; 3,600 s take some 5 GB
 
 
 @dataclass
@@ -1829,8 +1821,7 @@ class Windows:
 
 
 class Decoder:
-    """One way from audio to text: for dev, test and further test sets and for files, in all processes together. `lm` is
-    the LanguageModel that `texts` decodes with, or None."""
+    """One way from audio to text, for test sets and files, in all processes together; `texts` decodes with `lm`."""
 
     def __init__(self, model, processor, settings, lm=None):
         self.model, self.processor, self.settings, self.lm = model, processor, settings, lm
@@ -1857,7 +1848,7 @@ class Decoder:
         # The longest first: what does not fit in memory shows at once.
         spans.sort(key=lambda span: (span.is_whole, span.start - span.stop, span.row, span.start))
         batches, start, count = [], 0, self.settings.per_device_eval_batch_size
-        budget = EVAL_SECONDS.get(self.settings.device.type, EVAL_SECONDS["cpu"]) * SAMPLE_RATE
+        budget = (3_600 if self.settings.device.type == "cuda" else 160) * SAMPLE_RATE  # 3,600 s take some 5 GB
         while start < len(spans):
             longest = spans[start]
             if self.settings.auto_eval_batch:
@@ -1872,7 +1863,7 @@ class Decoder:
         labels there is a loss, of those that need no windows; otherwise it is 0."""
         settings, self.model = self.settings, self.model.to(self.settings.device).eval()
         mine = self.batches(clips.table["num_samples"].tolist())[settings.process_index :: settings.world_size]
-        collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), {}, 0.0
+        collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), [], 0.0
         options = {"batch_sampler": mine, "collate_fn": collator, "pin_memory": settings.device.type == "cuda"}
         options["num_workers"] = min(settings.dataloader_num_workers, len(mine))
         options["generator"] = torch.Generator()  # its own: scoring must not move what training draws next
@@ -1886,17 +1877,17 @@ class Decoder:
                 emitted, batch_loss = self.run(batch)
                 loss += batch_loss
                 for span, problem, found in zip(spans, batch["problems"], emitted):
-                    pieces[span] = problem, [values[span.first : span.last] for values in found]
+                    pieces.append((span, problem, [values[span.first : span.last] for values in found]))
                 bar.update(len(spans))
-            pieces, losses = zip(*accelerate.utils.gather_object([(pieces, loss)]))
+            pieces, losses = accelerate.utils.gather_object(pieces), accelerate.utils.gather_object([loss])
             if stopped := agreed(STOP_SIGNALS.number, settings, "MAX"):
                 raise Stopped(stopped)
         joined, problems = [[] for _ in range(len(clips))], {}
-        for span, (problem, found) in sorted(itertools.chain.from_iterable(map(dict.items, pieces))):
+        for span, problem, found in sorted(pieces, key=lambda piece: piece[0]):
             joined[span.row].append(found)
             problems |= {span.row: problem} if problem else {}
         joined = [Emissions(*map(np.concatenate, zip(*parts))) for parts in joined]
-        return joined, problems, sum(losses) / max(1, sum(span.is_whole for part in pieces for span in part))
+        return joined, problems, sum(losses) / max(1, sum(span.is_whole for span, *_ in pieces))
 
     def run(self, batch):
         """(the `Emissions` of each clip, the sum of their losses) of a batch, halved where it fills the memory."""
@@ -1938,8 +1929,9 @@ class Decoder:
 
 LM_CANDIDATES = 16  # the most probable ids of a frame, which the search chooses from
 # What stands for "▁" in an n-gram's file: itself, or what pyctcdecode's users have to write (MedASR's lm_6.kenlm).
-LM_WORD_MARKS = "▁#"
-LM_NONSENSE = "no/such/piece"
+LM_WORD_MARKS, LM_NONSENSE = "▁#", "no/such/piece"
+TUNING_CLIPS = 500  # of dev at the most: the search is run some thirty times
+TUNING_GRID = list(itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)))
 
 
 @dataclass(eq=False, slots=True)
@@ -2033,15 +2025,13 @@ def load_lm(settings, processor, vocab_size):
         dictionary = Lazy("flashlight.lib.text.dictionary").Dictionary(words)
         kenlm = Lazy("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
 
-    # A piece that the n-gram knows has another probability than nonsense. One of whole words may know many a piece, but
-    # none with a word mark.
+    # What the n-gram knows has another probability than nonsense. One of whole words knows no piece with a word mark.
     probabilities = [kenlm.score(kenlm.start(False), dictionary.get_index(word))[1] for word in words]
     known = {word for word, probability in zip(words, probabilities) if probability != probabilities[0]}
     spelling = max(spellings, key=lambda spelling: len(known & set(spelling.values())))
-    found = [id for id in pieces if spelling[id] in known]
-    starts = [id for id, piece in pieces.items() if piece.startswith("▁")]
+    found, starts = known & set(spelling.values()), {spelling[id] for id in pieces if pieces[id].startswith("▁")}
     share = f"{len(found):,} of the model's {len(pieces):,} tokens"
-    if len({*found} & {*starts}) < len(starts) / 2:
+    if len(found & starts) < len(starts) / 2:
         raise RunError(f"--lm {path} knows {share}: it must be an n-gram of the tokens of this model, not of words")
     if len(found) < 0.9 * len(pieces):
         warn(f"--lm {path} knows only {share}")
@@ -2051,13 +2041,8 @@ def load_lm(settings, processor, vocab_size):
     return LanguageModel(path.name, kenlm, numbers, counts_as, tokenizer.pad_token_id, *weights)
 
 
-TUNING_CLIPS = 500  # of dev at the most: the search is run some thirty times
-TUNING_GRID = list(itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)))
-
-
 def tune_lm(decoder, dev):
-    """Give the decoder's `lm` the weight and word score of the lowest WER on `dev` clips, the smaller ones among
-    equals; returns a dict of what was tried."""
+    """Give the decoder's `lm` the weight and word score of the lowest WER on `dev`; returns what was tried."""
     chosen = range(0, len(dev), math.ceil(len(dev) / TUNING_CLIPS))
     clips = Clips(dev.audio.select(chosen), dev.table.iloc[list(chosen)])
     say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
@@ -2086,8 +2071,7 @@ def clip_words(decoder, emissions):
     begins = [pieces[frame].startswith("▁") and path[frame] != before[frame] for frame in frames]
     is_chosen = emissions.ids == np.reshape(path, (-1, 1))
     probabilities = np.exp(np.where(is_chosen, emissions.log_probs, -np.inf).max(axis=1, initial=-np.inf))
-    # The first frame of the logits sees the shortest clip; in the middle of what it sees lies what it stands for.
-    # 0.0525 s and 0.04 s a frame for MedASR.
+    # The first logit sees the shortest clip, and stands for its middle: MedASR's 0.04 s from 0.0525 s on.
     first, step = (decoder.shortest - decoder.step) / 2 / SAMPLE_RATE, decoder.step / SAMPLE_RATE
     for part in filter(len, np.split(frames, np.flatnonzero(begins))):
         start, stop = int(part[0]), int(part[-1]) + 1
@@ -2104,91 +2088,85 @@ DICTATED = {
 }  # fmt: skip
 # One of these, however often in a row, with the whitespace around it.
 DICTATED_TOKEN = re.compile(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*")
+LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0  # of subtitles, as usual in television
+LINGER_SECONDS = 0.5  # that a subtitle stays after its last word's last frame, where there is room
+PAUSE_SECONDS = 1.0  # between the written frames of two words, at which a sentence is taken to end
+PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
 
 
-def format_dictation(text):
-    """`text` with dictated punctuation and layout as what they stand for; tokens not known stay as they are."""
+def text_of(words, formatted):
+    """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for, as far as known."""
+    text = " ".join(word.text for word in words)
+    if not formatted:
+        return text
 
     def sign_of(match):
         sign = DICTATED[match[1]]
         is_there = sign[-1] == " " and text[: match.start()].endswith(sign[0])  # "5. {period}"
         return " " if is_there else sign
 
-    text = re.sub(r" +(?=\n)", "", DICTATED_TOKEN.sub(sign_of, text))
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +(?=\n)", "", DICTATED_TOKEN.sub(sign_of, text))).strip()
 
 
-LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0  # of subtitles, as usual in television
-LINGER_SECONDS = 0.5  # that a subtitle stays after its last word's last frame, where there is room
-PAUSE_SECONDS = 1.0  # between the written frames of two words, at which a sentence is taken to end
-
-
-def text_of(words, clean):
-    return clean(" ".join(word.text for word in words))
-
-
-def subtitle_lines(words, clean):
+def subtitle_lines(words, formatted):
     """The lines of a subtitle, none longer than LINE_CHARACTERS but of a single word."""
-    text = " ".join(text_of(words, clean).split())
+    text = " ".join(text_of(words, formatted).split())
     return textwrap.wrap(text, LINE_CHARACTERS, break_long_words=False, break_on_hyphens=False)
 
 
-def split_words(words, clean):
+def split_words(words, formatted):
     """The words in lists, each of a subtitle, parted at pauses and dictated line breaks and where one is full."""
     parts = []
     for word in words:
         ends = not parts or word.start - parts[-1][-1].end >= PAUSE_SECONDS
         ends = ends or word.end - parts[-1][0].start > CUE_SECONDS
-        ends = ends or len(subtitle_lines([*parts[-1], word], clean)) > CUE_LINES
-        if ends or (clean is not str and parts[-1][-1].text in ("line}", "paragraph}")):
+        ends = ends or (formatted and parts[-1][-1].text in ("line}", "paragraph}"))
+        if ends or len(subtitle_lines([*parts[-1], word], formatted)) > CUE_LINES:
             parts.append([])
         parts[-1].append(word)
     return parts
 
 
-def format_transcript(kind, words, clean, name=""):
-    """The words of a recording as the content of a file of --transcript_format `kind`; `clean` makes a text of theirs.
-    The `name` is in it if given. json has Whisper's keys, in one line."""
-    text, parts = text_of(words, clean), split_words(words, clean)
+def transcript(kind, words, formatted, name=""):
+    """The words of a recording, their texts `formatted` or not, as the content of a file of --transcript_format `kind`,
+    with the `name` if given. json has Whisper's keys, in one line."""
+    text = text_of(words, formatted)
     if kind == "text":
         return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
+    parts, segments, cues = split_words(words, formatted), [], []
     if kind == "json":
-        content = {"file": name} if name else {}
-        content |= {"text": text, "segments": [], "language": "en"}
         for number, part in enumerate(parts):
             entries = [
-                {"word": text, "start": round(start, 3), "end": round(end, 3), "probability": round(probability, 4)}
-                for text, start, end, probability in part
+                {"word": word, "start": round(start, 3), "end": round(end, 3), "probability": round(probability, 4)}
+                for word, start, end, probability in part
             ]
             times = {"start": entries[0]["start"], "end": entries[-1]["end"]}
-            content["segments"].append({"id": number, **times, "text": text_of(part, clean), "words": entries})
+            segments.append({"id": number, **times, "text": text_of(part, formatted), "words": entries})
+        content = {"file": name} if name else {}
+        content |= {"text": text, "segments": segments, "language": "en"}
         return json.dumps(content, ensure_ascii=False) + "\n"
-    cues = ["WEBVTT\n"] if kind == "vtt" else []
     for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
         end, times = min(part[-1].end + LINGER_SECONDS, following[0].start if following else np.inf), []
         for seconds in (part[0].start, end):
             minutes, thousandths = divmod(round(seconds * 1000), 60_000)
             times.append(f"{minutes // 60:02}:{minutes % 60:02}:{thousandths / 1000:06.3f}")
-        head, lines = " --> ".join(times), "\n".join(subtitle_lines(part, clean))
-        if kind == "vtt":
-            lines = html.escape(lines, quote=False)
+        times, lines = " --> ".join(times), "\n".join(subtitle_lines(part, formatted))
+        if kind == "srt":
+            cues.append(f"{number}\n{times.replace('.', ',')}\n{lines}\n")
         else:
-            head = f"{number}\n{head.replace('.', ',')}"
-        cues.append(f"{head}\n{lines}\n")
-    return "\n".join(cues)
+            cues.append(f"{times}\n{html.escape(lines, quote=False)}\n")
+    return "\n".join(cues if kind == "srt" else ["WEBVTT\n", *cues])
 
 
 def find_recordings(settings):
     """{path of a recording of --transcribe: its place under --transcript_dir, without suffix}, each once, in order.
-    Raises UsageError, also where two would be one file, RunError for a folder that cannot be read."""
+    Raises UsageError, also where two would be one file, OSError for a folder that cannot be read."""
     found, keeps = {}, settings.transcript_dir is not None
     for path in settings.transcribe:
-        matches = [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         files = []
-        with explained(f"--transcribe is {path}, which cannot be read"):
-            for match in matches:
-                inside = filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match]
-                files += sorted(map(str, inside))
+        for match in [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True)):
+            inside = filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match]
+            files += sorted(map(str, inside))
         if not files:
             raise UsageError(f"--transcribe is {path}: there is no such file, or no audio file in this folder")
         # What is below the fixed part of a pattern tells files of one name apart.
@@ -2197,9 +2175,7 @@ def find_recordings(settings):
             below = "stdin" if file == "-" else os.path.relpath(file, fixed or ".")
             found.setdefault(os.path.abspath(file), (file, below))
     if settings.transcript_format in ("srt", "vtt") and not keeps and len(found) > 1:
-        raise UsageError(
-            "--transcript_format srt or vtt of several files needs --transcript_dir: their times start anew"
-        )
+        raise UsageError("--transcript_format srt and vtt need --transcript_dir for several files: each starts at 0")
     recordings, taken = {file: os.path.splitext(below)[0] for file, below in found.values()}, {}
     stems = Counter(map(str.casefold, recordings.values()))
     for file, below in found.values():
@@ -2207,14 +2183,13 @@ def find_recordings(settings):
             recordings[file] = below
         other = taken.setdefault(recordings[file].casefold(), file)
         if keeps and other != file:
-            what = f"{other} and {file} would both be {below}'s transcript"
-            raise UsageError(f"--transcript_dir: {what}; give the folder that both are in")
+            raise UsageError(f"--transcript_dir: {other} and {file} have one name; give the folder that both are in")
     return recordings
 
 
 def open_recording(name, spool):
-    """(path, samples at 16 kHz) of a recording; raises ValueError or OSError. Standard input and pipes are copied into
-    the folder `spool`, because libsndfile seeks."""
+    """A recording as a row of `Clips`; raises ValueError or OSError. libsndfile seeks, so standard input and pipes are
+    copied into the folder `spool`."""
     path, given = name, 0 if name == "-" else name
     if given == 0 or stat.S_ISFIFO(os.stat(name).st_mode):
         path = os.path.join(spool, str(len(os.listdir(spool))))
@@ -2223,10 +2198,7 @@ def open_recording(name, spool):
     samples, missing = audio_length(path)
     if missing > 0:
         warn(f"{name} ends after {samples / SAMPLE_RATE:,.1f} s, {missing:,.1f} s before what its header says")
-    return path, samples
-
-
-PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
+    return {"audio": path, "num_samples": samples}
 
 
 def transcribe(settings):
@@ -2240,10 +2212,8 @@ def transcribe(settings):
     # In bfloat16 where that is asked for and not emulated; MedASR's activations overflow float16.
     has_bfloat16 = settings.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     decoder.in_bfloat16 = bool(settings.bf16 or settings.fp16) and has_bfloat16
-    clean = format_dictation if settings.format_dictation else str
-    kind, folder = settings.transcript_format, settings.transcript_dir
-    # One PATH that is a file has one text, which needs no name.
-    with_names = folder is None and [*recordings] != settings.transcribe[:1]
+    kind, formatted, folder = settings.transcript_format, settings.format_dictation, settings.transcript_dir
+    with_names = folder is None and [*recordings] != settings.transcribe[:1]  # a single file needs none
     part, problems, failed, heard = {}, {}, 0, 0  # `part` and `problems` are of the files that are done next
     try:
         with tempfile.TemporaryDirectory() as spool:
@@ -2252,20 +2222,18 @@ def transcribe(settings):
                     part[name] = open_recording(name, spool)
                 except (ValueError, OSError) as error:
                     problems[name] = one_line(error)
-                lengths = [samples for _, samples in part.values()]
-                if number < len(recordings) and sum(lengths) < PART_SECONDS * SAMPLE_RATE * settings.world_size:
+                table = pandas.DataFrame([*part.values()], columns=["audio", "num_samples"])
+                seconds = table["num_samples"] / SAMPLE_RATE
+                if number < len(recordings) and seconds.sum() < PART_SECONDS * settings.world_size:
                     continue
-                clips = Clips(
-                    [{"audio": path} for path, _ in part.values()], pandas.DataFrame({"num_samples": lengths})
-                )
-                emissions, unreadable, _ = decoder.emissions(clips, doing="transcribing")
+                emissions, unreadable, _ = decoder.emissions(Clips([*part.values()], table), doing="transcribing")
                 for row, name in enumerate(part):
                     if row in unreadable:
                         problems[name] = unreadable[row]
                     elif settings.is_first:
-                        heard += lengths[row] / SAMPLE_RATE
+                        heard += seconds[row]
                         words = clip_words(decoder, emissions[row])
-                        text = format_transcript(kind, words, clean, name if with_names else "")
+                        text = transcript(kind, words, formatted, name if with_names else "")
                         if folder is None:
                             print(text, end="", flush=True)
                         else:
