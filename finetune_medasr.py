@@ -1128,11 +1128,14 @@ def clip_key(path):
 # ---------------------------------------------------------------- audio
 
 CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
+BLOCK_SAMPLES = 2**20  # at 16 kHz that are decoded at once, 65 s
+UNKNOWN_FRAMES = 2**40  # more is how libsndfile says that a header tells no length
+PIPED_BYTES = 2**31 - 2**16  # this and more is how programs that write WAV into a pipe say it
+CUT_OFF = "it ends"  # how a note begins of a recording that its header says to be longer
+CUT_SECONDS = 0.1  # missing at the end, more than a codec's padding: the recording was cut off
 LOUDEST = 1e30  # full scale is 1; what comes near float32's limit overflows when it is resampled
-# Samples at 16 kHz read on each side of a window, more than the resampler's filter is long. Windows begin at multiples
-# of 640, and with a margin of such a multiple at a sample of every common rate.
-RESAMPLING_MARGIN = 3 * 640
-MOST_FRAMES = 2**40  # more is how libsndfile says that it does not know
+INTEGER_SCALE = 16  # a peak above it is of floats at the scale of 16-bit integers, not of a loud recording
+OPPOSITE_PHASE = 0.01  # the share of the loudest channel's energy below which the mean has lost the signal
 # Of the files in a folder those are taken that libsndfile can read, or that are audio which it should be said not to.
 MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov 3gp".split()
 
@@ -1143,53 +1146,99 @@ def is_audio_name(path):
     return os.path.splitext(name)[1][1:].lower() in suffixes and not name.startswith(".")
 
 
+class ReadInOrder:
+    """Mixed with soundfile.SoundFile, which seeks after each read where a file can: some codecs lose the rest by it."""
+
+    def seekable(self):
+        return False
+
+
 @contextlib.contextmanager
 def open_audio(source):
     """A soundfile.SoundFile of encoded audio, bytes or a path; raises ValueError, also for what it raises in use."""
     try:
         # Opened here: of a path that cannot be read libsndfile says "System error".
         stream = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-        with stream, soundfile.SoundFile(stream) as file:
+        with stream, mixed(ReadInOrder, soundfile.SoundFile)(stream) as file:
             yield file
     except (soundfile.SoundFileError, OSError) as error:
         # libsndfile's own words: the exception's text holds a memory address, by which no prepared file may differ.
         raise ValueError(getattr(error, "error_string", None) or one_line(error)) from error
 
 
-def decode_audio(source, start=0, stop=None):
-    """Encoded audio (bytes or a path) -> 16 kHz mono float32 samples `start` to `stop` of it; raises ValueError. Only
-    what is asked for is decoded: a window of an hour costs what a window of a minute does."""
+def decoded_blocks(file):
+    """Yield all that decodes of an open file in order, float32 (frames, channels). The length in its header is not
+    believed: it is wrong where a recording was streamed or cut off."""
+    size = count = min(file.frames + 1, max(1, BLOCK_SAMPLES * file.samplerate // SAMPLE_RATE))
+    while count == size:
+        block = np.full((size, file.channels), np.nan, np.float32)
+        try:
+            count = len(file.read(out=block))
+        except soundfile.SoundFileError:
+            decoded = np.flatnonzero(~np.isnan(block[:, 0]))  # before the damage
+            size, count = 0, decoded[-1] + 1 if len(decoded) else 0
+        yield block[:count]
+
+
+def channel_weights(blocks, notes):
+    """What each channel of decoded `blocks` counts in mono; raises ValueError where they hold no numbers."""
+    products, peak = 0.0, 0.0  # of each channel with each, summed
+    for block in filter(len, blocks):
+        highest = max(float(block.max()), -float(block.min()))
+        if not highest < LOUDEST:
+            raise ValueError("it holds samples that are not numbers, or absurdly large")
+        products, peak = products + block.T.astype(float) @ block, max(peak, highest)
+    energies, channels = np.diag(np.atleast_2d(products)), len(np.atleast_2d(products))
+    weights = np.full(channels, 1 / channels, np.float32)
+    if np.sum(products) / channels**2 < OPPOSITE_PHASE * energies.max():
+        notes.append("its channels cancel each other; the loudest was taken")
+        weights = np.eye(channels, dtype=np.float32)[energies.argmax()]
+    if peak > INTEGER_SCALE:
+        notes.append("its samples are far beyond full scale, and were divided by 32,768")
+        weights /= 32_768
+    return weights
+
+
+def read_audio(source, notes):
+    """Yield the 16 kHz mono float32 samples of encoded audio, bytes or a path, in blocks: all that decodes, without a
+    seek. Appends to `notes` what should be said of it; raises ValueError."""
     with open_audio(source) as file:
-        rate, first = file.samplerate, max(0, start - RESAMPLING_MARGIN)
-        begin = round(first * rate / SAMPLE_RATE)
-        end = file.frames if stop is None else round((stop + RESAMPLING_MARGIN) * rate / SAMPLE_RATE)
-        if (end - begin) * max(file.channels, SAMPLE_RATE / rate) * 4 > CLIP_BYTES_LIMIT:
+        rate, blocks, count, made, weights = file.samplerate, decoded_blocks(file), 0, 0, None
+        head = list(itertools.islice(blocks, 2))
+        if file.channels > 1 or file.subtype in ("FLOAT", "DOUBLE"):
+            with open_audio(source) as again:  # the whole tells how its channels go together
+                weights = channel_weights(decoded_blocks(again) if len(head) == 2 else head, notes)
+        resampler = Lazy("soxr").ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+        for block in itertools.chain(head, blocks):
+            samples = block[:, 0] if weights is None else block @ weights
+            samples = samples if rate == SAMPLE_RATE else resampler.resample_chunk(samples)
+            count, made = count + len(block), made + len(samples)
+            yield samples
+        if not count:
+            raise ValueError(
+                "no audio samples: its header may be wrong; ffmpeg -ignore_length 1 -i FILE new.wav mends it"
+            )
+        if rate != SAMPLE_RATE:
+            rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+            yield librosa.util.fix_length(rest, size=math.ceil(count * SAMPLE_RATE / rate) - made)
+        # libsndfile corrects some headers by itself, and says so in its log.
+        corrected = re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info)
+        claimed, found = map(int, corrected[-1] if corrected else (0, 1))
+        promised = file.frames if file.frames < UNKNOWN_FRAMES else 0
+        promised = count * claimed / found if 0 < claimed < PIPED_BYTES and found else promised
+        if (missing := (promised - count) / rate) > CUT_SECONDS:
+            notes.append(f"{CUT_OFF} after {count / rate:,.1f} s, {missing:,.1f} s before what its header says")
+
+
+def decode_audio(source, notes=None):
+    """The 16 kHz mono float32 samples of a clip, bytes or a path; raises ValueError."""
+    blocks, size = [], 0
+    for block in read_audio(source, [] if notes is None else notes):
+        blocks.append(block)
+        size += block.nbytes
+        if size > CLIP_BYTES_LIMIT:
             raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
-        file.seek(min(begin, file.frames))
-        samples = file.read(end - begin, dtype="float32")
-    samples = samples if samples.ndim == 1 else samples.mean(axis=1)
-    if not np.abs(samples).max(initial=0) < LOUDEST:
-        raise ValueError("it holds samples that are not numbers, or absurdly large")
-    if rate != SAMPLE_RATE and len(samples):
-        samples = librosa.resample(samples, orig_sr=rate, target_sr=SAMPLE_RATE)  # soxr HQ
-    return samples[start - first : None if stop is None else stop - first]
-
-
-def audio_length(path):
-    """(samples that an audio file has at 16 kHz, seconds that its header promises beyond them); raises ValueError. The
-    header of a stream, or of a recording cut off, may be wrong: where its last sample is not there all are counted."""
-    with open_audio(path) as file:
-        rate, promised, count = file.samplerate, file.frames, 0
-        with contextlib.suppress(soundfile.SoundFileError):
-            file.seek(promised - 1)
-            count = promised * len(file.read(1))
-    if not count:
-        with open_audio(path) as file, contextlib.suppress(soundfile.SoundFileError):
-            while found := len(file.read(max(1, 2**14 // file.channels), dtype="float32")):
-                count += found
-    if not count:
-        raise ValueError("no audio samples")
-    return math.ceil(count * SAMPLE_RATE / rate), 0 if promised > MOST_FRAMES else (promised - count) / rate
+    return np.concatenate(blocks)
 
 
 def make_clip(row, audio):
@@ -1769,7 +1818,7 @@ def model_inputs(batch, extractor, device):
 @dataclass
 class CTCCollator:
     """Rows of a prepared split -> a padded batch for `model_inputs`, in the DataLoader's workers: waveforms (clips,
-    samples), num_samples (clips,); counts, samples without and with padding; clips, their names, and problems; with an
+    samples), num_samples (clips,); counts, samples without and with padding; clips, their names; with an
     `encoder` labels (clips, longest) padded with -100; with `augment` the seed of each clip's masks."""
 
     extractor: object
@@ -1787,8 +1836,7 @@ class CTCCollator:
         # Waveforms are padded, not features, so that padded frames come out as silence.
         batch = {"waveforms": pad(list(map(torch.from_numpy, waveforms))), "num_samples": torch.tensor(lengths)}
         batch["counts"] = sum(lengths), len(lengths) * max(lengths)
-        for name in {"clip", "problem"} & set(rows[0]):  # prepared clips have both, windows of clips a problem
-            batch[f"{name}s"] = [row[name] for row in rows]
+        batch["clips"] = [row.get("clip", "") for row in rows]
         if self.encoder:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=-100)
@@ -1805,19 +1853,21 @@ Emissions = namedtuple("Emissions", "ids log_probs")
 Span = namedtuple("Span", "row start stop first last is_whole")
 
 
-@dataclass
 class Windows:
-    """The clips of `Span`s, decoded when asked for; `problem` is why one cannot be."""
+    """The samples of `Span`s of `clips`: what has been decoded to a file of them, `raw`, is read from there."""
 
-    clips: object
+    def __init__(self, clips):
+        self.clips, self.decoded = clips, (None, None)
 
     def __getitem__(self, span):
-        clip, problem = self.clips[span.row], ""
-        try:
-            samples = decode_audio(clip["audio"], span.start, span.stop)
-        except ValueError as error:
-            samples, problem = np.zeros(0, np.float32), str(error)
-        return {"samples": samples, "text": clip.get("text", ""), "problem": problem}
+        clip = self.clips[span.row]
+        if "raw" in clip:
+            samples = np.fromfile(clip["raw"], np.float32, span.stop - span.start, offset=4 * span.start)
+        else:
+            if span.row != self.decoded[0]:  # windows of one clip follow each other
+                self.decoded = span.row, decode_audio(clip["audio"])
+            samples = self.decoded[1][span.start : span.stop]
+        return {"samples": samples, "text": clip.get("text", "")}
 
 
 class Decoder:
@@ -1858,9 +1908,9 @@ class Decoder:
         return batches
 
     def emissions(self, clips, encoder=None, doing="scoring"):
-        """(the `Emissions` of each clip of a `Clips`, {clip's place: why it cannot be read}, the mean CTC loss). Of
-        each frame the most probable id is kept, or as many as a search with `lm` needs. With an `encoder` of the clips'
-        labels there is a loss, of those that need no windows; otherwise it is 0."""
+        """(the `Emissions` of each clip of a `Clips`, the mean CTC loss). Of each frame the most probable id is kept, or
+        as many as a search with `lm` needs. With an `encoder` of the clips' labels there is a loss, of those that need
+        no windows; otherwise it is 0."""
         settings, self.model = self.settings, self.model.to(self.settings.device).eval()
         mine = self.batches(clips.table["num_samples"].tolist())[settings.process_index :: settings.world_size]
         collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), [], 0.0
@@ -1876,18 +1926,17 @@ class Decoder:
                     batch.pop("labels", None)
                 emitted, batch_loss = self.run(batch)
                 loss += batch_loss
-                for span, problem, found in zip(spans, batch["problems"], emitted):
-                    pieces.append((span, problem, [values[span.first : span.last] for values in found]))
+                for span, found in zip(spans, emitted):
+                    pieces.append((span, [values[span.first : span.last] for values in found]))
                 bar.update(len(spans))
             pieces, losses = accelerate.utils.gather_object(pieces), accelerate.utils.gather_object([loss])
             if stopped := agreed(STOP_SIGNALS.number, settings, "MAX"):
                 raise Stopped(stopped)
-        joined, problems = [[] for _ in range(len(clips))], {}
-        for span, problem, found in sorted(pieces, key=lambda piece: piece[0]):
+        joined = [[] for _ in range(len(clips))]
+        for span, found in sorted(pieces, key=lambda piece: piece[0]):
             joined[span.row].append(found)
-            problems |= {span.row: problem} if problem else {}
         joined = [Emissions(*map(np.concatenate, zip(*parts))) for parts in joined]
-        return joined, problems, sum(losses) / max(1, sum(span.is_whole for span, *_ in pieces))
+        return joined, sum(losses) / max(1, sum(span.is_whole for span, *_ in pieces))
 
     def run(self, batch):
         """(the `Emissions` of each clip, the sum of their losses) of a batch, halved where it fills the memory."""
@@ -2187,18 +2236,24 @@ def find_recordings(settings):
     return recordings
 
 
-def open_recording(name, spool):
-    """A recording as a row of `Clips`; raises ValueError or OSError. libsndfile seeks, so standard input and pipes are
-    copied into the folder `spool`."""
-    path, given = name, 0 if name == "-" else name
-    if given == 0 or stat.S_ISFIFO(os.stat(name).st_mode):
-        path = os.path.join(spool, str(len(os.listdir(spool))))
-        with open(given, "rb", closefd=given != 0) as source, open(path, "wb") as file:
-            shutil.copyfileobj(source, file)
-    samples, missing = audio_length(path)
-    if missing > 0:
-        warn(f"{name} ends after {samples / SAMPLE_RATE:,.1f} s, {missing:,.1f} s before what its header says")
-    return {"audio": path, "num_samples": samples}
+def decode_recording(name, spool):
+    """Decode a recording into a file of the folder `spool`: (a row of `Clips`, why it cannot be read or "")."""
+    raw, source, notes, problem = os.path.join(spool, digest(name)), name, [], ""
+    try:
+        if name == "-" or stat.S_ISFIFO(os.stat(name).st_mode):  # libsndfile reads headers back and forth
+            source = f"{raw}.encoded"
+            with open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe, open(source, "wb") as file:
+                shutil.copyfileobj(pipe, file)
+        with open(raw, "wb") as file:
+            for samples in read_audio(source, notes):
+                samples.tofile(file)
+    except (ValueError, OSError) as error:
+        if is_full_disk(error):
+            raise
+        problem = one_line(error)
+    for note in notes:
+        warn(f"{name}: {note}")
+    return {"raw": raw, "num_samples": os.path.getsize(raw) // 4}, problem
 
 
 def transcribe(settings):
@@ -2214,34 +2269,31 @@ def transcribe(settings):
     decoder.in_bfloat16 = bool(settings.bf16 or settings.fp16) and has_bfloat16
     kind, formatted, folder = settings.transcript_format, settings.format_dictation, settings.transcript_dir
     with_names = folder is None and [*recordings] != settings.transcribe[:1]  # a single file needs none
-    part, problems, failed, heard = {}, {}, 0, 0  # `part` and `problems` are of the files that are done next
+    names, failed, heard, at_once = [*recordings], 0, 0.0, max(1, settings.dataloader_num_workers)
     try:
-        with tempfile.TemporaryDirectory() as spool:
-            for number, name in enumerate(recordings, start=1):
-                try:
-                    part[name] = open_recording(name, spool)
-                except (ValueError, OSError) as error:
-                    problems[name] = one_line(error)
-                table = pandas.DataFrame([*part.values()], columns=["audio", "num_samples"])
-                seconds = table["num_samples"] / SAMPLE_RATE
-                if number < len(recordings) and seconds.sum() < PART_SECONDS * settings.world_size:
-                    continue
-                emissions, unreadable, _ = decoder.emissions(Clips([*part.values()], table), doing="transcribing")
-                for row, name in enumerate(part):
-                    if row in unreadable:
-                        problems[name] = unreadable[row]
-                    elif settings.is_first:
-                        heard += seconds[row]
-                        words = clip_words(decoder, emissions[row])
-                        text = transcript(kind, words, formatted, name if with_names else "")
-                        if folder is None:
-                            print(text, end="", flush=True)
+        while names:
+            with tempfile.TemporaryDirectory() as spool, ThreadPoolExecutor(at_once) as pool:
+                part, seconds = {}, 0.0
+                while names and seconds < PART_SECONDS * settings.world_size:
+                    some, names = names[:at_once], names[at_once:]
+                    for name, (row, problem) in zip(some, pool.map(decode_recording, some, itertools.repeat(spool))):
+                        if problem:
+                            say(f"{PROGRAM}: error: {name} cannot be read as audio: {problem}", sys.stderr)
+                            failed += 1
                         else:
-                            suffix = "txt" if kind == "text" else kind
-                            write_text(Path(folder).expanduser() / f"{recordings[name]}.{suffix}", text)
-                for name, problem in problems.items():
-                    say(f"{PROGRAM}: error: {name} cannot be read as audio: {problem}", sys.stderr)
-                part, problems, failed = {}, {}, failed + len(problems)
+                            part[name] = row
+                            seconds += row["num_samples"] / SAMPLE_RATE
+                rows = [*part.values()]
+                table = pandas.DataFrame(rows, columns=["raw", "num_samples"])
+                emissions, _ = decoder.emissions(Clips(rows, table), doing="transcribing")
+                for name, found in zip(part, emissions) if settings.is_first else ():
+                    text = transcript(kind, clip_words(decoder, found), formatted, name if with_names else "")
+                    if folder is None:
+                        print(text, end="", flush=True)
+                    else:
+                        suffix = "txt" if kind == "text" else kind
+                        write_text(Path(folder).expanduser() / f"{recordings[name]}.{suffix}", text)
+                heard += seconds
     except Stopped as error:
         error.advice = "what is finished is kept"
         raise
@@ -2886,7 +2938,7 @@ class CTCTrainer:
         """The dev scores, made as the test scores are: Trainer.evaluate would gather logits, and cut no windows. A few
         texts are among them, for TensorBoard."""
         start = time.monotonic()
-        emissions, _, loss = self.decoder.emissions(self.dev, self.encoder)
+        emissions, loss = self.decoder.emissions(self.dev, self.encoder)
         if not np.isfinite(loss):
             self.refuse("the dev loss is not finite")
         table = self.dev.table.assign(hypothesis=self.decoder.greedy(emissions))
