@@ -1908,9 +1908,9 @@ class Decoder:
         return batches
 
     def emissions(self, clips, encoder=None, doing="scoring"):
-        """(the `Emissions` of each clip of a `Clips`, the mean CTC loss). Of each frame the most probable id is kept, or
-        as many as a search with `lm` needs. With an `encoder` of the clips' labels there is a loss, of those that need
-        no windows; otherwise it is 0."""
+        """(the `Emissions` of each clip of a `Clips`, the mean CTC loss). Of each frame the most probable id is kept,
+        with `lm` as many as its search needs. Without an `encoder` of the clips' labels the loss is 0; clips in windows
+        have none."""
         settings, self.model = self.settings, self.model.to(self.settings.device).eval()
         mine = self.batches(clips.table["num_samples"].tolist())[settings.process_index :: settings.world_size]
         collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), [], 0.0
