@@ -89,6 +89,7 @@ DEFAULT_DATASET = "intronhealth/afrispeech-200"
 DEFAULT_DATASET_REVISION = "b538c6e111914a812af28ff677f8cffc9b404b7d"
 LM_FILE = "lm_6.kenlm"  # in MedASR's repository: a 6-gram of its tokenizer's pieces
 SAMPLE_RATE = 16_000  # Hz, what MedASR's feature extractor expects
+MEDASR_KIND = f"lasr_ctc with a LasrFeatureExtractor of {SAMPLE_RATE:,} Hz"
 SPLITS = ("train", "dev", "test")
 WINDOW_OVERLAP_SECONDS = 2.0  # a side, as in the model card's pipeline call (chunk_length_s=20, stride_length_s=2)
 ROOM_ADVICE = "free some disk; the same command goes on"
@@ -558,12 +559,10 @@ def explained_hub_errors(repo, kind):
     try:
         yield
     except (httpx2.HTTPError, OSError, hub_errors.RevisionResolutionError, hub_errors.HFValidationError) as error:
-        # A server that answers 5xx comes out as "not found locally", with the answer as its cause.
-        error = error.__cause__ if isinstance(error.__cause__, hub_errors.HfHubHTTPError) else error
         endpoint, of = Lazy("huggingface_hub.constants").ENDPOINT, "datasets/" * (kind == "dataset")
         account = "your account has no access to it:" if hub.get_token() else "you are not logged in: 'hf auth login',"
-        no_revision = hub_errors.RevisionNotFoundError, hub_errors.RevisionResolutionError
         unreachable = hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, httpx2.ConnectError
+        lacking = hub_errors.RevisionNotFoundError, hub_errors.RevisionResolutionError, hub_errors.EntryNotFoundError
         failed = f"could not be read ({one_line(error)}): run the same command again, what is finished is kept"
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
             failed = "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
@@ -571,43 +570,12 @@ def explained_hub_errors(repo, kind):
             hub_errors.GatedRepoError: f"is gated and {account} accept its terms at {endpoint}/{of}{repo}",
             hub_errors.RepositoryNotFoundError: f"is not on the Hub, or is private: check --{kind}, or log in",
             hub_errors.HFValidationError: f"is neither a local folder nor a Hub id owner/name: check --{kind}",
-            no_revision: f"has no such revision: check --{kind}_revision",
-            unreachable: f"is not on this machine and {endpoint} cannot be reached: give a local folder",
-            hub_errors.EntryNotFoundError: f"lacks a file ({one_line(error)}): check --{kind}_revision",
+            unreachable: f"is not on this machine and {endpoint} cannot be reached: try again, or give a local folder",
+            lacking: f"has no such revision, or no such file ({one_line(error)}): check --{kind}_revision",
             Exception: failed,
         }
         meaning = next(meaning for kinds, meaning in meanings.items() if isinstance(error, kinds))
         raise RunError(f"{kind} {repo} {meaning}") from error
-
-
-class HubStream(io.RawIOBase):
-    """A file of a `Repository` on the Hub as a stream from `position` on, through dropped connections. The Hub client
-    waits out answers of 5xx and 429 by itself."""
-
-    drops = 6  # of the connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
-
-    def __init__(self, repository, path, position=0):
-        self.file, self.size = repository.on_hub(path, block_size=0), repository.files[path][0]
-        self.file.loc = position
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        for attempt in range(self.drops):
-            if self.file.loc >= self.size:
-                return 0
-            if attempt:
-                self.file.response = None  # it connects again, and goes on from the byte reached
-                time.sleep(2 ** (attempt - 1))
-            try:
-                if data := self.file.read(min(len(buffer), 1 << 16)):
-                    buffer[: len(data)] = data
-                    return len(data)
-            except httpx2.TransportError:
-                if attempt == self.drops - 1:
-                    raise
-        raise OSError(f"it ends after {self.file.loc:,} of {self.size:,} bytes")
 
 
 @dataclass
@@ -652,17 +620,17 @@ class Repository:
         if self.folder:
             return self.folder / path
         cached = hub.try_to_load_from_cache(self.name, path, repo_type="dataset", revision=self.revision)
-        places = map(Path, [cached if isinstance(cached, str) else "", self.cache / "hub" / path])
-        sizes = ((place, place.stat().st_size) for place in places if place.is_file())
-        return next((place for place, size in sizes if size == self.files[path][0]), None)
+        places = [place for place in (Path(str(cached)), self.cache / "hub" / path) if place.is_file()]
+        return next((place for place in places if place.stat().st_size == self.files[path][0]), None)
 
     def on_hub(self, path, **options):
+        """A file on the Hub; with block_size=0 a stream, whose connection is made again at the byte reached."""
         return hub.HfFileSystem().open(f"datasets/{self.name}@{self.revision or 'main'}/{path}", **options)
 
     def open(self, path):
         """A file of the repository as a stream of bytes: the local file, or as much of the Hub's as is read."""
         local = self.local(path)
-        return open(local, "rb") if local else io.BufferedReader(HubStream(self, path), 1 << 16)
+        return open(local, "rb") if local else io.BufferedReader(self.on_hub(path, block_size=0))
 
     def fetch(self, path):
         """The local path of a file, downloaded if need be, going on where that stopped; raises RunError."""
@@ -675,8 +643,9 @@ class Repository:
             for _ in range(2):
                 if self.local(path):  # by another process, meanwhile
                     return target
-                with open(partial, "ab") as file, HubStream(self, path, file.tell()) as stream:
-                    shutil.copyfileobj(stream, file, 1 << 20)
+                with open(partial, "ab") as file, self.on_hub(path, block_size=0) as stream:
+                    stream.loc = file.tell()
+                    shutil.copyfileobj(stream, file, 1 << 12)  # a drop loses what is read at once, two end the download
                 with open(partial, "rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                 if self.size([path]) == partial.stat().st_size and checksum in (None, found):
@@ -693,46 +662,39 @@ class Repository:
 
 def files_below(folder):
     """The paths of all files in a folder and below it, sorted; raises OSError where rglob would pass over a part."""
-
-    def refuse(error):
-        raise error
-
-    found = os.walk(folder, onerror=refuse, followlinks=True)
-    return sorted(Path(place, name) for place, _, names in found for name in names)
+    paths = sorted(Path(folder).iterdir())
+    return [file for path in paths for file in (files_below(path) if path.is_dir() else [path])]
 
 
 def load_model(settings):
     """The processor and the float32 LasrForCTC that --model names; raises RunError that says what to do."""
-    name, folder = settings.model, Path(settings.model).expanduser()
-    source = dict(pretrained_model_name_or_path=str(folder) if folder.is_dir() else name)
+    name, what = settings.model, f"model {settings.model} cannot be loaded"
+    folder = Path(name).expanduser()
+    place = str(folder) if folder.is_dir() else name
     # trust_remote_code: by default it asks on the terminal. use_safetensors: a pickle runs what it holds.
-    source |= dict(revision=settings.model_revision, trust_remote_code=False)
-    options = dict(dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    options = dict(revision=settings.model_revision, trust_remote_code=False)
+    weights = dict(dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     if not folder.is_dir():
         with explained_hub_errors(name, "model"):  # a gated model shows at its first file
             hub.hf_hub_download(name, "config.json", revision=settings.model_revision)
-    what = f"model {name} cannot be loaded"
     with explained(what, checkpoint_errors(), "give a folder or Hub id with config.json, *.safetensors and processor"):
-        kind = transformers.AutoConfig.from_pretrained(**source).model_type
-        if kind != "lasr_ctc":
-            raise RunError(f"{what}: it is a {kind} model, not of MedASR's kind (lasr_ctc)")
-        processor = transformers.AutoProcessor.from_pretrained(**source)
-        model, loading = transformers.AutoModelForCTC.from_pretrained(**source, **options)
-        rate, features = processor.feature_extractor.sampling_rate, type(processor.feature_extractor).__name__
-        if rate != SAMPLE_RATE:
-            raise RunError(f"{what}: it takes audio of {rate:,} Hz, not {SAMPLE_RATE:,} Hz")
-        silence = CTCCollator(processor.feature_extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
-        model.eval()(**model_inputs(silence, processor.feature_extractor, "cpu"))  # shows what does not fit together
+        kind = transformers.AutoConfig.from_pretrained(place, **options).model_type
+        processor = transformers.AutoProcessor.from_pretrained(place, **options)
+        extractor = processor.feature_extractor
+        kind += f" with a {type(extractor).__name__} of {extractor.sampling_rate:,} Hz"
+        if kind != MEDASR_KIND:
+            raise RunError(f"{what}: it is {kind}, not {MEDASR_KIND} as MedASR")
+        model, loading = transformers.AutoModelForCTC.from_pretrained(place, **options, **weights)
+        silence = CTCCollator(extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
+        model.eval()(**model_inputs(silence, extractor, "cpu"))  # shows what does not fit together
         labels = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")(["patient PATIENT"])[0]
     unfit = [key for key, *_ in loading["mismatched_keys"]] + sorted(loading["missing_keys"])  # filled with noise
-    problems = (
-        unfit and f"it lacks weights of its config.json, such as {unfit[:1]}",
-        (broken := not_finite(model)) and f"it holds weights that are not finite, in {broken}",
-        features != "LasrFeatureExtractor" and f"its features are not MedASR's, but of {features}",
-        not decode_ids(processor, labels) and "its tokenizer is not for its vocabulary",
-    )
-    for problem in filter(None, problems):
-        raise RunError(f"{what}: {problem}")
+    if unfit:
+        raise RunError(f"{what}: it lacks weights of its config.json, such as {unfit[:1]}")
+    if broken := not_finite(model):
+        raise RunError(f"{what}: it holds weights that are not finite, in {broken}")
+    if not decode_ids(processor, labels):
+        raise RunError(f"{what}: its tokenizer is not for its vocabulary")
     return processor, model
 
 
