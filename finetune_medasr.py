@@ -49,7 +49,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import typing
 import unicodedata
 import warnings
 import zlib
@@ -58,7 +57,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar, get_type_hints
 
 try:
     import numpy as np
@@ -133,20 +132,20 @@ LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|remote process exi
 
 
 @contextlib.contextmanager
-def explained(what, errors=OSError, advice=""):
-    """Turn exceptions of the kinds `errors` into a RunError in one line: `what`, the exception, and `advice` if any."""
+def explained(what, errors=OSError, advice="", kind=RunError):
+    """Turn exceptions of the kinds `errors` into a `kind` in one line: `what`, the exception, and `advice` if any."""
     try:
         yield
     except errors as error:
         if LOST_PROCESS.search(str(error)):
             raise
-        raise RunError(f"{what} ({one_line(error)}){advice and ': '}{advice}") from error
+        raise kind(f"{what} ({one_line(error)}){advice and ': '}{advice}") from error
 
 
 def checkpoint_errors():
     """What the libraries raise for models and checkpoints that they cannot read or write."""
-    unreadable = pickle.UnpicklingError, Lazy("safetensors").SafetensorError
-    return OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError, ImportError, *unreadable
+    damaged = EOFError, pickle.UnpicklingError, Lazy("safetensors").SafetensorError
+    return OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, *damaged
 
 
 def is_full_disk(error):
@@ -185,10 +184,8 @@ def file_stem(name):
 
 def read_json(path):
     """What a JSON object that this program or the Trainer wrote holds; None if it is not there, or not whole."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 @contextlib.contextmanager
@@ -211,16 +208,15 @@ def write_text(path, text):
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C raise Stopped at once, or, where `deferred`, leave their `number` to be looked at, so that all
+    """SIGTERM and Ctrl-C raise Stopped at once, or, inside of `with`, leave their `number` to be looked at, so that all
     processes stop after the same update or batch. A second one ends the program."""
 
-    deferred, number, since, process = False, 0, 0.0, 0
+    depth, number, since, process = 0, 0, 0.0, 0  # `since` and `process`: when the first came, and whom it concerns
 
     def install(self):
-        self.deferred, self.number, self.process = False, 0, os.getpid()
-        with contextlib.suppress(ValueError):  # not the main thread
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self.receive)
+        self.depth, self.number, self.process = 0, 0, os.getpid()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         # torchrun and Slurm pass on a signal that the processes may have got themselves.
@@ -231,16 +227,14 @@ class StopSignals:
             os.write(2, f"\n{PROGRAM}: error: ended by a second {signal.Signals(number).name}\n".encode())
             os._exit(128 + number)
         self.number, self.since = number, time.monotonic()
-        if not self.deferred:
+        if not self.depth:
             raise Stopped(number)
 
-    @contextlib.contextmanager
-    def deferring(self):
-        before, self.deferred = self.deferred, True
-        try:
-            yield
-        finally:
-            self.deferred = before
+    def __enter__(self):
+        self.depth += 1
+
+    def __exit__(self, *_):
+        self.depth -= 1
 
 
 STOP_SIGNALS = StopSignals()
@@ -258,13 +252,41 @@ def agreed(number, settings, choice="MIN"):
 @functools.cache
 def mixed(*kinds):
     """A class of `kinds`, mixins first, named as the last: how classes here extend bases that are slow to import."""
-    return type(kinds[-1].__name__, kinds, {"kinds": kinds})
+    return type(kinds[-1].__name__, kinds, {})
 
 
 # ---------------------------------------------------------------- settings
 
-Number = typing.TypeVar("Number")
-Positive, NotNegative = Annotated[Number, "above 0"], Annotated[Number, "0 or more"]
+# What the value of a flag must be, in words and as a test.
+Number, MIN_WINDOW = TypeVar("Number"), 3 * WINDOW_OVERLAP_SECONDS
+Positive = Annotated[Number, "above 0", lambda value: 0 < value < math.inf]
+NotNegative = Annotated[Number, "0 or more", lambda value: 0 <= value < math.inf]
+WindowSeconds = Annotated[float, f"at least {MIN_WINDOW:g}", lambda value: MIN_WINDOW <= value < math.inf]
+Batch = Annotated[str, "a number of clips above 0, or auto", re.compile(r"auto|0*[1-9]\d*").fullmatch]
+Updates = Annotated[int, "above 0, or -1 for --num_train_epochs", lambda value: value > 0 or value == -1]
+Seed = Annotated[int, "from 0 to 2**32 - 1", range(2**32).__contains__]
+# Of TrainingArguments' other flags: the collator reads columns that are not arguments of the model.
+FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
+BEST_METRICS = ("wer", "cer", "loss", "wer_by_domain/clinical", "wer_by_domain/general")
+OTHER_RULES = {name: (f"{value}: leave the flag out", value.__eq__) for name, value in FIXED.items()}
+OTHER_RULES["metric_for_best_model"] = ", ".join(BEST_METRICS), lambda name: name.removeprefix("eval_") in BEST_METRICS
+# What the Trainer needs for this job. disable_tqdm's default follows the libraries' log level.
+TRAINING_DEFAULTS = dict(eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True, disable_tqdm=False)
+TRAINING_DEFAULTS |= dict(metric_for_best_model="wer", greater_is_better=False, report_to=["tensorboard"])
+TRAINING_DEFAULTS |= dict(train_sampling_strategy="group_by_length", **FIXED)
+AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
+MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")  # without training
+# What cannot be used together, and what is of no use without another.
+EXCLUSIVE = [MODES, ("also_score", "score_file", "transcribe"), ("lm", "score_file"), ("tune_lm", "transcribe")]
+EXCLUSIVE += [("max_train_samples", "streaming")]
+NEEDS = dict.fromkeys(("transcript_dir", "transcript_format", "format_dictation"), "transcribe")
+NEEDS |= {"tune_lm": "lm", "streaming": "max_steps"}  # a stream has no epochs to count
+# What a run makes in --output_dir: it replaces these, and --overwrite_output_dir deletes them.
+MADE_BY_A_RUN = re.compile(r"(?:final|results|runs|run\.json|checkpoint-\d+)(?:/|$)")
+DEMO_FLAGS = ["--model", f"{FIXTURES}/model", "--dataset", f"{FIXTURES}/corpus"]
+DEMO_FLAGS += """--output_dir ./medasr-demo --data_dir ./medasr-demo/audio --learning_rate 2e-3 --max_steps 120
+    --gradient_accumulation_steps 2 --warmup_steps 15 --eval_steps 40 --save_steps 40 --logging_steps 5
+    --dataloader_num_workers 0 --spec_augment false""".split()  # a model this small underfits masked audio
 
 
 def flag(default, text):
@@ -272,8 +294,38 @@ def flag(default, text):
 
 
 @dataclass
+class TrainingFlags:
+    """The `TrainingArguments` fields that people change, with this script's defaults."""
+
+    _argument_group_name = "training (any other field of transformers' TrainingArguments works too: --help_all)"
+
+    output_dir: str = flag("./medasr-afrispeech-200", "where checkpoints, results, logs and the final model go")
+    learning_rate: Positive[float] = flag(3e-5, "peak learning rate of AdamW")
+    per_device_train_batch_size: Batch = flag("auto", "clips a step and device; auto: 32 an update, in steps that fit")
+    per_device_eval_batch_size: Batch = flag("auto", "clips or windows when scoring; auto: as many seconds as fit")
+    gradient_accumulation_steps: Positive[int] = flag(4, "steps whose gradients make one update")
+    num_train_epochs: Positive[float] = flag(10.0, "passes over the training clips")
+    max_steps: Updates = flag(-1, "updates in all; overrides the epochs if positive")
+    warmup_steps: NotNegative[float] = flag(500, "updates (below 1: share of them) over which the learning rate rises")
+    eval_steps: Positive[int] = flag(500, "updates between two evaluations on dev")
+    save_steps: Positive[int] = flag(500, "updates between two checkpoints; a multiple of --eval_steps")
+    logging_steps: Positive[int] = flag(25, "updates between two logged training losses")
+    save_total_limit: NotNegative[int] = flag(4, "checkpoints kept, the best among them")
+    # Declared bool so that a bare --fp16 works; None means: where there is a CUDA GPU and no --bf16.
+    fp16: bool = flag(None, "float16 where that is safe, float32 elsewhere; on where there is a CUDA GPU")
+    bf16: bool = flag(False, "bfloat16 mixed precision instead of float16")
+    gradient_checkpointing: bool = flag(False, "recompute activations to save GPU memory")
+    dataloader_num_workers: NotNegative[int | None] = flag(None, "processes that decode audio; up to 8, by cores")
+    resume_from_checkpoint: str | None = flag(None, "a checkpoint's folder; the newest complete one if not given")
+    seed: Seed = flag(42, "seed of everything random")
+
+
+@dataclass
 class ScriptFlags:
-    """The script's own flags."""
+    """The script's own flags; with the bases `TrainingFlags` and `TrainingArguments`, all settings of a run, checked.
+    Beside its fields it has `auto_train_batch` and `auto_eval_batch`, whether these sizes are "auto", `upload`, whether
+    --push_to_hub is given, `is_first`, whether this process writes what is written once, and `command`, the command
+    line as it may be published."""
 
     _argument_group_name = "this script"
 
@@ -295,7 +347,7 @@ class ScriptFlags:
     overwrite_output_dir: bool = flag(False, "start anew: delete what an earlier run left in --output_dir")
     early_stopping_patience: NotNegative[int] = flag(3, "stop after so many evaluations without a better WER; 0 never")
     skip_baseline: bool = flag(False, "do not score the untouched model first")
-    window_seconds: Positive[float] = flag(20.0, "score longer clips in overlapping windows of so many seconds")
+    window_seconds: WindowSeconds = flag(20.0, "score longer clips in overlapping windows of so many seconds")
     num_proc: Positive[int | None] = flag(None, "processes that prepare audio; all cores if not given")
     keep_archives: bool = flag(False, "keep the downloaded archives after they are converted")
     also_score: list[str] | None = flag(None, "test sets, Hub datasets or folders, scored too: what the model forgets")
@@ -315,74 +367,18 @@ class ScriptFlags:
     tune_lm: bool = flag(False, "choose --lm_weight and --lm_word_score on dev before the test clips are scored")
     demo: bool = flag(False, "run the whole job on the small model and corpus in tests/fixtures, offline")
 
-
-@dataclass
-class TrainingFlags:
-    """The `TrainingArguments` fields that people change, with this script's defaults."""
-
-    _argument_group_name = "training (any other field of transformers' TrainingArguments works too: --help_all)"
-
-    output_dir: str = flag("./medasr-afrispeech-200", "where checkpoints, results, logs and the final model go")
-    learning_rate: Positive[float] = flag(3e-5, "peak learning rate of AdamW")
-    per_device_train_batch_size: str = flag("auto", "clips a step and device; auto: 32 an update, in steps that fit")
-    per_device_eval_batch_size: str = flag("auto", "clips or windows when scoring; auto: as many seconds as fit")
-    gradient_accumulation_steps: Positive[int] = flag(4, "steps whose gradients make one update")
-    num_train_epochs: Positive[float] = flag(10.0, "passes over the training clips")
-    max_steps: int = flag(-1, "updates in all; overrides the epochs if positive")
-    warmup_steps: NotNegative[float] = flag(500, "updates (below 1: share of them) over which the learning rate rises")
-    eval_steps: Positive[int] = flag(500, "updates between two evaluations on dev")
-    save_steps: Positive[int] = flag(500, "updates between two checkpoints; a multiple of --eval_steps")
-    logging_steps: Positive[int] = flag(25, "updates between two logged training losses")
-    save_total_limit: NotNegative[int] = flag(4, "checkpoints kept, the best among them")
-    # Declared bool so that a bare --fp16 works; None means: where there is a CUDA GPU and no --bf16.
-    fp16: bool = flag(None, "float16 where that is safe, float32 elsewhere; on where there is a CUDA GPU")
-    bf16: bool = flag(False, "bfloat16 mixed precision instead of float16")
-    gradient_checkpointing: bool = flag(False, "recompute activations to save GPU memory")
-    dataloader_num_workers: NotNegative[int | None] = flag(None, "processes that decode audio; up to 8, by cores")
-    resume_from_checkpoint: str | None = flag(None, "a checkpoint's folder; the newest complete one if not given")
-    seed: NotNegative[int] = flag(42, "seed of everything random")
-
-
-# What the Trainer needs for this job; each can still be set by its own flag, but for those that the code relies on: the
-# collator reads columns that are not arguments of the model. disable_tqdm's default follows the libraries' log level.
-TRAINING_DEFAULTS = dict(eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True, disable_tqdm=False)
-TRAINING_DEFAULTS |= dict(metric_for_best_model="wer", greater_is_better=False, report_to=["tensorboard"])
-TRAINING_DEFAULTS |= dict(train_sampling_strategy="group_by_length")
-FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
-BEST_METRICS = ("wer", "cer", "loss", "wer_by_domain/clinical", "wer_by_domain/general")
-DEMO_FLAGS = [
-    *("--model", str(FIXTURES / "model"), "--dataset", str(FIXTURES / "corpus"), "--output_dir", "./medasr-demo"),
-    *"--data_dir ./medasr-demo/audio --learning_rate 2e-3 --max_steps 120 --gradient_accumulation_steps 2".split(),
-    *"--warmup_steps 15 --eval_steps 40 --save_steps 40 --logging_steps 5 --dataloader_num_workers 0".split(),
-    *"--spec_augment false".split(),  # a model this small underfits masked audio
-]
-AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
-BATCH_SIZES = {"per_device_train_batch_size": "auto_train_batch", "per_device_eval_batch_size": "auto_eval_batch"}
-MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")  # without training
-# What cannot be used together, and what is of no use without another.
-EXCLUSIVE = [MODES, ("also_score", "score_file", "transcribe"), ("lm", "score_file"), ("tune_lm", "transcribe")]
-EXCLUSIVE += [("max_train_samples", "streaming")]
-NEEDS = dict.fromkeys(("transcript_dir", "transcript_format", "format_dictation"), "transcribe") | {"tune_lm": "lm"}
-# Of what a run makes in --output_dir; it replaces these, and --overwrite_output_dir deletes them.
-MADE_BY_A_RUN = re.compile(r"(?:final|results|runs|run\.json|checkpoint-\d+)(?:/|$)")
-
-
-class CheckedSettings:
-    """Mixed before the flags and `TrainingArguments`: checks of what they say. Beside its fields the object has
-    `auto_train_batch` and `auto_eval_batch`, whether these sizes are "auto", `upload`, whether --push_to_hub is given,
-    and `command`, the command line as it may be published."""
-
     def __post_init__(self):
         for problem in filter(None, self.problems()):
             raise UsageError(problem)
+        self.is_first = os.environ.get("RANK", "0") == "0"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.num_proc = self.num_proc or cores
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = min(8, cores - 1)
-        for name, is_auto in BATCH_SIZES.items():
-            size = getattr(self, name)
-            setattr(self, is_auto, size == "auto")
-            setattr(self, name, AUTO_BATCH_SIZE if size == "auto" else int(size))
+        train, evaluation = self.per_device_train_batch_size, self.per_device_eval_batch_size
+        self.auto_train_batch, self.auto_eval_batch = train == "auto", evaluation == "auto"
+        self.per_device_train_batch_size = AUTO_BATCH_SIZE if train == "auto" else int(train)
+        self.per_device_eval_batch_size = AUTO_BATCH_SIZE if evaluation == "auto" else int(evaluation)
         if self.fp16 is None:
             self.fp16 = torch.cuda.is_available() and not (self.use_cpu or self.bf16)
         super().__post_init__()
@@ -403,39 +399,20 @@ class CheckedSettings:
         return public(super().to_dict())
 
     @property
-    def is_first(self):
-        """Whether this is the first of the processes, which writes what is written once."""
-        return self.process_index == 0
-
-    @property
     def clips_an_update(self):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def splits(self, on_disk=False):
         """The splits of a run; `on_disk` those whose audio has to lie there: a stream keeps none of the training's."""
         splits = SPLITS[1 if self.tune_lm else 2 :] if self.eval_only else SPLITS
-        return tuple(split for split in splits if not (on_disk and self.streaming and split == "train"))
+        return splits[1:] if on_disk and self.streaming and "train" in splits else splits
 
     def problems(self):
         """Yield for each check a line with the flag, the value and the valid ones, or something false if it passes."""
-        for name in BATCH_SIZES:
-            is_size = re.fullmatch(r"auto|0*[1-9]\d*", value := getattr(self, name))
-            yield not is_size and f"--{name} is {value}; it must be a number of clips above 0, or auto"
-        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            (bound,), value = getattr(hint, "__metadata__", [""]), getattr(self, name)
-            if isinstance(value, (int, float)):
-                is_in = {"above 0": value > 0, "0 or more": value >= 0}.get(bound, True) and np.isfinite(value)
-                yield not is_in and f"--{name} is {value:g}; it must be {bound or 'a number'}, and finite"
-        yield self.seed >= 2**32 and f"--seed is {self.seed}; it must be below 2**32"
-        is_good = self.max_steps > 0 or self.max_steps == -1
-        yield not is_good and f"--max_steps is {self.max_steps}; it must be above 0, or -1 for --num_train_epochs"
-        seconds, least = self.window_seconds, 3 * WINDOW_OVERLAP_SECONDS
-        yield seconds < least and f"--window_seconds is {seconds:g}; it must be at least {least:g}"
-        for name, needed in FIXED.items():
-            value = getattr(self, name)
-            yield value != needed and f"--{name} is {value}; this program needs {needed}: leave the flag out"
-        best = str(self.metric_for_best_model or "wer").removeprefix("eval_")
-        yield best not in BEST_METRICS and f"--metric_for_best_model is {best}; it must be {', '.join(BEST_METRICS)}"
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value, rule = getattr(self, name), getattr(hint, "__metadata__", None) or OTHER_RULES.get(name)
+            words, is_good = rule or ("finite", lambda value: not isinstance(value, float) or math.isfinite(value))
+            yield value is not None and not is_good(value) and f"--{name} is {value}; it must be {words}"
         for name in ("fsdp", "deepspeed"):
             is_on = getattr(self, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
             yield is_on and f"--{name} is not supported: this model needs no sharding; torchrun gives each GPU a copy"
@@ -443,29 +420,23 @@ class CheckedSettings:
         for stem in [stem for stem, count in stems.items() if count > 1]:
             yield f"--also_score has '{stem}' twice, or as a split is called; give another path"
 
-        for name in [name for name in ("output_dir", "data_dir", "transcript_dir") if getattr(self, name) is not None]:
-            path = Path(folder := getattr(self, name)).expanduser().absolute()
-            found = next(parent for parent in (path, *path.parents) if parent.exists())
-            is_good = folder.strip() and found.is_dir() and os.access(found, os.W_OK | os.X_OK)
-            yield not is_good and f"--{name} is '{folder}': {found} is no folder that can be written to; choose another"
-        output = Path(self.output_dir).expanduser().resolve()
+        output, written = Path(self.output_dir).expanduser().resolve(), ("output_dir", "data_dir", "transcript_dir")
         read = ("model", "dataset", "resume_from_checkpoint") if self.overwrite_output_dir else ()
-        for name in ("data_dir", *read):
-            path = Path(folder := getattr(self, name) or "/").expanduser().resolve()
-            is_lost = path.is_relative_to(output) and MADE_BY_A_RUN.match(path.relative_to(output).as_posix())
-            yield is_lost and f"--{name} {folder} is what a run under --output_dir {output} replaces or deletes"
+        for name in [name for name in (*written, *read) if getattr(self, name) is not None]:
+            path = Path(given := getattr(self, name)).expanduser().resolve()
+            found = next(parent for parent in (path, *path.parents) if parent.exists())
+            if name in written and not (given.strip() and found.is_dir() and os.access(found, os.W_OK | os.X_OK)):
+                yield f"--{name} is '{given}': {found} is no folder that can be written to; choose another"
+            if MADE_BY_A_RUN.match(os.path.relpath(path, output)):
+                yield f"--{name} {given} is what a run under --output_dir {output} replaces or deletes"
 
         given = {item.name for item in dataclasses.fields(self) if getattr(self, item.name) != item.default}
         for together in [[f"--{name}" for name in names if name in given] for names in EXCLUSIVE]:
             yield len(together) > 1 and f"{' and '.join(together)} cannot be used together; choose one"
         for name, needed in NEEDS.items():
-            yield name in given and needed not in given and f"--{name} needs --{needed}; leave it out"
-        if self.lm not in (None, "auto") and not Path(self.lm).is_file():
-            yield f"--lm is {self.lm}: there is no such file"
+            yield name in given and needed not in given and f"--{name} needs --{needed}: give both, or neither"
         if self.lm and not importlib.util.find_spec("flashlight"):
             yield "--lm needs a package that is not installed: pip install flashlight-text"
-        if self.streaming and self.max_steps <= 0:
-            yield "--streaming needs --max_steps: a stream has no epochs to count"
         if self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
             yield "--fp16 needs a CUDA GPU, and there is none; leave it out"
         if self.transcribe:
@@ -474,18 +445,6 @@ class CheckedSettings:
 
 def make_parser(show_all):
     """An argparse parser of every flag, whose --help shows the script's own and what people change, or all of them."""
-    # The libraries' advice stays off the screen: the script says itself what a user needs to know. OpenMP's threads
-    # spin while they wait for each other, by default. Where another process wants a core too, be it a worker that
-    # decodes audio, the small steps of a model then take many times as long.
-    quiet = "TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1"
-    for name in f"{quiet} OMP_WAIT_POLICY=PASSIVE".split():
-        os.environ.setdefault(*name.split("="))
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    warnings.filterwarnings("ignore", message="Glyph|Tight layout")  # matplotlib's, of names in the pictures
-    Lazy("transformers.utils.logging").disable_progress_bar()
-    # TensorBoard writes in a thread, and raises the same in the program itself.
-    threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
 
     class Parser(transformers.HfArgumentParser):
         def error(self, message):
@@ -493,13 +452,13 @@ def make_parser(show_all):
 
     layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=150)
     texts = {"prog": PROGRAM, "usage": "%(prog)s [FILE.yaml] [flags]", "description": __doc__.split("\n\n")[0]}
-    training = dataclass(type("Training", (TrainingFlags, transformers.TrainingArguments), {}))
+    training = dataclass(mixed(TrainingFlags, transformers.TrainingArguments))
     parser = Parser([ScriptFlags, training], allow_abbrev=False, formatter_class=layout, **texts)
     parser.add_argument("--help_all", action="help", help="show every flag, those of TrainingArguments included")
-    parser.set_defaults(**TRAINING_DEFAULTS, **FIXED)
+    parser.set_defaults(**TRAINING_DEFAULTS)
     shown = {"help", "help_all", *vars(ScriptFlags), *vars(TrainingFlags)}
     for action in parser._actions:
-        action.option_strings = action.option_strings[-1:] if action.dest == "help" else action.option_strings[:1]
+        action.option_strings = [max(action.option_strings, key=len)]
         if not show_all and action.dest not in shown:
             action.help = argparse.SUPPRESS
         elif action.default not in (None, False, argparse.SUPPRESS):
@@ -520,32 +479,35 @@ def parse_settings(argv):
     """The settings of a command line; raises UsageError."""
     command = redact(shlex.join(["python", PROGRAM, *map(public, argv)]))
     if argv and not argv[0].startswith("-"):
-        try:
+        errors = OSError, ValueError, TypeError, yaml.YAMLError
+        with explained(f"{argv[0]} is no YAML file of lines 'flag: value'", errors, kind=UsageError):
             argv = as_flags(dict(yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {})) + argv[1:]
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            raise UsageError(f"{argv[0]} is no YAML file of lines 'flag: value' ({one_line(error)})") from error
-    if "--demo" in argv:
-        # A model this small gains nothing from a second thread, and loses much where it has to wait for one.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        argv = DEMO_FLAGS + argv
+    # The libraries' advice stays off the screen: the script says itself what a user needs to know.
+    quiet = "TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1"
+    warnings.simplefilter("ignore")
+    # TensorBoard writes in a thread, and raises the same in the program itself.
+    threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
+    # OpenMP's threads spin while they wait for each other: small steps take many times as long where another process
+    # wants a core too. A model as small as the demo's gains nothing from a second thread at all.
+    threads = "OMP_WAIT_POLICY=PASSIVE" + " OMP_NUM_THREADS=1" * ("--demo" in argv)
+    for variable in f"{quiet} {threads}".split():
+        os.environ.setdefault(*variable.split("="))
+    Lazy("transformers.utils.logging").disable_progress_bar()
+    argv = DEMO_FLAGS * ("--demo" in argv) + argv
     parser = make_parser("--help_all" in argv)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         found = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(found, parser._option_string_actions, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
-        raise UsageError(f"unknown flag or stray value {found}; {hint}")
+        near = difflib.get_close_matches(found, parser._option_string_actions)
+        raise UsageError(f"unknown flag or stray value {found}; try {' or '.join(near) or '--help'}")
     made = Path(values.output_dir).expanduser() / "final"
     if values.transcribe and (made / "config.json").is_file() and not re.search("--model(=| |$)", " ".join(argv)):
         values.model = str(made)
         say(f"transcribing with {made}; --model chooses another", sys.stderr)
-    try:
+    with explained("these flags cannot be used", (ValueError, TypeError, ImportError, OSError), kind=UsageError):
         # The one object of settings: this script's flags over transformers' own.
-        kinds = CheckedSettings, ScriptFlags, TrainingFlags, transformers.TrainingArguments
-        settings = dataclass(type("Settings", kinds, {}), repr=False)(**vars(values))
+        settings = dataclass(mixed(*parser.dataclass_types), repr=False)(**vars(values))
         transformers.integrations.get_reporting_integration_callbacks(settings.report_to)  # raises for unknown names
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
     settings.command = command
     return settings
 
@@ -1895,7 +1857,7 @@ class Decoder:
         options["num_workers"] = min(settings.dataloader_num_workers, len(mine))
         options["generator"] = torch.Generator()  # its own: scoring must not move what training draws next
         bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent)
-        with bar, STOP_SIGNALS.deferring():
+        with bar, STOP_SIGNALS:
             for indices, batch in zip(mine, torch.utils.data.DataLoader(Windows(clips.audio, spans), **options)):
                 if STOP_SIGNALS.number:
                     break
@@ -3277,7 +3239,7 @@ class Run:
                 say(f"  going on from {checkpoint}, update {done} of {updates}")
             for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
                 setattr(trainer, name, loading(getattr(trainer, name)))
-            with STOP_SIGNALS.deferring():
+            with STOP_SIGNALS:
                 trainer.train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError as error:
             batch, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
