@@ -240,13 +240,9 @@ class StopSignals:
 STOP_SIGNALS = StopSignals()
 
 
-def agreed(number, settings, choice="MIN"):
-    """The smallest (or with "MAX" the largest) of the processes' integers, the same in each of them."""
-    if settings.world_size == 1:
-        return int(number)
-    number = torch.tensor(int(number), device=settings.device)
-    torch.distributed.all_reduce(number, getattr(torch.distributed.ReduceOp, choice))
-    return int(number)
+def agreed(number, choose=min):
+    """The smallest (or what `choose` takes) of the processes' integers, the same in each of them."""
+    return choose(accelerate.utils.gather_object([int(number)]))
 
 
 @functools.cache
@@ -416,9 +412,9 @@ class ScriptFlags:
         for name in ("fsdp", "deepspeed"):
             is_on = getattr(self, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
             yield is_on and f"--{name} is not supported: this model needs no sharding; torchrun gives each GPU a copy"
-        stems = Counter([*SPLITS, *(file_stem(public(name)) for name in self.also_score or ())])
-        for stem in [stem for stem, count in stems.items() if count > 1]:
-            yield f"--also_score has '{stem}' twice, or as a split is called; give another path"
+        sets = [file_stem(public(name)) for name in self.also_score or ()]
+        is_clear = len({*sets, *SPLITS}) == len(sets) + len(SPLITS)
+        yield not is_clear and f"--also_score has {', '.join(sets)}: two alike, or one like a split; give another path"
 
         output, written = Path(self.output_dir).expanduser().resolve(), ("output_dir", "data_dir", "transcript_dir")
         read = ("model", "dataset", "resume_from_checkpoint") if self.overwrite_output_dir else ()
@@ -525,16 +521,14 @@ def explained_hub_errors(repo, kind):
         account = "your account has no access to it:" if hub.get_token() else "you are not logged in: 'hf auth login',"
         unreachable = hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, httpx2.ConnectError
         lacking = hub_errors.RevisionNotFoundError, hub_errors.RevisionResolutionError, hub_errors.EntryNotFoundError
-        failed = f"could not be read ({one_line(error)}): run the same command again, what is finished is kept"
-        if getattr(getattr(error, "response", None), "status_code", None) == 401:
-            failed = "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
         meanings = {  # some exceptions are kinds of others below them
             hub_errors.GatedRepoError: f"is gated and {account} accept its terms at {endpoint}/{of}{repo}",
             hub_errors.RepositoryNotFoundError: f"is not on the Hub, or is private: check --{kind}, or log in",
             hub_errors.HFValidationError: f"is neither a local folder nor a Hub id owner/name: check --{kind}",
             unreachable: f"is not on this machine and {endpoint} cannot be reached: try again, or give a local folder",
             lacking: f"has no such revision, or no such file ({one_line(error)}): check --{kind}_revision",
-            Exception: failed,
+            Exception: f"could not be read ({one_line(error)}): run the same command again, what is finished is kept; "
+            "if your token is not valid, 'hf auth login' first, or unset HF_TOKEN",
         }
         meaning = next(meaning for kinds, meaning in meanings.items() if isinstance(error, kinds))
         raise RunError(f"{kind} {repo} {meaning}") from error
@@ -1871,7 +1865,7 @@ class Decoder:
                     pieces[span.row, span.start] = problem, kept
                 bar.update(len(indices))
             pieces, losses = zip(*accelerate.utils.gather_object([(pieces, loss)]))
-            if stopped := agreed(STOP_SIGNALS.number, settings, "MAX"):
+            if stopped := agreed(STOP_SIGNALS.number, max):
                 raise Stopped(stopped)
         joined, problems = [[] for _ in range(len(clips))], {}
         for (row, _), (problem, found) in sorted(itertools.chain.from_iterable(map(dict.items, pieces))):
@@ -2904,7 +2898,7 @@ class CTCTrainer:
 
     def _maybe_log_save_evaluate(self, *inputs, **options):
         """What follows an update. A signal ends the run here, or in the evaluation, with a checkpoint."""
-        start, stopped = time.monotonic(), agreed(STOP_SIGNALS.number, self.args, "MAX")
+        start, stopped = time.monotonic(), agreed(STOP_SIGNALS.number, max)
         try:
             if not stopped:
                 super()._maybe_log_save_evaluate(*inputs, **options)
@@ -3018,7 +3012,7 @@ def choose_batch_size(model, collator, train, settings, limit):
         return size
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        size = agreed(try_step(), settings)
+        size = agreed(try_step())
     torch.cuda.empty_cache()  # nothing where there is no GPU
     settings.per_device_train_batch_size, settings.gradient_accumulation_steps = size, clips // size
     say(f"  {plural(clips, 'clip')} an update and device: {size} a step x {plural(clips // size, 'accumulation step')}")
@@ -3074,7 +3068,7 @@ def checkpoint_to_resume(settings):
         if is_asked:
             raise UsageError(f"--resume_from_checkpoint is {asked}: no checkpoint that was finished; choose another")
         warn(f"{path} is left aside: it was not finished")
-    if agreed(updates, settings) != agreed(updates, settings, "MAX"):
+    if agreed(updates) != agreed(updates, max):
         what = f"the processes find different checkpoints in {output}, which nodes have to share"
         raise RunError(f"{what}; --overwrite_output_dir starts anew")
     return checkpoint, updates
@@ -3140,7 +3134,7 @@ class Run:
         """Show the scores of a run that is finished; returns whether it is, with its results there."""
         metrics = read_json(self.results / "metrics.json")
         is_finished = self.notes["reached"] == self.goal and metrics and (self.final / "config.json").is_file()
-        is_finished = agreed(bool(is_finished), self.settings, "MAX")
+        is_finished = agreed(bool(is_finished), max)
         if is_finished and self.settings.is_first:
             more = "--overwrite_output_dir starts anew, more --max_steps or --num_train_epochs go on"
             say(f"{self.output} holds this run, finished; {more}")
