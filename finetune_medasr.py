@@ -319,9 +319,8 @@ class TrainingFlags:
 @dataclass
 class ScriptFlags:
     """The script's own flags; with the bases `TrainingFlags` and `TrainingArguments`, all settings of a run, checked.
-    Beside its fields it has `auto_train_batch` and `auto_eval_batch`, whether these sizes are "auto", `upload`, whether
-    --push_to_hub is given, `is_first`, whether this process writes what is written once, and `command`, the command
-    line as it may be published."""
+    Beside its fields it has `auto_train_batch` and `auto_eval_batch` (is the size "auto"), `upload` (of --push_to_hub),
+    `is_first` (of the processes, which writes what is written once), and `command`, fit to be published."""
 
     _argument_group_name = "this script"
 
@@ -488,7 +487,7 @@ def parse_settings(argv):
     threads = "OMP_WAIT_POLICY=PASSIVE" + " OMP_NUM_THREADS=1" * ("--demo" in argv)
     for variable in f"{quiet} {threads}".split():
         os.environ.setdefault(*variable.split("="))
-    Lazy("transformers.utils.logging").disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     argv = DEMO_FLAGS * ("--demo" in argv) + argv
     parser = make_parser("--help_all" in argv)
     values, unknown = parser.parse_known_args(argv)
