@@ -697,10 +697,8 @@ def split_in(path):
 
 
 def read_table(path, text_column=None, needed=("clip", "text"), name=None):
-    """(a DataFrame of a CSV or of lines of JSON, notes on its defects); raises RunError or UsageError. Its columns are
-    those of COLUMNS that the table has, `text` being `text_column` if given, and `problem`; its cells are str, or
-    missing. `name` is what the table is called in messages. csv, not pandas: the country code NA is Namibia, and after
-    an unclosed quote pandas loses most rows."""
+    """(`clip_table` of a CSV or of lines of JSON, notes on its defects); raises RunError or UsageError. `name` is what
+    messages call it. csv, not pandas: NA is Namibia, and after an unclosed quote pandas loses most rows."""
     notes, name = [], name or path
     with explained(f"{name} cannot be read"):
         data = Path(path).read_bytes()
@@ -728,12 +726,12 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
         if wrong := [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
             raise RunError(f"{name}: row {wrong[0]} is not an object with keys such as {' and '.join(needed)}")
         names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+
     columns = choose_columns(names, text_column, name, needed)
-    cells = {ours: [cell_text(row.get(theirs)) for row in rows] for ours, theirs in columns.items()}
-    table = pandas.DataFrame(cells, dtype="str").assign(problem="")
+    table = clip_table({ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()})
     # The csv module's key for cells beyond the columns is None. Their row may have lost its order before them.
     surplus = [number for number, row in enumerate(rows) if any(map(str.strip, row.get(None, ())))]
-    table.loc[surplus, table.columns.difference(["clip", "text"])] = None
+    table.loc[surplus, [*GROUP_COLUMNS, "split"]] = ""
     for number in surplus:
         table.loc[number, "problem"] = f"more cells than columns (row {number + 1}): its text needs quotes"
     notes += [f"{plural(len(surplus), 'row')} with more cells than columns: not used"] * bool(surplus)
@@ -755,16 +753,17 @@ def choose_columns(names, text_column, table, needed):
     return {ours: theirs[0] for ours, theirs in found.items() if theirs}
 
 
-def cell_text(cell):
-    """A cell of any table as text, None for one that is missing; JSON can hold halves of characters, no file can."""
-    return None if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
-
-
 def clip_table(cells, split=""):
-    """The table of clips, with every column, of what `read_table` gives; `split` stands for empty cells."""
-    table = pandas.DataFrame({name: cells.get(name) for name in CLIP_COLUMNS}, cells.index, dtype="str").fillna("")
+    """The table of clips of lists of `cells` by COLUMNS; `split` stands for empty ones. pred_text can be missing."""
+
+    def as_text(cell):  # JSON can hold halves of characters, no file can
+        return None if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
+
+    names = dict.fromkeys([*CLIP_COLUMNS, "duration", *cells])
+    texts = {name: list(map(as_text, column)) for name, column in cells.items()}
+    table = pandas.DataFrame(texts, columns=list(names), dtype="str").fillna(dict.fromkeys(CLIP_COLUMNS, ""))
     table["split"] = table["split"].map(split_in).replace("", split).astype("str")
-    seconds = pandas.to_numeric(cells.get("duration", pandas.Series(0, cells.index)), errors="coerce")
+    seconds = pandas.to_numeric(table.pop("duration"), errors="coerce")
     table["num_samples"] = (seconds.where((seconds > 0) & (seconds < 86_400), 0) * SAMPLE_RATE).astype("int64")
     return table
 
@@ -774,140 +773,126 @@ def clip_table(cells, split=""):
 
 @dataclass
 class Shard:
-    """An archive, a group of audio files, or a parquet file, which becomes one prepared file, `path`. `rows` are the
-    table of its clips, `files` what it is made of, `splits` those of its clips."""
+    """An archive, a group of audio files, or a parquet file, which becomes one prepared file, `path`. `files` are what
+    it is made of, `part` is the number of the table that tells of its clips, `splits` are theirs."""
 
     name: str
     path: Path
-    rows: object
     files: list[str]
-    splits: set[str] = field(default_factory=set)
+    part: int
+    splits: set[str]
 
 
-ARCHIVE = re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz")
-METADATA = re.compile(r"(.*/)?metadata\.(csv|jsonl)")
+LAYOUTS = {  # of a corpus, the first one of whose files it has
+    "archives": re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz"),
+    "parquet": re.compile(r".*\.parquet"),
+    "tables": re.compile(r"(.*/)?metadata\.(csv|jsonl)"),
+}
 GROUP_CLIPS = 256  # recordings of a folder that are converted to one prepared file
 
 
 class Source:
-    """A corpus as `shards` of clips: AfriSpeech-200's archives, audio files with tables, or parquet files. `announced`
-    is the table of the clips that its tables tell of, `names` are those of all its shards, `accents` the slugs of all
-    its accents. `folder` holds its prepared files. The splits `made`, which it lacks, are taken from train by
-    `assignment`, {speaker: split}."""
+    """A corpus as `shards` of clips, its tables read as far as `splits` need them; raises RunError or UsageError.
+    `is_extra` is one of --also_score, to which the flags on the corpus and its parts do not apply. `rows` is the table
+    of the clips that the tables tell of, each with its `part`, `announced` the same with the splits as planned: those
+    `made`, which it lacks, are taken from train. `accents` are the slugs of all its accents."""
 
     def __init__(self, dataset, settings, splits, is_extra=False):
-        """The corpus, its tables read as far as `splits` need them; raises RunError or UsageError. `is_extra` is one of
-        --also_score, to which the flags on the corpus and its parts do not apply."""
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
-        name, _, config = (dataset, "", "") if is_folder else dataset.partition(":")
+        name, _, self.config = (dataset, "", "") if is_folder else dataset.partition(":")
         revision = None if is_extra else settings.dataset_revision
         revision = DEFAULT_DATASET_REVISION if name == DEFAULT_DATASET and not revision else revision
-        self.text_column, asked = (None, None) if is_extra else (settings.text_column, settings.accents)
-        self.dataset, self.is_extra, self.keep = dataset, is_extra, settings.keep_archives
-        self.made, self.assignment, self.unnamed = (), {}, ""
+        self.text_column, self.asked = (None, None) if is_extra else (settings.text_column, settings.accents)
+        self.dataset, self.keep, self.made, self.shards = dataset, settings.keep_archives, (), []
         place = Path(name).expanduser()
         place = place.resolve() if place.is_dir() else None
-        identity = digest([str(place or name), revision, config, self.text_column])
+        identity = digest([str(place or name), revision, self.config, self.text_column])
         self.folder = Path(settings.data_dir).expanduser() / f"{file_stem(public(dataset))}-{identity[:8]}"
         self.repository = Repository(name, revision, place, self.folder)
         self.repository.list()
+
         paths = sorted(self.repository.files)
-        archives, tables = (list(filter(kind.fullmatch, paths)) for kind in (ARCHIVE, METADATA))
-        has_parquet = any(path.endswith(".parquet") for path in paths)
-        self.layout = "archives" if archives else "recordings"
-        if config and (archives or not has_parquet):
-            raise UsageError(f"--dataset names '{config}'; {name} has no configurations: leave it out")
-        if archives:
-            self.accents = {path.split("/")[1] for path in paths if re.match(r"(audio|transcripts)/[^/]+/", path)}
-            self.add_archives(archives, splits, self.accents & set(map(slugify, asked)) if asked else self.accents)
-            return
-        if settings.streaming and not is_extra:
+        found = {kind: list(filter(pattern.fullmatch, paths)) for kind, pattern in LAYOUTS.items()}
+        self.kind = next(filter(found.get, found), "")
+        self.layout = "archives" if self.kind == "archives" else "recordings"
+        if self.config and self.kind != "parquet":
+            raise UsageError(f"--dataset names '{self.config}'; {name} has no configurations: leave it out")
+        if settings.streaming and self.kind != "archives" and not is_extra:
             raise UsageError(f"--streaming is for AfriSpeech-200's layout, which {name} is not in; leave it out")
-        if has_parquet:
-            self.add_parquet_files(name, config, splits)
-        elif tables:
-            self.add_audio_files(tables)
-        else:
+        if not self.kind:
             kinds = "no audio/<accent>/<split>/*.tar.gz, no metadata.csv or metadata.jsonl and no parquet files"
             raise RunError(f"{name} has {kinds}: it has {plural(len(paths), 'file')}, such as {(paths or ['none'])[0]}")
-        tables = [shard.rows.assign(shard=number) for number, shard in enumerate(self.shards)]
-        self.announced = pandas.concat(tables, ignore_index=True)
-        self.accents = set(map(slugify, self.announced["accent"].unique())) - {""}
-        self.plan_splits(splits, settings.seed)
-        for number, found in self.announced.groupby("shard")["split"]:
-            self.shards[number].splits = set(found)
+        parts = enumerate(getattr(self, f"add_{self.kind}")(found[self.kind], splits))
+        tables = [table.assign(part=part) for part, table in parts if len(table)]  # empty ones make concat slow
+        self.announced = self.rows = pandas.concat(tables or [clip_table({}).assign(part=0)], ignore_index=True)
+        if self.kind != "archives":
+            self.accents = set(map(slugify, self.rows["accent"].unique())) - {""}
+            self.plan_splits(splits, settings.seed, "test" if is_extra else "train")
+            for part, found in self.announced.groupby("part")["split"]:
+                self.shards[part].splits = set(found)
 
-    def new_shard(self, name, rows, files, listed="", splits=()):
+    def add_shard(self, name, files, part, listed="", splits=()):
         """A `Shard` whose prepared file is another one where what is `listed` for it, or one of its files, changes."""
         mark = digest([listed, *([path, *self.repository.files[path]] for path in files)])[:12]
-        return Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", rows, files, set(splits))
-
-    @staticmethod
-    def stem(name):
-        """What the names of all prepared files of a shard begin with."""
-        return f"{slugify(name)[-80:]}-{digest(name)[:6]}"
+        path = self.folder / f"{slugify(name)[-80:]}-{digest(name)[:6]}.{mark}.arrow"
+        self.shards.append(Shard(name, path, files, part, set(splits)))
 
     def read(self, path):
-        """The table of clips of a file of the repository; warns of its defects."""
-        cells, notes = read_table(self.repository.fetch(path), self.text_column, name=path)
+        """The table of clips of a file of the repository, an empty one if it is not there; warns of its defects."""
+        if path not in self.repository.files:
+            return clip_table({})
+        table, notes = read_table(self.repository.fetch(path), self.text_column, name=path)
         for note in notes:
             warn(f"{path}: {note}")
-        return clip_table(cells)
+        return table[[*CLIP_COLUMNS, "num_samples"]]
 
-    def add_archives(self, archives, splits, accents):
-        """AfriSpeech-200's layout: audio/<accent>/<split>/*.tar.gz and transcripts/<accent>/<split>.csv."""
-        self.shards, self.names = [], archives
-        parts = {f"transcripts/{accent}/{split}.csv": (accent, split) for accent in sorted(accents) for split in splits}
-        paths = [path for path in parts if path in self.repository.files]
+    def add_archives(self, archives, splits):
+        """AfriSpeech-200's layout, audio/ACCENT/SPLIT/*.tar.gz and transcripts/ACCENT/SPLIT.csv. Yields each table."""
+        self.accents = {path.split("/")[1] for path in archives}
+        accents = self.accents.intersection(map(slugify, self.asked or self.accents))
+        parts = sorted(itertools.product(accents, splits), key="/".join)
         with ThreadPoolExecutor(8) as pool:  # some hundred small files on the Hub, so several at once
-            tables = dict(zip(map(parts.get, paths), pool.map(self.read, paths)))
-        for (accent, split), table in tables.items():
+            tables = list(pool.map(self.read, ("transcripts/{}/{}.csv".format(*part) for part in parts)))
+        for number, ((accent, split), table) in enumerate(zip(parts, tables)):
             table["clip"], table["split"] = table["clip"].map(clip_key).astype("str"), split
             table["accent"] = table["accent"].replace("", accent)
-            tables[accent, split] = table[table["clip"] != ""].drop_duplicates("clip")
-        nothing = clip_table(pandas.DataFrame())
-        self.announced = pandas.concat([nothing, *tables.values()], ignore_index=True)
-        for path in archives:
-            accent, split = part = ARCHIVE.fullmatch(path).groups()
-            if accent in accents and split in splits:
-                rows = tables.get(part, nothing)
-                self.shards.append(self.new_shard(path, rows, [path], rows.to_csv(index=False), [split]))
+            table = table[table["clip"] != ""].drop_duplicates("clip")
+            listed = table.to_csv(index=False)
+            for path in [path for path in archives if path.startswith(f"audio/{accent}/{split}/")]:
+                self.add_shard(path, [path], number, listed, [split])
+            yield table
 
-    def add_audio_files(self, tables):
-        """Audio files in folders, with a metadata.csv or metadata.jsonl beside or above them."""
-        files, rows, self.shards = self.repository.files, {}, []
-        for path in tables:
-            for number, row in enumerate(self.read(path).to_dict("records"), start=1):
-                key = os.path.normpath(os.path.join(os.path.dirname(path), row["clip"]))
-                if not row["clip"].strip():
-                    key, row["problem"] = f"{path}, row {number}", "no file_name"
-                elif key.startswith(("/", "../")):
-                    row["problem"] = "refused: its path climbs out of the folder"
-                elif key not in files:
-                    row["problem"] = row["problem"] or "no audio"
-                # "stress-test.wav" is of no test split.
-                row["split"] = row["split"] or split_in(path) or split_in(f"{os.path.dirname(key)}/")
-                rows.setdefault(key, {**row, "clip": key})
-        if not rows.keys() & files:
-            example = f"{plural(len(rows), 'row')}, such as {next(iter(rows), 'none')}"
-            raise RunError(f"{tables[0]} names no file that is there among {example}")
-        nothing = dict.fromkeys(CLIP_COLUMNS, "") | {"num_samples": 0, "problem": "no transcript"}
-        for path in filter(is_audio_name, sorted(files.keys() - rows)):
-            rows[path] = {**nothing, "clip": path, "split": split_in(f"{os.path.dirname(path)}/")}
-        for split, table in pandas.DataFrame(rows.values()).groupby("split"):
-            for start in range(0, len(table), GROUP_CLIPS):
-                group, name = table.iloc[start : start + GROUP_CLIPS], f"{split or 'clips'}-{start // GROUP_CLIPS:05d}"
-                present = group["clip"][group["problem"] == ""].tolist()
-                self.shards.append(self.new_shard(name, group, present, group.to_csv(index=False)))
-        self.names = [shard.name for shard in self.shards]
+    def add_tables(self, paths, splits):
+        """Audio files in folders, with tables beside or above them. Yields the table of each group of files."""
+        files, tables = list(self.repository.files), []
+        for path in paths:
+            table, (folder, file) = self.read(path), os.path.split(path)
+            names = [name if name.strip() else f"{file}, row {row}" for row, name in enumerate(table["clip"], start=1)]
+            table["clip"] = [os.path.normpath(os.path.join(folder, name)) for name in names]
+            tables.append(table.assign(split=table["split"].replace("", split_in(path))))
+        table = pandas.concat(tables, ignore_index=True).drop_duplicates("clip")
+        is_there = table["clip"].isin(files)
+        if not is_there.any():
+            example = f"{plural(len(table), 'row')}, such as {next(iter(table['clip']), 'none')}"
+            raise RunError(f"{paths[0]} names no file that is there among {example}")
+        table["problem"] = table["problem"].mask(~is_there & (table["problem"] == ""), "no audio")
+        unlisted = clip_table({"clip": list(filter(is_audio_name, sorted(set(files) - set(table["clip"]))))})
+        table = pandas.concat([table, unlisted.assign(problem="no transcript")], ignore_index=True)
+        # "stress-test.wav" is of no test split.
+        of_folders = [split_in(f"{os.path.dirname(clip)}/") for clip in table["clip"]]
+        table["split"] = table["split"].mask(table["split"] == "", of_folders)
+        for (split, number), group in table.groupby(["split", table.groupby("split").cumcount() // GROUP_CLIPS]):
+            present = group["clip"][group["problem"] == ""].tolist()
+            self.add_shard(f"{split or 'clips'}-{number:05d}", present, len(self.shards), group.to_csv(index=False))
+            yield group
 
-    def add_parquet_files(self, name, config, splits):
-        """Parquet files as `push_to_hub` writes them, divided into splits as datasets does."""
-        repository, place = self.repository, str(self.repository.folder or name)
+    def add_parquet(self, paths, splits):
+        """Parquet files as `push_to_hub` writes them, divided into splits as datasets does. Yields their tables."""
+        repository, place = self.repository, str(self.repository.folder or self.repository.name)
         noted = self.folder / f"parquet-{digest(repository.files)[:12]}.json"
         if not (named := read_json(noted) or {}):
             try:
-                builder = datasets.load_dataset_builder(place, config or None, revision=repository.revision)
+                builder = datasets.load_dataset_builder(place, self.config or None, revision=repository.revision)
                 found = builder.config.data_files
             except (ValueError, OSError, yaml.YAMLError) as error:
                 raise UsageError(f"--dataset {self.dataset}: {one_line(error)}") from error
@@ -916,14 +901,12 @@ class Source:
                 if path in repository.files:  # what names no split is "train" for datasets
                     named[path] = split_in(path) if list(found) == ["train"] else split_in(str(split))
             write_text(noted, json.dumps(named, indent=1))
-        self.names = list(named)
         if set(splits) <= set(named.values()):  # a corpus may be large beside its test split
             named = {path: split for path, split in named.items() if split in splits}
+        for number, path in enumerate(named):
+            self.add_shard(path, [path], number)
         with ThreadPoolExecutor(8) as pool:
-            tables = pool.map(self.parquet_rows, named, named.values())
-            self.shards = [self.new_shard(path, table, [path]) for path, table in zip(named, tables)]
-        if not self.shards:
-            raise RunError(f"{self.dataset} has no parquet file in its configuration")
+            yield from pool.map(self.read_parquet, self.shards, named.values())
 
     @contextlib.contextmanager
     def open_parquet(self, path):
@@ -940,63 +923,54 @@ class Source:
                     raise RunError(f"{path} has {problem}; its columns are {', '.join(file.schema_arrow.names)}")
                 yield file, names[0]
 
-    def parquet_rows(self, path, split):
+    def read_parquet(self, shard, split):
         """The table of a parquet file's clips; of one that is not converted yet, what is no audio is read."""
-        prepared = self.new_shard(path, None, [path]).path
-        if prepared.exists():
-            return prepared_rows(open_prepared(prepared))
-        with self.open_parquet(path) as (file, audio):
+        if shard.path.exists():
+            return load_prepared([shard.path])[1]
+        with self.open_parquet(shard.name) as (file, audio):
             features = datasets.Features.from_arrow_schema(file.schema_arrow)
-            columns = choose_columns([name for name in features if name != audio], self.text_column, path, ["text"])
-            rows = file.read([*columns.values(), f"{audio}.path"]).to_pylist()
-        cells = {}
+            columns = choose_columns(list(filter(audio.__ne__, features)), self.text_column, shard.name, ["text"])
+            cells, rows = {}, file.read([*columns.values(), f"{audio}.path"]).to_pylist()
         for ours, theirs in columns.items():
-            kind, values = features[theirs], [row[theirs] for row in rows]
+            kind, cells[ours] = features[theirs], [row[theirs] for row in rows]
             if isinstance(kind, datasets.ClassLabel):
-                values = [kind.int2str(value) if value is not None and value >= 0 else None for value in values]
-            cells[ours] = list(map(cell_text, values))
+                cells[ours] = [kind.int2str(cell) if cell is not None and cell >= 0 else None for cell in cells[ours]]
         names = [os.path.basename((row.get(audio) or {}).get("path") or "") for row in rows]
-        cells["clip"] = [f"{path[:-8]}/{number:05d}-{name}".rstrip("-") for number, name in enumerate(names)]
-        return clip_table(pandas.DataFrame(cells, dtype="str"), split)
+        cells["clip"] = [f"{shard.name[:-8]}/{number:05d}-{name}".rstrip("-") for number, name in enumerate(names)]
+        return clip_table(cells, split)[[*CLIP_COLUMNS, "num_samples"]]
 
-    def plan_splits(self, splits, seed):
-        """Draw speakers of train for dev and test, about a tenth of the clips each, where `splits` lack one; raises
-        RunError. Where no clip names a split, all are of train, or of the test set that is scored too."""
-        table = self.announced
-        self.unnamed = "" if (table["split"] != "").any() else ("test" if self.is_extra else "train")
-        self.assign_splits(table)
+    def plan_splits(self, splits, seed, unnamed):
+        """Draw speakers of train for dev and test, a tenth of the clips each, where `splits` lack one; raises RunError.
+        Where no clip names a split, all are of `unnamed`. Prepared files know nothing of it."""
+        table = self.announced = self.rows.copy(deep=False)
+        if not (table["split"] != "").any():
+            table["split"] = unnamed
         if lost := table["clip"][table["split"] == ""].tolist():
             warn(f"{plural(len(lost), 'clip')}, such as {lost[0]}, of no split that is named: left out")
-        found = set(table["split"])
+        found, is_train = set(table["split"]), table["split"] == "train"
         if set(splits) <= found:
             return
         self.made = tuple(split for split in SPLITS if split not in found)
-        sizes = Counter(filter(None, table["speaker"][table["split"] == "train"]))
+        sizes = Counter(filter(None, table["speaker"][is_train]))
         if "train" in self.made or len(sizes) <= len(self.made):
-            what = f"{self.dataset} has no {' and no '.join(self.made)} split"
-            advice = "name speakers in a column such as speaker, or give it in folders or a column split"
-            raise RunError(f"{what}, and {plural(len(sizes), 'speaker')} of train to make it of: {advice}")
+            lacking = (
+                f"no {' and no '.join(self.made)} split, and {plural(len(sizes), 'speaker')} of train to make it of"
+            )
+            raise RunError(f"{self.dataset} has {lacking}: name a speaker, such as speaker, or a split in a column")
         # The order is one of checksums, so that more recordings later move few speakers.
         left = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
         for split in self.made:
-            room, drawn = sum(sizes.values()) // 10, []
+            room, drawn = sum(sizes.values()) // 10, set()
             for speaker in left:
                 if sizes[speaker] <= room:
-                    drawn.append(speaker)
+                    drawn.add(speaker)
                     room -= sizes[speaker]
-            self.assignment |= dict.fromkeys(drawn or [min(left, key=sizes.get)], split)
-            left = [speaker for speaker in left if speaker not in self.assignment]
-        self.assign_splits(table)
+            drawn = drawn or {min(left, key=sizes.get)}
+            left = [speaker for speaker in left if speaker not in drawn]
+            table["split"] = table["split"].mask(is_train & table["speaker"].isin(drawn), split)
+        speakerless = is_train & (table["speaker"] == "") & (table["problem"] == "")
+        table["problem"] = table["problem"].mask(speakerless, "no speaker to make a split by")
         say(f"  {' and '.join(self.made)} made of the train split by speaker, by --seed {seed}")
-
-    def assign_splits(self, table):
-        """Give the clips of a table the splits that are planned, in place."""
-        table["split"] = table["split"].replace("", self.unnamed)
-        if self.assignment:
-            drawn = table["speaker"].map(self.assignment).fillna("train").astype("str")
-            table["split"] = table["split"].where(table["split"] != "train", drawn)
-            speakerless = (table["split"] == "train") & (table["speaker"] == "") & (table["problem"] == "")
-            table["problem"] = table["problem"].mask(speakerless, "no speaker to make a split by")
 
     def needed(self, splits):
         """The shards that have clips of `splits`."""
@@ -1005,37 +979,35 @@ class Source:
     def part(self, shards):
         """What a worker process needs to convert `shards`."""
         part = copy.copy(self)
-        part.announced, part.shards, part.names = None, [], []
+        part.announced, part.shards = None, []
+        part.rows = self.rows[self.rows["part"].isin([shard.part for shard in shards])]
         files = {path: self.repository.files[path] for shard in shards for path in shard.files}
         part.repository = dataclasses.replace(self.repository, files=files)
         return part
 
     def clips(self, shard):
-        """Yield the clips of a shard as rows of its prepared file."""
-        rows = shard.rows.to_dict("records")
-        if self.layout == "archives":
-            yield from itertools.starmap(make_clip, self.archive_clips(shard, {row["clip"]: row for row in rows}))
-        elif shard.name.endswith(".parquet"):
+        """Yield the clips of a shard as rows of its prepared file; damage to an archive ends it with a row too."""
+        rows = self.rows[self.rows["part"] == shard.part].drop(columns="part").to_dict("records")
+        if self.kind == "tables":
+            yield from (make_clip(row, self.repository.local(row["clip"])) for row in rows)
+        elif self.kind == "parquet":
             with self.open_parquet(shard.name) as (file, audio):
                 batches = file.iter_batches(batch_size=50, columns=[audio])
                 cells = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
                 yield from (make_clip(row, (cell or {}).get("bytes")) for row, cell in zip(rows, cells))
         else:
-            yield from (make_clip(row, self.repository.local(row["clip"])) for row in rows)
-
-    def archive_clips(self, shard, rows):
-        """Yield (row, encoded audio) of an archive; damage ends it with a row that says so."""
-        nothing, seen = dict.fromkeys(CLIP_COLUMNS, "") | ARCHIVE.fullmatch(shard.name).groupdict(), set()
-        with self.repository.open(shard.name) as stream:
-            try:
-                for name, audio, problem in archive_members(stream):
-                    row = rows.get(key := clip_key(name)) or {**nothing, "clip": key, "problem": "no transcript"}
-                    problem = problem or row["problem"] or ("a second copy" if key in seen else "")
-                    yield {**row, "problem": problem}, audio
-                    seen.add(key)
-            except DAMAGE as error:
-                problem = f"damaged archive ({one_line(error)}): {plural(len(seen), 'clip')} of it kept"
-                yield {**nothing, "clip": shard.name, "problem": problem}, None
+            rows, seen = {row["clip"]: row for row in rows}, set()
+            nothing = dict.fromkeys(CLIP_COLUMNS, "") | LAYOUTS["archives"].fullmatch(shard.name).groupdict()
+            with self.repository.open(shard.name) as stream:
+                try:
+                    for name, audio, problem in archive_members(stream):
+                        row = rows.get(key := clip_key(name)) or {**nothing, "clip": key, "problem": "no transcript"}
+                        problem = problem or row["problem"] or ("a second copy" if key in seen else "")
+                        yield make_clip({**row, "problem": problem}, audio)
+                        seen.add(key)
+                except DAMAGE as error:
+                    problem = f"damaged archive ({one_line(error)}): {plural(len(seen), 'clip')} of it kept"
+                    yield make_clip({**nothing, "clip": shard.name, "problem": problem}, None)
 
 
 def clip_key(path):
@@ -1047,11 +1019,10 @@ def clip_key(path):
 
 CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
 LOUDEST = 1e30  # full scale is 1; what comes near float32's limit overflows when it is resampled
-# Samples at 16 kHz read on each side of a window, more than the resampler's filter is long. Windows begin at multiples
-# of 640, and with a margin of such a multiple at a sample of every common rate.
+# Samples at 16 kHz read beside a window: more than the resampler's filter is long, and whole at every common rate.
 RESAMPLING_MARGIN = 3 * 640
 MOST_FRAMES = 2**40  # more is how libsndfile says that it does not know
-# Of the files in a folder those are taken that libsndfile can read, or that are audio which it should be said not to.
+# Taken for audio in a folder beside what libsndfile reads: it should be said that it cannot be read.
 MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov 3gp".split()
 
 
@@ -1075,8 +1046,7 @@ def open_audio(source):
 
 
 def decode_audio(source, start=0, stop=None):
-    """Encoded audio (bytes or a path) -> 16 kHz mono float32 samples `start` to `stop` of it; raises ValueError. Only
-    what is asked for is decoded: a window of an hour costs what a window of a minute does."""
+    """Encoded audio (bytes or a path) -> 16 kHz mono float32 samples; raises ValueError. No others are decoded."""
     with open_audio(source) as file:
         rate, first = file.samplerate, max(0, start - RESAMPLING_MARGIN)
         begin = round(first * rate / SAMPLE_RATE)
@@ -1084,8 +1054,7 @@ def decode_audio(source, start=0, stop=None):
         if (end - begin) * max(file.channels, SAMPLE_RATE / rate) * 4 > CLIP_BYTES_LIMIT:
             raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
         file.seek(min(begin, file.frames))
-        samples = file.read(end - begin, dtype="float32")
-    samples = samples if samples.ndim == 1 else samples.mean(axis=1)
+        samples = file.read(end - begin, dtype="float32", always_2d=True).mean(axis=1)
     if not np.abs(samples).max(initial=0) < LOUDEST:
         raise ValueError("it holds samples that are not numbers, or absurdly large")
     if rate != SAMPLE_RATE and len(samples):
@@ -1095,37 +1064,31 @@ def decode_audio(source, start=0, stop=None):
 
 def audio_length(path):
     """(samples that an audio file has at 16 kHz, seconds that its header promises beyond them); raises ValueError. The
-    header of a stream, or of a recording cut off, may be wrong: where its last sample is not there all are counted."""
-    with open_audio(path) as file:
-        rate, promised, count = file.samplerate, file.frames, 0
-        with contextlib.suppress(soundfile.SoundFileError):
-            file.seek(promised - 1)
-            count = promised * len(file.read(1))
-    if not count:
-        with open_audio(path) as file, contextlib.suppress(soundfile.SoundFileError):
-            while found := len(file.read(max(1, 2**14 // file.channels), dtype="float32")):
-                count += found
+    header of a stream, or of a recording cut off, may be wrong, so all are counted."""
+    count = 0
+    with open_audio(path) as file, contextlib.suppress(soundfile.SoundFileError):
+        rate, promised = file.samplerate, file.frames
+        while found := len(file.read(max(1, 2**14 // file.channels), dtype="int16")):  # a block that fails is lost
+            count += found
     if not count:
         raise ValueError("no audio samples")
     return math.ceil(count * SAMPLE_RATE / rate), 0 if promised > MOST_FRAMES else (promised - count) / rate
 
 
 def make_clip(row, audio):
-    """A row of a prepared file: that of a table of clips, with its `audio` as FLAC, lossless at 16 bits; its length is
-    the audio's own, 0 with a problem."""
+    """A row of a prepared file: that of a table of clips, with its `audio` as FLAC, and the audio's own length."""
     samples, flac, problem = (), io.BytesIO(), row["problem"] or ("" if audio else "no audio")
     try:
-        if not problem:
-            samples = decode_audio(audio)
-            problem = "" if len(samples) else "no audio samples"
+        samples = () if problem else decode_audio(audio)
+        problem = problem or ("" if len(samples) else "no audio samples")
     except ValueError as error:
         problem = f"undecodable audio ({error})"
-    if not problem:
+    if len(samples):
         soundfile.write(flac, np.clip(samples, -1.0, 1.0), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return {**row, "audio": flac.getvalue(), "num_samples": len(samples), "problem": problem}
 
 
-# tarfile raises ValueError and its kin for numbers in headers that are none.
+# tarfile raises the last two for numbers in headers that are none.
 DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
 
 
@@ -1134,11 +1097,12 @@ def archive_members(stream):
     under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end."""
     if stream.peek(64).startswith(b"version https://git-lfs"):
         raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
-    options = {"encoding": "utf-8", "errors": "replace"}  # other names could not be written anywhere
-    with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", **options) as tar:
+    # "replace": other names could not be written anywhere.
+    with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", errors="replace") as tar:
         for member in (member for member in tar if not member.isdir()):
-            problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB" if member.size > CLIP_BYTES_LIMIT else ""
-            problem = problem if member.isreg() else "refused: it is a link or a device"
+            problem = "" if member.isreg() else "refused: it is a link or a device"
+            if member.size > CLIP_BYTES_LIMIT:
+                problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB"
             if member.name.startswith("/") or ".." in member.name.split("/"):
                 problem = "refused: its path climbs out of the archive"
             yield member.name, b"" if problem else tar.extractfile(member).read(), problem
@@ -1175,8 +1139,7 @@ def prepare_shard(source, shard):
 
 
 def start_worker(connection):
-    """Let this worker process end when the other end of `connection` is closed, by the program or by its death. It
-    would wait for work for ever otherwise, or convert to its end an archive that nobody wants any more."""
+    """Let this worker process end with the program, at whose death the other end of `connection` is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the program tells its workers
     threading.Thread(target=lambda: connection.poll(None) and os._exit(1), daemon=True).start()
 
@@ -1186,27 +1149,22 @@ def prepare(source, splits, settings):
     Several programs may call this at once: one works, the others wait at the lock, without a time-out."""
     source.folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(source.folder / "prepare.lock"):
-        # What was left: half-written files, archives of finished shards, and by an earlier state of the corpus other
-        # versions of these shards and shards that it has no more.
+        # What was left: half-written files, archives of finished shards, and other versions of what is made now.
         for stale in source.folder.glob("*.arrow.*.tmp"):
             stale.unlink()
-        ready, todo = [], []
-        for shard in source.needed(splits):
-            (ready if shard.path.exists() else todo).append(shard)
-        for path in [path for shard in ready for path in shard.files if not source.keep]:
+        shards = source.needed(splits)
+        for path in [path for shard in shards if shard.path.exists() and not source.keep for path in shard.files]:
             source.repository.release(path)
-        if not todo:
+        if not (todo := [shard for shard in shards if not shard.path.exists()]):
             return
-        current = dict.fromkeys(map(source.stem, source.names))
-        current |= {source.stem(shard.name): shard.path for shard in todo}
+        stems = {shard.path.name.partition(".")[0] for shard in todo}
         for path in source.folder.glob("*.arrow"):
-            if current.get(path.name.partition(".")[0], "none") not in (None, path):
+            if path.name.partition(".")[0] in stems:
                 path.unlink()
         need, free = disk_needed(source, todo, settings.num_proc)[0], shutil.disk_usage(source.folder).free
         if need > free:
-            what = f"preparing {plural(len(todo), 'archive')} needs {need / 1e9:.1f} GB in {source.folder}"
-            advice = "choose another --data_dir, fewer --accents, or a lower --num_proc"
-            raise RunError(f"{what} and {free / 1e9:.1f} GB are free: {advice}")
+            what = f"preparing needs {need / 1e9:.1f} GB in {source.folder} and {free / 1e9:.1f} GB are free"
+            raise RunError(f"{what}: choose another --data_dir, fewer --accents, or a lower --num_proc")
         done, failures = np.zeros(2), []
         # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
         context = multiprocessing.get_context("spawn")
@@ -1222,13 +1180,13 @@ def prepare(source, splits, settings):
                 except RunError as error:
                     failures.append(error)
                 except BrokenProcessPool as error:
-                    advice = "most likely for want of memory: run the same command again with a lower --num_proc"
-                    raise RunError(f"a process that prepares audio was killed, {advice}") from error
+                    advice = "run the same command again with a lower --num_proc"
+                    raise RunError(f"a process was killed, most likely for want of memory: {advice}") from error
                 bar.set_postfix_str("{:,.0f} clips, {:.2f} h".format(*done))
                 bar.update()
         if failures:
-            failed = f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready"
-            raise RunError(f"{failed}; the first: {failures[0]}")
+            failed = f"{len(failures)} of {len(todo)} archives could not be prepared"
+            raise RunError(f"{failed}, the others are ready; the first: {failures[0]}")
 
 
 def disk_needed(source, todo, num_proc):
@@ -1236,9 +1194,8 @@ def disk_needed(source, todo, num_proc):
     sizes = sorted((source.repository.size(shard.files) for shard in todo), reverse=True)
     share = sum(sizes) / max(1, sum(source.repository.size(shard.files) for shard in source.shards))
     stays = share * hours_of(source.announced) * FLAC_BYTES_AN_HOUR or sum(sizes)  # where nobody noted durations down
-    if source.repository.folder:
-        return stays, stays
-    return (stays + sum(sizes),) * 2 if source.keep else (stays + sum(sizes[:num_proc]), stays)
+    fetched = 0 if source.repository.folder else sum(sizes if source.keep else sizes[:num_proc])
+    return stays + fetched, stays + fetched * source.keep
 
 
 def hours_of(table):
@@ -1261,13 +1218,12 @@ def size_line(table):
 def dry_run(source, settings):
     """Say what a run would do, from the tables alone: clips, hours and speakers, downloads, disk and updates."""
     for split in SPLITS:
-        table = source.announced[source.announced["split"] == split]
-        table = table[is_wanted(table, settings)]
+        table = source.announced[(source.announced["split"] == split) & is_wanted(source.announced, settings)]
         if split == "train":
             table = table[table["num_samples"] <= settings.max_train_seconds * SAMPLE_RATE]
             train = min(len(table), settings.max_train_samples or len(table))
         say(f"  {split:<5}{size_line(table)}")
-        refuse_empty(split, table)
+        refuse_empty(split, table["text"])
         for accent in table["accent"].value_counts().index:
             say(f"    {accent:<24}{size_line(table[table['accent'] == accent])[:-12]}")
     todo = [shard for shard in source.needed(settings.splits(on_disk=True)) if not shard.path.exists()]
@@ -1287,12 +1243,12 @@ def dry_run(source, settings):
 SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
 SKIPPED_FILE = "results/skipped_clips.csv"
 SKIPPED_COLUMNS = ["split", "clip", "reason", "accent", "seconds", "text"]
+NOT_WANTED = "not asked for"  # the problem of a stream's clips that are of none of the --accents, ... asked for
 
 
 @dataclass
 class Clips:
-    """Clips that are trained on or scored: their `audio`, a Dataset of prepared rows, and their `table` in its order.
-    `skipped` is the table of those that were left out, with a `reason`."""
+    """Clips to train on or score: `audio`, a Dataset of prepared rows, and their `table`; `skipped` with a `reason`."""
 
     audio: object
     table: object
@@ -1307,16 +1263,14 @@ class Clips:
         return Counter(re.split(r"[:(]", reason)[0].strip() for reason in self.skipped["reason"])
 
 
-def open_prepared(path):
-    """The Dataset of a prepared file; raises RunError for one that a bad disk or a power cut has damaged."""
-    damaged = OSError, Lazy("pyarrow").ArrowInvalid
-    with explained(f"{path} is damaged", damaged, "delete it, the same command makes it again"):
-        return datasets.Dataset.from_file(str(path))
-
-
-def prepared_rows(prepared):
-    """The table of the clips of a prepared Dataset: memory-mapped, no audio is read."""
-    return prepared.data.select([*CLIP_COLUMNS, "num_samples"]).to_pandas()
+def load_prepared(paths):
+    """(Dataset of the clips in prepared files, their table): memory-mapped, no audio is read; raises RunError."""
+    prepared, damage = [datasets.Dataset(clip_features().arrow_schema.empty_table())], Lazy("pyarrow").ArrowInvalid
+    for path in paths:
+        with explained(f"{path} is damaged", (OSError, damage), "delete it, the same command makes it again"):
+            prepared.append(datasets.Dataset.from_file(str(path)))
+    audio = datasets.concatenate_datasets(prepared)
+    return audio, audio.data.select([*CLIP_COLUMNS, "num_samples"]).to_pandas()
 
 
 FILTERS = {"accents": ("accent", slugify), "domains": ("domain", str.lower), "countries": ("country", str.upper)}
@@ -1342,54 +1296,53 @@ def check_announced(source, settings):
             near = difflib.get_close_matches(fold(asked), sorted(known), n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"they are {', '.join(sorted(known))}"
             raise UsageError(f"--{flag_name} has '{asked}', which {source.dataset} does not have; {hint}")
+    wanted = is_wanted(announced, settings)
     for split in () if settings.prepare_only else settings.splits():
-        table = announced[announced["split"] == split]
-        if len(table):
-            refuse_empty(split, table[is_wanted(table, settings)])
+        refuse_empty(split, announced["text"][wanted & (announced["split"] == split)])
 
 
-def refuse_empty(split, table, reasons=None):
+def refuse_empty(split, texts, reasons=None):
     """Raise RunError, with the `reasons` of its `Clips`, if a split has no clip, or none of dev or test a word."""
-    if not len(table):
+    if not len(texts):
         why = ", ".join(f"{count:,} x {reason}" for reason, count in (reasons or Counter()).most_common())
         raise RunError(f"no {split} clip is left: {why or 'these --accents, --domains and --countries have none'}")
-    if split != "train" and not any(map(normalize_wer, table["text"])):
-        raise RunError(f"no {split} transcript has a word to score: {plural(len(table), 'clip')} of punctuation")
+    if split != "train" and not any(map(normalize_wer, texts)):
+        raise RunError(f"no {split} transcript has a word to score: {plural(len(texts), 'clip')} of punctuation")
 
 
 def load_clips(source, splits):
     """(Dataset of all prepared clips of the shards of `splits`, table of these splits). `row` of the table is the
     clip's place in the Dataset, -1 for those that are announced and have no audio."""
-    prepared = [open_prepared(shard.path) for shard in source.needed(splits)]
-    audio = datasets.concatenate_datasets(prepared) if prepared else None
-    announced = source.announced[source.announced["split"].isin(splits)]
-    table = prepared_rows(audio) if prepared else announced.iloc[:0].copy()
-    source.assign_splits(table)
-    table["row"] = np.arange(len(table))
-    table = table if table["split"].isin(splits).all() else table[table["split"].isin(splits)]
-    # Series.isin would keep a Python object of each name.
-    names = pandas.concat([part["split"] + "/" + part["clip"] for part in (table, announced)], ignore_index=True)
-    missing = announced[~names.duplicated().to_numpy()[len(table) :]]
-    missing = missing.assign(num_samples=0, problem=missing["problem"].replace("", "no audio"), row=-1)
-    return audio, pandas.concat([table, missing[table.columns]], ignore_index=True) if len(missing) else table
+    shards = source.needed(splits)
+    audio, table = load_prepared(shard.path for shard in shards)
+    table["row"], announced = np.arange(len(table)), source.announced
+    if source.kind == "archives":
+        announced = announced[announced["split"].isin(splits)]
+        # Series.isin would keep a Python object of each name.
+        names = pandas.concat([part["split"] + "/" + part["clip"] for part in (table, announced)], ignore_index=True)
+        missing = announced[~names.duplicated().to_numpy()[len(table) :]]
+        missing = missing.assign(num_samples=0, problem=missing["problem"].replace("", "no audio"), row=-1)
+        table = pandas.concat([table, missing[table.columns]], ignore_index=True) if len(missing) else table
+    else:
+        # A prepared file has the rows of its table, in their order, and does not know of the plan.
+        planned = announced[announced["part"].isin([shard.part for shard in shards])].reset_index()
+        table["split"], is_good = planned["split"], table["problem"] == ""
+        table["problem"] = table["problem"].mask(is_good, planned["problem"])
+    is_asked = table["split"].isin(splits)
+    return audio, table if is_asked.all() else table[is_asked]
 
 
 def select_clips(audio, table, settings, check, limit=None):
-    """The `Clips` of a `table` of `load_clips` without what cannot be used, a random choice of `limit` if given, the
-    longest first. `check(table)` gives the reason against each clip, or ""."""
+    """The `Clips` of a table of `load_clips` that `check(table)` gives no reason against, a random choice of `limit` if
+    given, the longest first."""
     reasons = pandas.Series(check(table), table.index, "str")
     copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
     reasons = reasons.mask(copies, "a second copy")
-    kept, skipped = (
-        table.loc[reasons == "", ["num_samples", "clip"]],
-        table[reasons != ""].assign(reason=reasons[reasons != ""]),
-    )
-    if limit and limit < len(kept):
-        kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[:limit]]
-    order = kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index
-    kept = table.loc[order].reset_index(drop=True)
-    rows = kept.pop("row").tolist()
-    return Clips(audio.select(rows, keep_in_memory=True) if audio else None, kept, skipped)
+    skipped = table.assign(reason=reasons)[reasons != ""]
+    kept = table.loc[reasons == "", ["num_samples", "clip"]]
+    kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[:limit]]
+    kept = table.loc[kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index].reset_index(drop=True)
+    return Clips(audio.select(kept.pop("row").tolist(), keep_in_memory=True), kept, skipped)
 
 
 def select_all(sources, settings, check):
@@ -1400,17 +1353,16 @@ def select_all(sources, settings, check):
     for extra, source in sources.items():
         splits = ("test",) if extra else settings.splits(on_disk=True)
         audio, table = load_clips(source, splits)
-        wanted = None if extra else is_wanted(table, settings)
-        table = table if extra or wanted.all() else table[wanted]
+        wanted = True if extra else is_wanted(table, settings)
         if settings.streaming and not extra and not settings.prepare_only:
-            train = source.announced[source.announced["split"] == "train"]
-            selected["train"] = Clips(None, train[is_wanted(train, settings)], table.iloc[:0].assign(reason=""))
-        for name, split in [(extra or split, split) for split in splits]:
-            part = table[table["split"] == split].reset_index(drop=True)
-            selected[name] = select_clips(audio, part, settings, check, limits[split])
-            selected[name].skipped["split"] = name
+            train = (source.announced["split"] == "train") & is_wanted(source.announced, settings)
+            selected["train"] = Clips(None, source.announced[train], table.iloc[:0].assign(reason=""))
+        parts = [table[wanted & (table["split"] == split)] for split in splits]
         if not settings.streaming:
-            source.announced, source.shards = None, []  # a million clips are some hundred megabytes
+            source.rows = source.announced = table = None  # a million clips are some hundred megabytes
+        for split in splits:
+            clips = selected[extra or split] = select_clips(audio, parts.pop(0), settings, check, limits[split])
+            clips.skipped["split"] = extra or split
     skipped = pandas.concat([clips.skipped for clips in selected.values()])
     if settings.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
         write_text(path, ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
@@ -1425,7 +1377,7 @@ def select_all(sources, settings, check):
     for name, clips in sorted(selected.items(), key=lambda item: not len(item[1].skipped)):  # what is known first
         # Not every accent has every split: what is only prepared may lack one.
         if not settings.prepare_only or len(clips.skipped) or not any(map(len, selected.values())):
-            refuse_empty(name, clips.table, clips.reasons)
+            refuse_empty(name, clips.table["text"], clips.reasons)
     return selected
 
 
@@ -1444,44 +1396,39 @@ def shared_speaker_notes(selected):
 def csv_lines(skipped):
     """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it. csv
     puts no quotes around a carriage return, at which a spreadsheet begins another row."""
-    seconds = (skipped["num_samples"] / SAMPLE_RATE).round(2)
-    cells = skipped.assign(seconds=seconds)[SKIPPED_COLUMNS].astype("str")
+    cells = skipped.assign(seconds=(skipped["num_samples"] / SAMPLE_RATE).round(2))[SKIPPED_COLUMNS].astype("str")
     cells = cells.map(lambda cell: re.sub(r"^(?=[=+\-@\t\r\n＝＋－＠])", "'", cell).replace("\r", " "))
     return cells.to_csv(header=False, index=False, lineterminator="\n")
 
 
-def streamed_clips(shards, source, unwanted, check, skipped_file):
-    """Yield the training clips of `shards`, straight from there, in the DataLoader's workers. `unwanted` are the names
-    of clips that were not asked for; what cannot be used is added to `skipped_file`, once a clip."""
-    with explained_hub_errors(source.repository.name, "dataset"):
-        for clip in itertools.chain.from_iterable(map(source.clips, shards)):
-            if clip["clip"] in unwanted:
-                continue
-            table = pandas.DataFrame([{**clip, "audio": None}])
-            if not (reason := check(table)[0]):
-                yield clip
-            elif (line := csv_lines(table.assign(reason=reason))) not in skipped_file.read_text(encoding="utf-8"):
-                with explained(f"{skipped_file} cannot be written", advice=ROOM_ADVICE):
-                    with open(skipped_file, "a", encoding="utf-8") as file:
-                        file.write(line)  # at once, as other workers do
-
-
 class TrainingStream:
-    """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset.
-    `loader_options` are those of the DataLoader that makes them. The shards are dealt out, the largest first, to the
-    processes, and by datasets, in another order in each pass, to the DataLoader's workers."""
+    """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset. The
+    processes, and by datasets their DataLoaders' workers (with `loader_options`), have shards of their own."""
 
     def __init__(self, source, settings, check, seed):
         shards = sorted(source.needed(["train"]), key=lambda shard: -source.repository.size(shard.files))
         if len(shards) < settings.world_size:
-            found = f"{plural(len(shards), 'training archive')} for {settings.world_size} processes"
-            raise UsageError(f"--streaming has {found}; use fewer, or leave it out")
-        mine, train = shards[settings.process_index :: settings.world_size], source.announced
-        arguments = {"shards": mine, "source": source.part(mine), "check": check}
-        arguments["unwanted"] = set(train["clip"][(train["split"] == "train") & ~is_wanted(train, settings)])
-        arguments["skipped_file"] = self.skipped_file = Path(settings.output_dir, SKIPPED_FILE)
-        self.clips = datasets.IterableDataset.from_generator(streamed_clips, gen_kwargs=arguments)
-        self.seed, self.workers = seed, min(settings.dataloader_num_workers, len(mine))
+            raise UsageError(f"--streaming has {plural(len(shards), 'archive')} for {settings.world_size} processes")
+        shards = shards[settings.process_index :: settings.world_size]
+        self.source, self.check, self.skipped_file = source.part(shards), check, Path(settings.output_dir, SKIPPED_FILE)
+        rows = self.source.rows
+        self.source.rows = rows.assign(problem=rows["problem"].where(is_wanted(rows, settings), NOT_WANTED))
+        self.clips = datasets.IterableDataset.from_generator(self.usable, gen_kwargs={"shards": shards})
+        self.seed, self.workers = seed, min(settings.dataloader_num_workers, len(shards))
+
+    def usable(self, shards):
+        """Yield the clips of `shards`, in the DataLoader's workers; names the others in `skipped_file`, once a clip."""
+        with explained_hub_errors(self.source.repository.name, "dataset"):
+            for clip in itertools.chain.from_iterable(map(self.source.clips, shards)):
+                table = pandas.DataFrame([{**clip, "audio": None}])
+                if not (reason := self.check(table)[0]):
+                    yield clip
+                elif reason != NOT_WANTED:
+                    line = csv_lines(table.assign(reason=reason))
+                    with explained(f"{self.skipped_file} cannot be written", advice=ROOM_ADVICE):
+                        with open(self.skipped_file, "a+", encoding="utf-8") as file:
+                            file.seek(0)
+                            file.write(line if line not in file.read() else "")  # at once, as other workers do
 
     def __iter__(self):
         for epoch in itertools.count():
@@ -2718,7 +2665,7 @@ def score_file(settings):
         cells, notes = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
     except RunError as error:
         raise UsageError(str(error)) from error
-    table, notes = clip_table(cells), [f"{path.name}: {note}" for note in notes]
+    table, notes = cells.copy(), [f"{path.name}: {note}" for note in notes]
     table["clip"] = table["clip"].where(table["clip"] != "", [f"row {index + 1}" for index in table.index])
     table["num_samples"] = table["num_samples"].replace(0, np.nan)
     for lacking, what in ((table["text"].map(tidy) == "", "no text"), (cells["pred_text"].isna(), "no pred_text")):

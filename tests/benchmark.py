@@ -265,13 +265,15 @@ def make_prepared_corpus(folder, train_clips, seconds=None, silent=False):
                 table.writerow([f"session-{number:08d}/{number:032x}.wav", text, *row])
     settings, features = script.parse_settings(corpus_flags(folder)), script.clip_features()
     samples = None if silent else speech()
-    for shard in script.Source(settings.dataset, settings, script.SPLITS).shards:
-        audio = [flac(np.zeros(1600))] * len(shard.rows)
-        for place, count in enumerate(() if silent else shard.rows["num_samples"]):
+    source = script.Source(settings.dataset, settings, script.SPLITS)
+    for shard in source.shards:
+        table = source.rows[source.rows["part"] == shard.part].drop(columns="part")
+        audio = [flac(np.zeros(1600))] * len(table)
+        for place, count in enumerate(() if silent else table["num_samples"]):
             start = generator.integers(len(samples) - count)
             audio[place] = flac(samples[start : start + count])
         shard.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = pyarrow.Table.from_pandas(shard.rows.assign(audio=audio), features.arrow_schema, preserve_index=False)
+        rows = pyarrow.Table.from_pandas(table.assign(audio=audio), features.arrow_schema, preserve_index=False)
         with ArrowWriter(path=str(shard.path), features=features) as writer:
             writer.write_table(rows, 50)  # in batches of so many rows, as the program writes it
             writer.finalize()
