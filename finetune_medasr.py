@@ -1708,7 +1708,10 @@ class ClipCheck:
             return f"too short: {samples / SAMPLE_RATE:.2f} s"
         if samples / SAMPLE_RATE > self.max_train_seconds:
             return f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s"
-        labels = self.encoder([text])[0]
+        folded = self.encoder.fold(text)
+        if 0 < 2 * len(folded) < room:  # a label has a character, the space before a word included, and a blank
+            return ""
+        labels = self.encoder([folded])[0]
         # CTC puts a blank between two equal labels.
         needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
         if needed > room:
@@ -1850,10 +1853,9 @@ class Decoder:
         batches, start, count = [], 0, self.settings.per_device_eval_batch_size
         budget = (3_600 if self.settings.device.type == "cuda" else 160) * SAMPLE_RATE  # 3,600 s take some 5 GB
         while start < len(spans):
-            longest = spans[start]
             if self.settings.auto_eval_batch:
-                count = max(1, budget // (longest.stop - longest.start))
-            batches.append([span for span in spans[start : start + count] if span.is_whole == longest.is_whole])
+                count = max(1, budget // (spans[start].stop - spans[start].start))
+            batches.append([span for span in spans[start : start + count] if span.is_whole == spans[start].is_whole])
             start += len(batches[-1])
         return batches
 
@@ -1903,8 +1905,7 @@ class Decoder:
             return list(map(Emissions, ids, log_probs)), float(output.loss) * size if "labels" in batch else 0.0
         except torch.OutOfMemoryError as error:
             if size == 1:
-                advice = "try a lower --window_seconds, or --use_cpu true"
-                raise RunError(f"the GPU's memory is full with a single clip to transcribe: {advice}") from error
+                raise RunError("a single clip fills the GPU's memory: lower --window_seconds, or --use_cpu") from error
         torch.cuda.empty_cache()
         halves = slice(size // 2), slice(size // 2, size)
         (first, loss), (second, more) = (self.run({name: batch[name][half] for name in batch}) for half in halves)
@@ -2142,8 +2143,7 @@ def transcript(kind, words, formatted, name=""):
             ]
             times = {"start": entries[0]["start"], "end": entries[-1]["end"]}
             segments.append({"id": number, **times, "text": text_of(part, formatted), "words": entries})
-        content = {"file": name} if name else {}
-        content |= {"text": text, "segments": segments, "language": "en"}
+        content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
         return json.dumps(content, ensure_ascii=False) + "\n"
     for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
         end, times = min(part[-1].end + LINGER_SECONDS, following[0].start if following else np.inf), []
