@@ -43,7 +43,6 @@ import shlex
 import shutil
 import signal
 import stat
-import string
 import tarfile
 import tempfile
 import textwrap
@@ -52,12 +51,12 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Literal, TypeVar, get_type_hints
 
 try:
     import numpy as np
@@ -1443,10 +1442,9 @@ class TrainingStream:
 # ---------------------------------------------------------------- text
 
 GREEK = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩαβγδεζηθικλμνξοπρςστυφχψω"
-# What a character becomes that the tokenizer lacks and that Unicode does not decompose; symbols become the words that a
-# reader voices. Labels and scored texts share this one mapping: the model can only write what its labels had. A
-# character neither here nor decomposable is dropped from labels, and counted.
-FOLDS = {
+# What a character becomes that the tokenizer lacks and Unicode does not decompose; symbols become words, as a reader
+# voices them. Labels and scored texts share it: the model can only write what its labels had.
+FOLDS = str.maketrans({
     **dict.fromkeys("‘’‚‛`´ʼ′", "'"), **dict.fromkeys("“”„″«»", '"'), **dict.fromkeys("~−—", "-"), "·": ".", "…": "...",
     **dict.fromkeys("÷⁄\\|", "/"), "×": "x", "±": "+/-", "&": " and ", "@": " at ", "=": " equals ", "°": " degrees ",
     "<": " less than ", ">": " greater than ", "≤": " less than or equal to ", "≥": " greater than or equal to ",
@@ -1454,20 +1452,16 @@ FOLDS = {
     # Greek letters are read by their names, but for the micro of units.
     **{letter: unicodedata.name(letter).split()[-1].lower() for letter in GREEK},
     "µ": "u", "μ": "u",
-}  # fmt: skip
-FOLD_TABLE = str.maketrans(FOLDS)
+})  # fmt: skip
 ENTITY = re.compile(r"&(?:(#\d+|#[xX][0-9a-fA-F]+)|\w+);")  # only with its semicolon: "patients&notes" holds none
-# Arrows and bullets; "<-5" and "=> 5" are comparisons.
-LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")
-# "5 µg" is read as micrograms and written mcg in prescriptions; "ug" is on the lists of error-prone abbreviations.
-MICROGRAM = re.compile(r"[µμ]g\b")
-# MedASR writes dictated punctuation and layout as {period}, {new paragraph}.
-CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")
+LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")  # "<-5" and "=> 5" are comparisons
+MICROGRAM = re.compile(r"[µμ]g\b")  # mcg in prescriptions; "ug" is on the lists of error-prone abbreviations
+CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")  # MedASR writes {period}, {new paragraph}
 
 
 def tidy(text):
-    """The text with HTML entities resolved, without arrows and bullets, any run of whitespace (NBSP, newline) as one
-    space, fractions and powers parted from the digit before them: 1½ is not 11/2, and 10⁹ is not 109."""
+    """The text with HTML entities resolved, without arrows and bullets, whitespace (NBSP, newline) as single spaces,
+    fractions and powers parted from the digit before them: 1½ is not 11/2, and 10⁹ is not 109."""
     text = ENTITY.sub(lambda it: html.unescape(it[0]) if it[1] else html.entities.html5.get(it[0][1:], it[0]), text)
     text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", text))
     return " ".join(re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text).split())
@@ -1480,8 +1474,6 @@ class LabelEncoder:
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
         self.opens, self.dropped = self.covered("("), Counter()
         self.table = {}  # code point -> what it becomes, for str.translate
-        plain = "".join(filter(self.covered, string.ascii_letters + string.digits + ".,'-"))
-        self.plain = re.compile(f"[ {re.escape(plain)}]*")  # most transcripts: nothing in them is folded
 
     def covered(self, character):
         """Whether the tokenizer has a piece that the head can emit for `character`, inside a word and on its own."""
@@ -1492,22 +1484,18 @@ class LabelEncoder:
         if self.covered(character):
             return character
         decomposed = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
-        folded = FOLDS.get(character, "".join(decomposed)) or character
+        folded = FOLDS.get(ord(character), "".join(decomposed)) or character
         if folded != character:
             return "".join(map(self.fold_character, folded))
         category = unicodedata.category(character)
         return "-" if category == "Pd" else " " if category[0] in "PSZ" else ""  # a lost sign still parts words
 
     def fold(self, text):
-        """The transcript in the characters that the tokenizer covers; what is dropped is counted in `dropped`."""
-        if self.target_text != "words" and self.plain.fullmatch(text):
-            return " ".join(text.split())
-        text = normalize_wer(text) if self.target_text == "words" else tidy(text)
-        if not self.opens:
-            # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
-            while re.search(r"\([^()]*\)", text):
-                text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
-        text = unicodedata.normalize("NFC", text)
+        """The transcript in the characters that the tokenizer covers; what is lost is counted in `dropped`."""
+        text = unicodedata.normalize("NFC", normalize_wer(text) if self.target_text == "words" else tidy(text))
+        # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
+        while not self.opens and re.search(r"\([^()]*\)", text):
+            text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
         for character in set(text) - {" "}:
             if ord(character) not in self.table:
                 self.table[ord(character)] = self.fold_character(character)
@@ -1526,8 +1514,8 @@ class LabelEncoder:
 def normalize_wer(text):
     """The text that `wer` compares: lower-case words without punctuation, apostrophes inside words kept. `{period}`,
     entities, accents and what `FOLDS` spells out (& ° α) are resolved first: MedASR can only write the word."""
-    text = CONTROL_TOKEN.sub(" ", tidy(text)).translate(FOLD_TABLE).lower()
-    text = unicodedata.normalize("NFKD", text).lower().translate(FOLD_TABLE)  # of ™ come capitals
+    text = CONTROL_TOKEN.sub(" ", tidy(text)).translate(FOLDS).lower()
+    text = unicodedata.normalize("NFKD", text).lower().translate(FOLDS)  # of ™ come capitals
     text = "".join(sign for sign in text if not (unicodedata.combining(sign) or unicodedata.category(sign) == "Cf"))
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text))
 
@@ -1553,103 +1541,80 @@ def decode_ids(processor, ids):
 SILENCE = float(np.log(1e-5))  # LasrFeatureExtractor floors its mel energies at 1e-5, so a frame of 0.0 would be loud
 
 
-def frame_count(extractor, samples):
-    """Frames of log-mels of so many samples, without centring."""
-    return 1 + (samples - extractor.win_length) // extractor.hop_length
+def logit_count(config, extractor, samples):
+    """Logits of clips of so many samples, a number or an array; below 1 for those that the model cannot be run on."""
+    count, encoder = 1 + (samples - extractor.win_length) // extractor.hop_length, config.encoder_config
+    for _ in range(2):  # the subsampler's convolutions, without padding
+        count = (count - encoder.subsampling_conv_kernel_size) // encoder.subsampling_conv_stride + 1
+    return count
 
 
-def logit_lengths(model, extractor, samples):
-    """Lengths of the logits of clips of so many samples, an array of ints."""
-    frames = torch.from_numpy(np.atleast_1d(frame_count(extractor, np.asarray(samples))))
-    return model._get_subsampling_output_length(frames).numpy()
-
-
-def shortest_clip(model, extractor):
-    """The fewest samples that the model can be run on, to a hop; 2,320 (0.145 s) for MedASR."""
-    candidates = np.arange(extractor.win_length, SAMPLE_RATE, extractor.hop_length)
-    return int(candidates[logit_lengths(model, extractor, candidates) >= 1][0])
-
-
+@dataclass
 class ClipCheck:
     """check(table) -> why each clip cannot be used, or "". Dev and test clips are never left out for their length:
     short ones are padded, long ones scored in windows. It holds no model, because a stream's workers get it too."""
 
-    def __init__(self, model, extractor, encoder, max_train_seconds):
-        self.encoder, self.max_train_seconds, self.hop = encoder, max_train_seconds, extractor.hop_length
-        self.shortest = shortest_clip(model, extractor)
-        longest = round(min(max_train_seconds * SAMPLE_RATE, CLIP_BYTES_LIMIT / 4))
-        self.logits = logit_lengths(model, extractor, np.arange(self.shortest, longest + 1, self.hop)).tolist()
+    config: object
+    extractor: object
+    encoder: LabelEncoder
+    max_train_seconds: float
 
     def __call__(self, table):
-        columns = (table[name] for name in ("problem", "split", "text", "num_samples"))
-        return list(itertools.starmap(self.reason, zip(*columns)))
+        rooms = logit_count(self.config, self.extractor, table["num_samples"])
+        return list(map(self.reason, table["problem"], table["split"], table["text"], table["num_samples"], rooms))
 
-    def reason(self, problem, split, text, samples):
+    def reason(self, problem, split, text, samples, room):
         if problem or not (text[:1].isalnum() or tidy(text)):
             return problem or "empty text"
         if split != "train":
             return ""
-        if samples < self.shortest:
-            return f"too short: {samples / SAMPLE_RATE:.2f} s, the model needs {self.shortest / SAMPLE_RATE:.3f} s"
+        if room < 1:
+            return f"too short: {samples / SAMPLE_RATE:.2f} s"
         if samples / SAMPLE_RATE > self.max_train_seconds:
             return f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s"
-        folded, room = self.encoder.fold(text), self.logits[(samples - self.shortest) // self.hop]
-        # CTC puts a blank between two equal labels. Labels are made where there may be too many: each is of one
-        # character at least, the space before a word included.
-        if folded.isascii() and 0 < len(folded) < room - len(re.findall(r"(.)(?=\1)", folded)):
+        folded = self.encoder.fold(text)
+        if 0 < 2 * len(folded) < room:  # a label has a character, the space before a word included, and a blank
             return ""
         labels = self.encoder([folded])[0]
+        # CTC puts a blank between two equal labels.
         needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
         if needed > room:
             return f"more labels than frames: {needed} labels, {room} logits"
         return "" if labels else "no text left that the tokenizer covers"
 
 
-# SpecAugment (Park et al. 2019, arXiv 1904.08779), moderate: of 128 mel bins up to 2 x 20 are masked, of the time one
-# stretch of up to 0.3 s (less than most words) in every 2.5 s.
-FREQUENCY_MASKS, FREQUENCY_MASK_BINS = 2, 20
-TIME_MASK_EVERY_FRAMES, TIME_MASK_FRAMES = 250, 30
-
-
-def draw_masks(frames, bins, seed):
-    """The [start, stop) of SpecAugment's masks of a clip: (those of its frames, those of its mel bins). The seed alone
-    decides them, whichever process makes the batch: a resumed run draws the same ones."""
-    generator = np.random.default_rng(seed)
-    wanted = [(FREQUENCY_MASK_BINS, bins)] * FREQUENCY_MASKS
-    wanted += [(min(TIME_MASK_FRAMES, frames // 5), frames)] * -(-frames // TIME_MASK_EVERY_FRAMES)
-    spans = []
-    for longest, size in wanted:
-        width = generator.integers(min(longest, size) + 1)
-        start = generator.integers(size - width + 1)
-        spans.append((start, start + width))
-    return spans[FREQUENCY_MASKS:], spans[:FREQUENCY_MASKS]
+def spec_augment(mels, seed):
+    """SpecAugment (Park et al. 2019, arXiv 1904.08779) of the log-mels (frames, bins) of a clip, in place: up to 2 x 20
+    bins and, in every 2.5 s, a stretch of up to 0.3 s (less than most words) become silence. The seed alone decides
+    where: a resumed run masks the same."""
+    generator, (frames, bins) = np.random.default_rng(seed), mels.shape
+    for axis, size, longest in [(1, bins, 20)] * 2 + [(0, frames, min(30, frames // 5))] * math.ceil(frames / 250):
+        width = int(generator.integers(min(longest, size) + 1))
+        mels.narrow(axis, int(generator.integers(size - width + 1)), width).fill_(SILENCE)
 
 
 @functools.cache
-def mel_constants(extractor, device):
-    """The window (win_length,) of a LasrFeatureExtractor and its mel filters, on `device`. The filters come in bands:
-    (slice of the spectrum, real and imaginary parts side by side, that a band spans; weights (that many, bins))."""
+def mel_bands(extractor, device):
+    """The mel filters of a LasrFeatureExtractor in bands: (slice of the spectrum that a band spans, real and imaginary
+    parts side by side; weights (that many, bins)), on `device`."""
     # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
-    exact = torch.float64 if torch.device(device).type == "cuda" else torch.float32
-    window = torch.hann_window(extractor.win_length, periodic=False, dtype=torch.float64)
-    filters, bands = extractor.mel_filters.float().repeat_interleave(2, 0), []
+    exact, bands = torch.float64 if torch.device(device).type == "cuda" else torch.float32, []
+    filters = extractor.mel_filters.float().repeat_interleave(2, 0)
     for band in filters.tensor_split(8, 1):  # a filter spans a few bins: bands leave most zeros out of the product
         spanned = band.any(1).nonzero().flatten().tolist()
         span = slice(spanned[0], spanned[-1] + 1)
         bands.append((span, band[span].contiguous().to(device, exact)))
-    return window.float().to(device), bands
+    return bands
 
 
 def log_mels(waveforms, lengths, extractor):
-    """(log-mels (clips, frames, bins), mask (clips, frames)) of padded waveforms (clips, samples), on their device.
-    LasrFeatureExtractor's computation with its own window, filters and floor, in float32 instead of float64, which
-    differs by less than 1e-3."""
-    window, bands = mel_constants(extractor, waveforms.device)
-    features = []
+    """(log-mels (clips, frames, bins), mask (clips, frames)) of padded waveforms (clips, samples), on their device:
+    LasrFeatureExtractor's computation in float32 instead of float64, which differs by less than 1e-3."""
+    bands, features = mel_bands(extractor, waveforms.device), []
+    window = torch.hann_window(extractor.win_length, False, dtype=torch.float64, device=waveforms.device).float()
     # On a CPU clip by clip, whose frames fit into the cache.
     for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):
         frames = part.unfold(-1, extractor.win_length, extractor.hop_length) * window
-        # Real and imaginary parts side by side: the filters sum their squares.
         squares = torch.view_as_real(torch.fft.rfft(frames, n=extractor.n_fft)).flatten(-2).square_()
         mels = [squares[..., span].to(band.dtype) @ band for span, band in bands]
         features.append(torch.cat(mels, -1).float().clamp_(min=1e-5).log_())
@@ -1662,20 +1627,17 @@ def model_inputs(batch, extractor, device):
     """What the model's forward takes, on `device`, of a batch of CTCCollator: the log-mels are computed there."""
     inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
     with torch.no_grad():
-        features, real = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
-        for mels, (frames, stretches, bands) in zip(features, batch.get("masks", ())):
-            for start, stop in stretches:
-                mels[start:stop] = SILENCE
-            for start, stop in bands:
-                mels[:frames, start:stop] = SILENCE
-    return {**inputs, "input_features": features, "attention_mask": real}
+        features, mask = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
+        for mels, is_real, seed in zip(features, mask, batch.get("mask_seeds", ())):
+            spec_augment(mels[: int(is_real.sum())], seed)
+    return {**inputs, "input_features": features, "attention_mask": mask}
 
 
 @dataclass
 class CTCCollator:
     """Rows of a prepared split -> a padded batch for `model_inputs`, in the DataLoader's workers: waveforms (clips,
     samples), num_samples (clips,); counts, samples without and with padding; clips, their names, and problems; with an
-    `encoder` labels (clips, longest) padded with -100; with `augment` masks, (frames, *draw_masks) of each clip."""
+    `encoder` labels (clips, longest) padded with -100; with `augment` the seed of each clip's masks."""
 
     extractor: object
     encoder: LabelEncoder | None = None
@@ -1698,44 +1660,26 @@ class CTCCollator:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=-100)
         if self.augment:
-            frames, bins = [frame_count(self.extractor, length) for length in lengths], self.extractor.feature_size
-            seeds = [(self.seed, self.epoch, zlib.crc32(row["clip"].encode())) for row in rows]
-            batch["masks"] = [(count, *draw_masks(count, bins, seed)) for count, seed in zip(frames, seeds)]
+            batch["mask_seeds"] = [(self.seed, self.epoch, zlib.crc32(row["clip"].encode())) for row in rows]
         return batch
 
 
 # ---------------------------------------------------------------- decoding
 
-
-class Emissions(NamedTuple):
-    """What a model says of a clip or window: the most probable `ids` of each of its frames and their natural
-    `log_probs`, both (frames, how many were asked for), the most probable first."""
-
-    ids: np.ndarray
-    log_probs: np.ndarray
-
-
-class Span(NamedTuple):
-    """A clip, or a window of a long one: samples `start` to `stop`, of whose logits `first` to `last` are kept."""
-
-    row: int
-    start: int
-    stop: int
-    first: int
-    last: int
-    is_whole: bool
+# The most probable `ids` of each frame of a clip and their natural `log_probs`, both (frames, ids a frame).
+Emissions = namedtuple("Emissions", "ids log_probs")
+# A clip, or a window of a long one: samples `start` to `stop`, of whose logits `first` to `last` are kept.
+Span = namedtuple("Span", "row start stop first last is_whole")
 
 
 @dataclass
 class Windows:
-    """The spans of clips, decoded when asked for; `problem` is why one cannot be."""
+    """The clips of `Span`s, decoded when asked for; `problem` is why one cannot be."""
 
     clips: object
-    spans: list[Span]
 
-    def __getitem__(self, index):
-        span, problem = self.spans[index], ""
-        clip = self.clips[span.row]
+    def __getitem__(self, span):
+        clip, problem = self.clips[span.row], ""
         try:
             samples = decode_audio(clip["audio"], span.start, span.stop)
         except ValueError as error:
@@ -1743,23 +1687,22 @@ class Windows:
         return {"samples": samples, "text": clip.get("text", ""), "problem": problem}
 
 
-EVAL_SECONDS = {"cpu": 160, "cuda": 3_600}  # of audio in a scoring batch; 3,600 s take some 5 GB
-
-
 class Decoder:
-    """One way from audio to text: for dev, test and further test sets and for files, in all processes together. `lm` is
-    the LanguageModel that `texts` decodes with, or None."""
+    """One way from audio to text, for test sets and files, in all processes together; `texts` decodes with `lm`."""
 
     def __init__(self, model, processor, settings, lm=None):
         self.model, self.processor, self.settings, self.lm = model, processor, settings, lm
         self.extractor, self.in_bfloat16 = processor.feature_extractor, False
         self.is_silent = not settings.is_first or settings.disable_tqdm
-        self.shortest = shortest_clip(model, self.extractor)
         self.step = model.config.inputs_to_logits_ratio * self.extractor.hop_length  # samples a logit
+        # The fewest samples that the model can be run on, to a hop; 2,320 (0.145 s) for MedASR.
+        candidates = range(self.extractor.win_length, SAMPLE_RATE, self.extractor.hop_length)
+        self.shortest = next(count for count in candidates if logit_count(model.config, self.extractor, count) >= 1)
 
-    def spans(self, lengths):
-        """The `Span`s of clips of so many samples, the longest first: what does not fit in memory shows at once. Clips
-        over --window_seconds are in overlapping windows, whose logits are kept from the middle of the overlap."""
+    def batches(self, lengths):
+        """`Span`s of clips of so many samples, in batches: --per_device_eval_batch_size of them, or, if that is auto,
+        as many seconds with their padding as the device takes. Clips over --window_seconds are in overlapping windows,
+        batched apart, whose logits are kept from the middle of the overlap."""
         overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / self.step)  # in logits, as the next
         window = round(self.settings.window_seconds * SAMPLE_RATE / self.step)
         spans, size, stride = [], window * self.step, (window - 2 * overlap) * self.step
@@ -1767,22 +1710,17 @@ class Decoder:
             for start in range(0, max(0, length - size) + stride, stride):
                 stop, last = min(start + size, length), window - overlap
                 if stop == length:  # what comes after a clip's own logits is padding, where `forward` leaves garbage
-                    last = int(logit_lengths(self.model, self.extractor, max(stop - start, self.shortest))[0])
+                    last = logit_count(self.model.config, self.extractor, max(stop - start, self.shortest))
                 spans.append(Span(row, start, stop, overlap if start else 0, last, length <= size))
-        return sorted(spans, key=lambda span: (span.is_whole, span.start - span.stop, span.row, span.start))
-
-    def batches(self, spans):
-        """Indices of `spans` in batches, of windows or of whole clips: --per_device_eval_batch_size of them, or, if
-        that is auto, as many seconds with their padding as the device takes."""
-        batches, start, size = [], 0, self.settings.per_device_eval_batch_size
-        budget = EVAL_SECONDS.get(self.settings.device.type, EVAL_SECONDS["cpu"]) * SAMPLE_RATE
+        # The longest first: what does not fit in memory shows at once.
+        spans.sort(key=lambda span: (span.is_whole, span.start - span.stop, span.row, span.start))
+        batches, start, count = [], 0, self.settings.per_device_eval_batch_size
+        budget = (3_600 if self.settings.device.type == "cuda" else 160) * SAMPLE_RATE  # 3,600 s take some 5 GB
         while start < len(spans):
-            longest = spans[start]  # of its batch, because `spans` are sorted
             if self.settings.auto_eval_batch:
-                size = max(1, budget // (longest.stop - longest.start))
-            alike = sum(span.is_whole == longest.is_whole for span in spans[start : start + size])
-            batches.append(list(range(start, start + alike)))
-            start += alike
+                count = max(1, budget // (spans[start].stop - spans[start].start))
+            batches.append([span for span in spans[start : start + count] if span.is_whole == spans[start].is_whole])
+            start += len(batches[-1])
         return batches
 
     def emissions(self, clips, encoder=None, doing="scoring"):
@@ -1790,35 +1728,32 @@ class Decoder:
         each frame the most probable id is kept, or as many as a search with `lm` needs. With an `encoder` of the clips'
         labels there is a loss, of those that need no windows; otherwise it is 0."""
         settings, self.model = self.settings, self.model.to(self.settings.device).eval()
-        spans, pieces, loss = self.spans(clips.table["num_samples"].tolist()), {}, 0.0
-        mine = self.batches(spans)[settings.process_index :: settings.world_size]
-        collator = CTCCollator(self.extractor, encoder, shortest=self.shortest)
+        mine = self.batches(clips.table["num_samples"].tolist())[settings.process_index :: settings.world_size]
+        collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), [], 0.0
         options = {"batch_sampler": mine, "collate_fn": collator, "pin_memory": settings.device.type == "cuda"}
         options["num_workers"] = min(settings.dataloader_num_workers, len(mine))
         options["generator"] = torch.Generator()  # its own: scoring must not move what training draws next
         bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent)
         with bar, STOP_SIGNALS:
-            for indices, batch in zip(mine, torch.utils.data.DataLoader(Windows(clips.audio, spans), **options)):
+            for spans, batch in zip(mine, torch.utils.data.DataLoader(Windows(clips.audio), **options)):
                 if STOP_SIGNALS.number:
                     break
-                if not spans[indices[0]].is_whole:
+                if not spans[0].is_whole:
                     batch.pop("labels", None)
                 emitted, batch_loss = self.run(batch)
                 loss += batch_loss
-                for index, problem, found in zip(indices, batch["problems"], emitted):
-                    span = spans[index]
-                    kept = Emissions(*(values[span.first : span.last] for values in found))
-                    pieces[span.row, span.start] = problem, kept
-                bar.update(len(indices))
-            pieces, losses = zip(*accelerate.utils.gather_object([(pieces, loss)]))
+                for span, problem, found in zip(spans, batch["problems"], emitted):
+                    pieces.append((span, problem, [values[span.first : span.last] for values in found]))
+                bar.update(len(spans))
+            pieces, losses = accelerate.utils.gather_object(pieces), accelerate.utils.gather_object([loss])
             if stopped := agreed(STOP_SIGNALS.number, max):
                 raise Stopped(stopped)
         joined, problems = [[] for _ in range(len(clips))], {}
-        for (row, _), (problem, found) in sorted(itertools.chain.from_iterable(map(dict.items, pieces))):
-            joined[row].append(found)
-            problems |= {row: problem} if problem else {}
+        for span, problem, found in sorted(pieces, key=lambda piece: piece[0]):
+            joined[span.row].append(found)
+            problems |= {span.row: problem} if problem else {}
         joined = [Emissions(*map(np.concatenate, zip(*parts))) for parts in joined]
-        return joined, problems, sum(losses) / max(1, sum(span.is_whole for span in spans))
+        return joined, problems, sum(losses) / max(1, sum(span.is_whole for span, *_ in pieces))
 
     def run(self, batch):
         """(the `Emissions` of each clip, the sum of their losses) of a batch, halved where it fills the memory."""
@@ -1834,8 +1769,7 @@ class Decoder:
             return list(map(Emissions, ids, log_probs)), float(output.loss) * size if "labels" in batch else 0.0
         except torch.OutOfMemoryError as error:
             if size == 1:
-                advice = "try a lower --window_seconds, or --use_cpu true"
-                raise RunError(f"the GPU's memory is full with a single clip to transcribe: {advice}") from error
+                raise RunError("a single clip fills the GPU's memory: lower --window_seconds, or --use_cpu") from error
         torch.cuda.empty_cache()
         halves = slice(size // 2), slice(size // 2, size)
         (first, loss), (second, more) = (self.run({name: batch[name][half] for name in batch}) for half in halves)
@@ -1860,9 +1794,9 @@ class Decoder:
 
 LM_CANDIDATES = 16  # the most probable ids of a frame, which the search chooses from
 # What stands for "▁" in an n-gram's file: itself, or what pyctcdecode's users have to write (MedASR's lm_6.kenlm).
-LM_WORD_MARKS = "▁#"
-LM_NONSENSE = "no/such/piece"
-LM_WORDS = "the and with that from this THE AND WITH THAT FROM THIS".split()
+LM_WORD_MARKS, LM_NONSENSE = "▁#", "no/such/piece"
+TUNING_CLIPS = 500  # of dev at the most: the search is run some thirty times
+TUNING_GRID = list(itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)))
 
 
 @dataclass(eq=False, slots=True)
@@ -1937,100 +1871,61 @@ def beam_search(emissions, lm):
     return frames[::-1], score
 
 
-def lm_path(settings):
-    """The file that --lm means, fetched if need be; raises RunError if it is none that KenLM reads."""
-    folder, path = Path(settings.model).expanduser(), settings.lm
-    if path == "auto":
-        # A fine-tuned model's folder has none: MedASR's serves it too.
-        repo, revision = (DEFAULT_MODEL, None) if folder.is_dir() else (settings.model, settings.model_revision)
-        path = folder / LM_FILE
-        try:
-            with explained_hub_errors(repo, "model"):
-                path = path if path.is_file() else hub.hf_hub_download(repo, LM_FILE, revision=revision)
-        except RunError as error:
-            raise RunError(f"--lm auto looks for {LM_FILE} of {repo}; give --lm a file, or: {error}") from error
-    with explained(f"--lm {path} cannot be read", (OSError, EOFError, zlib.error)), open(path, "rb") as file:
-        is_packed = file.peek(2).startswith(b"\x1f\x8b")
-        head = (gzip.open(file) if is_packed else file).read(1 << 16).lstrip()
-    if not re.match(rb"mmap lm http://kheafield.com/code|(?s:.*)^\\data\\\s*$", head, re.MULTILINE):
-        raise RunError(f"--lm {path} is no language model: neither ARPA (\\data\\) nor KenLM's binary format")
-    return path
-
-
 def load_lm(settings, processor, vocab_size):
     """The `LanguageModel` of --lm for the model's tokens, None without the flag; raises RunError."""
     if not settings.lm:
         return None
-    path, tokenizer = lm_path(settings), processor.tokenizer
-    names = dict(enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size))))
-    pieces = {id: name for id, name in names.items() if name not in (None, *tokenizer.all_special_tokens)}
+    tokenizer, folder, path = processor.tokenizer, Path(settings.model).expanduser(), Path(settings.lm)
+    if settings.lm == "auto" and not (path := folder / LM_FILE).is_file():
+        # A fine-tuned model's folder has none: MedASR's serves it too.
+        repo, revision = (DEFAULT_MODEL, None) if folder.is_dir() else (settings.model, settings.model_revision)
+        what = f"--lm auto looks for {LM_FILE} of {repo}; give --lm a file instead"
+        with explained(what, RunError), explained_hub_errors(repo, "model"):
+            path = Path(hub.hf_hub_download(repo, LM_FILE, revision=revision))
+    names = enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size)))
+    pieces = {id: name for id, name in names if name not in (None, *tokenizer.all_special_tokens)}
     spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in LM_WORD_MARKS]
-    words = dict.fromkeys(itertools.chain([LM_NONSENSE], LM_WORDS, *map(dict.values, spellings)))
-    words = {word: number for number, word in enumerate(words)}
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        dictionary = importlib.import_module("flashlight.lib.text.dictionary").Dictionary(list(words))
-        os.dup2(nowhere, 2)  # KenLM draws there while it reads an ARPA file
-        kenlm = importlib.import_module("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
-    except (RuntimeError, ValueError, MemoryError, ImportError) as error:
-        # KenLM says first in which of its source files.
-        what = re.sub(r"^.* threw \w+( because `.*?')?\.", "", " ".join(str(error).split()))
-        raise RunError(f"--lm {path} cannot be loaded: {what[:300]}") from error
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
+    words = [LM_NONSENSE, *{*spellings[0].values(), *spellings[1].values()}]
+    with explained(f"--lm {path} cannot be loaded", checkpoint_errors(), "it must be ARPA's or KenLM's binary format"):
+        dictionary = Lazy("flashlight.lib.text.dictionary").Dictionary(words)
+        kenlm = Lazy("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
 
-    # A word that the n-gram knows has another probability than nonsense.
-    probabilities = {word: kenlm.score(kenlm.start(False), number)[1] for word, number in words.items()}
-    known = {word for word in words if probabilities[word] != probabilities[LM_NONSENSE]}
-    spelling = max(spellings, key=lambda pieces: len(known & set(pieces.values())))
-    found, total = len(known & set(spelling.values())), len(spelling)
-    share = f"{found:,} of the model's {total:,} tokens"
-    whole = [f"whole words, such as '{word}'" for word in LM_WORDS if word in known - set(spelling.values())]
-    if whole or found < total / 2:
-        raise RunError(f"--lm {path} knows {[*whole, share][0]}: it must be an n-gram of the tokens of this model")
-    if found < 0.9 * total:
+    # What the n-gram knows has another probability than nonsense. One of whole words knows no piece with a word mark.
+    probabilities = [kenlm.score(kenlm.start(False), dictionary.get_index(word))[1] for word in words]
+    known = {word for word, probability in zip(words, probabilities) if probability != probabilities[0]}
+    spelling = max(spellings, key=lambda spelling: len(known & set(spelling.values())))
+    found, starts = known & set(spelling.values()), {spelling[id] for id in pieces if pieces[id].startswith("▁")}
+    share = f"{len(found):,} of the model's {len(pieces):,} tokens"
+    if len(found & starts) < len(starts) / 2:
+        raise RunError(f"--lm {path} knows {share}: it must be an n-gram of the tokens of this model, not of words")
+    if len(found) < 0.9 * len(pieces):
         warn(f"--lm {path} knows only {share}")
-    numbers = [words[spelling.get(id, LM_NONSENSE)] for id in names]
-    counts_as = np.array([id if id in pieces else tokenizer.pad_token_id for id in names])
+    numbers = [dictionary.get_index(spelling.get(id, LM_NONSENSE)) for id in range(vocab_size)]
+    counts_as = np.array([id if id in pieces else tokenizer.pad_token_id for id in range(vocab_size)])
     weights = settings.lm_weight, settings.lm_word_score, settings.lm_beam
-    return LanguageModel(Path(path).name, kenlm, numbers, counts_as, tokenizer.pad_token_id, *weights)
-
-
-TUNING_CLIPS = 500  # of dev at the most: the search is run some thirty times
-TUNING_GRID = list(itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)))
+    return LanguageModel(path.name, kenlm, numbers, counts_as, tokenizer.pad_token_id, *weights)
 
 
 def tune_lm(decoder, dev):
-    """Give the decoder's `lm` the weight and word score of the lowest WER on `dev` clips, the smaller ones among
-    equals; returns a dict of what was tried."""
+    """Give the decoder's `lm` the weight and word score of the lowest WER on `dev`; returns what was tried."""
     chosen = range(0, len(dev), math.ceil(len(dev) / TUNING_CLIPS))
     clips = Clips(dev.audio.select(chosen), dev.table.iloc[list(chosen)])
     say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
-    emissions, tried = decoder.emissions(clips)[0], {}
-    wer = functools.partial(corpus_rate, clips.table["text"])
+    emissions, tried = decoder.emissions(clips)[0], []
     for weight, word_score in TUNING_GRID:
         decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
-        tried[weight, word_score] = wer(decoder.texts(emissions))
-    weight, word_score = min(tried, key=tried.get)  # the first of equals
+        tried.append([weight, word_score, corpus_rate(clips.table["text"], decoder.texts(emissions))])
+    weight, word_score, wer = min(tried, key=lambda entry: entry[-1])  # the first of equals
     decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
-    record = {"clips": len(clips), "wer": tried[weight, word_score], "wer_greedy": wer(decoder.greedy(emissions))}
-    scores = f"dev WER {percent(record['wer'])}, greedy {percent(record['wer_greedy'])}"
-    say(f"  --lm_weight {weight:g} --lm_word_score {word_score:g}: {scores}")
-    return {**decoder.lm.settings, **record, "tried": [[*pair, found] for pair, found in tried.items()]}
+    greedy = corpus_rate(clips.table["text"], decoder.greedy(emissions))
+    say(f"  --lm_weight {weight:g} --lm_word_score {word_score:g}: dev WER {percent(wer)}, greedy {percent(greedy)}")
+    return {**decoder.lm.settings, "clips": len(clips), "wer": wer, "wer_greedy": greedy, "tried": tried}
 
 
 # ---------------------------------------------------------------- transcribing
 
-
-class Word(NamedTuple):
-    """A word of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames."""
-
-    text: str
-    start: float
-    end: float
-    probability: float
+# A word of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames.
+Word = namedtuple("Word", "text start end probability")
 
 
 def clip_words(decoder, emissions):
@@ -2041,8 +1936,7 @@ def clip_words(decoder, emissions):
     begins = [pieces[frame].startswith("▁") and path[frame] != before[frame] for frame in frames]
     is_chosen = emissions.ids == np.reshape(path, (-1, 1))
     probabilities = np.exp(np.where(is_chosen, emissions.log_probs, -np.inf).max(axis=1, initial=-np.inf))
-    # The first frame of the logits sees the shortest clip; in the middle of what it sees lies what it stands for.
-    # 0.0525 s and 0.04 s a frame for MedASR.
+    # The first logit sees the shortest clip, and stands for its middle: MedASR's 0.04 s from 0.0525 s on.
     first, step = (decoder.shortest - decoder.step) / 2 / SAMPLE_RATE, decoder.step / SAMPLE_RATE
     for part in filter(len, np.split(frames, np.flatnonzero(begins))):
         start, stop = int(part[0]), int(part[-1]) + 1
@@ -2059,138 +1953,116 @@ DICTATED = {
 }  # fmt: skip
 # One of these, however often in a row, with the whitespace around it.
 DICTATED_TOKEN = re.compile(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*")
+LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0  # of subtitles, as usual in television
+LINGER_SECONDS = 0.5  # that a subtitle stays after its last word's last frame, where there is room
+PAUSE_SECONDS = 1.0  # between the written frames of two words, at which a sentence is taken to end
+PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
 
 
-def format_dictation(text):
-    """`text` with dictated punctuation and layout as what they stand for; tokens not known stay as they are."""
+def text_of(words, formatted):
+    """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for, as far as known."""
+    text = " ".join(word.text for word in words)
+    if not formatted:
+        return text
 
     def sign_of(match):
         sign = DICTATED[match[1]]
         is_there = sign[-1] == " " and text[: match.start()].endswith(sign[0])  # "5. {period}"
         return " " if is_there else sign
 
-    text = re.sub(r" +(?=\n)", "", DICTATED_TOKEN.sub(sign_of, text))
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +(?=\n)", "", DICTATED_TOKEN.sub(sign_of, text))).strip()
 
 
-LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0  # of subtitles, as usual in television
-LINGER_SECONDS = 0.5  # that a subtitle stays after its last word's last frame, where there is room
-PAUSE_SECONDS = 1.0  # between the written frames of two words, at which a sentence is taken to end
+def subtitle_lines(words, formatted):
+    """The lines of a subtitle, none longer than LINE_CHARACTERS but of a single word."""
+    text = " ".join(text_of(words, formatted).split())
+    return textwrap.wrap(text, LINE_CHARACTERS, break_long_words=False, break_on_hyphens=False)
 
 
-@dataclass
-class Transcript:
-    """The words of a recording, as the content of a file of any --transcript_format; `clean` makes a text of theirs."""
+def split_words(words, formatted):
+    """The words in lists, each of a subtitle, parted at pauses and dictated line breaks and where one is full."""
+    parts = []
+    for word in words:
+        ends = not parts or word.start - parts[-1][-1].end >= PAUSE_SECONDS
+        ends = ends or word.end - parts[-1][0].start > CUE_SECONDS
+        ends = ends or (formatted and parts[-1][-1].text in ("line}", "paragraph}"))
+        if ends or len(subtitle_lines([*parts[-1], word], formatted)) > CUE_LINES:
+            parts.append([])
+        parts[-1].append(word)
+    return parts
 
-    name: str
-    words: list[Word]
-    clean: object = str
 
-    def text_of(self, words):
-        return self.clean(" ".join(word.text for word in words))
-
-    def lines(self, words):
-        """The lines of a subtitle, none longer than LINE_CHARACTERS but of a single word."""
-        text = " ".join(self.text_of(words).split())
-        return textwrap.wrap(text, LINE_CHARACTERS, break_long_words=False, break_on_hyphens=False)
-
-    def segments(self):
-        """The words in lists, each of a subtitle, parted at pauses and dictated line breaks and where it is full."""
-        parts = []
-        for word in self.words:
-            ends = not parts or word.start - parts[-1][-1].end >= PAUSE_SECONDS
-            ends = ends or word.end - parts[-1][0].start > CUE_SECONDS
-            ends = ends or len(self.lines([*parts[-1], word])) > CUE_LINES
-            if ends or (self.clean is not str and parts[-1][-1].text in ("line}", "paragraph}")):
-                parts.append([])
-            parts[-1].append(word)
-        return parts
-
-    def text(self, with_name):
-        text = self.text_of(self.words)
-        return f"{self.name}\t{' '.join(text.split())}\n" if with_name else text + "\n"
-
-    def json(self, with_name):
-        """Whisper's keys, in one line, and "file" before them if `with_name`."""
-        segments = []
-        for number, part in enumerate(self.segments()):
-            words = [
-                {"word": text, "start": round(start, 3), "end": round(end, 3), "probability": round(probability, 4)}
-                for text, start, end, probability in part
+def transcript(kind, words, formatted, name=""):
+    """The words of a recording, their texts `formatted` or not, as the content of a file of --transcript_format `kind`,
+    with the `name` if given. json has Whisper's keys, in one line."""
+    text = text_of(words, formatted)
+    if kind == "text":
+        return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
+    parts, segments, cues = split_words(words, formatted), [], []
+    if kind == "json":
+        for number, part in enumerate(parts):
+            entries = [
+                {"word": word, "start": round(start, 3), "end": round(end, 3), "probability": round(probability, 4)}
+                for word, start, end, probability in part
             ]
-            times = {"start": words[0]["start"], "end": words[-1]["end"]}
-            segments.append({"id": number, **times, "text": self.text_of(part), "words": words})
-        content = {"file": self.name} if with_name else {}
-        content |= {"text": self.text_of(self.words), "segments": segments, "language": "en"}
+            times = {"start": entries[0]["start"], "end": entries[-1]["end"]}
+            segments.append({"id": number, **times, "text": text_of(part, formatted), "words": entries})
+        content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
         return json.dumps(content, ensure_ascii=False) + "\n"
-
-    def cues(self, decimal_mark):
-        """Yield (times, text) of each subtitle."""
-        parts = self.segments()
-        for part, following in itertools.zip_longest(parts, parts[1:]):
-            end = min(part[-1].end + LINGER_SECONDS, following[0].start if following else np.inf)
-            times = []
-            for seconds in (part[0].start, end):
-                minutes, thousandths = divmod(round(seconds * 1000), 60_000)
-                clock = f"{minutes // 60:02}:{minutes % 60:02}:{thousandths / 1000:06.3f}"
-                times.append(clock.replace(".", decimal_mark))
-            yield " --> ".join(times), "\n".join(self.lines(part))
-
-    def srt(self, with_name):
-        return "\n".join(f"{number}\n{times}\n{text}\n" for number, (times, text) in enumerate(self.cues(","), start=1))
-
-    def vtt(self, with_name):
-        return "\n".join(["WEBVTT\n", *(f"{times}\n{html.escape(text, False)}\n" for times, text in self.cues("."))])
+    for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
+        end, times = min(part[-1].end + LINGER_SECONDS, following[0].start if following else np.inf), []
+        for seconds in (part[0].start, end):
+            minutes, thousandths = divmod(round(seconds * 1000), 60_000)
+            times.append(f"{minutes // 60:02}:{minutes % 60:02}:{thousandths / 1000:06.3f}")
+        times, lines = " --> ".join(times), "\n".join(subtitle_lines(part, formatted))
+        if kind == "srt":
+            cues.append(f"{number}\n{times.replace('.', ',')}\n{lines}\n")
+        else:
+            cues.append(f"{times}\n{html.escape(lines, quote=False)}\n")
+    return "\n".join(cues if kind == "srt" else ["WEBVTT\n", *cues])
 
 
 def find_recordings(settings):
     """{path of a recording of --transcribe: its place under --transcript_dir, without suffix}, each once, in order.
-    Raises UsageError, also where two would be one file, RunError for a folder that cannot be read."""
-    found, taken, kind, keeps = {}, {}, settings.transcript_format, settings.transcript_dir is not None
+    Raises UsageError, also where two would be one file, OSError for a folder that cannot be read."""
+    found, keeps = {}, settings.transcript_dir is not None
     for path in settings.transcribe:
-        matches = [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         files = []
-        with explained(f"--transcribe is {path}, which cannot be read"):
-            for match in matches:
-                inside = filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match]
-                files += sorted(map(str, inside))
+        for match in [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True)):
+            inside = filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match]
+            files += sorted(map(str, inside))
         if not files:
-            problem = "no audio file is in this folder" if matches else "there is no such file or folder"
-            raise UsageError(f"--transcribe is {path}: {problem}")
+            raise UsageError(f"--transcribe is {path}: there is no such file, or no audio file in this folder")
         # What is below the fixed part of a pattern tells files of one name apart.
         fixed = os.path.dirname(path) if os.path.isfile(path) else re.split(r"[^/\\]*[*?\[]", path)[0]
         for file in files:
             below = "stdin" if file == "-" else os.path.relpath(file, fixed or ".")
-            found.setdefault(os.path.abspath(file), (file, below, os.path.splitext(below)[0]))
-    if kind in ("srt", "vtt") and not keeps and len(found) > 1:
-        raise UsageError(f"--transcript_format {kind} of several files needs --transcript_dir: their times start anew")
-    stems, recordings = Counter(stem.casefold() for _, _, stem in found.values()), {}
-    for file, below, stem in found.values():
-        recordings[file] = below if stems[stem.casefold()] > 1 else stem
+            found.setdefault(os.path.abspath(file), (file, below))
+    if settings.transcript_format in ("srt", "vtt") and not keeps and len(found) > 1:
+        raise UsageError("--transcript_format srt and vtt need --transcript_dir for several files: each starts at 0")
+    recordings, taken = {file: os.path.splitext(below)[0] for file, below in found.values()}, {}
+    stems = Counter(map(str.casefold, recordings.values()))
+    for file, below in found.values():
+        if stems[recordings[file].casefold()] > 1:
+            recordings[file] = below
         other = taken.setdefault(recordings[file].casefold(), file)
         if keeps and other != file:
-            what = f"{other} and {file} would both be {below}'s transcript"
-            raise UsageError(f"--transcript_dir: {what}; give the folder that both are in, whose parts are kept apart")
+            raise UsageError(f"--transcript_dir: {other} and {file} have one name; give the folder that both are in")
     return recordings
 
 
 def open_recording(name, spool):
-    """(path, samples at 16 kHz) of a recording; raises ValueError or OSError. Standard input and pipes are copied into
-    the folder `spool`, because libsndfile seeks."""
+    """A recording as a row of `Clips`; raises ValueError or OSError. libsndfile seeks, so standard input and pipes are
+    copied into the folder `spool`."""
     path, given = name, 0 if name == "-" else name
-    if given == 0 and os.isatty(0):
-        raise ValueError("standard input is a terminal; pipe audio into it")
     if given == 0 or stat.S_ISFIFO(os.stat(name).st_mode):
         path = os.path.join(spool, str(len(os.listdir(spool))))
         with open(given, "rb", closefd=given != 0) as source, open(path, "wb") as file:
-            shutil.copyfileobj(source, file, 2**20)
+            shutil.copyfileobj(source, file)
     samples, missing = audio_length(path)
     if missing > 0:
         warn(f"{name} ends after {samples / SAMPLE_RATE:,.1f} s, {missing:,.1f} s before what its header says")
-    return path, samples
-
-
-PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
+    return {"audio": path, "num_samples": samples}
 
 
 def transcribe(settings):
@@ -2204,10 +2076,8 @@ def transcribe(settings):
     # In bfloat16 where that is asked for and not emulated; MedASR's activations overflow float16.
     has_bfloat16 = settings.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     decoder.in_bfloat16 = bool(settings.bf16 or settings.fp16) and has_bfloat16
-    clean = format_dictation if settings.format_dictation else str
-    kind, folder = settings.transcript_format, settings.transcript_dir
-    # One PATH that is a file has one text, which needs no name.
-    with_names = folder is None and [*recordings] != settings.transcribe[:1]
+    kind, formatted, folder = settings.transcript_format, settings.format_dictation, settings.transcript_dir
+    with_names = folder is None and [*recordings] != settings.transcribe[:1]  # a single file needs none
     part, problems, failed, heard = {}, {}, 0, 0  # `part` and `problems` are of the files that are done next
     try:
         with tempfile.TemporaryDirectory() as spool:
@@ -2215,25 +2085,23 @@ def transcribe(settings):
                 try:
                     part[name] = open_recording(name, spool)
                 except (ValueError, OSError) as error:
-                    if is_full_disk(error):
-                        raise
                     problems[name] = one_line(error)
-                lengths = [samples for _, samples in part.values()]
-                if number < len(recordings) and sum(lengths) < PART_SECONDS * SAMPLE_RATE * settings.world_size:
+                table = pandas.DataFrame([*part.values()], columns=["audio", "num_samples"])
+                seconds = table["num_samples"] / SAMPLE_RATE
+                if number < len(recordings) and seconds.sum() < PART_SECONDS * settings.world_size:
                     continue
-                audio = [{"audio": path} for path, _ in part.values()]
-                clips = Clips(audio, pandas.DataFrame({"num_samples": lengths}))
-                emissions, unreadable, _ = decoder.emissions(clips, doing="transcribing")
+                emissions, unreadable, _ = decoder.emissions(Clips([*part.values()], table), doing="transcribing")
                 for row, name in enumerate(part):
                     if row in unreadable:
                         problems[name] = unreadable[row]
                     elif settings.is_first:
-                        heard += lengths[row] / SAMPLE_RATE
-                        made = Transcript(name, clip_words(decoder, emissions[row]), clean)
-                        text, suffix = getattr(made, kind)(with_names), "txt" if kind == "text" else kind
+                        heard += seconds[row]
+                        words = clip_words(decoder, emissions[row])
+                        text = transcript(kind, words, formatted, name if with_names else "")
                         if folder is None:
                             print(text, end="", flush=True)
                         else:
+                            suffix = "txt" if kind == "text" else kind
                             write_text(Path(folder).expanduser() / f"{recordings[name]}.{suffix}", text)
                 for name, problem in problems.items():
                     say(f"{PROGRAM}: error: {name} cannot be read as audio: {problem}", sys.stderr)
@@ -3097,7 +2965,7 @@ class Run:
         """Select the clips of `sources`, {"": the corpus, name: test set of --also_score}; raises RunError."""
         settings, self.source = self.settings, sources[""]
         self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, settings.target_text)
-        self.check = ClipCheck(model, processor.feature_extractor, self.encoder, settings.max_train_seconds)
+        self.check = ClipCheck(model.config, processor.feature_extractor, self.encoder, settings.max_train_seconds)
         self.clips = select_all(sources, settings, self.check)
         self.tests = {name or "test": self.clips[name or "test"] for name in sources}
         self.decoder = Decoder(model, processor, settings, lm)

@@ -171,15 +171,15 @@ def test_a_file_that_is_no_model_of_tokens_is_refused(transcribe, arpa, tmp_path
     content, letters = arpa.read_bytes(), [piece for piece in pieces if len(piece.strip("\u2581")) == 1]
     words_arpa = lambda path, words: write_arpa(path, *estimate([words], words, 2))  # noqa: E731
     for number, (bad, message) in enumerate({
-        b"": "no language model",
-        b"the patient has malaria\n" * 100: "no language model",
-        bytes(range(256)) * 300: "no language model",
+        b"": "cannot be loaded",
+        b"the patient has malaria\n" * 100: "cannot be loaded",
+        bytes(range(256)) * 300: "cannot be loaded",
         content[:3000]: "cannot be loaded.*End of file",
         content.replace(b"\\2-grams:", b"\\7-grams:"): "cannot be loaded",
         b"mmap lm http://kheafield.com/code format version 5\n\0" + bytes(40): "cannot be loaded",
-        gzip.compress(content)[:500]: "cannot be read.*EOFError",
-        ("the", "patient", *letters): "knows whole words, such as 'the'",
-        ("with", *(piece.strip("\u2581") for piece in pieces[1:])): "knows whole words",
+        gzip.compress(content)[:500]: "cannot be loaded.*zlib",
+        ("the", "patient", *letters): "knows .* of the model's 168 tokens.*not of words",
+        ("with", *(piece.strip("\u2581") for piece in pieces[1:])): "knows .* of the model's 168 tokens.*not of words",
         (*"abcdefghij", "##ing", "##ed"): "knows 10 of the model's 168 tokens",
     }.items()):  # fmt: skip
         path = tmp_path / f"{number}.lm"
