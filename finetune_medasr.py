@@ -2391,7 +2391,7 @@ def transcribe(settings):
 
 PAPER_SECONDS = 17  # the AfriSpeech authors' tables are of test clips shorter than this
 BOOTSTRAP_DRAWS = 10_000
-DRAWN_AT_ONCE = 2**20  # speakers: all draws of a corpus whose clips name none would take gigabytes
+DRAWN_AT_ONCE = 100  # all draws of a corpus whose clips name no speaker would take gigabytes
 # A smaller group is shown, and marked, but neither ranked nor averaged: its figure says more about its few speakers.
 MIN_GROUP_SPEAKERS, MIN_GROUP_WORDS = 5, 500
 GROUP_KINDS = ("domain", "accent", "country", "gender", "age_group", "seen_accent", "duration")
@@ -2433,8 +2433,8 @@ SYSTEMS = dict(baseline="before", finetuned="fine-tuned", baseline_lm="before, L
 
 
 def count_errors(rate, references, hypotheses):
-    """(an int array (clips, 4) of a rate: substitutions, deletions, insertions, length of the reference; jiwer's
-    alignment of the texts as normalised for it), in characters for "cer", otherwise in words."""
+    """(an int array (clips, 4) of a rate: substitutions, deletions, insertions, length of the reference; a Counter for
+    each of ERROR_KINDS of what was taken for what), in characters for "cer", otherwise in words."""
     normalize, process = RATES[rate][0], jiwer.process_characters if rate == "cer" else jiwer.process_words
     references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
     for index, reference in enumerate(references if rate == "wer_spoken" else ()):
@@ -2442,14 +2442,16 @@ def count_errors(rate, references, hypotheses):
         written = set(SPOKEN_PUNCTUATION.findall(reference))
         words = SPOKEN_PUNCTUATION.sub(lambda match, kept=written: match[0] * (match[0] in kept), hypotheses[index])
         hypotheses[index] = " ".join(words.split())
-    output, kinds = process(references, hypotheses), list(ERROR_KINDS)
-    counts = np.zeros((len(output.references), 4), np.int64)
-    for row, reference, chunks in zip(counts, output.references, output.alignments):
-        row[3] = len(reference)
+    output, errors = process(references, hypotheses), {kind: Counter() for kind in ERROR_KINDS}
+    counts = np.zeros((len(references), len(errors) + 1), np.int64)
+    for row, before, after, chunks in zip(counts, output.references, output.hypotheses, output.alignments):
+        row[-1] = len(before)
         for chunk in [chunk for chunk in chunks if chunk.type != "equal"]:
-            longer = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
-            row[kinds.index(chunk.type)] += longer
-    return counts, output
+            sides = before[chunk.ref_start_idx : chunk.ref_end_idx], after[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            pairs = [" -> ".join(filter(None, pair)) for pair in itertools.zip_longest(*sides)]
+            row[list(errors).index(chunk.type)] += len(pairs)
+            errors[chunk.type].update(pairs)
+    return counts, errors
 
 
 def corpus_rate(references, hypotheses, rate="wer"):
@@ -2458,28 +2460,20 @@ def corpus_rate(references, hypotheses, rate="wer"):
     return float(sum(errors) / length) if length else None
 
 
-@dataclass
 class Scores:
-    """The `texts` {system: hypotheses} of one test set and how they differ from its references; systems as in SYSTEMS.
-    `table` has a row a clip, with its groups; `counts` too, with the columns (system, rate or kind of error) and ("of",
-    rate), the reference's length. Every figure is a sum over some of the rows."""
+    """The `texts` {system: hypotheses} of one test set against its references; systems as in SYSTEMS. `table` has a row
+    a clip, with its groups; `counts` too, with the columns (system, rate or kind of error) and ("of", rate), the
+    reference's length. Every figure is a sum over some of the rows. `train_accents` are those in training, if any."""
 
-    table: object
-    texts: dict[str, list[str]]
-    counts: object
-
-    @classmethod
-    def of(cls, table, texts, train_accents=None):
-        """The scores of `texts` against the transcripts of a table of clips; `train_accents` are those in training."""
-        table = table.reset_index(drop=True)
+    def __init__(self, table, texts, train_accents=None):
+        table, columns = table.reset_index(drop=True), {}
         seconds = table["num_samples"].astype(float) / SAMPLE_RATE
         is_seen = table["accent"].isin(train_accents or ()).map({True: "seen", False: "unseen"})
         table["seen_accent"] = is_seen.where((table["accent"] != "") & (train_accents is not None), "")
-        places = np.searchsorted(list(DURATIONS.values()), seconds, side="right")
-        table["duration"] = [[*DURATIONS, ""][place] for place in places]  # NaN comes last
+        durations = pandas.cut(seconds, [0, *DURATIONS.values()], right=False, labels=list(DURATIONS))
+        table["duration"] = durations.astype("str").fillna("")
         table["speaker_or_clip"] = table["speaker"].where(table["speaker"] != "", table["clip"])
         table[list(GROUP_KINDS)] = table[list(GROUP_KINDS)].replace("", "unknown")
-        columns = {}
         for system, rate in itertools.product(texts, RATES):
             counts = count_errors(rate, table["text"], texts[system])[0]
             if rate == "wer_paper_short":
@@ -2487,7 +2481,8 @@ class Scores:
             columns[system, rate], columns["of", rate] = counts[:, :3].sum(axis=1), counts[:, 3]
             if rate == "wer":
                 columns |= {(system, kind): errors for kind, errors in zip(ERROR_KINDS.values(), counts.T)}
-        return cls(table, texts, pandas.DataFrame(columns))
+        self.table, self.texts, self.counts = table, texts, pandas.DataFrame(columns)
+        self.endings = [ending for ending in ("", "_lm") if any(system.endswith(ending) for system in texts)]
 
     def metrics(self):
         """metrics.json's part of a test set: {system, or "delta": rates of all clips, and "groups": of each group}."""
@@ -2500,37 +2495,33 @@ class Scores:
         return everything
 
     def metrics_of(self, part):
-        """{system: rates on some rows of the table, and their sizes; "delta": the fine-tuned's minus the baseline's}.
-        Intervals are of 10,000 resamplings of whole speakers, because their clips are not independent (Bisani & Ney
-        2004, doi 10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508); systems get the same ones, which pairs
-        them."""
-        counts, drawn, generator = self.counts.loc[part.index], [], np.random.default_rng(0)
+        """{system: its rates on some rows of the table; "delta": the fine-tuned's minus the baseline's}. Intervals are
+        of 10,000 resamplings of whole speakers, because their clips are not independent (Bisani & Ney 2004, doi
+        10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508), the same ones for all systems, which pairs them."""
+        counts, generator, drawn, found = self.counts.loc[part.index], np.random.default_rng(0), [], {}
         people = counts[[(name, "wer") for name in (*self.texts, "of")]].groupby(part["speaker_or_clip"])
-        people = people.sum().to_numpy(float)
-        at_once = max(1, DRAWN_AT_ONCE // len(people))
-        for done in range(0, BOOTSTRAP_DRAWS, at_once):
-            size = min(at_once, BOOTSTRAP_DRAWS - done), len(people)
-            drawn.append(people[generator.integers(len(people), size=size, dtype=np.int32)].sum(axis=1))
+        people, sums = people.sum().to_numpy(float), counts.sum()
+        for _ in range(BOOTSTRAP_DRAWS // DRAWN_AT_ONCE):
+            chosen = generator.integers(len(people), size=(DRAWN_AT_ONCE, len(people)), dtype=np.int32)
+            drawn.append(people[chosen].sum(axis=1))
         *drawn, words = np.concatenate(drawn).T
         drawn = {system: errors / np.maximum(words, 1) for system, errors in zip(self.texts, drawn)}
-        endings = ("", "_lm") if any(system.endswith("_lm") for system in self.texts) else ("",)
-        sums = counts.sum()
-        found = {f"{name}{ending}": None for ending in endings for name in ("baseline", "finetuned", "delta")}
         sizes = {"clips": len(part), "speakers": len(people), "words": int(sums["of", "wer"])}
         is_small = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
-        for system in self.texts:
-            rates = {rate: float(sums[system, rate] / of) if of else None for rate, of in sums["of"].items()}
-            kinds = {kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}
-            ends = np.percentile(drawn[system], (2.5, 97.5)).tolist()
-            found[system] = {**rates, **sizes, "wer_ci95": ends, **kinds, "small": is_small}
-        for ending in endings:
-            before, after = f"baseline{ending}", f"finetuned{ending}"
+
+        for ending in self.endings:
+            before, after, delta = (f"{name}{ending}" for name in ("baseline", "finetuned", "delta"))
+            found |= dict.fromkeys((before, after, delta))
+            for system in [system for system in (before, after) if system in drawn]:
+                rates = {rate: float(sums[system, rate] / of) if of else None for rate, of in sums["of"].items()}
+                kinds = {kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}
+                ends = np.percentile(drawn[system], (2.5, 97.5)).tolist()
+                found[system] = {**rates, **sizes, "wer_ci95": ends, **kinds, "small": is_small}
             if found[before] and found[after]:
                 change, more = drawn[after] - drawn[before], counts[after, "wer"] - counts[before, "wer"]
                 shares = (float(share.mean()) for share in (change < 0, more < 0, more == 0, more > 0))
-                delta = {rate: found[after][rate] - found[before][rate] for rate in RATES if sums["of", rate]}
-                delta |= {"wer_ci95": np.percentile(change, (2.5, 97.5)).tolist()}
-                found[f"delta{ending}"] = delta | dict(zip(SHARES, shares))
+                found[delta] = {rate: found[after][rate] - found[before][rate] for rate in RATES if sums["of", rate]}
+                found[delta] |= {"wer_ci95": np.percentile(change, (2.5, 97.5)).tolist(), **dict(zip(SHARES, shares))}
         return found
 
     def predictions(self):
@@ -2538,7 +2529,7 @@ class Scores:
         table, (last, before) = self.table, ("finetuned", "baseline") if "finetuned" in self.texts else ("baseline", "")
         seconds = [round(count / SAMPLE_RATE, 3) for count in table["num_samples"]]
         entries = {"audio_filepath": table["clip"], "duration": seconds, "text": table["text"]}
-        for ending in [ending for ending in ("", "_lm") if last + ending in self.texts]:
+        for ending in self.endings:
             entries[f"pred_text{ending}"] = self.texts[last + ending]
             entries[f"baseline_text{ending}"] = self.texts.get(before + ending)
         entries |= {name: table[name].replace("unknown", "") for name in GROUP_COLUMNS}
@@ -2548,19 +2539,15 @@ class Scores:
             yield json.dumps(known, ensure_ascii=False) + "\n"
 
 
-@functools.cache
-def error_rates_metric():
-    """jiwer's corpus-level WER and CER as an `evaluate` metric; evaluate.load("wer") would download its script."""
+class ErrorRates:
+    """jiwer's corpus-level WER and CER, mixed with evaluate.Metric; evaluate.load("wer") would download its script."""
 
-    class ErrorRates(evaluate.Metric):
-        def _info(self):
-            texts = datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("string")))
-            return evaluate.MetricInfo("corpus-level WER and CER", citation="", features=texts)
+    def _info(self):
+        texts = datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("string")))
+        return evaluate.MetricInfo("corpus-level WER and CER", citation="", features=texts)
 
-        def _compute(self, predictions, references):
-            return {"wer": jiwer.wer(references, predictions), "cer": jiwer.cer(references, predictions)}
-
-    return ErrorRates(experiment_id=f"medasr-{os.getpid()}", keep_in_memory=True)
+    def _compute(self, predictions, references):
+        return {"wer": jiwer.wer(references, predictions), "cer": jiwer.cer(references, predictions)}
 
 
 # ---------------------------------------------------------------- report
@@ -2650,15 +2637,11 @@ def show_scores(metrics):
 def error_lines(scores):
     """Markdown lines on what goes wrong: commonest errors, empty and runaway texts, clips that got worse."""
     lines, table, texts = [], scores.table, last_of(scores.texts)
-    errors, output = {kind: Counter() for kind in ERROR_KINDS}, count_errors("wer", table["text"], texts)[1]
-    for before, after, chunks in zip(output.references, output.hypotheses, output.alignments):
-        for chunk in [chunk for chunk in chunks if chunk.type != "equal"]:
-            sides = before[chunk.ref_start_idx : chunk.ref_end_idx], after[chunk.hyp_start_idx : chunk.hyp_end_idx]
-            errors[chunk.type].update(" -> ".join(filter(None, pair)) for pair in itertools.zip_longest(*sides))
+    errors = count_errors("wer", table["text"], texts)[1]
     for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
         common = ", ".join(f"{words} ({count})" for words, count in errors[kind].most_common(15))
         lines.append(f"Commonest {label}: {common or 'none'}.\n")
-    lengths = np.array(list(map(len, output.hypotheses)))
+    lengths = np.array([len(normalize_wer(text).split()) for text in texts])
     empty, runaway = sum(lengths == 0), sum(lengths > 2 * scores.counts["of", "wer"] + 5)
     lines.append(f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.\n")
     if {"baseline", "finetuned"} <= set(scores.texts):
@@ -2824,7 +2807,7 @@ def score_file(settings):
         warn(note)
     content = {"config": public({"command": settings.command, "score_file": settings.score_file})}
     content["data"] = {"test": {"clips": len(table), "hours": round(hours_of(table), 4), "left_out": left_out}}
-    folder, scores = Path(settings.output_dir) / "results", {"test": Scores.of(table, texts)}
+    folder, scores = Path(settings.output_dir) / "results", {"test": Scores(table, texts)}
     write_results(folder, content, scores, f"Scores of {path.name}", [*notes, *speaker_note(table)])
     say(f"\nresults: {folder}")
     return 0
@@ -3023,7 +3006,8 @@ class CTCTrainer:
             self.refuse("the dev loss is not finite")
         table = self.dev.table.assign(hypothesis=self.decoder.greedy(emissions))
         pairs = {name: list(map(normalize_wer, table[name])) for name in ("text", "hypothesis")}
-        scores = error_rates_metric().compute(references=pairs["text"], predictions=pairs["hypothesis"])
+        metric = mixed(ErrorRates, evaluate.Metric)(keep_in_memory=True)
+        scores = metric.compute(references=pairs["text"], predictions=pairs["hypothesis"])
         for domain, part in table[table["domain"] != ""].groupby("domain"):
             scores[f"wer_by_domain/{domain}"] = corpus_rate(part["text"], part["hypothesis"])
         shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]].map(markdown_text)
@@ -3271,7 +3255,7 @@ class Run:
         """The results of `decode_tests`' texts; returns the metrics."""
         settings, made, test = self.settings, self.source.made, self.clips["test"].table
         seen = None if settings.eval_only else set(self.clips["train"].table["accent"])
-        scores = {name: Scores.of(self.tests[name].table, part, seen) for name, part in texts.items()}
+        scores = {name: Scores(self.tests[name].table, part, seen) for name, part in texts.items()}
         values = settings.to_dict()
         config = {name: values.pop(name) for name in ScriptFlags.__annotations__}
         data = {name: {**sizes_of(clips.table), "skipped": clips.reasons} for name, clips in self.clips.items()}
