@@ -2524,20 +2524,6 @@ class Scores:
                 found[delta] |= {"wer_ci95": np.percentile(change, (2.5, 97.5)).tolist(), **dict(zip(SHARES, shares))}
         return found
 
-    def predictions(self):
-        """Yield a JSON line a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
-        table, (last, before) = self.table, ("finetuned", "baseline") if "finetuned" in self.texts else ("baseline", "")
-        seconds = [round(count / SAMPLE_RATE, 3) for count in table["num_samples"]]
-        entries = {"audio_filepath": table["clip"], "duration": seconds, "text": table["text"]}
-        for ending in self.endings:
-            entries[f"pred_text{ending}"] = self.texts[last + ending]
-            entries[f"baseline_text{ending}"] = self.texts.get(before + ending)
-        entries |= {name: table[name].replace("unknown", "") for name in GROUP_COLUMNS}
-        entries["wer"] = self.counts[last, "wer"] / self.counts["of", "wer"].replace(0, np.nan)
-        for entry in pandas.DataFrame(entries).to_dict("records"):
-            known = {name: None if value != value else value for name, value in entry.items()}
-            yield json.dumps(known, ensure_ascii=False) + "\n"
-
 
 class ErrorRates:
     """jiwer's corpus-level WER and CER, mixed with evaluate.Metric; evaluate.load("wer") would download its script."""
@@ -2694,12 +2680,25 @@ def draw_pictures(folder, metrics, history):
 def write_results(folder, content, scores, title, notes=(), history=()):
     """metrics.json, predictions_*.jsonl, report.md and its pictures into `folder`, metrics.json last. `scores` are
     {"test" and the names of --also_score: Scores}; `content` is the beginning of metrics.json. Returns the metrics."""
-    parts = {name: part.metrics() for name, part in scores.items()}
     packages = "torch transformers datasets evaluate jiwer librosa soundfile accelerate tensorboard".split()
     versions = {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}}
+    parts = {name: part.metrics() for name, part in scores.items()}
     metrics = {"versions": versions, **content, **parts.pop("test")} | ({"also": parts} if parts else {})
-    for name, part in scores.items():
-        write_text(folder / f"predictions_{file_stem(name)}.jsonl", "".join(part.predictions()))
+    last, before = ("finetuned", "baseline") if "finetuned" in scores["test"].texts else ("baseline", "none")
+    for name, part in scores.items():  # the predictions in the keys that NeMo's Speech Data Explorer reads, and ours
+        table, seconds = part.table, [round(count / SAMPLE_RATE, 3) for count in part.table["num_samples"]]
+        entries = {"audio_filepath": table["clip"], "duration": seconds, "text": table["text"]}
+        for ending in part.endings:
+            entries[f"pred_text{ending}"] = part.texts[last + ending]
+            entries[f"baseline_text{ending}"] = part.texts.get(before + ending)
+        entries |= {name: table[name].replace("unknown", "") for name in GROUP_COLUMNS}
+        entries["wer"] = part.counts[last, "wer"] / part.counts["of", "wer"].replace(0, np.nan)
+        entries = pandas.DataFrame(entries).astype("object").replace(np.nan, None).to_dict("records")
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+        write_text(folder / f"predictions_{file_stem(name)}.jsonl", "".join(lines))
+    if not (scores["test"].table["speaker"] != "").any():
+        alone = "each one counts as a speaker of its own, which makes the intervals too narrow"
+        notes = [*notes, f"No clip names its speaker: {alone}."]
     lines = [f"# {markdown_text(title)}\n", *score_lines(metrics), *(markdown_text(note) + "\n" for note in notes)]
     lines += [f"![{label}]({name})\n" for name, label in draw_pictures(folder, metrics, history).items()]
     lines += group_lines(metrics)
@@ -2716,19 +2715,19 @@ def write_results(folder, content, scores, title, notes=(), history=()):
 def write_model_card(final, results, settings, metrics):
     """README.md of the final model, with the Hub's evaluation metadata, the report and its pictures."""
     model, dataset, data = public(settings.model), public(settings.dataset), metrics["data"]
-    is_own, train, found, decoding = data["layout"] == "recordings", data["train"], [], ""
+    is_own, train, task = data["layout"] == "recordings", data["train"], "automatic-speech-recognition"
+    found, decoding, is_hub_id = [], "", re.compile(r"[\w.-]+/[\w.-]+").fullmatch
     for name, part in {dataset: metrics, **metrics.get("also", {})}.items():
-        shown = {"dataset_name": "AfriSpeech-200" if name == DEFAULT_DATASET else name, "dataset_type": name}
-        shown |= {"task_type": "automatic-speech-recognition", "dataset_split": "test"}
+        shown = dict(dataset_name="AfriSpeech-200" if name == DEFAULT_DATASET else name, dataset_type=name)
+        shown |= dict(dataset_split="test", task_type=task)
         for rate in [rate for rate in RATES if part["finetuned"][rate] is not None]:  # None: of another script
             value = round(100 * part["finetuned"][rate], 2)
             found.append(hub.EvalResult(metric_type=rate[:3], metric_name=rate, metric_value=value, **shown))
     named = settings.model, settings.dataset.partition(":")[0]
-    on_hub = [name for name in named if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
+    base, corpus = (name if is_hub_id(name) and not Path(name).exists() else None for name in named)
     header = dict(language="en", license="other", license_name="health-ai-developer-foundations")
     header |= dict(license_link="https://developers.google.com/health-ai-developer-foundations/terms")
-    header |= dict(base_model=named[0] if named[0] in on_hub else None, library_name="transformers")
-    header |= dict(datasets=[named[1]] if named[1] in on_hub else None, pipeline_tag="automatic-speech-recognition")
+    header |= dict(base_model=base, datasets=corpus and [corpus], library_name="transformers", pipeline_tag=task)
     header |= dict(tags=["medical", *([] if is_own else ["african-accents"]), "ctc"], eval_results=found)
     header |= dict(model_name="medasr-own-data" if is_own else "medasr-afrispeech-200")
     new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
@@ -2771,33 +2770,26 @@ Made with `{settings.command}`; {versions}.
         shutil.copy(picture, final)
 
 
-def speaker_note(table):
-    """What the report has to say of intervals for clips without speakers, in a list."""
-    note = "No clip names its speaker: each one counts as a speaker of its own, which makes the intervals too narrow."
-    return [] if (table["speaker"] != "").any() else [note]
-
-
 def score_file(settings):
     """The whole report for the texts in --score_file, made by any system; returns the exit status."""
-    path = Path(settings.score_file)
+    path, folder = Path(settings.score_file), Path(settings.output_dir) / "results"
     try:
-        cells, notes = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
+        cells, defects = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
     except RunError as error:
         raise UsageError(str(error)) from error
-    table, notes = clip_table(cells), [f"{path.name}: {note}" for note in notes]
+    table, notes = clip_table(cells), [f"{path.name}: {defect}" for defect in defects]
     table["clip"] = table["clip"].where(table["clip"] != "", [f"row {index + 1}" for index in table.index])
     table["num_samples"] = table["num_samples"].replace(0, np.nan)
     for lacking, what in ((table["text"].map(tidy) == "", "no text"), (cells["pred_text"].isna(), "no pred_text")):
-        table["problem"] = table["problem"].mask(lacking & (table["problem"] == ""), what)
-    good = table["problem"] == ""
-    bad = table[~good].itertuples()
-    notes += [f"Row {row.Index + 1} ({row.clip}) has {row.problem}: left out." for row in bad]
-    table, cells, left_out = table[good], cells[good], int((~good).sum())
+        table.loc[lacking & (table["problem"] == ""), "problem"] = what
+    bad, table = table[table["problem"] != ""], table[table["problem"] == ""]
+    notes += [f"Row {row.Index + 1} ({row.clip}) has {row.problem}: left out." for row in bad.itertuples()]
     if not any(map(normalize_wer, table["text"])):
         wanted = "no row with both text and pred_text" if table.empty else "no text with a word to score"
-        raise UsageError(f"--score_file {path} has {wanted} among {plural(len(good), 'row')}")
+        raise UsageError(f"--score_file {path} has {wanted} among {plural(len(cells), 'row')}")
     if unknown := int(table["num_samples"].isna().sum()):
         notes.append(f"{plural(unknown, 'row')} without a duration: not among clips under {PAPER_SECONDS} s.")
+    cells = cells.loc[table.index]
     texts, before = {"baseline": cells["pred_text"].tolist()}, cells.get("baseline_text")
     if before is not None and before.notna().all():
         texts = {"baseline": before.tolist(), "finetuned": texts["baseline"]}
@@ -2806,17 +2798,15 @@ def score_file(settings):
     for note in notes:
         warn(note)
     content = {"config": public({"command": settings.command, "score_file": settings.score_file})}
-    content["data"] = {"test": {"clips": len(table), "hours": round(hours_of(table), 4), "left_out": left_out}}
-    folder, scores = Path(settings.output_dir) / "results", {"test": Scores(table, texts)}
-    write_results(folder, content, scores, f"Scores of {path.name}", [*notes, *speaker_note(table)])
+    content["data"] = {"test": {"clips": len(table), "hours": round(hours_of(table), 4), "left_out": len(bad)}}
+    write_results(folder, content, {"test": Scores(table, texts)}, f"Scores of {path.name}", notes)
     say(f"\nresults: {folder}")
     return 0
 
 
 # ---------------------------------------------------------------- half precision
 
-# float16 ends at 65,504. A module whose inputs or outputs come within a factor of 8 of that is run in float32, so that
-# activations may still grow while training.
+# float16 ends at 65,504. A module within a factor of 8 of that is run in float32: activations grow in training.
 HALF_PRECISION_LIMIT = 65_504 / 8
 # The gradient scaler halves its scale at each skipped update, so a run starts with a few; so many are overflow.
 MAX_SKIPPED_UPDATES = 10
@@ -2830,9 +2820,8 @@ def in_float32(forward, *inputs, **options):
 
 
 def with_finite_statistics(module, forward, *inputs, **options):
-    """A forward of a BatchNorm that keeps what overflows out of its running statistics. The gradient scaler skips the
-    update of a batch that overflows, but the forward pass has moved the statistics by then: from one infinity on, every
-    evaluation would give blank text while the training loss looks normal."""
+    """A forward of a BatchNorm that keeps what overflows out of its running statistics, which it moves before the
+    gradient scaler skips the update: from one infinity on, evaluations would give blank text."""
     before = [values.clone() for values in module.buffers()]
     output = forward(*inputs, **options)
     for values, kept in zip(module.buffers(), before):
@@ -2880,7 +2869,7 @@ class CTCTrainer:
     clips, bar = (), None  # of the update under way; of the progress
     # Since the last log: samples without and with padding; when that was, pauses aside; seconds of waiting for data.
     heard, started, waited = np.zeros(2), 0.0, 0.0
-    skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16 since the last log, and just now
+    skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16, in all and just now
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -2902,11 +2891,12 @@ class CTCTrainer:
     def on_train_begin(self, args, state, control, **kwargs):
         looks = {"desc": "training", "unit": "update", "disable": self.decoder.is_silent}
         self.bar = tqdm.tqdm(total=state.max_steps, initial=state.global_step, **looks)
+        self.skipped = max((entry.get("skipped_updates", 0) for entry in state.log_history), default=0)
         # What a resumption lacks: the best checkpoint's new place if the folder was moved, and a stopped evaluation.
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         state.best_model_checkpoint = str(best) if best.exists() else state.best_model_checkpoint
-        evaluated = {entry["step"] for entry in state.log_history if "eval_wer" in entry}
-        is_due = args.eval_strategy == "steps" and state.global_step and state.global_step % state.eval_steps == 0
+        evaluated = {0, *(entry["step"] for entry in state.log_history if "eval_wer" in entry)}
+        is_due = args.eval_strategy == "steps" and state.global_step % state.eval_steps == 0
         if is_due and state.global_step not in evaluated:
             self._determine_best_metric(self._evaluate(None, None), None)
         self.stop_early()
@@ -2928,33 +2918,29 @@ class CTCTrainer:
             super()._run_epoch(epoch=epoch, **options)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of an update, each with its share of the update's clips, timed."""
+        """The batches of an update, timed."""
         start = time.monotonic()
         self.started = self.started or start
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.waited += time.monotonic() - start
         self.heard = self.heard + np.sum([batch["counts"] for batch in batches], axis=0)
         self.clips = [clip for batch in batches for clip in batch["clips"]]
-        for batch in batches:
-            batch["share"] = torch.tensor(len(batch["clips"]) / len(self.clips))
         return [model_inputs(batch, self.decoder.extractor, device) for batch in batches], items
 
     def compute_loss(self, model, inputs, **options):
         """The batch's part in the mean over the update's clips; the Trainer's is over batches, also of other sizes."""
-        share = inputs.pop("share")
-        return super().compute_loss(model, inputs, **options) * share
+        return super().compute_loss(model, inputs, **options) * (len(inputs["labels"]) / len(self.clips))
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped.
         accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default."""
         norm = super()._get_grad_norm(model, grad_norm)
-        is_finite, where = bool(np.isfinite(float(norm))), f"(clips: {', '.join(self.clips)})"
+        is_finite, most = bool(np.isfinite(float(norm))), MAX_SKIPPED_UPDATES if self.args.fp16 else 1
         self.skipped += not is_finite
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
-        if not is_finite and not self.args.fp16:
-            self.refuse(f"the gradient is not finite {where}")
-        if self.skipped_in_a_row == MAX_SKIPPED_UPDATES:
-            self.refuse(f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates in a row {where}")
+        if self.skipped_in_a_row == most:
+            problem = f"float16 overflowed in {most} updates in a row" if most > 1 else "the gradient is not finite"
+            self.refuse(f"{problem} (clips: {', '.join(self.clips)})")
         return norm
 
     def refuse(self, problem):
@@ -2987,13 +2973,12 @@ class CTCTrainer:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if broken := not_finite(self.model):
             self.refuse(f"the model is not finite, in {broken},")
-        if self.args.should_save:
-            (folder / "trainer_state.json").unlink(missing_ok=True)
+        (folder / "trainer_state.json").unlink(missing_ok=True)
         with explained(f"{folder} cannot be written", checkpoint_errors(), ROOM_ADVICE):
             try:
                 super()._save_checkpoint(model, trial)
             except BaseException:  # what is half-written takes the room that is asked for
-                shutil.rmtree(folder if self.args.should_save else "", ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
                 raise
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
@@ -3013,6 +2998,9 @@ class CTCTrainer:
         shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]].map(markdown_text)
         scores["transcriptions"] = "\n".join(markdown_table(["accent", "reference", "hypothesis"], shown.to_numpy()))
         scores |= {"loss": loss, "runtime": round(time.monotonic() - start, 2)}
+        if not self.decoder.is_silent:
+            shown = f"dev WER {percent(scores['wer'])}, CER {percent(scores['cer'])}"
+            tqdm.tqdm.write(f"  step {self.state.global_step:>6}: {shown}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -3021,9 +3009,9 @@ class CTCTrainer:
     def log(self, logs, start_time=None):
         """Log the speed beside a training loss, and show readable figures instead of a dict."""
         if "loss" in logs:
-            heard, now = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device), time.monotonic()
+            heard = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device)
             real, padded = self.accelerator.reduce(heard, "sum").tolist()
-            seconds = max(now - self.started, 1e-3)
+            seconds = max((now := time.monotonic()) - self.started, 1e-3)
             logs["audio_seconds_per_second"] = round(real / SAMPLE_RATE / seconds, 1)
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
             logs["data_wait_percent"] = round(100 * self.waited / seconds, 1)
@@ -3031,13 +3019,9 @@ class CTCTrainer:
             speed = f"{logs['audio_seconds_per_second']:.0f} audio s/s"
             shown = f"loss {logs['loss']:.3f}, {speed}, {logs['data_wait_percent']:.0f} % waiting for data"
             if self.args.fp16:
-                earlier = [entry["skipped_updates"] for entry in self.state.log_history if "skipped_updates" in entry]
-                logs["skipped_updates"], self.skipped = self.skipped + sum(earlier[-1:]), 0
-                shown += f", {plural(logs['skipped_updates'], 'update')} skipped" * bool(logs["skipped_updates"])
+                logs["skipped_updates"] = self.skipped
+                shown += f", {plural(self.skipped, 'update')} skipped" * bool(self.skipped)
             self.bar.set_postfix_str(shown)
-        if "eval_wer" in logs and self.bar and not self.bar.disable:
-            scores = f"dev WER {percent(logs['eval_wer'])}, CER {percent(logs['eval_cer'])}"
-            self.bar.write(f"  step {self.state.global_step:>6}: {scores}")
         super().log(logs, start_time)
 
 
@@ -3088,8 +3072,6 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
     """The Trainer for training clips and the dev `Clips`; raises RunError if float16 cannot be made safe."""
     model, extractor, device = decoder.model, decoder.extractor, settings.device
     plain = CTCCollator(extractor, encoder, shortest=decoder.shortest)
-    if settings.streaming:
-        settings.train_sampling_strategy, settings.ignore_data_skip = "random", True
     if settings.gradient_checkpointing:
         # Under DDP checkpointing forbids unused parameters, which a dropped layer would leave.
         model.encoder.layerdrop = 0.0
@@ -3103,6 +3085,7 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
         guard_half_precision(model, [model_inputs(batch, extractor, device) for batch in batches], device)
     if settings.auto_train_batch:
         choose_batch_size(model.to(device), plain, train, settings, batch_limit)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.output_dir) / "runs")
     trainer = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)(
         model=model,
         args=settings,
@@ -3113,9 +3096,6 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
     )
     trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()
     trainer.model_accepts_loss_kwargs = False  # concluded from the **kwargs of LasrForCTC.forward, which ignores them
-    if board := trainer.pop_callback(transformers.integrations.TensorBoardCallback):
-        board.logging_dir = str(Path(settings.output_dir) / "runs")
-        trainer.add_callback(board)
     trainer.remove_callback(transformers.PrinterCallback if settings.disable_tqdm else transformers.ProgressCallback)
     trainer.add_callback(trainer)
     return trainer
@@ -3124,18 +3104,18 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
 def checkpoint_to_resume(settings):
     """(the complete checkpoint to go on from, None for none; its updates): the newest, or --resume_from_checkpoint's.
     Raises UsageError if the one asked for is not complete, RunError if the processes find different ones."""
-    asked, output, checkpoint, updates = settings.resume_from_checkpoint, Path(settings.output_dir), None, 0
+    asked, checkpoint, updates = settings.resume_from_checkpoint, None, 0
     is_asked = asked and asked.lower() not in ("true", "false")
-    found = [path for path in output.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    for path in [Path(asked)] if is_asked else sorted(found, key=lambda path: -int(path.name[11:])):
-        if state := read_json(path / "trainer_state.json"):  # the Trainer writes it last
-            checkpoint, updates = str(path), state["global_step"]
+    found = Lazy("transformers.trainer_utils").sort_checkpoints(settings.output_dir)
+    for path in [asked] if is_asked else reversed(found):
+        if state := read_json(Path(path, "trainer_state.json")):  # the Trainer writes it last
+            checkpoint, updates = path, state["global_step"]
             break
         if is_asked:
             raise UsageError(f"--resume_from_checkpoint is {asked}: no checkpoint that was finished; choose another")
         warn(f"{path} is left aside: it was not finished")
     if agreed(updates, settings) != agreed(updates, settings, "MAX"):
-        what = f"the processes find different checkpoints in {output}, which nodes have to share"
+        what = f"the processes find different checkpoints in {settings.output_dir}, which nodes have to share"
         raise RunError(f"{what}; --overwrite_output_dir starts anew")
     return checkpoint, updates
 
@@ -3149,7 +3129,7 @@ IDENTITY = """model model_revision dataset dataset_revision text_column accents 
 NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
 # These may change from one start of a run to the next; the texts with a language model are made again.
 GOAL = "max_steps num_train_epochs early_stopping_patience also_score".split()
-LM_FLAGS = "lm lm_weight lm_word_score lm_beam tune_lm".split()
+OF_LM = "lm lm_weight lm_word_score lm_beam tune_lm lm_bytes".split()
 
 
 class Run:
@@ -3160,19 +3140,19 @@ class Run:
 
     def __init__(self, settings):
         self.settings, self.output = settings, Path(settings.output_dir)
-        self.lms = {}  # system: the settings of the language model that its texts were made with
-        self.results, self.final, self.path = self.output / "results", self.output / "final", self.output / "run.json"
+        self.results, self.final, self.path = (self.output / name for name in ("results", "final", "run.json"))
         weights = Path(settings.model).expanduser() / "model.safetensors"  # tells models in folders of one name apart
         values = {**vars(settings), "clips_an_update": settings.clips_an_update}
         values["weights"] = zlib.crc32(weights.open("rb").read(1 << 20)) if weights.is_file() else None
-        identity, goal, lm = ({name: values[name] for name in names} for names in (IDENTITY, GOAL, LM_FLAGS))
-        lm["lm_bytes"] = os.path.getsize(settings.lm) if os.path.isfile(settings.lm or "") else None
-        self.lm_asked = public(lm if settings.lm else {})
-        self.goal = public(goal) | self.lm_asked
-        self.notes = {"identity": public(identity), "baseline": None, "reached": None, "batch_limit": None}
+        values["lm_bytes"] = os.path.getsize(settings.lm) if os.path.isfile(settings.lm or "") else None
+        identity, goal, lm = (public({name: values[name] for name in names}) for names in (IDENTITY, GOAL, OF_LM))
+        self.lm_asked = lm if settings.lm else {}
+        self.goal = goal | self.lm_asked
+        self.notes = {"identity": identity, "baseline": None, "reached": None, "batch_limit": None}
 
     def open(self):
-        """Take up what an earlier start of the run has left; raises UsageError where it is of another run."""
+        """Take up what an earlier start of the run has left; returns its metrics if it has finished, otherwise None.
+        Raises UsageError for what is of another run."""
         output, anew = self.output, self.settings.overwrite_output_dir
         for path in [*self.results.glob("*.tmp"), *output.glob("*")] if self.settings.is_first else ():
             if path.suffix == ".tmp" or (anew and MADE_BY_A_RUN.match(path.name)):  # half-written by a killed start
@@ -3180,8 +3160,9 @@ class Run:
         found = [*output.glob("final"), *output.glob("checkpoint-*")]
         # A checkpoint that was copied here can be gone on from.
         foreign = [str(path) for path in found if not (path / "trainer_state.json").exists()]
+        metrics = (self.final / "config.json").is_file() and read_json(self.results / "metrics.json")
         # The first process's, because all have to do the same.
-        notes, foreign = accelerate.utils.gather_object([(read_json(self.path), foreign)])[0]
+        notes, foreign, metrics = accelerate.utils.gather_object([(read_json(self.path), foreign, metrics)])[0]
         advice = "choose another --output_dir, or --overwrite_output_dir to delete what is there"
         if foreign and not notes:
             raise UsageError(f"{foreign[0]} is of no run of this program, and this one would delete it; {advice}")
@@ -3190,26 +3171,15 @@ class Run:
                 what = f"holds a run with {NO_FLAGS.get(name, f'--{name}')} {found}, not {value}"
                 raise UsageError(f"--output_dir {output} {what}; {advice}")
         self.notes |= notes or {}
+        return metrics if self.notes["reached"] == self.goal else None
 
     def save(self, **notes):
         self.notes |= notes
         if self.settings.is_first:
             write_text(self.path, json.dumps(self.notes, ensure_ascii=False, indent=1))
 
-    def show_finished(self):
-        """Show the scores of a run that is finished; returns whether it is, with its results there."""
-        metrics = read_json(self.results / "metrics.json")
-        is_finished = self.notes["reached"] == self.goal and metrics and (self.final / "config.json").is_file()
-        is_finished = agreed(bool(is_finished), self.settings, "MAX")
-        if is_finished and self.settings.is_first:
-            more = "--overwrite_output_dir starts anew, more --max_steps or --num_train_epochs go on"
-            say(f"{self.output} holds this run, finished; {more}")
-            show_scores(metrics)
-            self.finish()
-        return is_finished
-
     def finish(self):
-        if self.settings.upload:
+        if self.settings.upload and self.settings.is_first:
             push_to_hub(self.settings, self.final)
         say(f"\nmodel: {self.final}\nresults: {self.results}\ncurves: tensorboard --logdir {self.output / 'runs'}")
 
@@ -3233,49 +3203,35 @@ class Run:
             emissions = decoder.emissions(clips)[0]
             texts[name] = {system: decoder.greedy(emissions)}
             if decoder.lm:
-                texts[name][f"{system}_lm"], self.lms[system] = decoder.texts(emissions), decoder.lm.settings
+                texts[name][f"{system}_lm"] = decoder.texts(emissions)
         return texts
-
-    def decode_baseline(self):
-        """`decode_tests` of the untouched model, once a run: a later start takes the texts of the same clips."""
-        clips = {name: part.table["clip"].tolist() for name, part in self.tests.items()}
-        made_of, noted = digest([self.lm_asked, clips]), self.notes["baseline"] or {}
-        if noted.get("of") != made_of:
-            say(f"scoring {self.settings.model} as it is on the test split")
-            noted = {"of": made_of, "texts": self.decode_tests("baseline"), "lm": self.lms.get("baseline")}
-            self.save(baseline=noted)
-        self.lms["baseline"] = noted["lm"]
-        for name, part in noted["texts"].items():
-            for system, texts in part.items():
-                wer = percent(corpus_rate(self.tests[name].table["text"], texts))
-                say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
-        return noted["texts"]
 
     def write_results(self, texts, history=()):
         """The results of `decode_tests`' texts; returns the metrics."""
-        settings, made, test = self.settings, self.source.made, self.clips["test"].table
-        seen = None if settings.eval_only else set(self.clips["train"].table["accent"])
+        settings, made, clips, lm = self.settings, self.source.made, self.clips, self.decoder.lm
+        seen = None if settings.eval_only else set(clips["train"].table["accent"])
         scores = {name: Scores(self.tests[name].table, part, seen) for name, part in texts.items()}
-        values = settings.to_dict()
-        config = {name: values.pop(name) for name in ScriptFlags.__annotations__}
-        data = {name: {**sizes_of(clips.table), "skipped": clips.reasons} for name, clips in self.clips.items()}
-        data |= {"made_splits": made, "speakers_in_train_too": shared_speakers(self.clips)}
+        training = settings.to_dict()
+        config = {name: training.pop(name) for name in ScriptFlags.__annotations__}
+        data = {name: {**sizes_of(part.table), "skipped": part.reasons} for name, part in clips.items()}
+        data |= {"made_splits": made, "speakers_in_train_too": shared_speakers(clips)}
         data |= {"layout": self.source.layout, "characters_dropped_from_labels": self.encoder.dropped}
-        content = {"config": {**config, "command": settings.command, "training": values}, "data": data}
-        longer = plural(int((test["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum()), "clip")
-        windows = f"{longer} over {settings.window_seconds:g} s scored in overlapping windows"
-        notes = [f"{windows}; none left out for its length.", *speaker_note(test), *shared_speaker_notes(self.clips)]
+        content = {"config": {**config, "command": settings.command, "training": training}, "data": data}
+        longer = int((clips["test"].table["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum())
+        windows = f"{plural(longer, 'clip')} over {settings.window_seconds:g} s scored in overlapping windows"
+        notes = [f"{windows}; none left out for its length.", *shared_speaker_notes(clips)]
         notes += [f"{' and '.join(made)} made of the train split by speaker."] * bool(made)
-        if lm := self.lms.get("finetuned") or self.lms.get("baseline"):
-            content["lm"] = {**lm, "baseline": self.lms.get("baseline") or lm}  # each model is tuned by itself
-            notes += [f"LM ({name}): {used}" for name, used in (("now", lm), ("before", content["lm"]["baseline"]))]
+        if lm:
+            before = (self.notes["baseline"] or {}).get("lm") or lm.settings  # each model is tuned by itself
+            content["lm"] = {**lm.settings, "baseline": before}
+            notes += [f"LM (now): {lm.settings}", f"LM (before): {before}"]
         title = f"{public(settings.model)} on {public(settings.dataset)}"
         return write_results(self.results, content, scores, title, notes, history)
 
-    def train(self, checkpoint, done):
-        """Train, from `checkpoint` with its updates `done` if given; returns the trainer with the best model. Shortens
-        the default warm-up and evaluation interval where a run is too short for them."""
-        settings, default, trainer = self.settings, TrainingFlags, None
+    def train(self):
+        """Train, from the checkpoint if there is one; returns the trainer with the best model. Shortens the default
+        warm-up and evaluation interval where a run is too short for them."""
+        settings, default, trainer, checkpoint = self.settings, TrainingFlags, None, self.checkpoint
         train, seed = self.clips["train"].audio, settings.seed
         updates, _ = planned_updates(settings, len(self.clips["train"]))
         say(f"training: {plural(updates, 'update')}")
@@ -3286,17 +3242,17 @@ class Run:
             settings.warmup_steps = max(1, updates // 10)
             say(f"  warming up over {settings.warmup_steps}")
         if settings.streaming:
-            seed += done  # the stream starts anew, and should not with the same clips and masks
+            # The stream starts anew, and should not with the same clips and masks.
+            seed, settings.ignore_data_skip = seed + self.done, True
             train = mixed(TrainingStream, torch.utils.data.IterableDataset)(self.source, settings, self.check, seed)
-        greedy, limit = Decoder(self.decoder.model, self.decoder.processor, settings), self.notes["batch_limit"]
-        loading = explained(
-            f"{checkpoint} cannot be loaded", checkpoint_errors(), "delete it: an older one is taken then"
-        )
+        greedy, advice = Decoder(self.decoder.model, self.decoder.processor, settings), "an older one is taken then"
+        loading = explained(f"{checkpoint} cannot be loaded", checkpoint_errors(), f"delete it: {advice}")
         try:
-            trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], limit)
+            clips, limit = self.clips["dev"], self.notes["batch_limit"]
+            trainer = make_trainer(settings, greedy, self.encoder, train, clips, limit)
             trainer.data_collator.seed = seed
             if checkpoint:
-                say(f"  going on from {checkpoint}, update {done} of {updates}")
+                say(f"  going on from {checkpoint}, update {self.done} of {updates}")
             for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
                 setattr(trainer, name, loading(getattr(trainer, name)))
             with STOP_SIGNALS.deferring():
@@ -3319,34 +3275,42 @@ class Run:
                 trainer.bar.close()  # no message belongs behind it
         return trainer
 
-    def fit_and_score(self, checkpoint, done):
-        """The main job; returns the exit status."""
-        settings = self.settings
+    def fit_and_score(self):
+        """The main job. The untouched model is scored once a run: a later start takes its texts of the same clips."""
+        clips = {name: part.table["clip"].tolist() for name, part in self.tests.items()}
+        made_of, baseline = digest([self.lm_asked, clips]), self.notes["baseline"] or {}
         self.save()
-        texts = {} if settings.skip_baseline else self.decode_baseline()
-        trainer = self.train(checkpoint, done)
+        if baseline.get("of") != made_of and not self.settings.skip_baseline:
+            say(f"scoring {self.settings.model} as it is on the test split")
+            baseline, lm = {"of": made_of, "texts": self.decode_tests("baseline")}, self.decoder.lm
+            self.save(baseline={**baseline, "lm": lm and lm.settings})
+        texts = {} if self.settings.skip_baseline else baseline["texts"]
+        for name, system in [(name, system) for name, part in texts.items() for system in part]:
+            wer = percent(corpus_rate(self.tests[name].table["text"], texts[name][system]))
+            say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
+        trainer = self.train()
         say("scoring the fine-tuned model on the test split")
         # Without the wrapper that autocasts: before and after are scored alike, in float32.
         self.decoder.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         accelerate.utils.broadcast(self.decoder.model.state_dict())  # in place: the first process's is the best model
         texts = {name: texts.get(name, {}) | found for name, found in self.decode_tests("finetuned").items()}
-        if settings.is_first:
-            metrics = self.write_results(texts, trainer.state.log_history)
-            what = f"{self.final} cannot be written"
-            with explained(what, checkpoint_errors(), ROOM_ADVICE), complete(self.final) as final:
-                trainer.save_model(str(final))
-                write_model_card(final, self.results, settings, metrics)
-            # The test scores and the picture by accent go to TensorBoard, beside the curves of the training.
-            with Lazy("torch.utils.tensorboard").SummaryWriter(str(self.output / "runs")) as writer:
-                step, parts = trainer.state.global_step, {"test": metrics, **metrics.get("also", {})}
-                for (name, part), system, rate in itertools.product(parts.items(), SYSTEMS, RATES):
-                    if part.get(system) and part[system][rate] is not None:
-                        writer.add_scalar(f"{file_stem(name)}_{system}/{rate}", part[system][rate], step)
-                picture = Lazy("matplotlib.image").imread(self.results / "wer_by_accent.png")
-                writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
-            self.save(reached=self.goal)
-            self.finish()
-        return 0
+        if not self.settings.is_first:
+            return
+        metrics = self.write_results(texts, trainer.state.log_history)
+        what = f"{self.final} cannot be written"
+        with explained(what, checkpoint_errors(), ROOM_ADVICE), complete(self.final) as final:
+            trainer.save_model(str(final))
+            write_model_card(final, self.results, self.settings, metrics)
+        # The test scores and the picture by accent go to TensorBoard, beside the curves of the training.
+        with Lazy("torch.utils.tensorboard").SummaryWriter(str(self.output / "runs")) as writer:
+            step, parts = trainer.state.global_step, {"test": metrics, **metrics.get("also", {})}
+            for (name, part), system, rate in itertools.product(parts.items(), SYSTEMS, RATES):
+                if part.get(system) and part[system][rate] is not None:
+                    writer.add_scalar(f"{file_stem(name)}_{system}/{rate}", part[system][rate], step)
+            picture = Lazy("matplotlib.image").imread(self.results / "wer_by_accent.png")
+            writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
+        self.save(reached=self.goal)
+        self.finish()
 
 
 def run(settings):
@@ -3361,10 +3325,13 @@ def run(settings):
     transformers.set_seed(settings.seed)
     this, trains = Run(settings), not any(getattr(settings, mode) for mode in MODES)
     if trains:
-        this.open()
-        if this.show_finished():
+        if metrics := this.open():
+            more = "--overwrite_output_dir starts anew, more --max_steps or --num_train_epochs go on"
+            say(f"{this.output} holds this run, finished; {more}")
+            show_scores(metrics)
+            this.finish()
             return 0
-        checkpoint, done = checkpoint_to_resume(settings)
+        this.checkpoint, this.done = checkpoint_to_resume(settings)
     say(f"corpus: {settings.dataset}")
     if trains or settings.eval_only:
         # Before the audio: what cannot be used should not be found out after hours of preparation.
@@ -3387,12 +3354,13 @@ def run(settings):
         return 0
     this.select(processor, model, lm, sources)
     if trains:
-        return this.fit_and_score(checkpoint, done)
-    say(f"scoring {settings.model} on the test split")
-    texts = this.decode_tests("baseline")
-    if settings.is_first:
-        this.write_results(texts)
-        say(f"\nresults: {this.results}")
+        this.fit_and_score()
+    else:
+        say(f"scoring {settings.model} on the test split")
+        texts = this.decode_tests("baseline")
+        if settings.is_first:
+            this.write_results(texts)
+            say(f"\nresults: {this.results}")
     return 0
 
 
