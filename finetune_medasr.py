@@ -2427,14 +2427,13 @@ RATES = {
     "wer_negations": (keep(NEGATIONS), "WER of negations alone"),
     "cer": (normalize_wer, "CER"),
 }
-# What is scored on one set of clips, and its name in tables: the greedy text and that with the language model, of the
-# model before and after.
+# What is scored on a set of clips, and its name in tables: texts before and after training, greedy and with the LM.
 SYSTEMS = dict(baseline="before", finetuned="fine-tuned", baseline_lm="before, LM", finetuned_lm="fine-tuned, LM")
 
 
 def count_errors(rate, references, hypotheses):
-    """(an int array (clips, 4) of a rate: substitutions, deletions, insertions, length of the reference; a Counter for
-    each of ERROR_KINDS of what was taken for what), in characters for "cer", otherwise in words."""
+    """(an int array (clips, 4): substitutions, deletions, insertions, length of the reference; {kind of error: Counter
+    of what was taken for what}), in characters for "cer", otherwise in words."""
     normalize, process = RATES[rate][0], jiwer.process_characters if rate == "cer" else jiwer.process_words
     references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
     for index, reference in enumerate(references if rate == "wer_spoken" else ()):
@@ -2495,9 +2494,9 @@ class Scores:
         return everything
 
     def metrics_of(self, part):
-        """{system: its rates on some rows of the table; "delta": the fine-tuned's minus the baseline's}. Intervals are
-        of 10,000 resamplings of whole speakers, because their clips are not independent (Bisani & Ney 2004, doi
-        10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508), the same ones for all systems, which pairs them."""
+        """{system: its rates on some rows; "delta": the fine-tuned's minus the baseline's}. Intervals are of 10,000
+        resamplings of whole speakers, whose clips are not independent (Bisani & Ney 2004, doi
+        10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508), the same for all systems, which pairs them."""
         counts, generator, drawn, found = self.counts.loc[part.index], np.random.default_rng(0), [], {}
         people = counts[[(name, "wer") for name in (*self.texts, "of")]].groupby(part["speaker_or_clip"])
         people, sums = people.sum().to_numpy(float), counts.sum()
@@ -2785,8 +2784,8 @@ def score_file(settings):
     bad, table = table[table["problem"] != ""], table[table["problem"] == ""]
     notes += [f"Row {row.Index + 1} ({row.clip}) has {row.problem}: left out." for row in bad.itertuples()]
     if not any(map(normalize_wer, table["text"])):
-        wanted = "no row with both text and pred_text" if table.empty else "no text with a word to score"
-        raise UsageError(f"--score_file {path} has {wanted} among {plural(len(cells), 'row')}")
+        found = f"no text with a word to score and a pred_text among {plural(len(cells), 'row')}"
+        raise UsageError(f"--score_file {path} has {found}")
     if unknown := int(table["num_samples"].isna().sum()):
         notes.append(f"{plural(unknown, 'row')} without a duration: not among clips under {PAPER_SECONDS} s.")
     cells = cells.loc[table.index]
@@ -2830,9 +2829,8 @@ def with_finite_statistics(module, forward, *inputs, **options):
 
 
 def guard_half_precision(model, batches, device):
-    """Make `model` safe under float16 autocast, by measuring it on `batches`; returns {module in float32: its peak}.
-    MedASR's subsampler reaches about 1.1e5 and other activations more: plain float16 gives inf, then NaN. Raises
-    RunError if the outputs are not finite all the same."""
+    """Make `model` safe under float16 autocast, by measuring it on `batches`: MedASR's subsampler reaches about 1.1e5
+    and other activations more, plain float16 gives inf, then NaN. Raises RunError if its outputs stay so."""
     watched = {module: name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
     watched[model.encoder.subsampler], peaks = "encoder.subsampler", Counter()
 
@@ -2845,9 +2843,8 @@ def guard_half_precision(model, batches, device):
     with torch.nn.modules.module.register_module_forward_hook(watch), torch.no_grad():
         for batch in batches:
             model(**batch)
-    guarded = {name: top for name, top in peaks.items() if top > HALF_PRECISION_LIMIT or name == "encoder.subsampler"}
     for name, module in model.named_modules():
-        if name in guarded:
+        if peaks[name] > HALF_PRECISION_LIMIT or name == "encoder.subsampler":
             module.forward = functools.partial(in_float32, module.forward)
         if isinstance(module, torch.nn.BatchNorm1d):
             module.forward = functools.partial(with_finite_statistics, module, module.forward)
@@ -2855,7 +2852,6 @@ def guard_half_precision(model, batches, device):
         for batch in batches:
             if not torch.isfinite(model(**batch).logits).all():
                 raise RunError("the model overflows float16 even with its large activations in float32: use --bf16")
-    return guarded
 
 
 # ---------------------------------------------------------------- training
@@ -3037,8 +3033,8 @@ SPARE_MEMORY = 0.05  # of the GPU's, left over in a trial for what batches of ot
 
 
 def choose_batch_size(model, collator, train, settings, limit):
-    """Split the clips of an update into the largest steps, up to `limit` if given, that fit the GPU with the longest
-    clips of the run, beside what optimizer and processes keep in memory."""
+    """Split the clips of an update into the largest steps, up to `limit` if given, that fit the GPU if all clips are as
+    long as the longest, beside what optimizer and processes keep in memory."""
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
@@ -3086,14 +3082,11 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
     if settings.auto_train_batch:
         choose_batch_size(model.to(device), plain, train, settings, batch_limit)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.output_dir) / "runs")
-    trainer = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)(
-        model=model,
-        args=settings,
-        data_collator=dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed),
-        train_dataset=train,
-        eval_dataset=dev.audio,
-        processing_class=decoder.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
-    )
+    collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed)
+    options = {"data_collator": collator, "train_dataset": train, "eval_dataset": dev.audio}
+    options["processing_class"] = decoder.processor  # whole: its feature extractor alone has no tokenizer to save
+    kind = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)
+    trainer = kind(model, settings, **options)
     trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()
     trainer.model_accepts_loss_kwargs = False  # concluded from the **kwargs of LasrForCTC.forward, which ignores them
     trainer.remove_callback(transformers.PrinterCallback if settings.disable_tqdm else transformers.ProgressCallback)
@@ -3105,13 +3098,12 @@ def checkpoint_to_resume(settings):
     """(the complete checkpoint to go on from, None for none; its updates): the newest, or --resume_from_checkpoint's.
     Raises UsageError if the one asked for is not complete, RunError if the processes find different ones."""
     asked, checkpoint, updates = settings.resume_from_checkpoint, None, 0
-    is_asked = asked and asked.lower() not in ("true", "false")
-    found = Lazy("transformers.trainer_utils").sort_checkpoints(settings.output_dir)
-    for path in [asked] if is_asked else reversed(found):
+    found = Lazy("transformers.trainer_utils").sort_checkpoints(settings.output_dir)[::-1]
+    for path in found if not asked or asked.lower() in ("true", "false") else [asked]:
         if state := read_json(Path(path, "trainer_state.json")):  # the Trainer writes it last
             checkpoint, updates = path, state["global_step"]
             break
-        if is_asked:
+        if path == asked:
             raise UsageError(f"--resume_from_checkpoint is {asked}: no checkpoint that was finished; choose another")
         warn(f"{path} is left aside: it was not finished")
     if agreed(updates, settings) != agreed(updates, settings, "MAX"):
@@ -3134,9 +3126,8 @@ OF_LM = "lm lm_weight lm_word_score lm_beam tune_lm lm_bytes".split()
 
 class Run:
     """A run in --output_dir. `notes` is what run.json holds: "identity", what the run is of; "baseline", the untouched
-    model's "texts" {test set: {system: texts}} with the checksum of what they are "of" and the language model
-    "lm"; "reached", the `goal` of the start that finished; "batch_limit", the clips a step that still fit, where more
-    have filled the GPU's memory."""
+    model's "texts" {test set: {system: texts}} with the checksum of what they are "of" and the language model "lm";
+    "reached", the `goal` of the start that finished; "batch_limit", the clips a step where more filled the memory."""
 
     def __init__(self, settings):
         self.settings, self.output = settings, Path(settings.output_dir)
@@ -3248,8 +3239,8 @@ class Run:
         greedy, advice = Decoder(self.decoder.model, self.decoder.processor, settings), "an older one is taken then"
         loading = explained(f"{checkpoint} cannot be loaded", checkpoint_errors(), f"delete it: {advice}")
         try:
-            clips, limit = self.clips["dev"], self.notes["batch_limit"]
-            trainer = make_trainer(settings, greedy, self.encoder, train, clips, limit)
+            limit = self.notes["batch_limit"]
+            trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], limit)
             trainer.data_collator.seed = seed
             if checkpoint:
                 say(f"  going on from {checkpoint}, update {self.done} of {updates}")
