@@ -2969,7 +2969,8 @@ class CTCTrainer:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if broken := not_finite(self.model):
             self.refuse(f"the model is not finite, in {broken},")
-        (folder / "trainer_state.json").unlink(missing_ok=True)
+        if self.args.should_save:
+            (folder / "trainer_state.json").unlink(missing_ok=True)
         with explained(f"{folder} cannot be written", checkpoint_errors(), ROOM_ADVICE):
             try:
                 super()._save_checkpoint(model, trial)
@@ -2986,9 +2987,8 @@ class CTCTrainer:
         if not np.isfinite(loss):
             self.refuse("the dev loss is not finite")
         table = self.dev.table.assign(hypothesis=self.decoder.greedy(emissions))
-        pairs = {name: list(map(normalize_wer, table[name])) for name in ("text", "hypothesis")}
-        metric = mixed(ErrorRates, evaluate.Metric)(keep_in_memory=True)
-        scores = metric.compute(references=pairs["text"], predictions=pairs["hypothesis"])
+        pairs = {"references": table["text"].map(normalize_wer), "predictions": table["hypothesis"].map(normalize_wer)}
+        scores = mixed(ErrorRates, evaluate.Metric)(keep_in_memory=True).compute(**pairs)
         for domain, part in table[table["domain"] != ""].groupby("domain"):
             scores[f"wer_by_domain/{domain}"] = corpus_rate(part["text"], part["hypothesis"])
         shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]].map(markdown_text)
@@ -3384,8 +3384,7 @@ def main(argv=None):
             message = "another process has ended; its own message says why, the same command goes on from here"
     finally:
         for number, handler in handlers.items():
-            # Not the main thread, or a handler that Python did not set.
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError):  # another thread, or a handler that is not Python's
                 signal.signal(number, handler)
     print(f"{PROGRAM}: error{'' if rank == '0' else f' (process {rank})'}: {redact(message)}", file=sys.stderr)
     return status
