@@ -2123,7 +2123,7 @@ def transcribe(settings):
 
 PAPER_SECONDS = 17  # the AfriSpeech authors' tables are of test clips shorter than this
 BOOTSTRAP_DRAWS = 10_000
-DRAWN_AT_ONCE = 2**20  # speakers: all draws of a corpus whose clips name none would take gigabytes
+DRAWN_AT_ONCE = 100  # all draws of a corpus whose clips name no speaker would take gigabytes
 # A smaller group is shown, and marked, but neither ranked nor averaged: its figure says more about its few speakers.
 MIN_GROUP_SPEAKERS, MIN_GROUP_WORDS = 5, 500
 GROUP_KINDS = ("domain", "accent", "country", "gender", "age_group", "seen_accent", "duration")
@@ -2159,14 +2159,13 @@ RATES = {
     "wer_negations": (keep(NEGATIONS), "WER of negations alone"),
     "cer": (normalize_wer, "CER"),
 }
-# What is scored on one set of clips, and its name in tables: the greedy text and that with the language model, of the
-# model before and after.
+# What is scored on a set of clips, and its name in tables: texts before and after training, greedy and with the LM.
 SYSTEMS = dict(baseline="before", finetuned="fine-tuned", baseline_lm="before, LM", finetuned_lm="fine-tuned, LM")
 
 
 def count_errors(rate, references, hypotheses):
-    """(an int array (clips, 4) of a rate: substitutions, deletions, insertions, length of the reference; jiwer's
-    alignment of the texts as normalised for it), in characters for "cer", otherwise in words."""
+    """(an int array (clips, 4): substitutions, deletions, insertions, length of the reference; {kind of error: Counter
+    of what was taken for what}), in characters for "cer", otherwise in words."""
     normalize, process = RATES[rate][0], jiwer.process_characters if rate == "cer" else jiwer.process_words
     references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
     for index, reference in enumerate(references if rate == "wer_spoken" else ()):
@@ -2174,14 +2173,16 @@ def count_errors(rate, references, hypotheses):
         written = set(SPOKEN_PUNCTUATION.findall(reference))
         words = SPOKEN_PUNCTUATION.sub(lambda match, kept=written: match[0] * (match[0] in kept), hypotheses[index])
         hypotheses[index] = " ".join(words.split())
-    output, kinds = process(references, hypotheses), list(ERROR_KINDS)
-    counts = np.zeros((len(output.references), 4), np.int64)
-    for row, reference, chunks in zip(counts, output.references, output.alignments):
-        row[3] = len(reference)
+    output, errors = process(references, hypotheses), {kind: Counter() for kind in ERROR_KINDS}
+    counts = np.zeros((len(references), len(errors) + 1), np.int64)
+    for row, before, after, chunks in zip(counts, output.references, output.hypotheses, output.alignments):
+        row[-1] = len(before)
         for chunk in [chunk for chunk in chunks if chunk.type != "equal"]:
-            longer = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
-            row[kinds.index(chunk.type)] += longer
-    return counts, output
+            sides = before[chunk.ref_start_idx : chunk.ref_end_idx], after[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            pairs = [" -> ".join(filter(None, pair)) for pair in itertools.zip_longest(*sides)]
+            row[list(errors).index(chunk.type)] += len(pairs)
+            errors[chunk.type].update(pairs)
+    return counts, errors
 
 
 def corpus_rate(references, hypotheses, rate="wer"):
@@ -2190,28 +2191,20 @@ def corpus_rate(references, hypotheses, rate="wer"):
     return float(sum(errors) / length) if length else None
 
 
-@dataclass
 class Scores:
-    """The `texts` {system: hypotheses} of one test set and how they differ from its references; systems as in SYSTEMS.
-    `table` has a row a clip, with its groups; `counts` too, with the columns (system, rate or kind of error) and ("of",
-    rate), the reference's length. Every figure is a sum over some of the rows."""
+    """The `texts` {system: hypotheses} of one test set against its references; systems as in SYSTEMS. `table` has a row
+    a clip, with its groups; `counts` too, with the columns (system, rate or kind of error) and ("of", rate), the
+    reference's length. Every figure is a sum over some of the rows. `train_accents` are those in training, if any."""
 
-    table: object
-    texts: dict[str, list[str]]
-    counts: object
-
-    @classmethod
-    def of(cls, table, texts, train_accents=None):
-        """The scores of `texts` against the transcripts of a table of clips; `train_accents` are those in training."""
-        table = table.reset_index(drop=True)
+    def __init__(self, table, texts, train_accents=None):
+        table, columns = table.reset_index(drop=True), {}
         seconds = table["num_samples"].astype(float) / SAMPLE_RATE
         is_seen = table["accent"].isin(train_accents or ()).map({True: "seen", False: "unseen"})
         table["seen_accent"] = is_seen.where((table["accent"] != "") & (train_accents is not None), "")
-        places = np.searchsorted(list(DURATIONS.values()), seconds, side="right")
-        table["duration"] = [[*DURATIONS, ""][place] for place in places]  # NaN comes last
+        durations = pandas.cut(seconds, [0, *DURATIONS.values()], right=False, labels=list(DURATIONS))
+        table["duration"] = durations.astype("str").fillna("")
         table["speaker_or_clip"] = table["speaker"].where(table["speaker"] != "", table["clip"])
         table[list(GROUP_KINDS)] = table[list(GROUP_KINDS)].replace("", "unknown")
-        columns = {}
         for system, rate in itertools.product(texts, RATES):
             counts = count_errors(rate, table["text"], texts[system])[0]
             if rate == "wer_paper_short":
@@ -2219,7 +2212,8 @@ class Scores:
             columns[system, rate], columns["of", rate] = counts[:, :3].sum(axis=1), counts[:, 3]
             if rate == "wer":
                 columns |= {(system, kind): errors for kind, errors in zip(ERROR_KINDS.values(), counts.T)}
-        return cls(table, texts, pandas.DataFrame(columns))
+        self.table, self.texts, self.counts = table, texts, pandas.DataFrame(columns)
+        self.endings = [ending for ending in ("", "_lm") if any(system.endswith(ending) for system in texts)]
 
     def metrics(self):
         """metrics.json's part of a test set: {system, or "delta": rates of all clips, and "groups": of each group}."""
@@ -2232,67 +2226,45 @@ class Scores:
         return everything
 
     def metrics_of(self, part):
-        """{system: rates on some rows of the table, and their sizes; "delta": the fine-tuned's minus the baseline's}.
-        Intervals are of 10,000 resamplings of whole speakers, because their clips are not independent (Bisani & Ney
-        2004, doi 10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508); systems get the same ones, which pairs
-        them."""
-        counts, drawn, generator = self.counts.loc[part.index], [], np.random.default_rng(0)
+        """{system: its rates on some rows; "delta": the fine-tuned's minus the baseline's}. Intervals are of 10,000
+        resamplings of whole speakers, whose clips are not independent (Bisani & Ney 2004, doi
+        10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508), the same for all systems, which pairs them."""
+        counts, generator, drawn, found = self.counts.loc[part.index], np.random.default_rng(0), [], {}
         people = counts[[(name, "wer") for name in (*self.texts, "of")]].groupby(part["speaker_or_clip"])
-        people = people.sum().to_numpy(float)
-        at_once = max(1, DRAWN_AT_ONCE // len(people))
-        for done in range(0, BOOTSTRAP_DRAWS, at_once):
-            size = min(at_once, BOOTSTRAP_DRAWS - done), len(people)
-            drawn.append(people[generator.integers(len(people), size=size, dtype=np.int32)].sum(axis=1))
+        people, sums = people.sum().to_numpy(float), counts.sum()
+        for _ in range(BOOTSTRAP_DRAWS // DRAWN_AT_ONCE):
+            chosen = generator.integers(len(people), size=(DRAWN_AT_ONCE, len(people)), dtype=np.int32)
+            drawn.append(people[chosen].sum(axis=1))
         *drawn, words = np.concatenate(drawn).T
         drawn = {system: errors / np.maximum(words, 1) for system, errors in zip(self.texts, drawn)}
-        endings = ("", "_lm") if any(system.endswith("_lm") for system in self.texts) else ("",)
-        sums = counts.sum()
-        found = {f"{name}{ending}": None for ending in endings for name in ("baseline", "finetuned", "delta")}
         sizes = {"clips": len(part), "speakers": len(people), "words": int(sums["of", "wer"])}
         is_small = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
-        for system in self.texts:
-            rates = {rate: float(sums[system, rate] / of) if of else None for rate, of in sums["of"].items()}
-            kinds = {kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}
-            ends = np.percentile(drawn[system], (2.5, 97.5)).tolist()
-            found[system] = {**rates, **sizes, "wer_ci95": ends, **kinds, "small": is_small}
-        for ending in endings:
-            before, after = f"baseline{ending}", f"finetuned{ending}"
+
+        for ending in self.endings:
+            before, after, delta = (f"{name}{ending}" for name in ("baseline", "finetuned", "delta"))
+            found |= dict.fromkeys((before, after, delta))
+            for system in [system for system in (before, after) if system in drawn]:
+                rates = {rate: float(sums[system, rate] / of) if of else None for rate, of in sums["of"].items()}
+                kinds = {kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}
+                ends = np.percentile(drawn[system], (2.5, 97.5)).tolist()
+                found[system] = {**rates, **sizes, "wer_ci95": ends, **kinds, "small": is_small}
             if found[before] and found[after]:
                 change, more = drawn[after] - drawn[before], counts[after, "wer"] - counts[before, "wer"]
                 shares = (float(share.mean()) for share in (change < 0, more < 0, more == 0, more > 0))
-                delta = {rate: found[after][rate] - found[before][rate] for rate in RATES if sums["of", rate]}
-                delta |= {"wer_ci95": np.percentile(change, (2.5, 97.5)).tolist()}
-                found[f"delta{ending}"] = delta | dict(zip(SHARES, shares))
+                found[delta] = {rate: found[after][rate] - found[before][rate] for rate in RATES if sums["of", rate]}
+                found[delta] |= {"wer_ci95": np.percentile(change, (2.5, 97.5)).tolist(), **dict(zip(SHARES, shares))}
         return found
 
-    def predictions(self):
-        """Yield a JSON line a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
-        table, (last, before) = self.table, ("finetuned", "baseline") if "finetuned" in self.texts else ("baseline", "")
-        seconds = [round(count / SAMPLE_RATE, 3) for count in table["num_samples"]]
-        entries = {"audio_filepath": table["clip"], "duration": seconds, "text": table["text"]}
-        for ending in [ending for ending in ("", "_lm") if last + ending in self.texts]:
-            entries[f"pred_text{ending}"] = self.texts[last + ending]
-            entries[f"baseline_text{ending}"] = self.texts.get(before + ending)
-        entries |= {name: table[name].replace("unknown", "") for name in GROUP_COLUMNS}
-        entries["wer"] = self.counts[last, "wer"] / self.counts["of", "wer"].replace(0, np.nan)
-        for entry in pandas.DataFrame(entries).to_dict("records"):
-            known = {name: None if value != value else value for name, value in entry.items()}
-            yield json.dumps(known, ensure_ascii=False) + "\n"
 
+class ErrorRates:
+    """jiwer's corpus-level WER and CER, mixed with evaluate.Metric; evaluate.load("wer") would download its script."""
 
-@functools.cache
-def error_rates_metric():
-    """jiwer's corpus-level WER and CER as an `evaluate` metric; evaluate.load("wer") would download its script."""
+    def _info(self):
+        texts = datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("string")))
+        return evaluate.MetricInfo("corpus-level WER and CER", citation="", features=texts)
 
-    class ErrorRates(evaluate.Metric):
-        def _info(self):
-            texts = datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("string")))
-            return evaluate.MetricInfo("corpus-level WER and CER", citation="", features=texts)
-
-        def _compute(self, predictions, references):
-            return {"wer": jiwer.wer(references, predictions), "cer": jiwer.cer(references, predictions)}
-
-    return ErrorRates(experiment_id=f"medasr-{os.getpid()}", keep_in_memory=True)
+    def _compute(self, predictions, references):
+        return {"wer": jiwer.wer(references, predictions), "cer": jiwer.cer(references, predictions)}
 
 
 # ---------------------------------------------------------------- report
@@ -2382,15 +2354,11 @@ def show_scores(metrics):
 def error_lines(scores):
     """Markdown lines on what goes wrong: commonest errors, empty and runaway texts, clips that got worse."""
     lines, table, texts = [], scores.table, last_of(scores.texts)
-    errors, output = {kind: Counter() for kind in ERROR_KINDS}, count_errors("wer", table["text"], texts)[1]
-    for before, after, chunks in zip(output.references, output.hypotheses, output.alignments):
-        for chunk in [chunk for chunk in chunks if chunk.type != "equal"]:
-            sides = before[chunk.ref_start_idx : chunk.ref_end_idx], after[chunk.hyp_start_idx : chunk.hyp_end_idx]
-            errors[chunk.type].update(" -> ".join(filter(None, pair)) for pair in itertools.zip_longest(*sides))
+    errors = count_errors("wer", table["text"], texts)[1]
     for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
         common = ", ".join(f"{words} ({count})" for words, count in errors[kind].most_common(15))
         lines.append(f"Commonest {label}: {common or 'none'}.\n")
-    lengths = np.array(list(map(len, output.hypotheses)))
+    lengths = np.array([len(normalize_wer(text).split()) for text in texts])
     empty, runaway = sum(lengths == 0), sum(lengths > 2 * scores.counts["of", "wer"] + 5)
     lines.append(f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.\n")
     if {"baseline", "finetuned"} <= set(scores.texts):
@@ -2443,12 +2411,25 @@ def draw_pictures(folder, metrics, history):
 def write_results(folder, content, scores, title, notes=(), history=()):
     """metrics.json, predictions_*.jsonl, report.md and its pictures into `folder`, metrics.json last. `scores` are
     {"test" and the names of --also_score: Scores}; `content` is the beginning of metrics.json. Returns the metrics."""
-    parts = {name: part.metrics() for name, part in scores.items()}
     packages = "torch transformers datasets evaluate jiwer librosa soundfile accelerate tensorboard".split()
     versions = {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}}
+    parts = {name: part.metrics() for name, part in scores.items()}
     metrics = {"versions": versions, **content, **parts.pop("test")} | ({"also": parts} if parts else {})
-    for name, part in scores.items():
-        write_text(folder / f"predictions_{file_stem(name)}.jsonl", "".join(part.predictions()))
+    last, before = ("finetuned", "baseline") if "finetuned" in scores["test"].texts else ("baseline", "none")
+    for name, part in scores.items():  # the predictions in the keys that NeMo's Speech Data Explorer reads, and ours
+        table, seconds = part.table, [round(count / SAMPLE_RATE, 3) for count in part.table["num_samples"]]
+        entries = {"audio_filepath": table["clip"], "duration": seconds, "text": table["text"]}
+        for ending in part.endings:
+            entries[f"pred_text{ending}"] = part.texts[last + ending]
+            entries[f"baseline_text{ending}"] = part.texts.get(before + ending)
+        entries |= {name: table[name].replace("unknown", "") for name in GROUP_COLUMNS}
+        entries["wer"] = part.counts[last, "wer"] / part.counts["of", "wer"].replace(0, np.nan)
+        entries = pandas.DataFrame(entries).astype("object").replace(np.nan, None).to_dict("records")
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+        write_text(folder / f"predictions_{file_stem(name)}.jsonl", "".join(lines))
+    if not (scores["test"].table["speaker"] != "").any():
+        alone = "each one counts as a speaker of its own, which makes the intervals too narrow"
+        notes = [*notes, f"No clip names its speaker: {alone}."]
     lines = [f"# {markdown_text(title)}\n", *score_lines(metrics), *(markdown_text(note) + "\n" for note in notes)]
     lines += [f"![{label}]({name})\n" for name, label in draw_pictures(folder, metrics, history).items()]
     lines += group_lines(metrics)
@@ -2465,19 +2446,19 @@ def write_results(folder, content, scores, title, notes=(), history=()):
 def write_model_card(final, results, settings, metrics):
     """README.md of the final model, with the Hub's evaluation metadata, the report and its pictures."""
     model, dataset, data = public(settings.model), public(settings.dataset), metrics["data"]
-    is_own, train, found, decoding = data["layout"] == "recordings", data["train"], [], ""
+    is_own, train, task = data["layout"] == "recordings", data["train"], "automatic-speech-recognition"
+    found, decoding, is_hub_id = [], "", re.compile(r"[\w.-]+/[\w.-]+").fullmatch
     for name, part in {dataset: metrics, **metrics.get("also", {})}.items():
-        shown = {"dataset_name": "AfriSpeech-200" if name == DEFAULT_DATASET else name, "dataset_type": name}
-        shown |= {"task_type": "automatic-speech-recognition", "dataset_split": "test"}
+        shown = dict(dataset_name="AfriSpeech-200" if name == DEFAULT_DATASET else name, dataset_type=name)
+        shown |= dict(dataset_split="test", task_type=task)
         for rate in [rate for rate in RATES if part["finetuned"][rate] is not None]:  # None: of another script
             value = round(100 * part["finetuned"][rate], 2)
             found.append(hub.EvalResult(metric_type=rate[:3], metric_name=rate, metric_value=value, **shown))
     named = settings.model, settings.dataset.partition(":")[0]
-    on_hub = [name for name in named if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
+    base, corpus = (name if is_hub_id(name) and not Path(name).exists() else None for name in named)
     header = dict(language="en", license="other", license_name="health-ai-developer-foundations")
     header |= dict(license_link="https://developers.google.com/health-ai-developer-foundations/terms")
-    header |= dict(base_model=named[0] if named[0] in on_hub else None, library_name="transformers")
-    header |= dict(datasets=[named[1]] if named[1] in on_hub else None, pipeline_tag="automatic-speech-recognition")
+    header |= dict(base_model=base, datasets=corpus and [corpus], library_name="transformers", pipeline_tag=task)
     header |= dict(tags=["medical", *([] if is_own else ["african-accents"]), "ctc"], eval_results=found)
     header |= dict(model_name="medasr-own-data" if is_own else "medasr-afrispeech-200")
     new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
@@ -2520,33 +2501,26 @@ Made with `{settings.command}`; {versions}.
         shutil.copy(picture, final)
 
 
-def speaker_note(table):
-    """What the report has to say of intervals for clips without speakers, in a list."""
-    note = "No clip names its speaker: each one counts as a speaker of its own, which makes the intervals too narrow."
-    return [] if (table["speaker"] != "").any() else [note]
-
-
 def score_file(settings):
     """The whole report for the texts in --score_file, made by any system; returns the exit status."""
-    path = Path(settings.score_file)
+    path, folder = Path(settings.score_file), Path(settings.output_dir) / "results"
     try:
-        cells, notes = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
+        cells, defects = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
     except RunError as error:
         raise UsageError(str(error)) from error
-    table, notes = cells.copy(), [f"{path.name}: {note}" for note in notes]
+    table, notes = cells.copy(), [f"{path.name}: {defect}" for defect in defects]
     table["clip"] = table["clip"].where(table["clip"] != "", [f"row {index + 1}" for index in table.index])
     table["num_samples"] = table["num_samples"].replace(0, np.nan)
     for lacking, what in ((table["text"].map(tidy) == "", "no text"), (cells["pred_text"].isna(), "no pred_text")):
-        table["problem"] = table["problem"].mask(lacking & (table["problem"] == ""), what)
-    good = table["problem"] == ""
-    bad = table[~good].itertuples()
-    notes += [f"Row {row.Index + 1} ({row.clip}) has {row.problem}: left out." for row in bad]
-    table, cells, left_out = table[good], cells[good], int((~good).sum())
+        table.loc[lacking & (table["problem"] == ""), "problem"] = what
+    bad, table = table[table["problem"] != ""], table[table["problem"] == ""]
+    notes += [f"Row {row.Index + 1} ({row.clip}) has {row.problem}: left out." for row in bad.itertuples()]
     if not any(map(normalize_wer, table["text"])):
-        wanted = "no row with both text and pred_text" if table.empty else "no text with a word to score"
-        raise UsageError(f"--score_file {path} has {wanted} among {plural(len(good), 'row')}")
+        found = f"no text with a word to score and a pred_text among {plural(len(cells), 'row')}"
+        raise UsageError(f"--score_file {path} has {found}")
     if unknown := int(table["num_samples"].isna().sum()):
         notes.append(f"{plural(unknown, 'row')} without a duration: not among clips under {PAPER_SECONDS} s.")
+    cells = cells.loc[table.index]
     texts, before = {"baseline": cells["pred_text"].tolist()}, cells.get("baseline_text")
     if before is not None and before.notna().all():
         texts = {"baseline": before.tolist(), "finetuned": texts["baseline"]}
@@ -2555,17 +2529,15 @@ def score_file(settings):
     for note in notes:
         warn(note)
     content = {"config": public({"command": settings.command, "score_file": settings.score_file})}
-    content["data"] = {"test": {"clips": len(table), "hours": round(hours_of(table), 4), "left_out": left_out}}
-    folder, scores = Path(settings.output_dir) / "results", {"test": Scores.of(table, texts)}
-    write_results(folder, content, scores, f"Scores of {path.name}", [*notes, *speaker_note(table)])
+    content["data"] = {"test": {"clips": len(table), "hours": round(hours_of(table), 4), "left_out": len(bad)}}
+    write_results(folder, content, {"test": Scores(table, texts)}, f"Scores of {path.name}", notes)
     say(f"\nresults: {folder}")
     return 0
 
 
 # ---------------------------------------------------------------- half precision
 
-# float16 ends at 65,504. A module whose inputs or outputs come within a factor of 8 of that is run in float32, so that
-# activations may still grow while training.
+# float16 ends at 65,504. A module within a factor of 8 of that is run in float32: activations grow in training.
 HALF_PRECISION_LIMIT = 65_504 / 8
 # The gradient scaler halves its scale at each skipped update, so a run starts with a few; so many are overflow.
 MAX_SKIPPED_UPDATES = 10
@@ -2579,9 +2551,8 @@ def in_float32(forward, *inputs, **options):
 
 
 def with_finite_statistics(module, forward, *inputs, **options):
-    """A forward of a BatchNorm that keeps what overflows out of its running statistics. The gradient scaler skips the
-    update of a batch that overflows, but the forward pass has moved the statistics by then: from one infinity on, every
-    evaluation would give blank text while the training loss looks normal."""
+    """A forward of a BatchNorm that keeps what overflows out of its running statistics, which it moves before the
+    gradient scaler skips the update: from one infinity on, evaluations would give blank text."""
     before = [values.clone() for values in module.buffers()]
     output = forward(*inputs, **options)
     for values, kept in zip(module.buffers(), before):
@@ -2590,9 +2561,8 @@ def with_finite_statistics(module, forward, *inputs, **options):
 
 
 def guard_half_precision(model, batches, device):
-    """Make `model` safe under float16 autocast, by measuring it on `batches`; returns {module in float32: its peak}.
-    MedASR's subsampler reaches about 1.1e5 and other activations more: plain float16 gives inf, then NaN. Raises
-    RunError if the outputs are not finite all the same."""
+    """Make `model` safe under float16 autocast, by measuring it on `batches`: MedASR's subsampler reaches about 1.1e5
+    and other activations more, plain float16 gives inf, then NaN. Raises RunError if its outputs stay so."""
     watched = {module: name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
     watched[model.encoder.subsampler], peaks = "encoder.subsampler", Counter()
 
@@ -2605,9 +2575,8 @@ def guard_half_precision(model, batches, device):
     with torch.nn.modules.module.register_module_forward_hook(watch), torch.no_grad():
         for batch in batches:
             model(**batch)
-    guarded = {name: top for name, top in peaks.items() if top > HALF_PRECISION_LIMIT or name == "encoder.subsampler"}
     for name, module in model.named_modules():
-        if name in guarded:
+        if peaks[name] > HALF_PRECISION_LIMIT or name == "encoder.subsampler":
             module.forward = functools.partial(in_float32, module.forward)
         if isinstance(module, torch.nn.BatchNorm1d):
             module.forward = functools.partial(with_finite_statistics, module, module.forward)
@@ -2615,7 +2584,6 @@ def guard_half_precision(model, batches, device):
         for batch in batches:
             if not torch.isfinite(model(**batch).logits).all():
                 raise RunError("the model overflows float16 even with its large activations in float32: use --bf16")
-    return guarded
 
 
 # ---------------------------------------------------------------- training
@@ -2629,7 +2597,7 @@ class CTCTrainer:
     clips, bar = (), None  # of the update under way; of the progress
     # Since the last log: samples without and with padding; when that was, pauses aside; seconds of waiting for data.
     heard, started, waited = np.zeros(2), 0.0, 0.0
-    skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16 since the last log, and just now
+    skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16, in all and just now
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -2651,11 +2619,12 @@ class CTCTrainer:
     def on_train_begin(self, args, state, control, **kwargs):
         looks = {"desc": "training", "unit": "update", "disable": self.decoder.is_silent}
         self.bar = tqdm.tqdm(total=state.max_steps, initial=state.global_step, **looks)
+        self.skipped = max((entry.get("skipped_updates", 0) for entry in state.log_history), default=0)
         # What a resumption lacks: the best checkpoint's new place if the folder was moved, and a stopped evaluation.
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         state.best_model_checkpoint = str(best) if best.exists() else state.best_model_checkpoint
-        evaluated = {entry["step"] for entry in state.log_history if "eval_wer" in entry}
-        is_due = args.eval_strategy == "steps" and state.global_step and state.global_step % state.eval_steps == 0
+        evaluated = {0, *(entry["step"] for entry in state.log_history if "eval_wer" in entry)}
+        is_due = args.eval_strategy == "steps" and state.global_step % state.eval_steps == 0
         if is_due and state.global_step not in evaluated:
             self._determine_best_metric(self._evaluate(None, None), None)
         self.stop_early()
@@ -2677,33 +2646,29 @@ class CTCTrainer:
             super()._run_epoch(epoch=epoch, **options)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of an update, each with its share of the update's clips, timed."""
+        """The batches of an update, timed."""
         start = time.monotonic()
         self.started = self.started or start
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.waited += time.monotonic() - start
         self.heard = self.heard + np.sum([batch["counts"] for batch in batches], axis=0)
         self.clips = [clip for batch in batches for clip in batch["clips"]]
-        for batch in batches:
-            batch["share"] = torch.tensor(len(batch["clips"]) / len(self.clips))
         return [model_inputs(batch, self.decoder.extractor, device) for batch in batches], items
 
     def compute_loss(self, model, inputs, **options):
         """The batch's part in the mean over the update's clips; the Trainer's is over batches, also of other sizes."""
-        share = inputs.pop("share")
-        return super().compute_loss(model, inputs, **options) * share
+        return super().compute_loss(model, inputs, **options) * (len(inputs["labels"]) / len(self.clips))
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped.
         accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default."""
         norm = super()._get_grad_norm(model, grad_norm)
-        is_finite, where = bool(np.isfinite(float(norm))), f"(clips: {', '.join(self.clips)})"
+        is_finite, most = bool(np.isfinite(float(norm))), MAX_SKIPPED_UPDATES if self.args.fp16 else 1
         self.skipped += not is_finite
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
-        if not is_finite and not self.args.fp16:
-            self.refuse(f"the gradient is not finite {where}")
-        if self.skipped_in_a_row == MAX_SKIPPED_UPDATES:
-            self.refuse(f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates in a row {where}")
+        if self.skipped_in_a_row == most:
+            problem = f"float16 overflowed in {most} updates in a row" if most > 1 else "the gradient is not finite"
+            self.refuse(f"{problem} (clips: {', '.join(self.clips)})")
         return norm
 
     def refuse(self, problem):
@@ -2742,7 +2707,7 @@ class CTCTrainer:
             try:
                 super()._save_checkpoint(model, trial)
             except BaseException:  # what is half-written takes the room that is asked for
-                shutil.rmtree(folder if self.args.should_save else "", ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
                 raise
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
@@ -2754,13 +2719,16 @@ class CTCTrainer:
         if not np.isfinite(loss):
             self.refuse("the dev loss is not finite")
         table = self.dev.table.assign(hypothesis=self.decoder.greedy(emissions))
-        pairs = {name: list(map(normalize_wer, table[name])) for name in ("text", "hypothesis")}
-        scores = error_rates_metric().compute(references=pairs["text"], predictions=pairs["hypothesis"])
+        pairs = {"references": table["text"].map(normalize_wer), "predictions": table["hypothesis"].map(normalize_wer)}
+        scores = mixed(ErrorRates, evaluate.Metric)(keep_in_memory=True).compute(**pairs)
         for domain, part in table[table["domain"] != ""].groupby("domain"):
             scores[f"wer_by_domain/{domain}"] = corpus_rate(part["text"], part["hypothesis"])
         shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]].map(markdown_text)
         scores["transcriptions"] = "\n".join(markdown_table(["accent", "reference", "hypothesis"], shown.to_numpy()))
         scores |= {"loss": loss, "runtime": round(time.monotonic() - start, 2)}
+        if not self.decoder.is_silent:
+            shown = f"dev WER {percent(scores['wer'])}, CER {percent(scores['cer'])}"
+            tqdm.tqdm.write(f"  step {self.state.global_step:>6}: {shown}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -2769,9 +2737,9 @@ class CTCTrainer:
     def log(self, logs, start_time=None):
         """Log the speed beside a training loss, and show readable figures instead of a dict."""
         if "loss" in logs:
-            heard, now = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device), time.monotonic()
+            heard = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device)
             real, padded = self.accelerator.reduce(heard, "sum").tolist()
-            seconds = max(now - self.started, 1e-3)
+            seconds = max((now := time.monotonic()) - self.started, 1e-3)
             logs["audio_seconds_per_second"] = round(real / SAMPLE_RATE / seconds, 1)
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
             logs["data_wait_percent"] = round(100 * self.waited / seconds, 1)
@@ -2779,13 +2747,9 @@ class CTCTrainer:
             speed = f"{logs['audio_seconds_per_second']:.0f} audio s/s"
             shown = f"loss {logs['loss']:.3f}, {speed}, {logs['data_wait_percent']:.0f} % waiting for data"
             if self.args.fp16:
-                earlier = [entry["skipped_updates"] for entry in self.state.log_history if "skipped_updates" in entry]
-                logs["skipped_updates"], self.skipped = self.skipped + sum(earlier[-1:]), 0
-                shown += f", {plural(logs['skipped_updates'], 'update')} skipped" * bool(logs["skipped_updates"])
+                logs["skipped_updates"] = self.skipped
+                shown += f", {plural(self.skipped, 'update')} skipped" * bool(self.skipped)
             self.bar.set_postfix_str(shown)
-        if "eval_wer" in logs and self.bar and not self.bar.disable:
-            scores = f"dev WER {percent(logs['eval_wer'])}, CER {percent(logs['eval_cer'])}"
-            self.bar.write(f"  step {self.state.global_step:>6}: {scores}")
         super().log(logs, start_time)
 
 
@@ -2801,8 +2765,8 @@ SPARE_MEMORY = 0.05  # of the GPU's, left over in a trial for what batches of ot
 
 
 def choose_batch_size(model, collator, train, settings, limit):
-    """Split the clips of an update into the largest steps, up to `limit` if given, that fit the GPU with the longest
-    clips of the run, beside what optimizer and processes keep in memory."""
+    """Split the clips of an update into the largest steps, up to `limit` if given, that fit the GPU if all clips are as
+    long as the longest, beside what optimizer and processes keep in memory."""
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
@@ -2836,8 +2800,6 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
     """The Trainer for training clips and the dev `Clips`; raises RunError if float16 cannot be made safe."""
     model, extractor, device = decoder.model, decoder.extractor, settings.device
     plain = CTCCollator(extractor, encoder, shortest=decoder.shortest)
-    if settings.streaming:
-        settings.train_sampling_strategy, settings.ignore_data_skip = "random", True
     if settings.gradient_checkpointing:
         # Under DDP checkpointing forbids unused parameters, which a dropped layer would leave.
         model.encoder.layerdrop = 0.0
@@ -2851,19 +2813,14 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
         guard_half_precision(model, [model_inputs(batch, extractor, device) for batch in batches], device)
     if settings.auto_train_batch:
         choose_batch_size(model.to(device), plain, train, settings, batch_limit)
-    trainer = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)(
-        model=model,
-        args=settings,
-        data_collator=dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed),
-        train_dataset=train,
-        eval_dataset=dev.audio,
-        processing_class=decoder.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
-    )
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.output_dir) / "runs")
+    collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed)
+    options = {"data_collator": collator, "train_dataset": train, "eval_dataset": dev.audio}
+    options["processing_class"] = decoder.processor  # whole: its feature extractor alone has no tokenizer to save
+    kind = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)
+    trainer = kind(model, settings, **options)
     trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()
     trainer.model_accepts_loss_kwargs = False  # concluded from the **kwargs of LasrForCTC.forward, which ignores them
-    if board := trainer.pop_callback(transformers.integrations.TensorBoardCallback):
-        board.logging_dir = str(Path(settings.output_dir) / "runs")
-        trainer.add_callback(board)
     trainer.remove_callback(transformers.PrinterCallback if settings.disable_tqdm else transformers.ProgressCallback)
     trainer.add_callback(trainer)
     return trainer
@@ -2872,18 +2829,17 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
 def checkpoint_to_resume(settings):
     """(the complete checkpoint to go on from, None for none; its updates): the newest, or --resume_from_checkpoint's.
     Raises UsageError if the one asked for is not complete, RunError if the processes find different ones."""
-    asked, output, checkpoint, updates = settings.resume_from_checkpoint, Path(settings.output_dir), None, 0
-    is_asked = asked and asked.lower() not in ("true", "false")
-    found = [path for path in output.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    for path in [Path(asked)] if is_asked else sorted(found, key=lambda path: -int(path.name[11:])):
-        if state := read_json(path / "trainer_state.json"):  # the Trainer writes it last
-            checkpoint, updates = str(path), state["global_step"]
+    asked, checkpoint, updates = settings.resume_from_checkpoint, None, 0
+    found = Lazy("transformers.trainer_utils").sort_checkpoints(settings.output_dir)[::-1]
+    for path in found if not asked or asked.lower() in ("true", "false") else [asked]:
+        if state := read_json(Path(path, "trainer_state.json")):  # the Trainer writes it last
+            checkpoint, updates = path, state["global_step"]
             break
-        if is_asked:
+        if path == asked:
             raise UsageError(f"--resume_from_checkpoint is {asked}: no checkpoint that was finished; choose another")
         warn(f"{path} is left aside: it was not finished")
     if agreed(updates) != agreed(updates, max):
-        what = f"the processes find different checkpoints in {output}, which nodes have to share"
+        what = f"the processes find different checkpoints in {settings.output_dir}, which nodes have to share"
         raise RunError(f"{what}; --overwrite_output_dir starts anew")
     return checkpoint, updates
 
@@ -2897,30 +2853,29 @@ IDENTITY = """model model_revision dataset dataset_revision text_column accents 
 NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
 # These may change from one start of a run to the next; the texts with a language model are made again.
 GOAL = "max_steps num_train_epochs early_stopping_patience also_score".split()
-LM_FLAGS = "lm lm_weight lm_word_score lm_beam tune_lm".split()
+OF_LM = "lm lm_weight lm_word_score lm_beam tune_lm lm_bytes".split()
 
 
 class Run:
     """A run in --output_dir. `notes` is what run.json holds: "identity", what the run is of; "baseline", the untouched
-    model's "texts" {test set: {system: texts}} with the checksum of what they are "of" and the language model
-    "lm"; "reached", the `goal` of the start that finished; "batch_limit", the clips a step that still fit, where more
-    have filled the GPU's memory."""
+    model's "texts" {test set: {system: texts}} with the checksum of what they are "of" and the language model "lm";
+    "reached", the `goal` of the start that finished; "batch_limit", the clips a step where more filled the memory."""
 
     def __init__(self, settings):
         self.settings, self.output = settings, Path(settings.output_dir)
-        self.lms = {}  # system: the settings of the language model that its texts were made with
-        self.results, self.final, self.path = self.output / "results", self.output / "final", self.output / "run.json"
+        self.results, self.final, self.path = (self.output / name for name in ("results", "final", "run.json"))
         weights = Path(settings.model).expanduser() / "model.safetensors"  # tells models in folders of one name apart
         values = {**vars(settings), "clips_an_update": settings.clips_an_update}
         values["weights"] = zlib.crc32(weights.open("rb").read(1 << 20)) if weights.is_file() else None
-        identity, goal, lm = ({name: values[name] for name in names} for names in (IDENTITY, GOAL, LM_FLAGS))
-        lm["lm_bytes"] = os.path.getsize(settings.lm) if os.path.isfile(settings.lm or "") else None
-        self.lm_asked = public(lm if settings.lm else {})
-        self.goal = public(goal) | self.lm_asked
-        self.notes = {"identity": public(identity), "baseline": None, "reached": None, "batch_limit": None}
+        values["lm_bytes"] = os.path.getsize(settings.lm) if os.path.isfile(settings.lm or "") else None
+        identity, goal, lm = (public({name: values[name] for name in names}) for names in (IDENTITY, GOAL, OF_LM))
+        self.lm_asked = lm if settings.lm else {}
+        self.goal = goal | self.lm_asked
+        self.notes = {"identity": identity, "baseline": None, "reached": None, "batch_limit": None}
 
     def open(self):
-        """Take up what an earlier start of the run has left; raises UsageError where it is of another run."""
+        """Take up what an earlier start of the run has left; returns its metrics if it has finished, otherwise None.
+        Raises UsageError for what is of another run."""
         output, anew = self.output, self.settings.overwrite_output_dir
         for path in [*self.results.glob("*.tmp"), *output.glob("*")] if self.settings.is_first else ():
             if path.suffix == ".tmp" or (anew and MADE_BY_A_RUN.match(path.name)):  # half-written by a killed start
@@ -2928,8 +2883,9 @@ class Run:
         found = [*output.glob("final"), *output.glob("checkpoint-*")]
         # A checkpoint that was copied here can be gone on from.
         foreign = [str(path) for path in found if not (path / "trainer_state.json").exists()]
+        metrics = (self.final / "config.json").is_file() and read_json(self.results / "metrics.json")
         # The first process's, because all have to do the same.
-        notes, foreign = accelerate.utils.gather_object([(read_json(self.path), foreign)])[0]
+        notes, foreign, metrics = accelerate.utils.gather_object([(read_json(self.path), foreign, metrics)])[0]
         advice = "choose another --output_dir, or --overwrite_output_dir to delete what is there"
         if foreign and not notes:
             raise UsageError(f"{foreign[0]} is of no run of this program, and this one would delete it; {advice}")
@@ -2938,26 +2894,15 @@ class Run:
                 what = f"holds a run with {NO_FLAGS.get(name, f'--{name}')} {found}, not {value}"
                 raise UsageError(f"--output_dir {output} {what}; {advice}")
         self.notes |= notes or {}
+        return metrics if self.notes["reached"] == self.goal else None
 
     def save(self, **notes):
         self.notes |= notes
         if self.settings.is_first:
             write_text(self.path, json.dumps(self.notes, ensure_ascii=False, indent=1))
 
-    def show_finished(self):
-        """Show the scores of a run that is finished; returns whether it is, with its results there."""
-        metrics = read_json(self.results / "metrics.json")
-        is_finished = self.notes["reached"] == self.goal and metrics and (self.final / "config.json").is_file()
-        is_finished = agreed(bool(is_finished), max)
-        if is_finished and self.settings.is_first:
-            more = "--overwrite_output_dir starts anew, more --max_steps or --num_train_epochs go on"
-            say(f"{self.output} holds this run, finished; {more}")
-            show_scores(metrics)
-            self.finish()
-        return is_finished
-
     def finish(self):
-        if self.settings.upload:
+        if self.settings.upload and self.settings.is_first:
             push_to_hub(self.settings, self.final)
         say(f"\nmodel: {self.final}\nresults: {self.results}\ncurves: tensorboard --logdir {self.output / 'runs'}")
 
@@ -2981,49 +2926,35 @@ class Run:
             emissions = decoder.emissions(clips)[0]
             texts[name] = {system: decoder.greedy(emissions)}
             if decoder.lm:
-                texts[name][f"{system}_lm"], self.lms[system] = decoder.texts(emissions), decoder.lm.settings
+                texts[name][f"{system}_lm"] = decoder.texts(emissions)
         return texts
-
-    def decode_baseline(self):
-        """`decode_tests` of the untouched model, once a run: a later start takes the texts of the same clips."""
-        clips = {name: part.table["clip"].tolist() for name, part in self.tests.items()}
-        made_of, noted = digest([self.lm_asked, clips]), self.notes["baseline"] or {}
-        if noted.get("of") != made_of:
-            say(f"scoring {self.settings.model} as it is on the test split")
-            noted = {"of": made_of, "texts": self.decode_tests("baseline"), "lm": self.lms.get("baseline")}
-            self.save(baseline=noted)
-        self.lms["baseline"] = noted["lm"]
-        for name, part in noted["texts"].items():
-            for system, texts in part.items():
-                wer = percent(corpus_rate(self.tests[name].table["text"], texts))
-                say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
-        return noted["texts"]
 
     def write_results(self, texts, history=()):
         """The results of `decode_tests`' texts; returns the metrics."""
-        settings, made, test = self.settings, self.source.made, self.clips["test"].table
-        seen = None if settings.eval_only else set(self.clips["train"].table["accent"])
-        scores = {name: Scores.of(self.tests[name].table, part, seen) for name, part in texts.items()}
-        values = settings.to_dict()
-        config = {name: values.pop(name) for name in ScriptFlags.__annotations__}
-        data = {name: {**sizes_of(clips.table), "skipped": clips.reasons} for name, clips in self.clips.items()}
-        data |= {"made_splits": made, "speakers_in_train_too": shared_speakers(self.clips)}
+        settings, made, clips, lm = self.settings, self.source.made, self.clips, self.decoder.lm
+        seen = None if settings.eval_only else set(clips["train"].table["accent"])
+        scores = {name: Scores(self.tests[name].table, part, seen) for name, part in texts.items()}
+        training = settings.to_dict()
+        config = {name: training.pop(name) for name in ScriptFlags.__annotations__}
+        data = {name: {**sizes_of(part.table), "skipped": part.reasons} for name, part in clips.items()}
+        data |= {"made_splits": made, "speakers_in_train_too": shared_speakers(clips)}
         data |= {"layout": self.source.layout, "characters_dropped_from_labels": self.encoder.dropped}
-        content = {"config": {**config, "command": settings.command, "training": values}, "data": data}
-        longer = plural(int((test["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum()), "clip")
-        windows = f"{longer} over {settings.window_seconds:g} s scored in overlapping windows"
-        notes = [f"{windows}; none left out for its length.", *speaker_note(test), *shared_speaker_notes(self.clips)]
+        content = {"config": {**config, "command": settings.command, "training": training}, "data": data}
+        longer = int((clips["test"].table["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum())
+        windows = f"{plural(longer, 'clip')} over {settings.window_seconds:g} s scored in overlapping windows"
+        notes = [f"{windows}; none left out for its length.", *shared_speaker_notes(clips)]
         notes += [f"{' and '.join(made)} made of the train split by speaker."] * bool(made)
-        if lm := self.lms.get("finetuned") or self.lms.get("baseline"):
-            content["lm"] = {**lm, "baseline": self.lms.get("baseline") or lm}  # each model is tuned by itself
-            notes += [f"LM ({name}): {used}" for name, used in (("now", lm), ("before", content["lm"]["baseline"]))]
+        if lm:
+            before = (self.notes["baseline"] or {}).get("lm") or lm.settings  # each model is tuned by itself
+            content["lm"] = {**lm.settings, "baseline": before}
+            notes += [f"LM (now): {lm.settings}", f"LM (before): {before}"]
         title = f"{public(settings.model)} on {public(settings.dataset)}"
         return write_results(self.results, content, scores, title, notes, history)
 
-    def train(self, checkpoint, done):
-        """Train, from `checkpoint` with its updates `done` if given; returns the trainer with the best model. Shortens
-        the default warm-up and evaluation interval where a run is too short for them."""
-        settings, default, trainer = self.settings, TrainingFlags, None
+    def train(self):
+        """Train, from the checkpoint if there is one; returns the trainer with the best model. Shortens the default
+        warm-up and evaluation interval where a run is too short for them."""
+        settings, default, trainer, checkpoint = self.settings, TrainingFlags, None, self.checkpoint
         train, seed = self.clips["train"].audio, settings.seed
         updates, _ = planned_updates(settings, len(self.clips["train"]))
         say(f"training: {plural(updates, 'update')}")
@@ -3034,17 +2965,17 @@ class Run:
             settings.warmup_steps = max(1, updates // 10)
             say(f"  warming up over {settings.warmup_steps}")
         if settings.streaming:
-            seed += done  # the stream starts anew, and should not with the same clips and masks
+            # The stream starts anew, and should not with the same clips and masks.
+            seed, settings.ignore_data_skip = seed + self.done, True
             train = mixed(TrainingStream, torch.utils.data.IterableDataset)(self.source, settings, self.check, seed)
-        greedy, limit = Decoder(self.decoder.model, self.decoder.processor, settings), self.notes["batch_limit"]
-        loading = explained(
-            f"{checkpoint} cannot be loaded", checkpoint_errors(), "delete it: an older one is taken then"
-        )
+        greedy, advice = Decoder(self.decoder.model, self.decoder.processor, settings), "an older one is taken then"
+        loading = explained(f"{checkpoint} cannot be loaded", checkpoint_errors(), f"delete it: {advice}")
         try:
+            limit = self.notes["batch_limit"]
             trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], limit)
             trainer.data_collator.seed = seed
             if checkpoint:
-                say(f"  going on from {checkpoint}, update {done} of {updates}")
+                say(f"  going on from {checkpoint}, update {self.done} of {updates}")
             for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
                 setattr(trainer, name, loading(getattr(trainer, name)))
             with STOP_SIGNALS:
@@ -3067,34 +2998,42 @@ class Run:
                 trainer.bar.close()  # no message belongs behind it
         return trainer
 
-    def fit_and_score(self, checkpoint, done):
-        """The main job; returns the exit status."""
-        settings = self.settings
+    def fit_and_score(self):
+        """The main job. The untouched model is scored once a run: a later start takes its texts of the same clips."""
+        clips = {name: part.table["clip"].tolist() for name, part in self.tests.items()}
+        made_of, baseline = digest([self.lm_asked, clips]), self.notes["baseline"] or {}
         self.save()
-        texts = {} if settings.skip_baseline else self.decode_baseline()
-        trainer = self.train(checkpoint, done)
+        if baseline.get("of") != made_of and not self.settings.skip_baseline:
+            say(f"scoring {self.settings.model} as it is on the test split")
+            baseline, lm = {"of": made_of, "texts": self.decode_tests("baseline")}, self.decoder.lm
+            self.save(baseline={**baseline, "lm": lm and lm.settings})
+        texts = {} if self.settings.skip_baseline else baseline["texts"]
+        for name, system in [(name, system) for name, part in texts.items() for system in part]:
+            wer = percent(corpus_rate(self.tests[name].table["text"], texts[name][system]))
+            say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
+        trainer = self.train()
         say("scoring the fine-tuned model on the test split")
         # Without the wrapper that autocasts: before and after are scored alike, in float32.
         self.decoder.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         accelerate.utils.broadcast(self.decoder.model.state_dict())  # in place: the first process's is the best model
         texts = {name: texts.get(name, {}) | found for name, found in self.decode_tests("finetuned").items()}
-        if settings.is_first:
-            metrics = self.write_results(texts, trainer.state.log_history)
-            what = f"{self.final} cannot be written"
-            with explained(what, checkpoint_errors(), ROOM_ADVICE), complete(self.final) as final:
-                trainer.save_model(str(final))
-                write_model_card(final, self.results, settings, metrics)
-            # The test scores and the picture by accent go to TensorBoard, beside the curves of the training.
-            with Lazy("torch.utils.tensorboard").SummaryWriter(str(self.output / "runs")) as writer:
-                step, parts = trainer.state.global_step, {"test": metrics, **metrics.get("also", {})}
-                for (name, part), system, rate in itertools.product(parts.items(), SYSTEMS, RATES):
-                    if part.get(system) and part[system][rate] is not None:
-                        writer.add_scalar(f"{file_stem(name)}_{system}/{rate}", part[system][rate], step)
-                picture = Lazy("matplotlib.image").imread(self.results / "wer_by_accent.png")
-                writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
-            self.save(reached=self.goal)
-            self.finish()
-        return 0
+        if not self.settings.is_first:
+            return
+        metrics = self.write_results(texts, trainer.state.log_history)
+        what = f"{self.final} cannot be written"
+        with explained(what, checkpoint_errors(), ROOM_ADVICE), complete(self.final) as final:
+            trainer.save_model(str(final))
+            write_model_card(final, self.results, self.settings, metrics)
+        # The test scores and the picture by accent go to TensorBoard, beside the curves of the training.
+        with Lazy("torch.utils.tensorboard").SummaryWriter(str(self.output / "runs")) as writer:
+            step, parts = trainer.state.global_step, {"test": metrics, **metrics.get("also", {})}
+            for (name, part), system, rate in itertools.product(parts.items(), SYSTEMS, RATES):
+                if part.get(system) and part[system][rate] is not None:
+                    writer.add_scalar(f"{file_stem(name)}_{system}/{rate}", part[system][rate], step)
+            picture = Lazy("matplotlib.image").imread(self.results / "wer_by_accent.png")
+            writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
+        self.save(reached=self.goal)
+        self.finish()
 
 
 def run(settings):
@@ -3109,10 +3048,13 @@ def run(settings):
     transformers.set_seed(settings.seed)
     this, trains = Run(settings), not any(getattr(settings, mode) for mode in MODES)
     if trains:
-        this.open()
-        if this.show_finished():
+        if metrics := this.open():
+            more = "--overwrite_output_dir starts anew, more --max_steps or --num_train_epochs go on"
+            say(f"{this.output} holds this run, finished; {more}")
+            show_scores(metrics)
+            this.finish()
             return 0
-        checkpoint, done = checkpoint_to_resume(settings)
+        this.checkpoint, this.done = checkpoint_to_resume(settings)
     say(f"corpus: {settings.dataset}")
     if trains or settings.eval_only:
         # Before the audio: what cannot be used should not be found out after hours of preparation.
@@ -3135,12 +3077,13 @@ def run(settings):
         return 0
     this.select(processor, model, lm, sources)
     if trains:
-        return this.fit_and_score(checkpoint, done)
-    say(f"scoring {settings.model} on the test split")
-    texts = this.decode_tests("baseline")
-    if settings.is_first:
-        this.write_results(texts)
-        say(f"\nresults: {this.results}")
+        this.fit_and_score()
+    else:
+        say(f"scoring {settings.model} on the test split")
+        texts = this.decode_tests("baseline")
+        if settings.is_first:
+            this.write_results(texts)
+            say(f"\nresults: {this.results}")
     return 0
 
 
@@ -3173,8 +3116,7 @@ def main(argv=None):
             message = "another process has ended; its own message says why, the same command goes on from here"
     finally:
         for number, handler in handlers.items():
-            # Not the main thread, or a handler that Python did not set.
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError):  # another thread, or a handler that is not Python's
                 signal.signal(number, handler)
     print(f"{PROGRAM}: error{'' if rank == '0' else f' (process {rank})'}: {redact(message)}", file=sys.stderr)
     return status

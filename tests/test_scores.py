@@ -23,7 +23,7 @@ def row(text, speaker, accent="igbo", seconds=3.0, **columns):
 def score(rows, before, after=None, train_accents=None):
     """metrics.json's part of a test set."""
     texts = {"baseline": before} | ({"finetuned": after} if after else {})
-    return Scores.of(pandas.DataFrame(rows), texts, train_accents).metrics()
+    return Scores(pandas.DataFrame(rows), texts, train_accents).metrics()
 
 
 # Each with what a recogniser wrote.
