@@ -1,21 +1,25 @@
-"""What several test files need: the small processor, small random models of its class, sounds, and the script's own
-arguments.
-"""
+"""The script in the test's own process: its command line, small random models, sounds, clips and trainers."""
 
 import contextlib
 import functools
 import io
-from pathlib import Path
+import subprocess
 
 import numpy as np
 import soundfile
+from conftest import CORPUS, MODEL
 
 import finetune_medasr as script
 
-FIXTURES = Path(__file__).resolve().parent / "fixtures"
-MODEL = FIXTURES / "model"
-CORPUS = FIXTURES / "corpus"
 RATE = 16_000
+
+
+def run_main(cwd, *arguments):
+    """What the program ended with and printed, as of a process, in this process and on the CPU."""
+    arguments, out, errors = [*map(str, arguments), "--use_cpu", "true"], io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        status = script.main(arguments)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), errors.getvalue())
 
 
 @functools.cache
@@ -50,13 +54,18 @@ def label_encoder(target_text="as_written"):
     return script.LabelEncoder(small_processor().tokenizer, AutoConfig.from_pretrained(MODEL).vocab_size, target_text)
 
 
+def inputs_of(rows, **options):
+    """What CTCCollator(..., **options) makes of rows, as the model's inputs on the CPU."""
+    extractor = small_processor().feature_extractor
+    return script.model_inputs(script.CTCCollator(extractor, **options)(rows), extractor, "cpu")
+
+
 def noise(seconds, seed=0):
     """Noise whose colour changes all the time: a model hears something else in each frame."""
     samples = np.random.default_rng(seed).normal(size=round(seconds * RATE)).astype(np.float32)
     time = np.arange(len(samples)) / RATE
-    return (
-        0.1 * samples * np.sin(2 * np.pi * 3 * time) + 0.3 * np.sin(2 * np.pi * (400 + 300 * np.sin(5 * time)) * time)
-    ).astype(np.float32) / 2
+    tone = np.sin(2 * np.pi * (400 + 300 * np.sin(5 * time)) * time)
+    return (0.05 * samples * np.sin(2 * np.pi * 3 * time) + 0.15 * tone).astype(np.float32)
 
 
 def frames_of(ids):
@@ -64,13 +73,13 @@ def frames_of(ids):
     return script.Emissions(np.reshape(ids, (-1, 1)).astype(np.int32), np.zeros((len(ids), 1), np.float32))
 
 
-def wav_bytes(samples, rate=RATE):
+def wav_bytes(samples, rate=RATE, **options):
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format="WAV", subtype="FLOAT")
+    soundfile.write(buffer, samples, rate, **{"format": "WAV", "subtype": "FLOAT", **options})
     return buffer.getvalue()
 
 
-def make_clips(texts_and_samples, split):
+def make_clips(split, *texts_and_samples):
     """The script's Clips of (text, samples) pairs, in its order: the longest first."""
     import pandas
     from datasets import Dataset
@@ -85,19 +94,28 @@ def make_clips(texts_and_samples, split):
     return script.Clips(Dataset.from_list(rows), pandas.DataFrame(rows).drop(columns="audio"))
 
 
-def parse(output_dir, *flags):
-    """The settings of a command line on the small model and the CPU, without evaluation, checkpoints, TensorBoard."""
-    quiet = (
-        "--use_cpu true --dataloader_num_workers 0 --dataloader_pin_memory false --report_to none --disable_tqdm true"
-    )
-    still = "--eval_strategy no --save_strategy no --load_best_model_at_end false"
-    corpus = ["--model", MODEL, "--dataset", CORPUS, "--output_dir", output_dir, "--data_dir", f"{output_dir}/audio"]
-    return script.parse_settings([str(word) for word in (*corpus, *quiet.split(), *still.split(), *flags)])
+def make_decoder(output_dir, *flags, model=None):
+    """The script's Decoder on the CPU, without evaluation, checkpoints, TensorBoard."""
+    paths = ["--model", MODEL, "--dataset", CORPUS, "--output_dir", output_dir, "--data_dir", f"{output_dir}/audio"]
+    quiet = """--use_cpu true --dataloader_num_workers 0 --dataloader_pin_memory false --report_to none --disable_tqdm
+        true --eval_strategy no --save_strategy no --load_best_model_at_end false""".split()
+    settings = script.parse_settings([*map(str, [*paths, *quiet, *flags])])
+    return script.Decoder(model or random_model(), small_processor(), settings)
 
 
-def run_main(cwd, *arguments):
-    """(exit status, stdout, stderr) of the program in this process, in the folder `cwd`, on the CPU."""
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        status = script.main([*map(str, arguments), "--use_cpu", "true"])
-    return status, out.getvalue(), errors.getvalue()
+def trainer_of(decoder, clips, half=False, **options):
+    """The script's trainer on (train, dev) clips; with `half` in float16, under the CPU's autocast and scaler."""
+    import torch
+
+    settings, (train, dev) = decoder.settings, clips
+    if half:
+        settings.fp16, settings.mixed_precision = True, "fp16"  # which parsing refuses without a GPU
+    trainer = script.make_trainer(settings, decoder, label_encoder(), train.audio, dev, **options)
+    if half:
+        # accelerate offers neither on a CPU, and uses both when they are there.
+        trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=256)
+    return trainer
+
+
+def make_trainer(output_dir, clips, *flags, model=None, half=False, **options):
+    return trainer_of(make_decoder(output_dir, *flags, model=model), clips, half, **options)
