@@ -1,13 +1,15 @@
 """The script in the test's own process: its command line, small random models, sounds, clips and trainers."""
 
 import contextlib
+import csv
 import functools
 import io
+import json
 import subprocess
 
 import numpy as np
 import soundfile
-from conftest import CORPUS, MODEL
+from conftest import CORPUS, MODEL, read_csv
 
 import finetune_medasr as script
 
@@ -73,10 +75,41 @@ def frames_of(ids):
     return script.Emissions(np.reshape(ids, (-1, 1)).astype(np.int32), np.zeros((len(ids), 1), np.float32))
 
 
-def wav_bytes(samples, rate=RATE, **options):
+def sound(samples, rate=RATE, **options):
+    """An encoded recording: a WAV file of 16 bits unless asked otherwise."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, **{"format": "WAV", "subtype": "FLOAT", **options})
+    soundfile.write(buffer, samples, rate, **{"format": "WAV", "subtype": "PCM_16", **options})
     return buffer.getvalue()
+
+
+def tone(seconds=3.0, rate=RATE):
+    return 0.1 * np.sin(np.arange(round(seconds * rate)) * 2 * np.pi * 440 / rate)
+
+
+GOOD, TEXT = sound(tone()), "The patient has a fever."
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def write_table(path, rows):
+    """Write rows as JSON lines or CSV, by the ending of the name."""
+    text = io.StringIO()
+    if path.suffix == ".jsonl":
+        text.writelines(json.dumps(row) + "\n" for row in rows)
+    else:
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    write(path, text.getvalue())
+
+
+def skipped(output_dir):
+    """[(split, clip, reason)] of a run's skipped_clips.csv."""
+    rows = read_csv(output_dir / "results/skipped_clips.csv")
+    return [(row["split"], row["clip"], row["reason"]) for row in rows]
 
 
 def make_clips(split, *texts_and_samples):
@@ -86,8 +119,8 @@ def make_clips(split, *texts_and_samples):
 
     groups = {"accent": "igbo", "country": "NG", "domain": "clinical", "gender": "", "age_group": ""}
     rows = [
-        {"audio": wav_bytes(samples), "clip": f"session/{split}-{number}", "text": text, "num_samples": len(samples),
-         "speaker": f"speaker-{number}", **groups, "split": split, "problem": ""}
+        {"audio": sound(samples, subtype="FLOAT"), "clip": f"session/{split}-{number}", "text": text, "problem": "",
+         "num_samples": len(samples), "speaker": f"speaker-{number}", "split": split, **groups}
         for number, (text, samples) in enumerate(texts_and_samples)
     ]  # fmt: skip
     rows.sort(key=lambda row: -row["num_samples"])

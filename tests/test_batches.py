@@ -20,8 +20,8 @@ from helpers import (
     random_model,
     run_main,
     small_processor,
+    sound,
     trainer_of,
-    wav_bytes,
 )
 
 import finetune_medasr as script
@@ -45,7 +45,7 @@ def test_audio_is_mixed_down_and_resampled_to_16_khz_without_folding_high_tones_
     tone, high = (0.5 * np.sin(2 * np.pi * frequency * time) for frequency in (1_000, 12_000))
     left = tone + high if rate > 40_000 else tone
     channels = [left] if rate == 8_000 else [2 * left, 0 * left]
-    samples = script.decode_audio(wav_bytes(np.stack(channels, axis=1), rate))
+    samples = script.decode_audio(sound(np.stack(channels, axis=1), rate, subtype="FLOAT"))
     assert samples.dtype == np.float32 and abs(len(samples) - len(time) * RATE / rate) <= 1
     middle = slice(len(samples) // 4, -len(samples) // 4)
     expected = 0.5 * np.sin(2 * np.pi * 1_000 * np.arange(len(samples)) / RATE)
@@ -55,7 +55,7 @@ def test_audio_is_mixed_down_and_resampled_to_16_khz_without_folding_high_tones_
 @pytest.mark.parametrize("rate", [16_000, 44_100, 8_000, 48_000, 22_050, 11_025])
 def test_a_window_is_what_the_whole_has_there_and_no_more_is_decoded(rate):
     time = np.arange(3 * rate) / rate
-    data = wav_bytes((0.3 * np.sin(2 * np.pi * (200 + 300 * time) * time)).astype(np.float32), rate)
+    data = sound((0.3 * np.sin(2 * np.pi * (200 + 300 * time) * time)).astype(np.float32), rate)
     whole = script.decode_audio(data)
     for start, stop in [(0, 16_000), (640, 8_000), (16_000, 48_000), (38_400, 99_999)]:
         window = script.decode_audio(data, start, stop)
@@ -63,7 +63,7 @@ def test_a_window_is_what_the_whole_has_there_and_no_more_is_decoded(rate):
         np.testing.assert_allclose(window, whole[start:stop], atol=1e-3)
     samples = np.full(9 * rate, np.nan, np.float32)  # which decoding refuses
     samples[3 * rate : 6 * rate] = 0.1
-    window = script.decode_audio(wav_bytes(samples, rate), 4 * RATE, 5 * RATE)
+    window = script.decode_audio(sound(samples, rate, subtype="FLOAT"), 4 * RATE, 5 * RATE)
     assert len(window) == RATE and np.abs(window - 0.1).max() < 1e-3
 
 
@@ -152,10 +152,10 @@ def test_log_mels_are_those_of_the_extractor():
     speech, loud = script.decode_audio(next(iter(corpus_audio("test").values()))), np.clip(50 * noise(3), -1, 1)
     tone, hiss = np.sin(2 * np.pi * 1_000 * np.arange(RATE) / RATE), generator.normal(scale=0.1, size=2 * RATE)
     sounds = [speech, loud, tone, hiss, hiss[:RATE] / 1_000, np.zeros(RATE), np.ones(RATE)]
-    sounds = [sound.astype(np.float32) for sound in sounds]
+    sounds = [samples.astype(np.float32) for samples in sounds]
     options = dict(sampling_rate=RATE, padding="longest", return_attention_mask=True, return_tensors="pt")
-    for batch in [*([sound] for sound in sounds), sounds]:
-        expected, found = extractor(batch, **options), inputs_of(rows_of(*(("", sound) for sound in batch)))
+    for batch in [*([samples] for samples in sounds), sounds]:
+        expected, found = extractor(batch, **options), inputs_of(rows_of(*(("", samples) for samples in batch)))
         assert torch.equal(found["attention_mask"], expected["attention_mask"])
         assert found["input_features"].dtype == torch.float32
         torch.testing.assert_close(found["input_features"], expected["input_features"], atol=1e-3, rtol=0)

@@ -5,14 +5,14 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import kills
 import pytest
-from conftest import IN_TWO, MODEL, SCRIPT, TWO_PROCESSES, error_line, load_json, run_script, tensorboard
-
-from finetune_medasr import main
+from conftest import IN_TWO, MODEL, error_line, load_json, modified, refused, run_script, succeeded, tensorboard
+from helpers import run_main
 
 pytestmark = pytest.mark.slow
 # Runs the program; at the nth call of a function it does what $MOMENT says.
@@ -37,7 +37,6 @@ if __name__ == "__main__":  # not in a process that converts audio
 """
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 TERM = "os.kill(os.getpid(), signal.SIGTERM)"
-INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
 STEP = "transformers.Trainer.training_step"
 DECODE = "script.Decoder.emissions"
 SAVE = "transformers.Trainer._save_optimizer_and_scheduler"
@@ -59,10 +58,9 @@ def run_at(folder, warm):
     """
 
     def run_at(output, moment=None, *flags, start=warm.run, **env):
-        words = kills.command(folder / "audio", output, *map(str, flags))[2:]
-        if moment is None:
-            return start(*words, cwd=folder, env=env)
-        return start(*words, cwd=folder, program=folder / "moment.py", env={**env, "MOMENT": json.dumps(moment)})
+        words = kills.flags(folder / "audio", output, *flags)
+        program = {} if moment is None else {"program": folder / "moment.py"}
+        return start(*words, cwd=folder, env={**env, "MOMENT": json.dumps(moment)}, **program)
 
     return run_at
 
@@ -87,16 +85,6 @@ def assert_same(output, straight):
         seen = [[(entry["step"], entry[name]) for entry in state["log_history"] if name in entry] for state in states]
         assert seen[0] == seen[1] and len(seen[0]) >= 4
     assert not list(output.rglob("*.tmp"))
-
-
-def message_of(done):
-    """The error on a stderr that may hold warnings and progress bars too."""
-    (message,) = re.findall("(?:^|[\r\n])finetune_medasr.py: error: (.*)", done.stderr)
-    return message
-
-
-def modified(output):
-    return {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
 def curves(output):
@@ -135,8 +123,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(folder, straigh
         if moment[0] == SAVE:
             assert curves(output) == [[3, 4], [4], [4]]
             assert "checkpoint-4 is left aside: it was not finished" in run_at(output, [STEP, 1, KILL]).stderr
-    done = run_at(output)
-    assert done.returncode == 0 and "as it is on the test split" not in done.stdout, done.stderr
+    assert "as it is on the test split" not in succeeded(run_at(output)).stdout
     assert_same(output, straight)
 
 
@@ -150,12 +137,10 @@ def test_a_signal_ends_the_program_at_once_where_the_same_command_goes_on(folder
         (signal.SIGTERM, (DECODE, 4), None),  # the final scoring, after two more
     ):
         stopped = run_at(output, [*moment, f"os.kill(os.getpid(), {int(number)})"])
-        assert stopped.returncode == 128 + number
-        assert f"stopped by {number.name}: the same command goes on" in error_line(stopped.stderr)
+        refused(stopped, 128 + number, f"stopped by {number.name}: the same command goes on")
         assert not written or (output / f"checkpoint-{written}/trainer_state.json").exists()
         assert not (output / "final").exists()
-    done = run_at(output)
-    assert done.returncode == 0 and "checkpoint-8, update 8 of 8" in done.stdout, done.stderr
+    assert "checkpoint-8, update 8 of 8" in succeeded(run_at(output)).stdout
     shutil.rmtree(output / "checkpoint-3")
     assert_same(output, straight)
 
@@ -164,7 +149,8 @@ def test_a_signal_ends_the_program_at_once_where_the_same_command_goes_on(folder
 def test_a_second_signal_ends_the_program_unless_a_launcher_passes_it_on(rank, tmp_path, run_at):
     """Of several processes each gets a signal twice, from its terminal or cluster and from torchrun."""
     env = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-    stopped = run_at(tmp_path / "out", [STEP, 1, f"{INTERRUPT}; {INTERRUPT}"], *QUICK, **({} if rank is None else env))
+    twice = "os.kill(os.getpid(), signal.SIGINT);" * 2
+    stopped = run_at(tmp_path / "out", [STEP, 1, twice], *QUICK, **({} if rank is None else env))
     assert stopped.returncode == 130, stopped.stderr
     assert (tmp_path / "out/checkpoint-1").exists() == (rank is not None)
     assert ("stopped by SIGINT" if rank is not None else "ended by a second SIGINT") in stopped.stderr
@@ -184,11 +170,9 @@ def test_a_finished_run_says_so_more_updates_go_on_and_overwrite_starts_anew(fol
     assert "finished" in done.stdout and "| WER " in done.stdout and modified(straight) == before
     output = folder / "more"
     shutil.copytree(straight, output)
-    done = run_at(output, None, "--max_steps", 9)
-    assert done.returncode == 0 and "checkpoint-8, update 8 of 9" in done.stdout, done.stderr
+    assert "checkpoint-8, update 8 of 9" in succeeded(run_at(output, None, "--max_steps", 9)).stdout
     assert state_of(output, 9)["global_step"] == 9
-    done = run_at(output, None, "--overwrite_output_dir")
-    assert done.returncode == 0 and "going on" not in done.stdout, done.stderr
+    assert "going on" not in succeeded(run_at(output, None, "--overwrite_output_dir")).stdout
     assert_same(output, straight)
     assert not (output / "checkpoint-9").exists()
 
@@ -202,22 +186,22 @@ def test_patience_and_the_best_checkpoint_survive_a_kill_and_a_low_limit(tmp_pat
     assert killed.returncode == -signal.SIGKILL
     assert {path.parent.name for path in output.glob("*/trainer_state.json")} == {"checkpoint-1", "checkpoint-2"}
     for patience, last, found in ((3, 4, "update 2 of 8"), (3, 4, "finished"), (4, 5, "update 4 of 8")):
-        done = run_at(output, None, *flags, "--early_stopping_patience", patience)
-        assert done.returncode == 0 and found in done.stdout, done.stderr
+        done = succeeded(run_at(output, None, *flags, "--early_stopping_patience", patience))
+        assert found in done.stdout
         assert found == "finished" or f"stopped early: {patience} evaluations without a better" in done.stdout
         assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1", f"checkpoint-{last}"}
         best, final = (output / name / "model.safetensors" for name in ("checkpoint-1", "final"))
         assert best.read_bytes() == final.read_bytes()
 
 
-def test_another_run_is_refused_with_the_difference(folder, straight, tmp_path, capfd):
-    command, before = kills.command(folder / "audio", straight)[2:], modified(straight)
+def test_another_run_is_refused_with_the_difference(folder, straight, tmp_path):
+    command, before = kills.flags(folder / "audio", straight), modified(straight)
     shutil.copytree(MODEL, tmp_path / "model")
     weights = (MODEL / "model.safetensors").read_bytes()
     (tmp_path / "model/model.safetensors").write_bytes(weights[: 1 << 19] + b"another" + weights[(1 << 19) + 7 :])
     for flags, difference in (
         ("--model somebody/model", "--model model, not somebody/model"),
-        (f"--model {tmp_path}/model", "weights of checksum "),
+        ("--model ./model", "weights of checksum "),
         ("--model_revision main", "--model_revision None, not main"),
         ("--dataset somebody/speech", "--dataset corpus, not somebody/speech"),
         ("--dataset_revision main", "--dataset_revision None, not main"),
@@ -236,27 +220,25 @@ def test_another_run_is_refused_with_the_difference(folder, straight, tmp_path, 
         ("--seed 7", "--seed 42, not 7"),
         ("--gradient_accumulation_steps 2", "batch x accumulation steps x processes of 4, not 8"),
     ):
-        assert main([*command, *flags.split()]) == 2
-        message = error_line(capfd.readouterr().err)
-        assert f"holds a run with {difference}" in message and "--overwrite_output_dir" in message, message
+        message = re.escape(f"holds a run with {difference}")
+        refused(run_main(tmp_path, *command, *flags.split()), 2, message, "--overwrite_output_dir")
     assert modified(straight) == before
     # A stream has no choice of so many clips.
     at = command.index("--max_train_samples")
     identity = load_json(straight / "run.json")
     identity["identity"]["max_train_samples"] = None
     (tmp_path / "run.json").write_text(json.dumps(identity))
-    assert main([*command[:at], *command[at + 2 :], "--streaming", "--output_dir", str(tmp_path)]) == 2
-    assert "holds a run with --streaming False, not True" in error_line(capfd.readouterr().err)
+    done = run_main(tmp_path, *command[:at], *command[at + 2 :], "--streaming", "--output_dir", ".")
+    refused(done, 2, "holds a run with --streaming False, not True")
 
 
 @pytest.mark.parametrize("name", ["final/notes.txt", "checkpoint-500/pytorch_model.bin"])
-def test_what_no_run_has_made_is_not_deleted(name, tmp_path, capfd):
+def test_what_no_run_has_made_is_not_deleted(name, tmp_path):
     file = tmp_path / "out" / name
     file.parent.mkdir(parents=True)
     file.write_text("mine")
-    assert main(kills.command(tmp_path / "audio", tmp_path / "out")[2:]) == 2
-    message = error_line(capfd.readouterr().err)
-    assert f"out/{file.parent.name} " in message and "--overwrite_output_dir" in message
+    done = run_main(tmp_path, *kills.flags("audio", "out"))
+    refused(done, 2, f"out/{file.parent.name} .*--overwrite_output_dir")
     assert file.read_text() == "mine" and os.listdir(tmp_path / "out") == [file.parent.name]
 
 
@@ -271,10 +253,9 @@ def test_damaged_checkpoints_of_a_moved_run(folder, straight, run_at):
         for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
             whole = (output / "checkpoint-6" / name).read_bytes()
             (output / "checkpoint-6" / name).write_bytes(whole[: len(whole) // 2])
-            refused = run_at(output)
-            assert refused.returncode == 1 and "checkpoint-8 is left aside: it was not finished" in refused.stderr
-            message = message_of(refused)
-            assert "checkpoint-6 cannot be loaded" in message and "delete it" in message, (name, message)
+            done = run_at(output)
+            assert "checkpoint-8 is left aside: it was not finished" in done.stderr
+            refused(done, 1, "checkpoint-6 cannot be loaded.*delete it")
             (output / "checkpoint-6" / name).write_bytes(whole)
         shutil.rmtree(output / "checkpoint-6")
         done = run_at(output)
@@ -283,8 +264,8 @@ def test_damaged_checkpoints_of_a_moved_run(folder, straight, run_at):
         last = run_at(output)
     finally:
         hidden.rename(straight)
-    assert done.returncode == 0 and "checkpoint-4, update 4 of 8" in done.stdout, done.stderr
-    assert last.returncode == 0 and "checkpoint-8, update 8 of 8" in last.stdout, last.stderr
+    assert "checkpoint-4, update 4 of 8" in succeeded(done).stdout
+    assert "checkpoint-8, update 8 of 8" in succeeded(last).stdout
     assert_same(output, straight)
 
 
@@ -307,33 +288,27 @@ def test_a_disk_that_is_full_from_a_moment_on_is_named(folder, straight, run_at)
         ("script.Run.save", 2),  # that it is done
     ):
         done = run_at(output, [*moment, full])
-        message = message_of(done)
-        assert done.returncode == 1 and "cannot be written" in message, (moment, message)
-        assert "free some disk; the same command goes on" in message, (moment, message)
+        refused(done, 1, "cannot be written.*free some disk; the same command goes on")
         written = [path / "trainer_state.json" for path in output.glob("checkpoint-*")]
         assert all(map(Path.exists, written)) and not list(output.rglob("*.tmp")), "what is half-written takes room"
-    done = run_at(output)
-    assert done.returncode == 0, done.stderr
+    succeeded(run_at(output))
     assert_same(output, straight)
 
 
 def test_a_run_that_filled_the_memory_goes_on_with_half_the_clips_a_step(tmp_path, run_at):
     flags = [*QUICK, "--per_device_train_batch_size", "auto", "--max_steps", 4]
     full = "import torch; raise torch.OutOfMemoryError('CUDA out of memory')"
-    message = error_line(run_at(tmp_path / "out", [STEP, 3, full], *flags).stderr)
-    assert "the same command, which goes on with 4 a step" in message
-    done = run_at(tmp_path / "out", None, *flags)
-    assert done.returncode == 0 and "update 2 of 4" in done.stdout, done.stderr
+    refused(run_at(tmp_path / "out", [STEP, 3, full], *flags), 1, "the same command, which goes on with 4 a step")
+    done = succeeded(run_at(tmp_path / "out", None, *flags))
+    assert "update 2 of 4" in done.stdout
     assert "8 clips an update and device: 4 a step x 2 accumulation steps" in done.stdout
 
 
 @pytest.mark.parametrize("steps", [1, 8])
-def test_a_model_that_is_not_finite_is_never_saved(folder, tmp_path, steps, capfd):
-    flags = ["--learning_rate", "1e300", "--warmup_steps", "0", "--max_steps", str(steps), "--eval_steps", "8"]
-    flags += ["--save_steps", "8", "--skip_baseline"]
-    assert main([*kills.command(folder / "audio", tmp_path / "out")[2:], *flags]) == 1
-    message = error_line(capfd.readouterr().err)
-    assert "not finite" in message and " at update " in message and "--learning_rate" in message, message
+def test_a_model_that_is_not_finite_is_never_saved(folder, tmp_path, steps):
+    flags = f"--learning_rate 1e300 --warmup_steps 0 --max_steps {steps} --eval_steps 8 --save_steps 8 --skip_baseline"
+    done = run_main(tmp_path, *kills.flags(folder / "audio", "out", *flags.split()))
+    message = refused(done, 1, "not finite.* at update .*--learning_rate")
     assert steps == 1 or len(re.findall(r"[0-9a-f-]{36}/[0-9a-f]{32}\.ogg", message)) == 4, "the clips of the update"
     assert not (tmp_path / "out/final").exists() and not list((tmp_path / "out").glob("checkpoint-*/model.safetensors"))
 
@@ -347,8 +322,9 @@ def test_two_processes_stopped_and_killed_past_the_first_epoch_end_as_if_they_ha
     assert [done.returncode for done in run_at(straight, None, *IN_TWO, start=run_two)] == [0, 0]
 
     def torchrun(*words, program, cwd, env):
-        env = {**kills.ENV, **env, "PYTHONPATH": str(SCRIPT.parent)}
-        return run_script(*words, cwd=cwd, env=env, script=program, launcher=TWO_PROCESSES)
+        env = {**kills.ENV, **env, "PYTHONPATH": str(kills.SCRIPT.parent)}
+        launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
+        return run_script(*words, cwd=cwd, env=env, script=program, launcher=launcher)
 
     stop = f'if os.environ["RANK"] == "0": {TERM}; os.kill(os.getppid(), signal.SIGTERM)'
     fresh = ["--data_dir", folder / "prepared-by-two"]
@@ -408,10 +384,9 @@ def test_nodes_that_share_no_folder_train_from_a_stream_and_do_the_same(tmp_path
         "    os.environ['LOCAL_RANK'] = '0'\n    os.makedirs(rank, exist_ok=True)\n    os.chdir(rank)\n"
         "    sys.exit(finetune_medasr.main(sys.argv[1:]))\n"
     )
-    flags = kills.command("audio", "out", *IN_TWO, *QUICK)[2:]
+    flags = kills.flags("audio", "out", *IN_TWO, *QUICK, "--max_steps", 2, "--dataloader_num_workers", 1)
     at = flags.index("--max_train_samples")
     flags[at : at + 2] = "--streaming --accents swahili damara --num_proc 1 --gradient_checkpointing".split()
-    flags += ["--max_steps", "2", "--dataloader_num_workers", "1"]
 
     def start():
         done = run_two(*flags, program=program, cwd=tmp_path)

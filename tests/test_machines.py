@@ -210,7 +210,7 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_pat
     model = model_with(tmp_path / "model", 0.0, dropout=0.0, activation_dropout=0.0, attention_dropout=0.0)
     (tmp_path / "recorded.py").write_text(RECORDED)
     flags = f"--model {model} --learning_rate 1e-3 --eval_steps 8 --save_steps 8 --skip_baseline".split()
-    one, two = ([*kills.command(demo.audio, tmp_path / name)[2:], *flags] for name in ("one", "two"))
+    one, two = (kills.flags(demo.audio, tmp_path / name, *flags) for name in ("one", "two"))
     place = {"program": tmp_path / "recorded.py", "cwd": tmp_path}
     both = run_two(*two, *IN_TWO, **place)
     alone = warm.run(*one, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, **place)
@@ -244,7 +244,7 @@ def test_two_processes_with_uneven_shares_in_bfloat16_write_everything_once(demo
     model, out = model_with(tmp_path / "model", 0.5), tmp_path / "out"
     flags = """--max_train_samples 17 --max_eval_samples 3 --max_test_samples 25 --max_steps 6 --eval_steps 6
         --save_steps 6 --learning_rate 1e-3 --bf16 --skip_baseline""".split()
-    both = run_two(*kills.command(demo.audio, out)[2:], *flags, "--model", model, *IN_TWO)
+    both = run_two(*kills.flags(demo.audio, out, *flags, "--model", model, *IN_TWO))
     said, errors = "".join(done.stdout for done in both), "".join(done.stderr for done in both)
     assert [done.returncode for done in both] == [0, 0], errors
     assert said.count("model: ") == 1 and "Warning" not in errors
@@ -256,7 +256,7 @@ def test_two_processes_with_uneven_shares_in_bfloat16_write_everything_once(demo
     curves = [log.Scalars("train/loss") for log in curves if "train/loss" in log.Tags()["scalars"]]
     assert [[event.step for event in losses] for losses in curves] == [[1, 2, 3, 4, 5, 6]]
     assert len((out / "results/skipped_clips.csv").read_text().splitlines()) > 1
-    command = kills.command(demo.audio, tmp_path / "again")[2:]
-    succeeded(warm.run(*command, "--eval_only", "--model", out / "final", "--max_test_samples", 25))
+    again = ["--eval_only", "--model", out / "final", "--max_test_samples", 25]
+    succeeded(warm.run(*kills.flags(demo.audio, tmp_path / "again", *again)))
     texts = [[row["pred_text"] for row in load_predictions(tmp_path / name / "results")] for name in ("out", "again")]
     assert texts[0] == texts[1]

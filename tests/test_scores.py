@@ -1,14 +1,13 @@
 """Error rates, their groups and intervals, and what the report makes of them."""
 
-import json
 import random
 import tracemalloc
 
 import numpy as np
 import pandas
 import pytest
-from conftest import load_json
-from helpers import run_main
+from conftest import load_json, succeeded
+from helpers import run_main, write_table
 
 from finetune_medasr import Scores
 
@@ -165,13 +164,11 @@ def test_groups_with_few_speakers_or_few_words_are_marked_and_not_ranked(tmp_pat
         for number, words in enumerate(counts):
             text = "x " * wrong + "a " * (words - wrong)
             rows.append({"text": "a " * words, "pred_text": text, "accent": accent, "user_id": f"{accent} {number}"})
-    path = tmp_path / "texts.jsonl"
-    path.write_text("\n".join(json.dumps({**row, "domain": "general"}) for row in rows))
-    status, printed, _ = run_main(tmp_path, "--score_file", path, "--output_dir", tmp_path)
+    write_table(tmp_path / "texts.jsonl", [{**row, "domain": "general"} for row in rows])
+    printed = succeeded(run_main(tmp_path, "--score_file", "texts.jsonl", "--output_dir", ".")).stdout
     groups = load_json(tmp_path / "results/metrics.json")["baseline"]["groups"]["accent"]
     assert {name for name, group in groups.items() if group["small"]} == {"few people", "few words"}
     text = (tmp_path / "results/report.md").read_text()
-    assert status == 0
     for table in (text, printed):  # there is one domain, so the next kind of group is shown
         assert cells(table, "large")[:2] == ["5", "5"] and "%, " in cells(table, "large")[5]
         assert "%, " in cells(table, "few words\\*")[5]

@@ -1,23 +1,22 @@
 """The trials of benchmark.py: the US-English clips that they score forgetting on, and their table."""
 
-import csv
 import json
 
 import benchmark
 import jiwer
 import trials
+from conftest import read_csv, succeeded
+from helpers import run_main
 
-from finetune_medasr import main, normalize_wer
+from finetune_medasr import normalize_wer
 
 
-def test_the_model_knows_the_us_english_voices(monkeypatch, capfd):
+def test_the_model_knows_the_us_english_voices():
     """It was pre-trained on others of their kind: what it forgets shows against a low WER."""
-    monkeypatch.chdir(trials.US_ENGLISH / "test")
-    with open("metadata.csv", newline="", encoding="utf-8") as file:
-        clips = list(csv.DictReader(file))
+    clips = read_csv(trials.US_ENGLISH / "test/metadata.csv")
     names, references = ([clip[column] for clip in clips] for column in ("file_name", "text"))
-    assert main(["--transcribe", *names, "--model", str(trials.MODEL), "--use_cpu", "true"]) == 0
-    texts = dict(line.split("\t") for line in capfd.readouterr().out.splitlines())
+    done = succeeded(run_main(trials.US_ENGLISH / "test", "--transcribe", *names, "--model", trials.MODEL))
+    texts = dict(line.split("\t") for line in done.stdout.splitlines())
     assert len(names) == 60 and len({clip["speaker_id"] for clip in clips}) == 4
     assert jiwer.wer(list(map(normalize_wer, references)), [normalize_wer(texts[name]) for name in names]) < 0.03
 
