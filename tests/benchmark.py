@@ -10,6 +10,7 @@ python tests/benchmark.py trials    # what makes a better adapted model, on the 
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -20,7 +21,10 @@ import sys
 import tarfile
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from zlib import crc32
 
 import jiwer
 import librosa
@@ -29,15 +33,34 @@ import pyarrow
 import soundfile
 import soxr
 import torch
-import trials
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
-from transformers import AutoProcessor, LasrCTCConfig, LasrForCTC, Trainer, TrainingArguments
-from trials import CORPUS, MODEL, opened, script
+from transformers import AutoModelForCTC, AutoProcessor, LasrCTCConfig, LasrForCTC, Trainer, TrainingArguments
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import finetune_medasr as script  # noqa: E402
+
+CORPUS, MODEL, US_ENGLISH = (HERE / "fixtures" / name for name in ("corpus", "model", "us_english"))
 
 RATE = script.SAMPLE_RATE
 PROGRAM = [sys.executable, script.__file__]
 SUBSAMPLER_PEAK = 1.1e5  # what the released checkpoint's subsampler reaches; float16 ends at 65,504
+
+
+def opened(flags, also=()):
+    """What a run has before it trains; its clips are those of the splits and of `also`, {name: further test set}."""
+    settings = script.parse_settings([*map(str, flags), "--disable_tqdm", "true"])
+    (processor, model), sources = script.load_model(settings), {}
+    for name, place in {"": settings.dataset, **dict(also)}.items():
+        splits = ("test",) if name else script.SPLITS
+        sources[name] = script.Source(str(place), settings, splits, is_extra=bool(name))
+        script.prepare(sources[name], splits, settings)
+    encoder = script.LabelEncoder(processor.tokenizer, model.config.vocab_size, settings.target_text)
+    clips = script.select_all(sources, settings, lambda table: table["problem"])
+    decoder = script.Decoder(model, processor, settings)
+    return SimpleNamespace(settings=settings, processor=processor, clips=clips, encoder=encoder, decoder=decoder)
 
 
 def full_size_model(folder, layers):
@@ -63,17 +86,13 @@ def logged(output):
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-# ---- gpu -------------------------------------------------------------------------------------------------------------
-
-
-def train_on_cpu(flags, batch_size):
+def train_on_cpu(flags):
     """The log of the program's trainer in float16, with autocast and scaler, which accelerate leaves out on a CPU."""
     run = opened([*flags, *"--max_eval_samples 4 --report_to none --dataloader_num_workers 0".split()])
     settings, extractor, train = run.settings, run.decoder.extractor, run.clips["train"].audio
-    batch = script.CTCCollator(extractor, run.encoder)([train[index] for index in range(batch_size)])
+    batch = script.model_inputs(script.CTCCollator(extractor, run.encoder)([train[0], train[1]]), extractor, "cpu")
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
-        loss = run.decoder.model.train()(**script.model_inputs(batch, extractor, "cpu")).loss
-        print(f"plain float16: loss {float(loss)} at the first update")
+        print(f"plain float16: loss {float(run.decoder.model.train()(**batch).loss)} at the first update")
     run.decoder.model = script.load_model(settings)[1]  # the forward pass above has moved its BatchNorms
     settings.fp16, settings.mixed_precision = True, "fp16"
     trainer = script.make_trainer(settings, run.decoder, run.encoder, train, run.clips["dev"])
@@ -93,18 +112,17 @@ def report_losses(name, log):
 
 
 def benchmark_gpu(options):
-    gpus, good, steps = torch.cuda.device_count(), True, options.steps
-    batch_size = options.batch_size or (8 if gpus else 2)
+    gpus, good = torch.cuda.device_count(), True
     with tempfile.TemporaryDirectory() as folder:
         # float16 is emulated on a CPU and takes minutes an update at full depth; what overflows is in the first layers.
         full_size_model(Path(folder, "model"), layers=17 if gpus else 2)
-        flags = f"""--model {folder}/model --dataset {CORPUS} --data_dir {folder}/audio --max_steps {steps}
-            --warmup_steps 5 --logging_steps 1 --eval_steps {steps} --save_steps {steps} --save_total_limit 1
-            --per_device_train_batch_size {batch_size} --gradient_accumulation_steps 1 --learning_rate 3e-4
-            --skip_baseline --max_test_samples 8 --output_dir {folder}/""".split()
+        flags = f"""--model {folder}/model --dataset {CORPUS} --data_dir {folder}/audio --max_steps 50 --warmup_steps 5
+            --logging_steps 1 --eval_steps 50 --save_steps 50 --save_total_limit 1 --gradient_accumulation_steps 1
+            --per_device_train_batch_size {8 if gpus else 2} --learning_rate 3e-4 --skip_baseline --max_test_samples 8
+            --output_dir {folder}/""".split()
         if not gpus:
             print("no CUDA GPU: the same trainer under float16 autocast on the CPU")
-            return 0 if report_losses("guarded float16", train_on_cpu(flags, batch_size)) else 1
+            return 0 if report_losses("guarded float16", train_on_cpu(flags)) else 1
         print(gpus, "x", torch.cuda.get_device_name(), torch.__version__)
         for precision, count in [("fp16", 1), ("bf16", 1)] + [("fp16", 2)] * (gpus > 1):
             launcher = f"-m torch.distributed.run --standalone --nproc_per_node {count}".split() if count > 1 else []
@@ -114,7 +132,18 @@ def benchmark_gpu(options):
     return 0 if good else 1
 
 
-# ---- prepare ---------------------------------------------------------------------------------------------------------
+def encoded(samples, rate, form):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=form, subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def write_transcripts(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow("audio_paths transcript duration accent domain user_ids country".split())
+        table.writerows([*row, "clinical", f"speaker{number % 1466}", "NG"] for number, row in enumerate(rows))
 
 
 def speech():
@@ -130,25 +159,21 @@ def speech():
 
 def make_corpus(folder, megabytes):
     """A corpus of one archive in AfriSpeech-200's form, 44.1 kHz stereo WAV clips of 10 to 20 s: (clips, seconds)."""
-    generator, samples, seconds = np.random.default_rng(0), speech(), 0.0
-    archive, transcripts = folder / "audio/igbo/train/train_igbo_0.tar.gz", folder / "transcripts/igbo/train.csv"
+    generator, samples, rows = np.random.default_rng(0), speech(), []
+    archive = folder / "audio/igbo/train/train_igbo_0.tar.gz"
     archive.parent.mkdir(parents=True)
-    transcripts.parent.mkdir(parents=True)
-    rows = ["user_ids,accent,transcript,audio_paths,duration,domain"]
     with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
-        while not rows[1:] or archive.stat().st_size < megabytes * 1e6:
+        while not rows or archive.stat().st_size < megabytes * 1e6:
             start, count = generator.integers(len(samples) - 20 * RATE), int(generator.uniform(10, 20) * RATE)
             mono = soxr.resample(samples[start : start + count], RATE, 44_100)
             mono += generator.normal(scale=1e-3, size=len(mono))  # a room's noise, which gzip cannot remove
-            buffer, key, length = io.BytesIO(), f"session/{len(rows)}.wav", len(mono) / 44_100
-            soundfile.write(buffer, np.stack([mono, 0.9 * mono], axis=1), 44_100, format="WAV", subtype="PCM_16")
+            audio, key = encoded(np.stack([mono, 0.9 * mono], axis=1), 44_100, "WAV"), f"session/{len(rows)}.wav"
             member = tarfile.TarInfo(f"data/data/intron/{key}")
-            member.size = buffer.tell()
-            tar.addfile(member, io.BytesIO(buffer.getvalue()))
-            rows.append(f"speaker,igbo,The patient has a fever.,/AfriSpeech-100/train/{key},{length:.3f},clinical")
-            seconds += length
-    transcripts.write_text("\n".join(rows) + "\n")
-    return len(rows) - 1, seconds
+            member.size = len(audio)
+            tar.addfile(member, io.BytesIO(audio))
+            rows.append([f"/AfriSpeech-100/train/{key}", "The patient has a fever.", len(mono) / 44_100, "igbo"])
+    write_transcripts(folder / "transcripts/igbo/train.csv", rows)
+    return len(rows), sum(row[2] for row in rows)
 
 
 def prepare_the_usual_way(options):
@@ -166,10 +191,6 @@ def prepare_the_usual_way(options):
 
     cache = str(out / "features.arrow")
     Dataset.from_list(rows).map(features, remove_columns=["name", "text"], cache_file_name=cache)
-
-
-def bytes_below(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def memory_of_group(group):
@@ -204,16 +225,16 @@ def benchmark_prepare(options):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_corpus(folder / "one", 0)  # one clip: what starting the program costs
-        clips, seconds = make_corpus(folder / "full", options.megabytes)
-        size, hours = bytes_below(folder / "full" / "audio") / 1e6, seconds / 3600
-        print(f"one archive of {size:.0f} MB: {clips} clips, {hours:.2f} h; a single process converts it")
+        clips, seconds = make_corpus(folder / "full", 300)
+        hours = seconds / 3600
+        print(f"one archive of 300 MB: {clips} clips, {hours:.2f} h; a single process converts it")
         for name, corpus in itertools.product(("ours", "usual"), ("one", "full")):
             out = folder / f"{name}-{corpus}"
             out.mkdir()
             flags = ["--dataset", folder / corpus, "--data_dir", out, "--output_dir", folder / "output"]
             usual = [sys.executable, __file__, "usual", folder / corpus, out]
-            command = usual if name == "usual" else [*PROGRAM, "--prepare_only", "--num_proc", 1, *flags]
-            figures.append({**measured(*command), "kept": bytes_below(out)})
+            taken = measured(*(usual if name == "usual" else [*PROGRAM, "--prepare_only", "--num_proc", 1, *flags]))
+            figures.append(taken | {"kept": sum(path.stat().st_size for path in out.rglob("*") if path.is_file())})
     for label, key, scale in (
         ("ms a clip on one core, without start-up", "cpu", 1e3 / (clips - 1)),
         ("memory at the peak, MB", "memory", 1e-6),
@@ -227,20 +248,12 @@ def benchmark_prepare(options):
     return 0
 
 
-# ---- speed -----------------------------------------------------------------------------------------------------------
-
 WORDS = "the patient has a fever and no cough give two hundred milligrams twice a day for seven days".split()
 
 
 def corpus_flags(folder, *more):
     flags = f"--model {MODEL} --dataset {folder}/corpus --data_dir {folder}/audio_16khz --output_dir {folder}/out"
     return [*f"{flags} --overwrite_output_dir --skip_baseline --report_to none".split(), *more]
-
-
-def flac(samples):
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, RATE, format="FLAC", subtype="PCM_16")
-    return buffer.getvalue()
 
 
 def make_prepared_corpus(folder, train_clips, seconds=None, silent=False):
@@ -250,26 +263,22 @@ def make_prepared_corpus(folder, train_clips, seconds=None, silent=False):
     generator, numbers = np.random.default_rng(0), itertools.count()
     words, accents = generator.choice(WORDS, 100_000), [f"accent{index}" for index in range(100 if silent else 1)]
     for split, accent in [("train", accent) for accent in accents] + [("dev", "accent0"), ("test", "accent0")]:
-        archive = folder / "corpus/audio" / accent / split / f"{split}_{accent}_0.tar.gz"
-        transcripts = folder / "corpus/transcripts" / accent / f"{split}.csv"
-        for path in (archive, transcripts):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        with open(transcripts, "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow("audio_paths transcript duration accent domain user_ids country".split())
-            for number in itertools.islice(numbers, train_clips // len(accents) if split == "train" else 8):
-                length, start = float(np.clip(generator.lognormal(np.log(8.4), 0.7), 1, 30)), generator.integers(90_000)
-                text = " ".join(words[start : start + round(2.2 * (seconds or length))])
-                row = [f"{seconds or length:.3f}", accent, "clinical", f"speaker{number % 1466}", "NG"]
-                table.writerow([f"session-{number:08d}/{number:032x}.wav", text, *row])
+        rows, archive = [], folder / "corpus/audio" / accent / split / f"{split}_{accent}_0.tar.gz"
+        for number in itertools.islice(numbers, train_clips // len(accents) if split == "train" else 8):
+            length = seconds or float(np.clip(generator.lognormal(np.log(8.4), 0.7), 1, 30))
+            start = generator.integers(90_000)
+            text = " ".join(words[start : start + round(2.2 * length)])
+            rows.append([f"session-{number:08d}/{number:032x}.wav", text, f"{length:.3f}", accent])
+        write_transcripts(folder / "corpus/transcripts" / accent / f"{split}.csv", rows)
+        archive.parent.mkdir(parents=True)
+        archive.touch()
     settings, features = script.parse_settings(corpus_flags(folder)), script.clip_features()
     samples = None if silent else speech()
     for shard in script.Source(settings.dataset, settings, script.SPLITS).shards:
-        audio = [flac(np.zeros(1600))] * len(shard.rows)
+        audio = [encoded(np.zeros(1600), RATE, "FLAC")] * len(shard.rows)
         for place, count in enumerate(() if silent else shard.rows["num_samples"]):
             start = generator.integers(len(samples) - count)
-            audio[place] = flac(samples[start : start + count])
+            audio[place] = encoded(samples[start : start + count], RATE, "FLAC")
         shard.path.parent.mkdir(parents=True, exist_ok=True)
         rows = pyarrow.Table.from_pandas(shard.rows.assign(audio=audio), features.arrow_schema, preserve_index=False)
         with ArrowWriter(path=str(shard.path), features=features) as writer:
@@ -450,13 +459,134 @@ def benchmark_speed(options):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             rows = part(Path(folder), options)
         for label, *figures in rows:
-            print(
-                f"{label:<60}", *(f"{figure:>{width},.1f}" for figure, width in zip(figures, (11, 11, 7))), flush=True
-            )
+            print(f"{label:<60}", *(f"{figure:>{width},.1f}" for figure, width in zip(figures, (11, 11, 7))))
     return 0
 
 
-COMMANDS = dict(gpu=benchmark_gpu, prepare=benchmark_prepare, speed=benchmark_speed, trials=trials.run_trials)
+SETS = {"dev": "dev", "seen": "seen accents", "unseen": "unseen accent", "us": "US English"}
+# `trials`: every one is the demo's run (small model, synthesised corpus, 120 updates) with one thing changed, on the same
+# seeds. It is scored on dev, on test clips of accents that it was trained on and of the one that it was not, and on
+# US-English voices, which the model was pre-trained on: what it forgets of them.
+AVERAGED = 3  # checkpoints
+SPEEDS = (0.9, 1.0, 1.1)
+# Checkpoints every 20 updates in all of them, for the averages; without early stopping all do the same work.
+FLAGS = """--demo --eval_steps 20 --save_steps 20 --save_total_limit 10 --early_stopping_patience 0 --report_to none
+    --use_cpu""".split()
+
+
+@dataclass
+class PerturbedSpeed(script.CTCCollator):
+    """Plays each clip at one of SPEEDS, drawn from seed, epoch and clip; as it is where its labels would not fit."""
+
+    def __call__(self, rows):
+        return super().__call__([{**row, "samples": self.played(row)} for row in rows])
+
+    def played(self, row):
+            samples, labels = script.decode_audio(row["audio"]), self.encoder([row["text"]])[0]
+        speed = np.random.default_rng((self.seed, self.epoch, crc32(row["clip"].encode()), 1)).choice(SPEEDS)
+        played = soxr.resample(samples, script.SAMPLE_RATE * speed, script.SAMPLE_RATE).astype(np.float32)
+        # A logit every 640 samples, the first after 2,320; CTC puts a blank between two equal labels.
+        needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
+        return played if needed <= 1 + (len(played) - 2_320) // 640 else samples
+
+
+def perturb_speed(trainer):
+    trainer.data_collator = PerturbedSpeed(**vars(trainer.data_collator))
+
+
+def freeze(trainer, layers):
+    """Keep the subsampler and so many of the lowest layers as they are (BatchNorm's statistics move)."""
+    for module in (trainer.model.encoder.subsampler, *trainer.model.encoder.layers[:layers]):
+        module.requires_grad_(False)
+
+
+BASE = "as it is"
+TRIALS = {BASE: lambda trainer: None, "speed perturbed": perturb_speed}
+TRIALS["subsampler frozen"] = functools.partial(freeze, layers=0)
+TRIALS |= {f"subsampler, {count} of 4 layers frozen": functools.partial(freeze, layers=count) for count in (1, 2)}
+
+
+def trial_scores(run, model):
+    """{set: WER in %} of a model."""
+    run.decoder.model, accents, found = model, set(run.clips["train"].table["accent"]), {}
+    for name in ("dev", "test", "us"):
+        texts = {"finetuned": run.decoder.greedy(run.decoder.emissions(run.clips[name])[0])}
+        metrics = script.Scores.of(run.clips[name].table, texts, accents).metrics()["finetuned"]
+        found |= metrics["groups"]["seen_accent"] if name == "test" else {name: metrics}
+    return {name: 100 * found[name]["wer"] for name in SETS}
+
+
+def average(run, trainer):
+    """The mean of the checkpoints with the best dev WER, its BatchNorm statistics those of the training clips."""
+    evaluated = [(entry["eval_wer"], entry["step"]) for entry in trainer.state.log_history if "eval_wer" in entry]
+    folders = [f"{run.settings.output_dir}/checkpoint-{step}" for _, step in sorted(evaluated)[:AVERAGED]]
+    models = [AutoModelForCTC.from_pretrained(folder, dtype="float32") for folder in folders]
+    states, model = [model.state_dict() for model in models], models[0]
+    mean = {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
+    model.load_state_dict({name: value.to(states[0][name].dtype) for name, value in mean.items()})
+    for module in model.eval().modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.reset_running_stats()
+            module.train().momentum = None  # the mean over all batches
+    clips, extractor = run.clips["train"].audio, run.decoder.extractor
+    with torch.no_grad():
+        for start in range(0, len(clips), 8):  # they are sorted by length
+            batch = script.CTCCollator(extractor)([clips[at] for at in range(start, min(start + 8, len(clips)))])
+            model(**script.model_inputs(batch, extractor, "cpu"))
+    return model
+
+
+def run_trial(name, seed, folder):
+    """{system: {set: WER in %}} of a training run: its best checkpoint and its average; before it, of the base."""
+    flags = [*FLAGS, "--seed", seed, "--output_dir", f"{folder}/run", "--data_dir", f"{folder}/audio"]
+    script.transformers.set_seed(seed)
+    run = opened(flags, {"us": US_ENGLISH})
+    found = {"before": trial_scores(run, run.decoder.model)} if name == BASE else {}
+    trainer = script.make_trainer(run.settings, run.decoder, run.encoder, run.clips["train"].audio, run.clips["dev"])
+    TRIALS[name](trainer)
+    trainer.train()
+    found[name] = trial_scores(run, trainer.model)
+    return found | {f"{name}; best {AVERAGED} averaged": trial_scores(run, average(run, trainer))}
+
+
+def trial_table(results):
+    """Markdown of {(system, seed): {set: WER}}: mean and standard deviation, and those of the changes from the base on
+    the same seeds, with the number of seeds on which the WER is lower.
+    """
+
+    def with_spread(values, form=".1f"):
+        return f"{statistics.mean(values):{form}}" + f" ± {statistics.stdev(values):.1f}" * (len(values) > 1)
+
+    rows = [["WER in %", "seeds", *SETS.values(), *(f"{label}, change" for label in SETS.values())], ["---"] * 10]
+    for system in dict.fromkeys(system for system, _ in results):
+        seeds = [seed for name, seed in results if name == system and (BASE, seed) in results]
+        cells, changes = [], []
+        for part in SETS:
+            cells.append(with_spread([results[system, seed][part] for seed in seeds]))
+            change = [results[system, seed][part] - results[BASE, seed][part] for seed in seeds]
+            lower = f"{with_spread(change, '+.1f')} ({sum(value < 0 for value in change)}/{len(seeds)})"
+            changes.append("" if system in ("before", BASE) else lower)
+        rows.append([system, str(len(seeds)), *cells, *changes])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def benchmark_trials(options):
+    """Each trial with each seed, but for those that `options.results` holds already; prints the table."""
+    path = options.results or Path(tempfile.mkdtemp()) / "trials.jsonl"
+    known = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+    names = [name for name in TRIALS if name == BASE or options.only in name]
+    done = {(entry["trial"], entry["seed"]) for entry in known}
+    for seed, name in [(seed, name) for seed in options.seeds for name in names if (name, seed) not in done]:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            known.append({"trial": name, "seed": seed, "found": run_trial(name, seed, folder)})
+        with path.open("a") as file:
+            file.write(json.dumps(known[-1]) + "\n")
+    chosen = [entry for name in names for entry in known if entry["trial"] == name]
+    print(trial_table({(system, entry["seed"]): wers for entry in chosen for system, wers in entry["found"].items()}))
+    return 0
+
+
+COMMANDS = dict(gpu=benchmark_gpu, prepare=benchmark_prepare, speed=benchmark_speed, trials=benchmark_trials)
 COMMANDS["usual"] = prepare_the_usual_way  # which "prepare" runs itself
 
 
@@ -464,9 +594,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("folders", nargs="*", type=Path, help="of 'usual': the corpus, and where to write")
-    parser.add_argument("--steps", type=int, default=50, help="of 'gpu'")
-    parser.add_argument("--batch_size", type=int, help="of 'gpu'; 8 on a GPU, 2 without one")
-    parser.add_argument("--megabytes", type=float, default=300, help="of 'prepare'")
     parser.add_argument("--quick", action="store_true", help="of 'speed': fewer repetitions")
     parser.add_argument("--million", action="store_true", help="of 'speed': the start with 1,000,000 clips too")
     parser.add_argument("--only", default="", help="of 'speed' or 'trials': one part, e.g. data_path or perturbed")

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import filelock
 import kills
 import pytest
-import soundfile
 from warm import WarmStarts, run_ranks
 
 HERE = Path(__file__).resolve().parent
@@ -63,14 +62,9 @@ def load_json(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def load_predictions(results):
+def scored_clips(results):
     lines = (Path(results) / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines()
     return list(map(json.loads, lines))
-
-
-def read_csv(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def tensorboard(path):
@@ -80,15 +74,11 @@ def tensorboard(path):
     return EventAccumulator(str(path)).Reload()
 
 
-def modified(folder, pattern="*"):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
-
-
 def corpus_rows(split):
     """{clip: CSV row} of the fixture corpus, the first of rows with the same path."""
     rows = {}
     for path in sorted(CORPUS.glob(f"transcripts/*/{split}.csv")):
-        for row in read_csv(path):
+        for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")):
             rows.setdefault("/".join((row.get("audio_paths") or row["audio_path"]).split("/")[-2:]), row)
     return rows
 
@@ -100,12 +90,6 @@ def corpus_audio(split):
         with tarfile.open(path) as tar:
             clips |= {"/".join(member.name.split("/")[-2:]): tar.extractfile(member).read() for member in tar}
     return clips
-
-
-def write_wav(path, clip):
-    """Decode a test clip of the fixture corpus to a 16-bit WAV file."""
-    samples, rate = soundfile.read(io.BytesIO(corpus_audio("test")[clip]))
-    soundfile.write(path, samples, rate, subtype="PCM_16")
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +128,7 @@ def demo(tmp_path_factory):
         final=output / "final",
         audio=output / "audio",
         metrics=load_json(output / "results/metrics.json"),
-        predictions=load_predictions(output / "results"),
+        predictions=scored_clips(output / "results"),
     )
 
 

@@ -15,7 +15,6 @@ import io
 import json
 import os
 import re
-import shutil
 import socket
 import struct
 import tarfile
@@ -29,6 +28,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import soundfile
 import soxr
+from helpers import sound, tar, write
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 MODEL, DATASET = "google/medasr", "intronhealth/afrispeech-200"
@@ -43,29 +43,25 @@ def hub_copy(corpus_dir, out_dir, accents="*"):
     stereo WAV; returns `out_dir`.
     """
     for source in [path for path in corpus_dir.glob(f"*/{accents}/**/*") if path.is_file()]:
-        target = out_dir / source.relative_to(corpus_dir)
-        target.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".gz":
-            copy_archive(source, target)
+            content = tar(hub_archive(source), compresslevel=1)
         else:
-            target.write_bytes(re.sub(rb"(/AfriSpeech-100/[^,\"\n]*)\.ogg", rb"\1.wav", source.read_bytes()))
+            content = re.sub(rb"(/AfriSpeech-100/[^,\"\n]*)\.ogg", rb"\1.wav", source.read_bytes())
+        write(out_dir / source.relative_to(corpus_dir), content)
     (out_dir / "afrispeech-200.py").write_text("import datasets\n")  # `datasets` refuses a repository with a script
     return out_dir
 
 
-def copy_archive(source, target):
-    """Write an archive again with its clips as WAV, or unchanged under that name if they cannot be decoded."""
-    with tarfile.open(source) as clips, tarfile.open(target, "w:gz", compresslevel=1) as tar:
+def hub_archive(source):
+    """The members of an archive with their clips as WAV, or unchanged under that name if they cannot be decoded."""
+    with tarfile.open(source) as clips:
         for clip in clips:
             audio = clips.extractfile(clip).read()
             with contextlib.suppress(soundfile.LibsndfileError):
                 samples, rate = soundfile.read(io.BytesIO(audio), dtype="float32", always_2d=True)
-                mono, wav = soxr.resample(samples.mean(axis=1), rate, HUB_RATE), io.BytesIO()
-                soundfile.write(wav, np.stack([mono, 0.9 * mono], axis=1), HUB_RATE, format="WAV", subtype="PCM_16")
-                audio = wav.getvalue()
-            member = tarfile.TarInfo(re.sub(r"\.ogg$", ".wav", clip.name))
-            member.size = len(audio)
-            tar.addfile(member, io.BytesIO(audio))
+                mono = soxr.resample(samples.mean(axis=1), rate, HUB_RATE)
+                audio = sound(np.stack([mono, 0.9 * mono], axis=1), HUB_RATE)
+            yield re.sub(r"\.ogg$", ".wav", clip.name), audio
 
 
 @functools.cache

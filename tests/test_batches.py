@@ -7,20 +7,16 @@ import pandas
 import pytest
 import soundfile
 import torch
-from conftest import MODEL, corpus_audio, read_csv, succeeded
-from helpers import (
-    RATE,
-    frames_of,
+from conftest import MODEL, corpus_audio, succeeded
+from helpers import RATE, noise, read_csv, run_main, sound
+from small_model import (
     inputs_of,
     label_encoder,
     make_clips,
     make_decoder,
     make_trainer,
-    noise,
+    processor,
     random_model,
-    run_main,
-    small_processor,
-    sound,
     trainer_of,
 )
 
@@ -65,19 +61,6 @@ def test_a_window_is_what_the_whole_has_there_and_no_more_is_decoded(rate):
     samples[3 * rate : 6 * rate] = 0.1
     window = script.decode_audio(sound(samples, rate, subtype="FLOAT"), 4 * RATE, 5 * RATE)
     assert len(window) == RATE and np.abs(window - 0.1).max() < 1e-3
-
-
-def test_logits_of_a_clip_are_those_of_the_model_down_to_the_shortest(tmp_path):
-    decoder = make_decoder(tmp_path, model=random_model(num_hidden_layers=0))
-    for samples in (160_000, 35_123, 16_000, 2960, 2320):
-        clip = make_clips("test", ("", noise(10)[:samples]))
-        (emissions,), problems, _ = decoder.emissions(clip)
-        expected = decoder.model(**inputs_of(list(clip.audio))).logits[0].log_softmax(-1).max(-1)
-        assert not problems and emissions.ids[:, 0].tolist() == expected.indices.tolist()
-        np.testing.assert_allclose(emissions.log_probs[:, 0], expected.values.detach(), atol=1e-3)
-    assert len(emissions.ids) == 1
-    with pytest.raises(RuntimeError):
-        decoder.model(**inputs_of(rows_of(("", noise(10)[:2319]))))
 
 
 def test_a_clip_is_left_out_exactly_where_it_cannot_be_trained_on_or_scored(tmp_path):
@@ -136,19 +119,8 @@ def test_neither_other_clips_nor_padding_change_the_text_of_a_clip(tmp_path, fla
     assert len(set(alone)) == 5 and len(alone[1]) > 50
 
 
-def test_frame_ids_are_collapsed_to_text(tmp_path):
-    decoder, tokenizer, texts = make_decoder(tmp_path), small_processor().tokenizer, ["200 mg", "too good", "11"]
-    cases = {(0, 5, 5, 0, 5, 6, 6, 0, 0): [5, 5, 6], (5, 5, 5): [5], (0, 0, 0): []}
-    cases[5, 0, 2, 0, 1, 6] = [5, 6]  # no </s>, no <s>
-    for ids, kept in cases.items():
-        assert decoder.greedy([frames_of(ids)]) == [tokenizer.decode(kept, group_tokens=False)]
-    # What a perfect model's frames read as: each label twice, then a blank.
-    perfect = [frames_of([id for label in ids for id in (label, label, 0)]) for ids in label_encoder()(texts)]
-    assert decoder.greedy(perfect) == texts
-
-
 def test_log_mels_are_those_of_the_extractor():
-    extractor, generator = small_processor().feature_extractor, np.random.default_rng(0)
+    extractor, generator = processor().feature_extractor, np.random.default_rng(0)
     speech, loud = script.decode_audio(next(iter(corpus_audio("test").values()))), np.clip(50 * noise(3), -1, 1)
     tone, hiss = np.sin(2 * np.pi * 1_000 * np.arange(RATE) / RATE), generator.normal(scale=0.1, size=2 * RATE)
     sounds = [speech, loud, tone, hiss, hiss[:RATE] / 1_000, np.zeros(RATE), np.ones(RATE)]
@@ -212,7 +184,7 @@ def test_the_masks_of_a_clip_differ_between_the_epochs_of_a_training(tmp_path, c
 
 
 def test_dev_clips_are_never_masked_and_training_clips_may_be_left_alone(tmp_path, clips):
-    encoder, extractor, (train, dev) = label_encoder(), small_processor().feature_extractor, clips
+    encoder, extractor, (train, dev) = label_encoder(), processor().feature_extractor, clips
     plain = inputs_of(list(train.audio), encoder=encoder)["input_features"]
     for flags, is_masked in (["--no_spec_augment"], False), ([], True):
         trainer = make_trainer(tmp_path, clips, *flags)

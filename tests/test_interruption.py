@@ -11,8 +11,8 @@ from pathlib import Path
 
 import kills
 import pytest
-from conftest import IN_TWO, MODEL, error_line, load_json, modified, refused, run_script, succeeded, tensorboard
-from helpers import run_main
+from conftest import IN_TWO, MODEL, load_json, refused, run_script, succeeded, tensorboard
+from helpers import modified, run_main
 
 pytestmark = pytest.mark.slow
 # Runs the program; at the nth call of a function it does what $MOMENT says.
@@ -94,13 +94,13 @@ def curves(output):
     return [[event.step for event in found] for found in (*map(events.Scalars, ("train/loss", "eval/wer")), texts)]
 
 
-# ---------------------------------------------------------------- killed and stopped
-
-
-def test_kills_at_random_moments_do_not_change_the_result(folder, straight, tmp_path):
+def test_kills_at_random_moments_do_not_change_the_result_and_a_stopped_run_exits_in_seconds(
+    folder, straight, tmp_path
+):
     """In Pythons of their own, in which the first moments are those of the imports."""
     (tmp_path / "audio").symlink_to(folder / "audio")
     assert kills.survive(tmp_path, straight, longest=8, kills=2, seed=1)[0] == 2
+    assert kills.seconds_to_stop(folder / "audio", tmp_path / "timed", 1) < 20
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(folder, straight, run_at):
@@ -156,13 +156,6 @@ def test_a_second_signal_ends_the_program_unless_a_launcher_passes_it_on(rank, t
     assert ("stopped by SIGINT" if rank is not None else "ended by a second SIGINT") in stopped.stderr
 
 
-def test_a_stopped_run_exits_in_seconds(folder):
-    assert kills.seconds_to_stop(folder / "audio", folder / "timed", 1) < 20
-
-
-# ---------------------------------------------------------------- finished, and going on
-
-
 def test_a_finished_run_says_so_more_updates_go_on_and_overwrite_starts_anew(folder, straight, run_at):
     before = modified(straight)
     done = run_at(straight)
@@ -194,31 +187,22 @@ def test_patience_and_the_best_checkpoint_survive_a_kill_and_a_low_limit(tmp_pat
         assert best.read_bytes() == final.read_bytes()
 
 
+DIFFERENCES = """model:model:somebody/model model_revision:None:main dataset:corpus:somebody/speech seed:42:7
+    dataset_revision:None:main text_column:None:said accents:None:['zulu'] domains:None:['clinical']
+    countries:None:['NG'] max_train_seconds:30.0:20.0 max_train_samples:16:12 max_eval_samples:2:3 max_test_samples:3:4
+    target_text:as_written:words spec_augment:True:False window_seconds:20.0:10.0 learning_rate:3e-05:1e-05"""
+DIFFERENCES = [difference.split(":") for difference in DIFFERENCES.split()]  # (flag, of the run, asked for)
+
+
 def test_another_run_is_refused_with_the_difference(folder, straight, tmp_path):
     command, before = kills.flags(folder / "audio", straight), modified(straight)
     shutil.copytree(MODEL, tmp_path / "model")
     weights = (MODEL / "model.safetensors").read_bytes()
     (tmp_path / "model/model.safetensors").write_bytes(weights[: 1 << 19] + b"another" + weights[(1 << 19) + 7 :])
     for flags, difference in (
-        ("--model somebody/model", "--model model, not somebody/model"),
         ("--model ./model", "weights of checksum "),
-        ("--model_revision main", "--model_revision None, not main"),
-        ("--dataset somebody/speech", "--dataset corpus, not somebody/speech"),
-        ("--dataset_revision main", "--dataset_revision None, not main"),
-        ("--text_column said", "--text_column None, not said"),
-        ("--accents zulu", "--accents None, not ['zulu']"),
-        ("--domains clinical", "--domains None, not ['clinical']"),
-        ("--countries NG", "--countries None, not ['NG']"),
-        ("--max_train_seconds 20", "--max_train_seconds 30.0, not 20.0"),
-        ("--max_train_samples 12", "--max_train_samples 16, not 12"),
-        ("--max_eval_samples 3", "--max_eval_samples 2, not 3"),
-        ("--max_test_samples 4", "--max_test_samples 3, not 4"),
-        ("--target_text words", "--target_text as_written, not words"),
-        ("--spec_augment false", "--spec_augment True, not False"),
-        ("--window_seconds 10", "--window_seconds 20.0, not 10.0"),
-        ("--learning_rate 1e-5", "--learning_rate 3e-05, not 1e-05"),
-        ("--seed 7", "--seed 42, not 7"),
         ("--gradient_accumulation_steps 2", "batch x accumulation steps x processes of 4, not 8"),
+        *(("--" + flag + " " + new.strip("[']"), f"--{flag} {old}, not {new}") for flag, old, new in DIFFERENCES),
     ):
         message = re.escape(f"holds a run with {difference}")
         refused(run_main(tmp_path, *command, *flags.split()), 2, message, "--overwrite_output_dir")
@@ -269,24 +253,15 @@ def test_damaged_checkpoints_of_a_moved_run(folder, straight, run_at):
     assert_same(output, straight)
 
 
-# ---------------------------------------------------------------- no room, and what is not finite
-
-
 def test_a_disk_that_is_full_from_a_moment_on_is_named(folder, straight, run_at):
     """From each of these moments on no file can grow, as on a full disk; afterwards there is room again."""
     output = folder / "full"
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
-    for moment in (
-        ("script.Run.save", 1),  # run.json
-        ("script.Run.save", 2),  # the baseline's texts in it
-        ("transformers.Trainer.log", 3),  # TensorBoard's file
-        (SAVE, 1),  # a checkpoint, after its weights
-        ("script.write_results", 1),
-        ("script.draw_pictures", 1),
-        ("script.write_model_card", 1),  # final/
-        ("torch.utils.tensorboard.SummaryWriter.add_image", 1),
-        ("script.Run.save", 2),  # that it is done
-    ):
+    for moment in (  # run.json, the baseline's texts in it, TensorBoard's file, a checkpoint after its weights, ...
+        ("script.Run.save", 1), ("script.Run.save", 2), ("transformers.Trainer.log", 3), (SAVE, 1),
+        ("script.write_results", 1), ("script.draw_pictures", 1), ("script.write_model_card", 1),
+        ("torch.utils.tensorboard.SummaryWriter.add_image", 1), ("script.Run.save", 2),  # that it is done
+    ):  # fmt: skip
         done = run_at(output, [*moment, full])
         refused(done, 1, "cannot be written.*free some disk; the same command goes on")
         written = [path / "trainer_state.json" for path in output.glob("checkpoint-*")]
@@ -311,9 +286,6 @@ def test_a_model_that_is_not_finite_is_never_saved(folder, tmp_path, steps):
     message = refused(done, 1, "not finite.* at update .*--learning_rate")
     assert steps == 1 or len(re.findall(r"[0-9a-f-]{36}/[0-9a-f]{32}\.ogg", message)) == 4, "the clips of the update"
     assert not (tmp_path / "out/final").exists() and not list((tmp_path / "out").glob("checkpoint-*/model.safetensors"))
-
-
-# ---------------------------------------------------------------- several processes
 
 
 def test_two_processes_stopped_and_killed_past_the_first_epoch_end_as_if_they_had_not_been(folder, run_at, run_two):
@@ -378,27 +350,23 @@ def test_when_one_process_fails_all_end_with_its_message(moment, tmp_path, run_a
 
 def test_nodes_that_share_no_folder_train_from_a_stream_and_do_the_same(tmp_path, run_two):
     """Each node has a bad clip of its own to note down, and its own folders; the model is the first one's best."""
-    program, first = tmp_path / "program.py", tmp_path / "0/out"
-    program.write_text(
-        "import os, sys, finetune_medasr\nif __name__ == '__main__':\n    rank = os.environ['RANK']\n"
-        "    os.environ['LOCAL_RANK'] = '0'\n    os.makedirs(rank, exist_ok=True)\n    os.chdir(rank)\n"
-        "    sys.exit(finetune_medasr.main(sys.argv[1:]))\n"
-    )
+    for rank in "01":
+        (tmp_path / rank).mkdir()
     flags = kills.flags("audio", "out", *IN_TWO, *QUICK, "--max_steps", 2, "--dataloader_num_workers", 1)
     at = flags.index("--max_train_samples")
     flags[at : at + 2] = "--streaming --accents swahili damara --num_proc 1 --gradient_checkpointing".split()
 
     def start():
-        done = run_two(*flags, program=program, cwd=tmp_path)
+        done = run_two(*flags, env={"LOCAL_RANK": 0}, cwd=tmp_path / "{rank}")
         return [process.returncode for process in done], done[0].stdout, done[0].stderr + done[1].stderr
 
     status, _, errors = start()
-    assert status == [0, 0] and (first / "final/model.safetensors").exists(), errors
+    assert status == [0, 0] and (tmp_path / "0/out/final/model.safetensors").exists(), errors
     assert not (tmp_path / "1/out/final").exists()
     noted = [(tmp_path / rank / "out/results/skipped_clips.csv").read_text().splitlines() for rank in "01"]
     assert noted[0][0] == noted[1][0] and re.search("undecodable|too short", "".join(noted[0] + noted[1]))
     status, said, errors = start()
     assert status == [0, 0] and "finished" in said, errors
-    shutil.rmtree(first / "final")
+    shutil.rmtree(tmp_path / "0/out/final")
     status, _, errors = start()
     assert status == [1, 1] and "find different checkpoints in out, which nodes have to share" in errors

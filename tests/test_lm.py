@@ -13,22 +13,12 @@ import tracemalloc
 import jiwer
 import numpy as np
 import pytest
-from conftest import (
-    CORPUS,
-    MODEL,
-    SCRIPT,
-    load_json,
-    load_predictions,
-    refused,
-    run_script,
-    succeeded,
-    tensorboard,
-    write_wav,
-)
-from helpers import run_main, small_processor
+from conftest import CORPUS, MODEL, SCRIPT, load_json, refused, run_script, scored_clips, succeeded, tensorboard
+from helpers import run_main, write_wav
 from loopback_hub import MODEL as HUB_MODEL
 from loopback_hub import LoopbackHub
 from make_lm import estimate, make_lm, write_arpa
+from small_model import processor
 
 from finetune_medasr import Emissions, LanguageModel, beam_search, normalize_wer
 
@@ -131,7 +121,7 @@ def evaluation(demo, *flags):
 
 def test_the_language_model_lowers_the_wer_of_speakers_never_trained_on(demo, arpa, tmp_path):
     out = succeeded(run_main(tmp_path, *evaluation(demo, "--lm", arpa, "--output_dir", "out"))).stdout
-    metrics, predictions = load_json(tmp_path / "out/results/metrics.json"), load_predictions(tmp_path / "out/results")
+    metrics, predictions = load_json(tmp_path / "out/results/metrics.json"), scored_clips(tmp_path / "out/results")
     assert metrics["baseline"] == demo.metrics["finetuned"] | {"groups": metrics["baseline"]["groups"]}
     assert metrics["baseline_lm"]["wer"] < 0.6 * metrics["baseline"]["wer"]
     assert metrics["baseline_lm"]["groups"].keys() == metrics["baseline"]["groups"].keys()
@@ -177,7 +167,7 @@ def test_auto_is_asked_of_the_hub(arpa, known_clip, tmp_path):
 
 
 def test_a_file_that_is_no_model_of_tokens_is_refused(transcribe, arpa, tmp_path):
-    pieces = small_processor().tokenizer.convert_ids_to_tokens(range(4, 172))
+    pieces = processor().tokenizer.convert_ids_to_tokens(range(4, 172))
     content, letters = arpa.read_bytes(), [piece for piece in pieces if len(piece.strip("\u2581")) == 1]
     words_arpa = lambda path, words: write_arpa(path, *estimate([words], words, 2))  # noqa: E731
     for number, (bad, message) in enumerate({
@@ -225,7 +215,7 @@ def test_a_run_scores_both_models_with_it_and_keeps_the_baselines_texts(demo, ar
     results, first = tmp_path / "out/results", "as it is on the test split"
     out = succeeded(run_main(tmp_path, *flags, 1)).stdout
     assert first in out
-    metrics, (row, *_) = load_json(results / "metrics.json"), load_predictions(results)
+    metrics, (row, *_) = load_json(results / "metrics.json"), scored_clips(results)
     assert metrics["baseline_lm"]["wer"] < metrics["baseline"]["wer"]
     assert metrics["finetuned_lm"]["words"] == metrics["finetuned"]["words"]
     before, after = metrics["baseline_lm"]["wer"], metrics["finetuned_lm"]["wer"]
@@ -243,10 +233,10 @@ def test_a_run_scores_both_models_with_it_and_keeps_the_baselines_texts(demo, ar
     texts["baseline_lm"] = ["from the first start"] * len(texts["baseline"])
     (tmp_path / "out/run.json").write_text(json.dumps(kept))
     assert first not in succeeded(run_main(tmp_path, *flags, 2)).stdout
-    assert {row["baseline_text_lm"] for row in load_predictions(results)} == {"from the first start"}
+    assert {row["baseline_text_lm"] for row in scored_clips(results)} == {"from the first start"}
     assert first in succeeded(run_main(tmp_path, *flags, 2, "--lm_weight", "0.4")).stdout
     assert load_json(results / "metrics.json")["lm"]["weight"] == 0.4
-    assert {row["baseline_text_lm"] for row in load_predictions(results)} != {"from the first start"}
+    assert {row["baseline_text_lm"] for row in scored_clips(results)} != {"from the first start"}
 
 
 def test_two_processes_write_what_one_writes(demo, arpa, run_two, tmp_path):
@@ -261,5 +251,5 @@ def test_two_processes_write_what_one_writes(demo, arpa, run_two, tmp_path):
         assert succeeded(first) and succeeded(second)
     succeeded(run_main(tmp_path, *score, "one"))
     assert run_main(tmp_path, *transcribe).stdout == first.stdout != second.stdout == ""
-    one, both = (load_predictions(tmp_path / name / "results") for name in ("one", "two"))
+    one, both = (scored_clips(tmp_path / name / "results") for name in ("one", "two"))
     assert one == both and len(one) == 9

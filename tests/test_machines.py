@@ -10,8 +10,9 @@ import kills
 import numpy as np
 import pytest
 import torch
-from conftest import IN_TWO, MODEL, load_json, load_predictions, refused, succeeded, tensorboard
-from helpers import inputs_of, label_encoder, make_clips, make_trainer, noise, random_model, run_main
+from conftest import IN_TWO, MODEL, load_json, refused, scored_clips, succeeded, tensorboard
+from helpers import noise, run_main
+from small_model import inputs_of, label_encoder, make_clips, make_trainer, random_model
 from transformers import AutoModelForCTC, TrainerCallback, TrainingArguments
 
 import finetune_medasr as script
@@ -24,9 +25,6 @@ def clips():
     """(train, dev) of a few short clips."""
     train = make_clips("train", *(("No fever.", noise(0.8, seed)) for seed in range(4)))
     return train, make_clips("dev", ("No cough.", noise(0.9, 5)), ("Give 200 mg.", noise(0.7, 6)))
-
-
-# ---------------------------------------------------------------- float16
 
 
 @pytest.mark.parametrize("flags, half", [([], True), (["--bf16"], False), (["--fp16", "false"], False)])
@@ -111,9 +109,6 @@ def test_what_is_not_finite_ends_the_run_with_advice_and_is_never_saved(tmp_path
     assert not list(tmp_path.glob("checkpoint-*/*"))
 
 
-# ---------------------------------------------------------------- several GPUs, and memory that runs out
-
-
 def test_one_of_several_gpus_is_used_and_the_way_to_the_others_is_said(tmp_path, clips, monkeypatch, capsys):
     finish = TrainingArguments.__post_init__
 
@@ -168,8 +163,6 @@ def test_long_dev_clips_are_scored_in_windows(tmp_path, clips):
     alone = make_trainer(tmp_path, (clips[0], make_clips("dev", ("Give 200 mg.", noise(0.7, 6))))).evaluate()
     assert scores["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-4), "the loss is that of clips in one piece"
 
-
-# ---------------------------------------------------------------- several processes
 
 # Notes down the clips that a process draws. No time passes, so that speeds are a thousand times the seconds of audio.
 RECORDED = """
@@ -248,7 +241,7 @@ def test_two_processes_with_uneven_shares_in_bfloat16_write_everything_once(demo
     said, errors = "".join(done.stdout for done in both), "".join(done.stderr for done in both)
     assert [done.returncode for done in both] == [0, 0], errors
     assert said.count("model: ") == 1 and "Warning" not in errors
-    clips = [row["audio_filepath"] for row in load_predictions(out / "results")]
+    clips = [row["audio_filepath"] for row in scored_clips(out / "results")]
     metrics = load_json(out / "results/metrics.json")
     assert len(clips) == len(set(clips)) == metrics["finetuned"]["clips"] == 25
     assert metrics["baseline"] is metrics["delta"] is None
@@ -258,5 +251,5 @@ def test_two_processes_with_uneven_shares_in_bfloat16_write_everything_once(demo
     assert len((out / "results/skipped_clips.csv").read_text().splitlines()) > 1
     again = ["--eval_only", "--model", out / "final", "--max_test_samples", 25]
     succeeded(warm.run(*kills.flags(demo.audio, tmp_path / "again", *again)))
-    texts = [[row["pred_text"] for row in load_predictions(tmp_path / name / "results")] for name in ("out", "again")]
+    texts = [[row["pred_text"] for row in scored_clips(tmp_path / name / "results")] for name in ("out", "again")]
     assert texts[0] == texts[1]

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import DEMO_COMMAND, SCRIPT, run_script, succeeded, write_wav
-from helpers import run_main
+from conftest import DEMO_COMMAND, SCRIPT, run_script, succeeded
+from helpers import run_main, write_wav
 from transformers import TrainingArguments
 
 from finetune_medasr import ScriptFlags, TrainingFlags, parse_settings
@@ -105,9 +105,6 @@ def test_each_message_in_the_readme_is_one_of_the_program():
     quoted = [re.search("`([^`]+)`", row[0])[1] for row in table("message")]
     assert len(quoted) > 10
     assert not [text for text in quoted if not any(text in message for message in messages)]
-
-
-# ---------------------------------------------------------------- after a run
 
 
 @pytest.mark.slow

@@ -9,33 +9,19 @@ import pytest
 import soundfile
 import torch
 import yaml
-from conftest import (
-    CORPUS,
-    MODEL,
-    corpus_audio,
-    corpus_rows,
-    load_json,
-    load_predictions,
-    modified,
-    read_csv,
-    succeeded,
-    tensorboard,
-    write_wav,
-)
-from helpers import run_main, write, write_table
+from conftest import CORPUS, MODEL, corpus_audio, corpus_rows, load_json, scored_clips, succeeded, tensorboard
+from helpers import modified, read_csv, run_main, write, write_table, write_wav
 from transformers import AutoModelForCTC, AutoProcessor, TrainingArguments, pipeline
 
 import finetune_medasr as script
 from finetune_medasr import normalize_paper, normalize_wer, parse_settings
 
+pytestmark = pytest.mark.slow
 US_ENGLISH = CORPUS.parent / "us_english"
 
 
 def names(folder):
     return {path.name for path in folder.iterdir()}
-
-
-# ---------------------------------------------------------------- the demo
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +33,6 @@ def log(demo):
 STEPS = [40, 80, 120]  # at which the demo evaluates
 
 
-@pytest.mark.slow
 def test_the_demo_writes_the_files_that_it_promises(demo):
     assert names(demo.folder) == {"medasr-demo"}
     whole, checkpoints = {"audio", "runs", "final", "results", "run.json"}, {f"checkpoint-{step}" for step in STEPS}
@@ -69,7 +54,6 @@ def test_the_demo_writes_the_files_that_it_promises(demo):
         assert f"{100 * demo.metrics[name]['wer']:.1f} %" in report
 
 
-@pytest.mark.slow
 def test_what_is_published_names_no_folder_of_the_machine_and_needs_no_script(demo):
     """The demo's model and corpus are given as absolute paths."""
     for path in (*demo.results.glob("*.*"), *demo.final.glob("*.md"), *demo.final.glob("*.json")):
@@ -93,7 +77,6 @@ def test_what_is_published_names_no_folder_of_the_machine_and_needs_no_script(de
     assert names(demo.results) & set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", card)) <= names(demo.final)
 
 
-@pytest.mark.slow
 def test_the_metrics_have_the_keys_that_programs_read_and_the_rates_of_the_predictions(demo):
     metrics, rows = demo.metrics, demo.predictions
     assert set(metrics) == {"config", "versions", "data", "baseline", "finetuned", "delta"}
@@ -120,7 +103,6 @@ def test_the_metrics_have_the_keys_that_programs_read_and_the_rates_of_the_predi
     assert {"torch", "transformers", "datasets"} <= set(metrics["versions"])
 
 
-@pytest.mark.slow
 def test_there_is_one_prediction_for_each_scored_test_clip(demo):
     rows, audio = corpus_rows("test"), corpus_audio("test")
     keys = "audio_filepath duration text pred_text baseline_text speaker accent country domain gender age_group wer"
@@ -139,7 +121,6 @@ def test_there_is_one_prediction_for_each_scored_test_clip(demo):
     assert groups["seen_accent"]["unseen"]["clips"] == unseen > 0
 
 
-@pytest.mark.slow
 def test_no_clip_is_lost_without_a_reason(demo):
     skipped = read_csv(demo.results / "skipped_clips.csv")
     planted = [("test", "no audio"), ("train", "empty text"), ("train", "over --max_train_seconds"),
@@ -156,7 +137,6 @@ def test_no_clip_is_lost_without_a_reason(demo):
         assert data["hours"] == pytest.approx(seconds / 3600, abs=0.001)
 
 
-@pytest.mark.slow
 def test_fine_tuning_takes_at_least_40_percent_of_the_errors_away_on_new_speakers(demo):
     trained_on = {row["user_ids"] for split in ("train", "dev") for row in corpus_rows(split).values()}
     scored = {corpus_rows("test")[row["audio_filepath"]]["user_ids"] for row in demo.predictions}
@@ -170,22 +150,12 @@ def test_fine_tuning_takes_at_least_40_percent_of_the_errors_away_on_new_speaker
     assert [line for line in said if "120/120" in line and "loss" in line and "audio s/s" in line]
 
 
-@pytest.mark.slow
 def test_tensorboard_has_the_curves_and_transcriptions(demo, log):
     events = tensorboard(demo.output / "runs")
-    for tag, key in (
-        ("train/loss", "loss"),
-        ("train/grad_norm", "grad_norm"),
-        ("train/learning_rate", "learning_rate"),
-        ("train/audio_seconds_per_second", "audio_seconds_per_second"),
-        ("train/padding_percent", "padding_percent"),
-        ("train/data_wait_percent", "data_wait_percent"),
-        ("eval/loss", "eval_loss"),
-        ("eval/wer", "eval_wer"),
-        ("eval/cer", "eval_cer"),
-        ("eval/wer_by_domain/clinical", "eval_wer_by_domain/clinical"),
-        ("eval/wer_by_domain/general", "eval_wer_by_domain/general"),
-    ):
+    tags = "loss grad_norm learning_rate audio_seconds_per_second padding_percent data_wait_percent".split()
+    evaluated = "eval/loss eval/wer eval/cer eval/wer_by_domain/clinical eval/wer_by_domain/general".split()
+    for tag in [*(f"train/{name}" for name in tags), *evaluated]:
+        key = tag.removeprefix("train/").replace("eval/", "eval_")
         logged = {entry["step"]: entry[key] for entry in log if key in entry}
         assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(logged, rel=1e-5), tag
         assert list(logged) == (STEPS if tag.startswith("eval") else list(range(5, 121, 5)))
@@ -200,7 +170,6 @@ def test_tensorboard_has_the_curves_and_transcriptions(demo, log):
     assert sum(" ".join(row["transcript"].split()) in shown for row in corpus_rows("dev").values()) >= 3
 
 
-@pytest.mark.slow
 def test_the_final_model_is_the_best_on_dev_and_writes_the_same_text_everywhere(demo, log, known_clip, tmp_path):
     best = min((entry for entry in log if "eval_wer" in entry), key=lambda entry: entry["eval_wer"])["step"]
     weights = [path / "model.safetensors" for path in (demo.final, demo.output / f"checkpoint-{best}")]
@@ -226,7 +195,6 @@ def scores_of(results, system):
     return scores
 
 
-@pytest.mark.slow
 def test_eval_only_and_score_file_give_the_figures_again_and_leave_those_of_a_run(demo, tmp_path):
     out, results = tmp_path / "out", tmp_path / "out/scores/results"
     shutil.copytree(demo.results, out / "results")
@@ -238,11 +206,8 @@ def test_eval_only_and_score_file_give_the_figures_again_and_leave_those_of_a_ru
     assert "results: out/scores/results" in done.stdout and f"{100 * metrics['baseline']['wer']:.1f} %" in done.stdout
     assert metrics["finetuned"] is None and metrics["delta"] is None
     assert scores_of(results, "baseline") == scores_of(demo.results, "finetuned")
-    again, first = (
-        {row["audio_filepath"]: row["pred_text"] for row in rows}
-        for rows in (load_predictions(results), demo.predictions)
-    )
-    assert again == first
+    again = {row["audio_filepath"]: row["pred_text"] for row in scored_clips(results)}
+    assert again == {row["audio_filepath"]: row["pred_text"] for row in demo.predictions}
     for name in ("predictions.jsonl", "predictions.csv"):
         write_table(tmp_path / name, demo.predictions)
         done = succeeded(run_main(tmp_path, "--score_file", name, "--output_dir", "out"))
@@ -250,9 +215,6 @@ def test_eval_only_and_score_file_give_the_figures_again_and_leave_those_of_a_ru
         for system in ("baseline", "finetuned"):
             assert scores_of(results, system) == scores_of(demo.results, system)
     assert modified(out / "results") == before and names(out) == {"results", "run.json", "scores"}
-
-
-# ---------------------------------------------------------------- --also_score
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +238,6 @@ def forgetting(demo, tmp_path_factory):
     return folder, flags, load_json(folder / "out/results/metrics.json")
 
 
-@pytest.mark.slow
 def test_each_further_test_set_has_its_scores_before_and_after(forgetting, tmp_path):
     folder, flags, metrics = forgetting
     out = folder / "out"
@@ -291,7 +252,7 @@ def test_each_further_test_set_has_its_scores_before_and_after(forgetting, tmp_p
     for text in (report, card):
         assert "# Also scored: us\\_english" in text and "# Also scored: clinic" in text
     assert card.count("type: automatic-speech-recognition") == 3
-    assert [row["accent"] for row in load_predictions(out / "results")] == ["zulu"] * 6
+    assert [row["accent"] for row in scored_clips(out / "results")] == ["zulu"] * 6
     assert (out / "results/predictions_us-english.jsonl").read_text(encoding="utf-8").count("\n") == 6
     (damaged,) = [row for row in read_csv(out / "results/skipped_clips.csv") if row["split"] == "clinic"]
     assert damaged["reason"].startswith("undecodable audio")
@@ -305,7 +266,6 @@ def test_each_further_test_set_has_its_scores_before_and_after(forgetting, tmp_p
         assert part["baseline"]["wer_ci95"] == metrics["also"][name]["finetuned"]["wer_ci95"]
 
 
-@pytest.mark.slow
 def test_a_finished_run_scores_another_set_without_training(forgetting, tmp_path):
     """Of a set in another script the rates that drop its letters are missing."""
     folder, flags, metrics = forgetting
@@ -323,31 +283,6 @@ def test_a_finished_run_scores_another_set_without_training(forgetting, tmp_path
     *_, of_arabic = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
     rates = {metric["name"] for metric in of_arabic["metrics"]}
     assert {"wer", "wer_raw", "cer"} <= rates and not rates & {"wer_paper", "wer_paper_short"}
-
-
-# ---------------------------------------------------------------- the command line
-
-
-@pytest.mark.parametrize(
-    "flags, choice",
-    [
-        ("", {}),
-        ("--accents Yoruba luo-swahili", {"accent": ["yoruba", "luo, swahili"]}),
-        ("--domains clinical --countries ke NA", {"domain": ["clinical"], "country": ["KE", "NA"]}),
-    ],
-)
-def test_a_dry_run_counts_what_was_chosen_and_prepares_nothing(tmp_path, flags, choice):
-    place = ["--model", MODEL, "--dataset", CORPUS, "--data_dir", "audio", "--output_dir", "out"]
-    done = succeeded(run_main(tmp_path, "--dry_run", *place, *flags.split()))
-    for split in script.SPLITS:
-        rows = [row for row in corpus_rows(split).values() if split != "train" or float(row["duration"]) <= 30]
-        rows = [row for row in rows if all(row[name] in choice[name] for name in choice)]
-        line = rf"^ *{split} +([\d,]+) clips? +([\d.]+) h +([\d,]+) speakers? +([\d,]+) accents?$"
-        ((clips, hours, speakers, accents),) = re.findall(line, done.stdout, re.MULTILINE)
-        people, spoken = ({row[name] for row in rows} for name in ("user_ids", "accent"))
-        assert [int(clips), int(speakers), int(accents)] == [len(rows), len(people), len(spoken)]
-        assert float(hours) == pytest.approx(sum(float(row["duration"]) for row in rows) / 3600, abs=0.006)
-    assert done.stderr == "" and not list(tmp_path.rglob("*.arrow")) and not (tmp_path / "out").exists()
 
 
 def test_a_yaml_file_sets_flags_and_flags_on_top_of_it_win(tmp_path):

@@ -11,12 +11,10 @@ from pathlib import Path
 import kills
 import pytest
 import yaml
-from conftest import MODEL, error_line, load_json, read_csv, refused, run_script, succeeded, tensorboard
-from helpers import GOOD, TEXT, run_main, sound, tone, write, write_table
+from conftest import MODEL, error_line, load_json, refused, run_script, succeeded, tensorboard
+from helpers import GOOD, TEXT, read_csv, run_main, sound, tone, write, write_table
 from huggingface_hub import get_token
 from warm import WarmStarts
-
-# ---------------------------------------------------------------- tokens
 
 TOKENS = {"environment": "s3cret-of-the-environment", "file": "s3cret-of-the-file", "flag": "s3cret-of-the-flag",
           "yaml": "s3cret-of-the-yaml-file", "url": "s3cret-of-the-url", "hub": "hf_AbCdEfGhIjKl"}  # fmt: skip
@@ -25,8 +23,8 @@ TOKENS = {"environment": "s3cret-of-the-environment", "file": "s3cret-of-the-fil
 def found_tokens(folder, *printed):
     """[(file or text, token)] of the tokens in any file below a folder, whatever its kind, or in what was printed."""
     contents = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert contents
     contents |= {text[:200]: text.encode() for text in printed}
-    assert len(contents) > len(printed)
     return [(name, token) for name, data in contents.items() for token in TOKENS.values() if token.encode() in data]
 
 
@@ -58,50 +56,41 @@ def test_no_file_and_no_line_of_a_run_holds_a_token(finished):
     assert found_tokens(folder, out, errors) == []
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--model", f"https://user:{TOKENS['url']}@example.org/google/medasr"],
-        ["--dataset", f"https://user:{TOKENS['url']}@example.org/data"],
-        ["--model", f"owner/{TOKENS['hub']}"],
-        ["--hub_token", TOKENS["flag"], "--hub_tokn", "x"],
-        [f"--hub_tokn={TOKENS['flag']}"],
-        ["--hub_token", TOKENS["flag"], "--model", "nobody/nothing"],
-        ["--model", f"nobody/{TOKENS['environment']}"],
-    ],
-    ids=lambda flags: " ".join(flags)[:24],
-)
+LEAKS = [
+    f"--model https://user:{TOKENS['url']}@example.org/google/medasr",
+    f"--dataset https://user:{TOKENS['url']}@example.org/data",
+    f"--model owner/{TOKENS['hub']}",
+    f"--hub_token {TOKENS['flag']} --hub_tokn x",
+    f"--hub_tokn={TOKENS['flag']}",
+    f"--hub_token {TOKENS['flag']} --model nobody/nothing",
+    f"--model nobody/{TOKENS['environment']}",
+]
+
+
+@pytest.mark.parametrize("flags", LEAKS)
 def test_no_message_of_a_refused_run_holds_a_token(tmp_path, with_tokens, flags):
     (tmp_path / "kept").touch()
     model = [] if "--model" in flags else ["--model", MODEL]
-    done = with_tokens.run("--output_dir", "out", "--data_dir", "audio", *model, *flags, cwd=tmp_path)
+    done = with_tokens.run("--output_dir", "out", "--data_dir", "audio", *model, *flags.split(), cwd=tmp_path)
     assert done.returncode in (1, 2) and error_line(done.stderr), done.stdout
     assert found_tokens(tmp_path, done.stdout, done.stderr) == []
 
 
-@pytest.mark.parametrize(
-    "line", ["hub_token: {}: wrong", "hub_token: '{}", "[hub_token: {}", "hub_token:\n  - {}\n  x"]
-)
+@pytest.mark.parametrize("line", ["token: {}: wrong", "token: '{}", "[token: {}", "token:\n  - {}\n  x"])
 @pytest.mark.parametrize("token", ["hub", "yaml"])
 def test_no_message_about_a_yaml_file_holds_its_token(tmp_path, line, token):
-    write(tmp_path / "run.yaml", line.format(TOKENS[token]) + "\n")
+    write(tmp_path / "run.yaml", "hub_" + line.format(TOKENS[token]) + "\n")
     assert TOKENS[token] not in refused(run_main(tmp_path, "run.yaml"), 2)
 
 
-@pytest.mark.parametrize(
-    "flag", ["--hub_token=s3cret", "--hub_token s3cret", "--hub-token s3cret", "--hub-token=s3cret"]
-)
+@pytest.mark.parametrize("flag", ["--hub_token=", "--hub_token ", "--hub-token ", "--hub-token="])
 def test_a_token_of_the_command_line_is_used_and_not_written_anywhere(tmp_path, monkeypatch, flag):
     monkeypatch.setenv("HF_TOKEN", "another")  # so that what the run sets does not outlive the test
     write(tmp_path / "texts.jsonl", '{"text": "No fever.", "pred_text": "no fever"}\n')
-    done = succeeded(run_main(tmp_path, "--score_file", "texts.jsonl", "--output_dir", "out", *flag.split()))
-    assert get_token() == "s3cret" and "s3cret" not in done.stdout + done.stderr
-    written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert written and not any(b"s3cret" in content for content in written)
+    flags = ["--score_file", "texts.jsonl", "--output_dir", "out", *f"{flag}{TOKENS['flag']}".split()]
+    done = succeeded(run_main(tmp_path, *flags))
+    assert get_token() == TOKENS["flag"] and found_tokens(tmp_path, done.stdout, done.stderr) == []
     assert "--hub" in load_json(tmp_path / "out/results/metrics.json")["config"]["command"]
-
-
-# ---------------------------------------------------------------- models and checkpoints
 
 
 class Bomb:
@@ -168,8 +157,6 @@ def test_no_pickle_in_a_checkpoint_is_run(finished, demo, tmp_path, name):
     else:
         refused(done, 1, "checkpoint-2")
 
-
-# ---------------------------------------------------------------- texts
 
 EVIL = (
     "[click](javascript:alert(1)) ![x](http://127.0.0.1/x) <script>alert(1)</script> | `a` *b* $x$ =1+1\n# head\n"

@@ -1,7 +1,7 @@
 """What becomes of a transcript: labels that the model can emit, and the texts that are compared."""
 
 import pytest
-from helpers import label_encoder, small_processor
+from small_model import label_encoder, processor
 
 from finetune_medasr import LabelEncoder, normalize_paper, normalize_wer
 
@@ -46,7 +46,7 @@ def spelled(encoder, text):
 
 @pytest.mark.parametrize("text", [*FOLDED, *MORE_TEXTS.split("|")])
 def test_labels_spell_the_transcript_in_what_the_model_can_emit(text):
-    encoder, tokenizer = label_encoder(), small_processor().tokenizer
+    encoder, tokenizer = label_encoder(), processor().tokenizer
     labels, spelling = set(encoder([text])[0]), spelled(encoder, text)
     special = {tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     assert not special & labels and all(0 <= label < encoder.vocab_size for label in labels)
