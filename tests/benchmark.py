@@ -464,7 +464,7 @@ def benchmark_speed(options):
 
 
 SETS = {"dev": "dev", "seen": "seen accents", "unseen": "unseen accent", "us": "US English"}
-# `trials`: every one is the demo's run (small model, synthesised corpus, 120 updates) with one thing changed, on the same
+# `trials`: every one is the demo's run (small model, made-up corpus, 120 updates) with one thing changed, on the same
 # seeds. It is scored on dev, on test clips of accents that it was trained on and of the one that it was not, and on
 # US-English voices, which the model was pre-trained on: what it forgets of them.
 AVERAGED = 3  # checkpoints
@@ -482,7 +482,7 @@ class PerturbedSpeed(script.CTCCollator):
         return super().__call__([{**row, "samples": self.played(row)} for row in rows])
 
     def played(self, row):
-            samples, labels = script.decode_audio(row["audio"]), self.encoder([row["text"]])[0]
+        samples, labels = script.decode_audio(row["audio"]), self.encoder([row["text"]])[0]
         speed = np.random.default_rng((self.seed, self.epoch, crc32(row["clip"].encode()), 1)).choice(SPEEDS)
         played = soxr.resample(samples, script.SAMPLE_RATE * speed, script.SAMPLE_RATE).astype(np.float32)
         # A logit every 640 samples, the first after 2,320; CTC puts a blank between two equal labels.
