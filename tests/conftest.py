@@ -121,15 +121,10 @@ def demo(tmp_path_factory):
             printed.write_text(json.dumps({"stdout": done.stdout, "stderr": done.stderr}))
     output = folder / "medasr-demo"
     return SimpleNamespace(
-        **load_json(printed),
-        folder=folder,
-        output=output,
-        results=output / "results",
-        final=output / "final",
-        audio=output / "audio",
-        metrics=load_json(output / "results/metrics.json"),
+        **load_json(printed), folder=folder, output=output, results=output / "results", final=output / "final",
+        audio=output / "audio", metrics=load_json(output / "results/metrics.json"),
         predictions=scored_clips(output / "results"),
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

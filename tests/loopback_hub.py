@@ -142,20 +142,21 @@ class LoopbackHub:
         fault = dict(pattern=pattern, kind=kind, value=value, times=times, headers=headers or {})
         self._faults.append(SimpleNamespace(**fault))
 
-    def clear_faults(self):
+    def clear(self):
+        """Forget faults and requests."""
         self._faults.clear()
+        self.requests.clear()
 
-    def next_fault(self, path):
-        """The first fault that is due for a GET request, counted as used."""
+    def next_fault(self, method, path):
+        """The first fault that is due for a request, counted as used."""
         with self._lock:
-            for fault in self._faults:
+            for fault in self._faults if method == "GET" else ():
                 if fault.times > 0 and fnmatch.fnmatch(path, fault.pattern):
                     fault.times -= 1
                     return fault
-        return NO_FAULT
+        return SimpleNamespace(kind=None)
 
 
-NO_FAULT = SimpleNamespace(kind=None)
 REPO = r"(?P<name>[\w.-]+/[\w.-]+)"
 API = rf"/api/(?P<kind>models|datasets)/{REPO}"
 ROUTES = {  # the one that matches the whole path names the method of Handler
@@ -186,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
         self.token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.log = SimpleNamespace(method=self.command, path=path, range=self.headers.get("Range"), sent=0)
         self.hub.requests.append(self.log)
-        self.fault = self.hub.next_fault(path) if self.command == "GET" else NO_FAULT
+        self.fault = self.hub.next_fault(self.command, path)
         try:
             if self.fault.kind == "status":
                 raise HubError(self.fault.value, "", "Internal Error", **self.fault.headers)
@@ -253,13 +254,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.token in {"", *self.hub.denied_tokens}:
             raise HubError(403 if self.token else 401, "", "You may not create this repository.")
         asked = json.loads(self.body)
-        name = f"{asked['organization'] or 'tester'}/{asked['name']}"
-        is_new = ("models", name) not in self.hub.folders
-        self.hub.folders.setdefault(("models", name), Path(os.devnull))
-        self.send({"url": f"{self.hub.url}/{name}"}, 200 if is_new else 409)
+        repository = "models", f"{asked['organization'] or 'tester'}/{asked['name']}"
+        status = 409 if repository in self.hub.folders else 200
+        self.hub.folders.setdefault(repository, Path(os.devnull))
+        self.send({"url": f"{self.hub.url}/{repository[1]}"}, status)
 
     def validate_yaml(self):
-        """Any metadata of a README.md is fine."""
         self.send({"errors": [], "warnings": []})
 
     def preupload(self, kind, name):
@@ -289,12 +289,9 @@ class Handler(BaseHTTPRequestHandler):
             self.log.sent += self.wfile.write(body[start : min(end, start + BLOCK)])
             if self.fault.kind == "slow":
                 time.sleep(BLOCK / self.fault.value)
-        if breaks_off:
-            self.break_off()
-
-    def break_off(self):
-        """End a body too early: wait for the client to leave (stall), reset the connection, or just close it."""
-        self.close_connection = True
+        if not breaks_off:
+            return
+        self.close_connection = True  # wait for the client to leave (stall), reset the connection, or just close it
         if self.fault.kind == "stall":
             self.rfile.read(1)
         elif self.fault.kind == "reset_after":

@@ -6,8 +6,8 @@
 The corpus has the layout of the Hub's AfriSpeech-200 and its kinds of dirt; the speech is espeak-ng reading English
 through voices of other languages. finetune_medasr.py itself pre-trains the model on US-English voices, so that adapting
 it to the corpus is the real task in small; the US-English test clips, of other speakers, show what it forgets by that.
-Needs espeak-ng; the corpus takes 10 seconds, the model about 10 minutes on 2 idle cores. What is made anew is not the
-same byte for byte (Ogg serial numbers, the order of sums).
+Needs espeak-ng; the model takes 10 minutes on 2 idle cores. What is made anew is not the same byte for byte (Ogg serial
+numbers, the order of sums).
 """
 
 import argparse

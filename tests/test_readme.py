@@ -70,14 +70,6 @@ def test_a_command_is_accepted(tmp_path, monkeypatch, command):
     assert all(hasattr(settings, word[2:]) for word in words if word.startswith("--"))
 
 
-def test_the_recipes_show_every_mode_of_the_program():
-    shown = {flag for command in OURS for flag in re.findall(r"--(\w+)", command)}
-    modes = "demo transcribe eval_only score_file dry_run prepare_only streaming overwrite_output_dir accents domains"
-    assert set(modes.split()) <= shown
-    assert any(command.startswith("torchrun") for command in OURS) and any(".yaml" in command for command in OURS)
-    assert all((ROOT / name).is_file() for name in re.findall(r"(?:python |\()(tests/\S+\.\w+)", README))
-
-
 def test_the_option_table_has_each_flag_with_its_default_and_help():
     rows = {re.search(r"--(\w+)", row[0])[1]: row[1:] for row in table("flag")}
     texts = {item.name: item.metadata for kind in (ScriptFlags, TrainingFlags) for item in dataclasses.fields(kind)}

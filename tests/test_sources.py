@@ -269,8 +269,7 @@ def online(the_hub, tmp_path_factory):
 @pytest.fixture
 def hub(the_hub):
     """The Hub as it is at first."""
-    the_hub.clear_faults()
-    the_hub.requests.clear()
+    the_hub.clear()
     return the_hub
 
 
@@ -345,8 +344,7 @@ def test_archives_that_cannot_be_had_do_not_stop_the_others(hub, online, runs, t
     assert len(archive_requests(hub)["test_damara_0"]) == 2, "a corrupt archive is fetched once more"
     good = digests(tmp_path / "audio")
     assert len(good) == 3 and good.items() < digests(runs("archives").folder / "audio").items()
-    hub.clear_faults()
-    hub.requests.clear()
+    hub.clear()
     succeeded(online.run(*prepare_all, cwd=tmp_path))
     assert digests(tmp_path / "audio") == digests(runs("archives").folder / "audio")
     assert archive_requests(hub).keys() == {"test_damara_0", "dev_damara_0"}
@@ -354,27 +352,9 @@ def test_archives_that_cannot_be_had_do_not_stop_the_others(hub, online, runs, t
 
 def wait_until(condition, seconds=60):
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while not condition():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.01)
-    return found
-
-
-def sizes(data_dir, pattern):
-    """The bytes of files that may vanish meanwhile."""
-    found = []
-    for path in data_dir.rglob(pattern):
-        with contextlib.suppress(FileNotFoundError):
-            found.append(path.stat().st_size)
-    return found
-
-
-def is_gone(group):
-    """Whether no process of a group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
 
 
 def workers_of(group):
@@ -391,15 +371,19 @@ def workers_of(group):
 def test_a_preparation_that_was_ended_goes_on_and_a_finished_one_needs_no_hub(hub, online, warm, tmp_path):
     audio, flags = tmp_path / "audio", [*PREPARE, "--accents", "damara"]
 
-    def start_and_end(number, whom, sizes_of_files=lambda: sum(sizes(audio, "*.partial")), grown=1_000_000):
-        """Send a signal to the processes whom(pid) of a new start when its files have `grown`; what it ended with."""
-        before = sizes_of_files()
+    def start_and_end(number, whom, is_converting=False):
+        """Send a signal to the processes whom(pid) of a new start in the midst of work; what it ended with."""
+        before = sum(log.sent for log in hub.requests)
         pid = online.start(*flags, cwd=tmp_path)
-        wait_until(lambda: sizes_of_files() > before + grown)
+        if is_converting:
+            wait_until(lambda: list(audio.rglob("*.arrow.*.tmp")))
+        else:
+            wait_until(lambda: sum(log.sent for log in hub.requests) > before + 1_500_000)
         for process in whom(pid):
             os.kill(process, number)
         ended = online.wait()
-        wait_until(lambda: is_gone(pid), 10)
+        with contextlib.suppress(ProcessLookupError):  # none of its processes outlives the program for long
+            wait_until(lambda: os.killpg(pid, 0), 10)
         return ended
 
     hub.fault("*.tar.gz", "slow", 4_000_000)  # so that they are ended in a download
@@ -409,8 +393,8 @@ def test_a_preparation_that_was_ended_goes_on_and_a_finished_one_needs_no_hub(hu
     assert "stopped by SIGINT: the same command goes on" in stopped.stderr.splitlines()[-1]
     killed = start_and_end(signal.SIGKILL, workers_of)  # as the kernel does for want of memory
     assert killed.returncode == 1 and "--num_proc" in killed.stderr.splitlines()[-1]
-    hub.clear_faults()
-    start_and_end(signal.SIGKILL, lambda pid: [-pid], lambda: len(sizes(audio, "*.arrow.*.tmp")), 0)  # in a conversion
+    hub._faults.clear()
+    start_and_end(signal.SIGKILL, lambda pid: [-pid], is_converting=True)
     succeeded(online.run(*flags, cwd=tmp_path))
     for requests in archive_requests(hub).values():
         for (before, sent), (start, _) in zip(requests, requests[1:]):
