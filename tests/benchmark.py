@@ -4,8 +4,7 @@
 python tests/benchmark.py gpu       # float16 and bfloat16 at MedASR's size and activation range, 50 updates each
 python tests/benchmark.py prepare   # converting an archive of 300 MB, and the usual way: unpack, then datasets.map
 python tests/benchmark.py speed     # data path, evaluation, start, long audio, training; --quick in some minutes
-python tests/benchmark.py trials    # what makes a better adapted model, on the demo's corpus: 5 runs a seed
-"""
+python tests/benchmark.py trials    # what makes a better adapted model, on the demo's corpus: 5 runs a seed"""
 
 import argparse
 import contextlib
@@ -172,8 +171,7 @@ def prepare_the_usual_way(options):
 
 def memory_of_group(group):
     """Bytes that all processes of a group hold together, what they share counted once; not the pages of files, which
-    the system takes back when it needs room (Linux).
-    """
+    the system takes back when it needs room (Linux)."""
     total = 0
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -235,8 +233,7 @@ def corpus_flags(folder, *more):
 
 def make_prepared_corpus(folder, train_clips, seconds=None, silent=False):
     """A corpus as --prepare_only leaves it: clips of AfriSpeech-200's lengths, or of `seconds` each, with speech, or
-    `silent` ones of 100 archives, whose audio takes no room.
-    """
+    `silent` ones of 100 archives, whose audio takes no room."""
     generator, numbers = np.random.default_rng(0), itertools.count()
     words, accents = generator.choice(WORDS, 100_000), [f"accent{index}" for index in range(100 if silent else 1)]
     for split, accent in [("train", accent) for accent in accents] + [("dev", "accent0"), ("test", "accent0")]:
@@ -300,8 +297,7 @@ def usual_trainer(folder, run, clips, steps=1, extra=()):
 
 def paired(repeats, *calls):
     """The median seconds of each of `calls`, made in turn. Each is called twice and the second time counts: after
-    another's large arrays the first finds its memory given back to the system, and pays for every page anew.
-    """
+    another's large arrays the first finds its memory given back to the system, and pays for every page anew."""
     times = [[] for _ in calls]
     for call, taken in itertools.chain.from_iterable(zip(calls, times) for _ in range(repeats + 1)):
         call()

@@ -4,8 +4,7 @@
     python tests/kills.py --kills 25
 
 Each ends with the undisturbed run's weights, texts and scores, bit for bit, or the command exits with 1. Then SIGTERM
-ends five runs in training, and the seconds from it to the exit are given.
-"""
+ends five runs in training, and the seconds from it to the exit are given."""
 
 import argparse
 import hashlib
@@ -41,8 +40,7 @@ def start(*arguments):
 def result(output):
     """What a run has to end with: checksums of its weights and texts, and its scores.
 
-    The last checkpoint's weights too: the best ones, in final/, may be older than what is to be seen.
-    """
+    The last checkpoint's weights too: the best ones, in final/, may be older than what is to be seen."""
     metrics = json.loads((output / "results" / "metrics.json").read_text())
     names = ("final/model.safetensors", "checkpoint-8/model.safetensors", "results/predictions_test.jsonl")
     files = [output / name for name in names]
@@ -74,8 +72,7 @@ def run_straight(data_dir, output):
 def survive(folder, straight, longest, kills, seed=0):
     """(kills survived, runs finished), all with the result of the undisturbed run in `straight`; else AssertionError.
 
-    A run is killed up to `longest` seconds after its start.
-    """
+    A run is killed up to `longest` seconds after its start."""
     generator, made, runs = random.Random(seed), 0, 0
     while made < kills:
         output = folder / f"killed-{runs}"

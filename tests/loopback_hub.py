@@ -3,8 +3,7 @@
 with LoopbackHub(token_required={"google/medasr"}) as hub:
     hub.fault("*/train_igbo_0.tar.gz", "drop_after", 12_000_000, times=2)
     subprocess.run(command, env=hub.env(tmp_path, HF_TOKEN="hf_any"))
-    assert hub.count("*/train_igbo_0.tar.gz") == 4
-"""
+    assert hub.count("*/train_igbo_0.tar.gz") == 4"""
 
 import base64
 import contextlib
@@ -40,8 +39,7 @@ BLOCK = 1 << 16
 
 def hub_copy(corpus_dir, out_dir, accents="*"):
     """Copy a corpus of small .ogg clips, or its folders `accents` (a pattern), with the Hub's kind of audio, 44.1 kHz
-    stereo WAV; returns `out_dir`.
-    """
+    stereo WAV; returns `out_dir`."""
     for source in [path for path in corpus_dir.glob(f"*/{accents}/**/*") if path.is_file()]:
         if source.suffix == ".gz":
             content = tar(hub_archive(source), compresslevel=1)
@@ -137,8 +135,7 @@ class LoopbackHub:
         status        answer with the HTTP status `value`, and with `headers` such as {"Retry-After": "1"}
         corrupt       serve the file with 16 other bytes in its middle
         truncate      serve the file as if it ended in its middle
-        missing       answer as for a file that is not in the repository
-        """
+        missing       answer as for a file that is not in the repository"""
         fault = dict(pattern=pattern, kind=kind, value=value, times=times, headers=headers or {})
         self._faults.append(SimpleNamespace(**fault))
 

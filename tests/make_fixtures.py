@@ -7,8 +7,7 @@ The corpus has the layout of the Hub's AfriSpeech-200 and its kinds of dirt; the
 through voices of other languages. finetune_medasr.py itself pre-trains the model on US-English voices, so that adapting
 it to the corpus is the real task in small; the US-English test clips, of other speakers, show what it forgets by that.
 Needs espeak-ng; the model takes 10 minutes on 2 idle cores. What is made anew is not the same byte for byte (Ogg serial
-numbers, the order of sums).
-"""
+numbers, the order of sums)."""
 
 import argparse
 import csv

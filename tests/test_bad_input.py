@@ -41,8 +41,6 @@ FLAGS = [  # (flags, what the message says)
     ("--dry_run --prepare_only", "--prepare_only and --dry_run"),
     ("--eval_only --transcribe visit.wav", "--eval_only and --transcribe"),
     ("--learnin_rate 3", "--learnin_rate.*--learning_rate"),
-    ("--weight_decai=3", "--weight_decai.*--weight_decay"),
-    ("--accents yoruba --model", "--model"),
     ("--output_dir=", "--output_dir is ''"),
     ("--output_dir file", "--output_dir is .*file is no folder"),
     ("--data_dir file/below", "--data_dir is .*file is no folder"),
@@ -59,16 +57,13 @@ FLAGS = [  # (flags, what the message says)
     ("--transcribe visit.wav b/visit.wav --transcript_format srt", "srt.*--transcript_dir"),
     ("--transcribe visit.wav b/visit.wav --transcript_dir out", "visit.wav and b/visit.wav"),
     ("--transcribe visit.wav --transcript_dir file", "--transcript_dir.*file"),
-    ("--transcribe visit.wav --transcript_dir=", "--transcript_dir"),
     *((flag, f"{flag.split()[0]} needs --transcribe") for flag in ("--transcript_format srt", "--transcript_dir x")),
     ("--format_dictation", "--format_dictation needs --transcribe"),
     ("--lm nowhere.arpa --eval_only", "--lm is nowhere.arpa"),
-    ("--lm . --eval_only", "--lm is ."),
     ("--tune_lm", "--tune_lm needs --lm"),
     ("--lm auto --tune_lm --transcribe visit.wav", "--tune_lm and --transcribe"),
     ("--lm auto --score_file file", "--lm and --score_file"),
     ("--lm auto --lm_weight -1", "--lm_weight is -1"),
-    ("--lm auto --lm_weight nan", "--lm_weight is nan"),
     ("--lm auto --lm_word_score inf", "--lm_word_score is inf"),
     ("--lm auto --lm_beam 0", "--lm_beam is 0"),
     (f"{ALSO} a/b a/b", "--also_score has 'a.b'"),
@@ -113,7 +108,6 @@ ROW = '{"text": "No fever.", "pred_text": "no fever"}\n'
 SCORE_FILES = [  # (name, content, exit status, what is said)
     ("nowhere.csv", None, 2, "--score_file .*nowhere.csv"),
     ("x.jsonl", "not JSON\n", 2, "not lines of JSON"),
-    ("x.jsonl", ROW + '{"text": "a", "pred', 2, "not lines of JSON"),
     ("x.jsonl", "[1, 2]\n", 2, "row 1 is not an object"),
     ("x.jsonl", "", 2, "no column"),
     ("x.jsonl", b"\xff\xfe\1", 2, "--score_file"),
@@ -123,7 +117,6 @@ SCORE_FILES = [  # (name, content, exit status, what is said)
     ("x.csv", "", 2, "no column text.*its columns are none"),
     ("x.csv", "version https://git-lfs.github.com/spec/v1\n", 2, "Git LFS pointer"),
     ("x.jsonl", ROW + '{"text": "a", "pred_text": "a", "duration": 1e306}', 0, "2 rows without a duration"),
-    ("x.jsonl", ROW + '{"text": "a", "pred_text": "a", "duration": [NaN]}', 0, "2 rows without a duration"),
     ("x.jsonl", ROW + '{"text": "a\\ud800 שלום 😀", "pred_text": "a"}', 0, "2 rows without a duration"),
     ("x.jsonl", ROW + '{"text": "", "pred_text": "a"}', 0, "Row 2 .*no text: left out"),
     ("x.jsonl", ROW + '{"text": "a", "pred_text": "a", "baseline_text": "b"}', 0, "no comparison is made"),
@@ -215,7 +208,6 @@ TABLES = {  # name: (CSV, the texts of its two clips, None of one that has no tr
     "utf-16": (rows_of("utf-16").replace(TEXT, "café", 1).encode("utf-16"), "café", TEXT, ""),
     "latin-1": (rows_of("latin-1").replace(TEXT, "café", 1).encode("latin-1"), "café", TEXT, "it is not UTF-8"),
     "semicolons": (bare("semicolons").replace(",", ";"), "text", TEXT, ""),
-    "tabs": (rows_of("tabs").replace(",", "\t"), TEXT, TEXT, ""),
     "names": (rows_of("names").replace("transcript", "Sentence").replace("audio_paths", "file_name"), TEXT, TEXT, ""),
     "more-columns": (re.sub(r"(?m)$(?=\n)", ",more", rows_of("more-columns")), TEXT, TEXT, ""),
     "short-row": (re.sub(r",3,clinical.*\n$", "\n", rows_of("short-row")), TEXT, TEXT, ""),
@@ -326,7 +318,6 @@ SOURCES = {  # name: (how it is made, flags, exit status, what the message says)
     "no path": (archives(NO_PATHS), "", 1, "no column file_name or audio_paths.*user_ids"),
     "an empty table": (archives(""), "", 2, "no column text.*columns are none"),
     "a page": (archives("<html>Service unavailable</html>"), "", 2, "no column text.*columns are <html>"),
-    "a binary table": (archives(bytes(range(256)) * 9), "", 2, "no column text"),
     "an LFS table": (archives(LFS), "", 1, "Git LFS pointer.*git lfs pull"),
     "no rows": (archives(HEADER + "\n"), "", 1, "no train clip is left"),
     "no words": (archives(NO_WORDS, split="test"), EVAL, 1, "no test transcript has a word to score: 2 clips"),
@@ -336,7 +327,6 @@ SOURCES = {  # name: (how it is made, flags, exit status, what the message says)
     "other files": (recordings("", "notes.txt"), "", 1, "has no audio/<accent>/<split>.*2 files, such as a.wav"),
     "no folder": (lambda folder: None, "", 1, "own .*--dataset|own.*owner/name"),
     "broken JSON": (recordings('{"file_name": "a.wav"\n', JSON_LINES), "", 1, "metadata.jsonl is not lines of JSON"),
-    "other JSON": (recordings('["a.wav"]\n', JSON_LINES), "", 1, "metadata.jsonl: row 1 is not an object"),
     "no file_name": (recordings("path,text\n" + ONE), "", 1, "metadata.csv has no column file_name.*path, text"),
     "no such file": (recordings(HEAD + "\nb.wav,one"), "", 1, "metadata.csv names no file.* 1 row, such as b.wav"),
     "two texts": (recordings(f"{HEAD},sentence\na.wav,one,two"), "", 2, "text and sentence.*--text_col"),
@@ -400,8 +390,6 @@ MODELS = {  # kind: (what is done to a copy of the small model, what the message
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
     "broken tokenizer": (replace("tokenizer.json", "{}"), "cannot be loaded"),
     "cut weights": (lambda folder: os.truncate(folder / "model.safetensors", 99_999), "cannot be loaded"),
-    "LFS weights": (replace("model.safetensors", LFS), "cannot be loaded"),
-    "broken config": (replace("config.json", "{"), "cannot be loaded"),
     "another class": (replace("config.json", '{"model_type": "wav2vec2"}'), "wav2vec2.*lasr_ctc"),
     "another size": (change("config.json", '"hidden_size": 96', '"hidden_size": 192'), "lacks weights"),
     "another vocabulary": (change("config.json", '"vocab_size": 172', '"vocab_size": 179'), "lacks weights.*ctc_head"),
@@ -452,8 +440,7 @@ POWERLESS = """
 import ctypes, struct, sys
 import finetune_medasr
 ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-sys.exit(finetune_medasr.main(sys.argv[1:]))
-"""
+sys.exit(finetune_medasr.main(sys.argv[1:]))"""
 CLOSED = {  # what is closed: (its mode, flags, exit status, what the message says)
     "shut": (0o555, "--output_dir shut/out", 2, "--output_dir is .*shut is no folder that can be written"),
     "shut/": (0o555, "--data_dir shut/audio", 2, "--data_dir is .*shut is no folder that can be written"),

@@ -33,8 +33,7 @@ def counted(*inputs, **options):
 
 if __name__ == "__main__":  # not in a process that converts audio
     setattr(eval(owner), name, counted)
-    sys.exit(script.main(sys.argv[1:]))
-"""
+    sys.exit(script.main(sys.argv[1:]))"""
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 TERM = "os.kill(os.getpid(), signal.SIGTERM)"
 STEP = "transformers.Trainer.training_step"
@@ -54,8 +53,7 @@ def folder(demo, tmp_path_factory):
 @pytest.fixture(scope="module")
 def run_at(folder, warm):
     """run_at(output, moment, flag, ...) -> the process of a run in which something happens at a moment, if one is
-    given; `start` starts it, or several.
-    """
+    given; `start` starts it, or several."""
 
     def run_at(output, moment=None, *flags, start=warm.run, **env):
         words = kills.flags(folder / "audio", output, *flags)

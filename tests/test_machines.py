@@ -1,7 +1,6 @@
 """What differs between machines: float16 and its overflow, several GPUs, several processes, memory that runs out.
 
-Without a GPU the mechanism runs on the CPU: its autocast and GradScaler, gloo processes.
-"""
+Without a GPU the mechanism runs on the CPU: its autocast and GradScaler, gloo processes."""
 
 import json
 import shutil
@@ -89,13 +88,9 @@ def test_an_overflow_is_skipped_counted_and_leaves_the_running_statistics_finite
 @pytest.mark.parametrize("half, advice", [(True, "--bf16"), (False, "--learning_rate")])
 def test_what_is_not_finite_ends_the_run_with_advice_and_is_never_saved(tmp_path, clips, half, advice):
     flags = [*TWO_A_STEP, *"--max_steps 20 --save_strategy steps --save_steps 1 --learning_rate 1e-3".split()]
-    # Three skipped updates, one that is made, ten skipped ones.
-    updates, problem = (
-        ([1, 2, 3, *range(5, 40)], "10 updates in a row.* at update 14") if half else ([3], "at update 3")
-    )
     trainer = make_trainer(tmp_path, clips, *flags, "--save_strategy", "no", half=half)
-    overflow_at(trainer, *updates)
-    with pytest.raises(script.RunError, match=f"{problem}: .*{advice}"):
+    overflow_at(trainer, 1, 2, 3, *range(5, 40))  # in half precision skipped but for one, then skipped ten times
+    with pytest.raises(script.RunError, match=f"at update {14 if half else 1}: .*{advice}"):
         trainer.train()
     assert all(torch.isfinite(value).all() for value in trainer.model.parameters())
     with torch.no_grad():
@@ -179,8 +174,7 @@ def recorded(self, rows):
 
 script.CTCCollator.__call__ = recorded
 script.time = types.SimpleNamespace(monotonic=lambda: 1.0)
-sys.exit(script.main(sys.argv[1:]))
-"""
+sys.exit(script.main(sys.argv[1:]))"""
 
 
 def model_with(folder, layerdrop, **encoder_config):
@@ -232,8 +226,7 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_pat
 @pytest.mark.slow
 def test_two_processes_with_uneven_shares_in_bfloat16_write_everything_once(demo, tmp_path, warm, run_two):
     """Sizes that neither batches nor processes divide, and layers that one process drops and the other does not. The
-    texts are those of final/, scored in float32 by one process.
-    """
+    texts are those of final/, scored in float32 by one process."""
     model, out = model_with(tmp_path / "model", 0.5), tmp_path / "out"
     flags = """--max_train_samples 17 --max_eval_samples 3 --max_test_samples 25 --max_steps 6 --eval_steps 6
         --save_steps 6 --learning_rate 1e-3 --bf16 --skip_baseline""".split()

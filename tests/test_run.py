@@ -220,8 +220,7 @@ def test_eval_only_and_score_file_give_the_figures_again_and_leave_those_of_a_ru
 @pytest.fixture(scope="module")
 def forgetting(demo, tmp_path_factory):
     """A run of two updates that also scored US English and four clips of it in a folder without splits, one of them
-    damaged: its folder, its command line and its metrics.
-    """
+    damaged: its folder, its command line and its metrics."""
     folder = tmp_path_factory.mktemp("also")
     shutil.copytree(demo.audio, folder / "audio")
     rows = read_csv(US_ENGLISH / "test/metadata.csv")[:4]

@@ -108,8 +108,7 @@ from pathlib import Path
 
 Path({canary!r}).touch()
 from transformers import LasrCTCConfig as Config, LasrForCTC as Model
-from transformers import LasrProcessor as Processor, LasrTokenizer as Tokenizer
-"""
+from transformers import LasrProcessor as Processor, LasrTokenizer as Tokenizer"""
 AUTO_MAPS = {
     "config.json": {"AutoConfig": "evil.Config", "AutoModelForCTC": "evil.Model"},
     "tokenizer_config.json": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},

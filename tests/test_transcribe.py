@@ -143,8 +143,7 @@ def test_bfloat16_is_for_the_model_alone(tmp_path, monkeypatch):
 @pytest.fixture
 def say(tmp_path, monkeypatch):
     """say([(text, seconds of silence after it), ...], flag, ...) -> what --transcribe writes for a recording in which
-    the model hears these texts, a label and a blank in each two frames of 0.04 s.
-    """
+    the model hears these texts, a label and a blank in each two frames of 0.04 s."""
     write(tmp_path / "visit.wav", noise(1))
 
     def say(parts, *flags):

@@ -1,8 +1,7 @@
 """The program in a process of its own each time, without the five seconds that a process takes to import libraries.
 
 One process imports them, and forks for each run. A run ends as it does by itself: with its exit status or a signal, and
-with what it does at exit. Tests of a start itself, and of launchers, start Python anew.
-"""
+with what it does at exit. Tests of a start itself, and of launchers, start Python anew."""
 
 import json
 import os
@@ -94,8 +93,7 @@ class WarmStarts:
 
 def run_ranks(starts, *arguments, **options):
     """The CompletedProcesses of a run in several processes, as a cluster starts them: one for each of `starts`, in the
-    folder `cwd`, in which {rank} stands for their numbers.
-    """
+    folder `cwd`, in which {rank} stands for their numbers."""
     env, folder = dict(options.pop("env", ())), str(options.pop("cwd", "."))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
