@@ -69,8 +69,10 @@ def make_decoder(output_dir, *flags, model=None):
     return script.Decoder(model or random_model(), processor(), settings)
 
 
-def trainer_of(decoder, clips, half=False, **options):
-    """The script's trainer on (train, dev) clips; with `half` in float16, under the CPU's autocast and scaler."""
+def make_trainer(place, clips, *flags, model=None, half=False, **options):
+    """The script's trainer on (train, dev) clips, with a Decoder or for a new one in an output folder; with `half` in
+    float16, under the CPU's autocast and scaler."""
+    decoder = place if isinstance(place, script.Decoder) else make_decoder(place, *flags, model=model)
     settings, (train, dev) = decoder.settings, clips
     if half:
         settings.fp16, settings.mixed_precision = True, "fp16"  # which parsing refuses without a GPU
@@ -79,7 +81,3 @@ def trainer_of(decoder, clips, half=False, **options):
         # accelerate offers neither on a CPU, and uses both when they are there.
         trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=256)
     return trainer
-
-
-def make_trainer(output_dir, clips, *flags, model=None, half=False, **options):
-    return trainer_of(make_decoder(output_dir, *flags, model=model), clips, half, **options)

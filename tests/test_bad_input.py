@@ -177,7 +177,7 @@ def spoiled(how):
 
 
 DAMAGED = "^damaged archive"
-TEN = [str(index) for index in range(10)]
+TEN, SPOILED = [str(index) for index in range(10)], ("cut", "corrupt", "checksum")
 ARCHIVES = {  # accent: (archive, clips used, {clip or archive: why it is left out})
     "climbs": (tar(two("climbs", ("../../../outside/climbs.wav", GOOD))), BOTH, {"outside/climbs.wav": "climbs out"}),
     "absolute": (tar(two("absolute", ("/tmp/outside/absolute.wav", GOOD))), BOTH, {"outside/absolute": "climbs out"}),
@@ -229,60 +229,48 @@ def add_accent(corpus, accent, archive, table, split="train"):
 
 @pytest.fixture(scope="module")
 def horrors(tmp_path_factory, warm):
-    """{layout: a preparation of a corpus in which next to everything is bad}"""
-    found = {}
-    for layout in ("archives", "recordings"):
-        folder = tmp_path_factory.mktemp("horrors")
-        corpus = folder / "corpus"
-        for accent, (archive, *_) in ARCHIVES.items() if layout == "archives" else ():
-            names = TEN if accent in ("cut", "corrupt", "checksum") else [*BOTH, "x"]
-            add_accent(corpus, accent, archive, rows_of(accent, names))
-        tables = [("train", name, table) for name, (table, *_) in TABLES.items()]
-        more = [(split, split, rows_of(split, split=split)) for split in ("dev", "test") if layout == "recordings"]
-        for split, name, table in tables + more:
-            if layout == "archives":
-                add_accent(corpus, name, tar(two(name)), table)
-                continue
-            write(corpus / split / name / "metadata.csv", table)
-            for clip in BOTH:
-                write(corpus / split / name / name / f"{clip}.wav", GOOD)
-        before = modified(corpus)
-        flags = "--dataset corpus --data_dir audio --output_dir out --prepare_only --num_proc 1".split()
-        done = succeeded(warm.run(*flags, cwd=folder))
-        assert modified(corpus) == before and {path.name for path in folder.iterdir()} == {"corpus", "audio", "out"}
-        assert not list(folder.parent.rglob("climbs.wav")) and not Path("/tmp/outside").exists()
-        # Of all rows: clips of different folders have files of the same name.
-        files = [Dataset.from_file(str(path)) for path in (folder / "audio").rglob("*.arrow")]
-        clips = {clip_key(row["clip"]): row for rows in files for row in rows if not row["problem"]}
-        found[layout] = SimpleNamespace(stderr=done.stderr, clips=clips, skipped=skipped(folder / "out"))
-    return found
-
-
-def clip_key(name):
-    return "/".join(name.split("/")[-2:])
+    """A preparation of a corpus in which next to everything is bad."""
+    folder = tmp_path_factory.mktemp("horrors")
+    corpus = folder / "corpus"
+    for accent, (archive, *_) in ARCHIVES.items():
+        add_accent(corpus, accent, archive, rows_of(accent, TEN if accent in SPOILED else [*BOTH, "x"]))
+    for name, (table, *_) in TABLES.items():
+        add_accent(corpus, name, tar(two(name)), table)
+    before = modified(corpus)
+    flags = "--dataset corpus --data_dir audio --output_dir out --prepare_only --num_proc 1".split()
+    done = succeeded(warm.run(*flags, cwd=folder))
+    assert modified(corpus) == before and {path.name for path in folder.iterdir()} == {"corpus", "audio", "out"}
+    assert not list(folder.parent.rglob("climbs.wav")) and not Path("/tmp/outside").exists()
+    # Of all rows: clips of different folders have files of the same name.
+    files = [Dataset.from_file(str(path)) for path in (folder / "audio").rglob("*.arrow")]
+    clips = {row["clip"]: row for rows in files for row in rows if not row["problem"]}
+    return SimpleNamespace(stderr=done.stderr, clips=clips, skipped=skipped(folder / "out"))
 
 
 @pytest.mark.parametrize("accent", ARCHIVES)
 def test_a_bad_archive_gives_what_can_be_had(horrors, accent):
     _, used, left_out = ARCHIVES[accent]
-    clips, reasons = horrors["archives"].clips, horrors["archives"].skipped
-    assert {name for name in clips if name.startswith(f"{accent}/")} == {f"{accent}/{name}.wav" for name in used}
+    assert {name for name in horrors.clips if name.startswith(f"{accent}/")} == {
+        f"{accent}/{name}.wav" for name in used
+    }
     for name, reason in left_out.items():
-        assert any(name in clip and re.search(reason, found) for _, clip, found in reasons), (name, reasons)
+        assert any(name in clip and re.search(reason, found) for _, clip, found in horrors.skipped), (
+            name,
+            horrors.skipped,
+        )
 
 
-@pytest.mark.parametrize("layout", ["archives", "recordings"])
 @pytest.mark.parametrize("name", TABLES)
-def test_an_odd_table_is_read_and_said_to_be_odd(horrors, layout, name):
+def test_an_odd_table_is_read_and_said_to_be_odd(horrors, name):
     _, *texts, warning = TABLES[name]
-    found, without = horrors[layout], "no transcript"
     for clip, text in zip(BOTH, texts):
         key = f"{name}/{clip}.wav"
-        assert found.clips.get(key, {}).get("text") == text
-        assert [why for _, clip, why in found.skipped if clip_key(clip) == key] == ([without] if text is None else [])
-    lines = [line for line in found.stderr.splitlines() if "warning" in line and re.search(f"/{name}/\\w+.csv", line)]
+        assert horrors.clips.get(key, {}).get("text") == text
+        reasons = [why for _, clip, why in horrors.skipped if clip == key]
+        assert reasons == (["no transcript"] if text is None else [])
+    lines = [line for line in horrors.stderr.splitlines() if re.search(f"warning.*/{name}/\\w+.csv", line)]
     assert len(lines) == bool(warning) and all(warning in line for line in lines)
-    more = [clip for _, clip, why in found.skipped if why.startswith("more cells than columns (row 1)")]
+    more = [clip for _, clip, why in horrors.skipped if why.startswith("more cells than columns (row 1)")]
     assert [clip.split("/")[-1] for clip in more] == [" cough"]
 
 

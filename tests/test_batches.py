@@ -9,16 +9,7 @@ import soundfile
 import torch
 from conftest import MODEL, corpus_audio, succeeded
 from helpers import RATE, noise, read_csv, run_main, sound
-from small_model import (
-    inputs_of,
-    label_encoder,
-    make_clips,
-    make_decoder,
-    make_trainer,
-    processor,
-    random_model,
-    trainer_of,
-)
+from small_model import inputs_of, label_encoder, make_clips, make_decoder, make_trainer, processor, random_model
 
 import finetune_medasr as script
 
@@ -224,7 +215,7 @@ def test_a_guarded_model_stays_finite_where_plain_float16_overflows(tmp_path, cl
         expected = model(**batch).logits
         with torch.autocast("cpu", torch.float16):
             assert not torch.isfinite(model(**batch).logits).all()
-    model = trainer_of(decoder, clips, half=True).model
+    model = make_trainer(decoder, clips, half=True).model
     parts = dict.fromkeys(("subsampler.dense_1", "layers.1.feed_forward1.linear1"), torch.float32)
     parts["layers.0.self_attn.q_proj"] = torch.float16  # only what needs it is in float32
     for name in parts:
@@ -241,7 +232,7 @@ def test_a_guarded_model_stays_finite_where_plain_float16_overflows(tmp_path, cl
     with torch.no_grad():
         decoder.model.ctc_head.weight *= float("nan")
     with pytest.raises(script.RunError, match="--bf16"):
-        trainer_of(decoder, clips, half=True)
+        make_trainer(decoder, clips, half=True)
 
 
 def test_without_a_gpu_auto_is_eight_clips_a_step_and_a_number_is_that_number(tmp_path, clips):
@@ -282,7 +273,7 @@ def test_the_largest_step_that_fits_is_chosen_and_the_trials_leave_no_trace(
     memory = types.SimpleNamespace(total_memory=1e6)
     for name, stub in {"get_device_properties": memory, "get_rng_state": None, "set_rng_state": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, stub=stub: stub)
-    trainer = trainer_of(decoder, clips)
+    trainer = make_trainer(decoder, clips)
     split = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
     assert split == (chosen, 32 // chosen) and {frames for _, frames in tried} <= {148}, "the longest clip"
     assert f"32 clips an update and device: {chosen} a step" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO_COMMAND, SCRIPT, run_script, succeeded
-from helpers import run_main, write_wav
+from helpers import run_main, write, write_wav
 from transformers import TrainingArguments
 
 from finetune_medasr import ScriptFlags, TrainingFlags, parse_settings
@@ -97,6 +97,27 @@ def test_each_message_in_the_readme_is_one_of_the_program():
     quoted = [re.search("`([^`]+)`", row[0])[1] for row in table("message")]
     assert len(quoted) > 10
     assert not [text for text in quoted if not any(text in message for message in messages)]
+
+
+def test_a_yaml_file_sets_flags_and_flags_on_top_of_it_win(tmp_path):
+    text = "learning_rate: 1e-5\nseed: 7\naccents: [yoruba, 'akan (fante)']\nspec_augment: false\nskip_baseline: true\n"
+    text += "max_steps: null\nweight_decay: 0.25\nlr_scheduler_kwargs:\n  min_lr_rate: 0.1\n"
+    write(tmp_path / "run.yaml", text)
+    settings = parse_settings([str(tmp_path / "run.yaml"), "--learning_rate", "2e-4", "--weight_decay", "0.5"])
+    assert (settings.learning_rate, settings.weight_decay) == (2e-4, 0.5)
+    assert (settings.seed, settings.max_steps, settings.lr_scheduler_kwargs) == (7, -1, {"min_lr_rate": 0.1})
+    assert settings.accents == ["yoruba", "akan (fante)"] and settings.skip_baseline and not settings.spec_augment
+
+
+@pytest.mark.parametrize("flag", ["--help", "--help_all"])
+def test_help_names_every_flag(flag, tmp_path):
+    """--help on two screens those of the script and what people change, --help_all those of the Trainer too."""
+    out = succeeded(run_main(tmp_path, flag)).stdout
+    kinds = [ScriptFlags, TrainingFlags, *([TrainingArguments] if flag == "--help_all" else [])]
+    named = {item.name for kind in kinds for item in dataclasses.fields(kind) if item.init} | {"help_all"}
+    assert named <= set(re.findall(r"(?<![\w-])--(\w+)", out))
+    assert flag == "--help_all" or (len(out.splitlines()) <= 110 and max(map(len, out.splitlines())) <= 150)
+    assert "(default: 3e-05)" in out and "(default: None)" not in out
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The program as a user runs it: exit status, what it prints, what it writes."""
 
-import dataclasses
 import re
 import shutil
 
@@ -14,7 +13,7 @@ from helpers import modified, read_csv, run_main, write, write_table, write_wav
 from transformers import AutoModelForCTC, AutoProcessor, TrainingArguments, pipeline
 
 import finetune_medasr as script
-from finetune_medasr import normalize_paper, normalize_wer, parse_settings
+from finetune_medasr import normalize_paper, normalize_wer
 
 pytestmark = pytest.mark.slow
 US_ENGLISH = CORPUS.parent / "us_english"
@@ -282,26 +281,3 @@ def test_a_finished_run_scores_another_set_without_training(forgetting, tmp_path
     *_, of_arabic = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
     rates = {metric["name"] for metric in of_arabic["metrics"]}
     assert {"wer", "wer_raw", "cer"} <= rates and not rates & {"wer_paper", "wer_paper_short"}
-
-
-def test_a_yaml_file_sets_flags_and_flags_on_top_of_it_win(tmp_path):
-    yaml_file = (
-        "learning_rate: 1e-5\nseed: 7\naccents: [yoruba, 'akan (fante)']\nspec_augment: false\nskip_baseline: true\n"
-        "max_steps: null\nweight_decay: 0.25\nlr_scheduler_kwargs:\n  min_lr_rate: 0.1\n"
-    )
-    write(tmp_path / "run.yaml", yaml_file)
-    settings = parse_settings([str(tmp_path / "run.yaml"), "--learning_rate", "2e-4", "--weight_decay", "0.5"])
-    assert (settings.learning_rate, settings.weight_decay) == (2e-4, 0.5)
-    assert (settings.seed, settings.max_steps, settings.lr_scheduler_kwargs) == (7, -1, {"min_lr_rate": 0.1})
-    assert settings.accents == ["yoruba", "akan (fante)"] and settings.skip_baseline and not settings.spec_augment
-
-
-@pytest.mark.parametrize("flag", ["--help", "--help_all"])
-def test_help_names_every_flag(flag, tmp_path):
-    """--help on two screens those of the script and what people change, --help_all those of the Trainer too."""
-    out = succeeded(run_main(tmp_path, flag)).stdout
-    kinds = [script.ScriptFlags, script.TrainingFlags, *([TrainingArguments] if flag == "--help_all" else [])]
-    named = {item.name for kind in kinds for item in dataclasses.fields(kind) if item.init} | {"help_all"}
-    assert named <= set(re.findall(r"(?<![\w-])--(\w+)", out))
-    assert flag == "--help_all" or (len(out.splitlines()) <= 110 and max(map(len, out.splitlines())) <= 150)
-    assert "(default: 3e-05)" in out and "(default: None)" not in out

@@ -109,13 +109,11 @@ from pathlib import Path
 Path({canary!r}).touch()
 from transformers import LasrCTCConfig as Config, LasrForCTC as Model
 from transformers import LasrProcessor as Processor, LasrTokenizer as Tokenizer"""
-AUTO_MAPS = {
-    "config.json": {"AutoConfig": "evil.Config", "AutoModelForCTC": "evil.Model"},
-    "tokenizer_config.json": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},
-    "processor_config.json": {"AutoProcessor": "evil.Processor"},
+AUTO_MAPS = {  # file: (what names code, and a class that the libraries do not know)
+    "config.json": ({"AutoConfig": "evil.Config", "AutoModelForCTC": "evil.Model"}, {"model_type": "evil"}),
+    "tokenizer_config.json": ({"AutoTokenizer": ["evil.Tokenizer"] * 2}, {"tokenizer_class": "Evil"}),
+    "processor_config.json": ({"AutoProcessor": "evil.Processor"}, {"processor_class": "Evil"}),
 }
-UNKNOWN = {"config.json": {"model_type": "evil"}, "tokenizer_config.json": {"tokenizer_class": "Evil"},
-           "processor_config.json": {"processor_class": "Evil"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["a known class", "an unknown class"])
@@ -124,7 +122,8 @@ def test_no_code_of_a_model_is_run(tmp_path, name, known, monkeypatch):
     """Not even where the terminal says yes to a question of the libraries."""
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
-    changes = {"auto_map": AUTO_MAPS[name], **({} if known else UNKNOWN[name])}
+    auto_map, unknown = AUTO_MAPS[name]
+    changes = {"auto_map": auto_map, **({} if known else unknown)}
     write(model / name, json.dumps({**load_json(model / name), **changes}))
     write(model / "evil.py", CODE.format(canary=str(model / "canary")))
     write(tmp_path / "clip.wav", GOOD)
@@ -157,10 +156,8 @@ def test_no_pickle_in_a_checkpoint_is_run(finished, demo, tmp_path, name):
         refused(done, 1, "checkpoint-2")
 
 
-EVIL = (
-    "[click](javascript:alert(1)) ![x](http://127.0.0.1/x) <script>alert(1)</script> | `a` *b* $x$ =1+1\n# head\n"
-    "---\nlicense: mit"
-)
+EVIL = "[click](javascript:alert(1)) ![x](http://127.0.0.1/x) <script>alert(1)</script> | `a` *b* $x$ =1+1"
+EVIL += "\n# head\n---\nlicense: mit"
 MARKUP = ("<script", "[click](", "![x](", " `a`", "*b*", "$x$", "\n# head", "\n---\nlicense")
 
 
