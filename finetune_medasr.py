@@ -532,6 +532,36 @@ def explained_hub_errors(repo, kind):
         raise RunError(f"{kind} {repo} {meaning}") from error
 
 
+class HubStream(io.RawIOBase):
+    """A file of a `Repository` on the Hub as a stream from `position` on, through dropped connections. The Hub client
+    waits out answers of 5xx and 429 by itself."""
+
+    drops = 6  # of the connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
+
+    def __init__(self, repository, path, position=0):
+        self.file, self.size = repository.on_hub(path, block_size=0), repository.files[path][0]
+        self.file.loc = position
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        for attempt in range(self.drops):
+            if self.file.loc >= self.size:
+                return 0
+            if attempt:
+                self.file.response = None  # it connects again, and goes on from the byte reached
+                time.sleep(2 ** (attempt - 1))
+            try:
+                if data := self.file.read(min(len(buffer), 1 << 16)):
+                    buffer[: len(data)] = data
+                    return len(data)
+            except httpx2.TransportError:
+                if attempt == self.drops - 1:
+                    raise
+        raise OSError(f"it ends after {self.file.loc:,} of {self.size:,} bytes")
+
+
 @dataclass
 class Repository:
     """A dataset on the Hub or in a local `folder`. `files` are {path: [bytes, sha256 on the Hub, or time of change]}.
@@ -578,13 +608,12 @@ class Repository:
         return next((place for place in places if place.stat().st_size == self.files[path][0]), None)
 
     def on_hub(self, path, **options):
-        """A file on the Hub; with block_size=0 a stream, whose connection is made again at the byte reached."""
         return hub.HfFileSystem().open(f"datasets/{self.name}@{self.revision or 'main'}/{path}", **options)
 
     def open(self, path):
         """A file of the repository as a stream of bytes: the local file, or as much of the Hub's as is read."""
         local = self.local(path)
-        return open(local, "rb") if local else io.BufferedReader(self.on_hub(path, block_size=0))
+        return open(local, "rb") if local else io.BufferedReader(HubStream(self, path), 1 << 16)
 
     def fetch(self, path):
         """The local path of a file, downloaded if need be, going on where that stopped; raises RunError."""
@@ -597,9 +626,8 @@ class Repository:
             for _ in range(2):
                 if self.local(path):  # by another process, meanwhile
                     return target
-                with open(partial, "ab") as file, self.on_hub(path, block_size=0) as stream:
-                    stream.loc = file.tell()
-                    shutil.copyfileobj(stream, file, 1 << 12)  # a drop loses what is read at once, two end the download
+                with open(partial, "ab") as file, HubStream(self, path, file.tell()) as stream:
+                    shutil.copyfileobj(stream, file, 1 << 20)
                 with open(partial, "rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                 if self.size([path]) == partial.stat().st_size and checksum in (None, found):
