@@ -875,7 +875,8 @@ class Source:
 
     def add_archives(self, archives, splits):
         """AfriSpeech-200's layout, audio/ACCENT/SPLIT/*.tar.gz and transcripts/ACCENT/SPLIT.csv. Yields each table."""
-        self.accents = {path.split("/")[1] for path in archives}
+        folders = [re.match("(?:audio|transcripts)/([^/]+)/", path) for path in self.repository.files]
+        self.accents = {folder[1] for folder in folders if folder}
         accents = self.accents.intersection(map(slugify, self.asked or self.accents))
         parts = sorted(itertools.product(accents, splits), key="/".join)
         with ThreadPoolExecutor(8) as pool:  # some hundred small files on the Hub, so several at once
