@@ -43,6 +43,7 @@ import shlex
 import shutil
 import signal
 import stat
+import string
 import tarfile
 import tempfile
 import textwrap
@@ -429,6 +430,8 @@ class ScriptFlags:
             yield len(together) > 1 and f"{' and '.join(together)} cannot be used together; choose one"
         for name, needed in NEEDS.items():
             yield name in given and needed not in given and f"--{name} needs --{needed}: give both, or neither"
+        if self.lm not in (None, "auto") and not Path(self.lm).is_file():
+            yield f"--lm is {self.lm}: there is no such file"
         if self.lm and not importlib.util.find_spec("flashlight"):
             yield "--lm needs a package that is not installed: pip install flashlight-text"
         if self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
@@ -1503,6 +1506,8 @@ class LabelEncoder:
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
         self.opens, self.dropped = self.covered("("), Counter()
         self.table = {}  # code point -> what it becomes, for str.translate
+        plain = "".join(filter(self.covered, string.ascii_letters + string.digits + ".,'-"))
+        self.plain = re.compile(f"[ {re.escape(plain)}]*")  # most transcripts: nothing in them is folded
 
     def covered(self, character):
         """Whether the tokenizer has a piece that the head can emit for `character`, inside a word and on its own."""
@@ -1521,6 +1526,8 @@ class LabelEncoder:
 
     def fold(self, text):
         """The transcript in the characters that the tokenizer covers; what is lost is counted in `dropped`."""
+        if self.target_text != "words" and self.plain.fullmatch(text):
+            return " ".join(text.split())
         text = unicodedata.normalize("NFC", normalize_wer(text) if self.target_text == "words" else tidy(text))
         # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
         while not self.opens and re.search(r"\([^()]*\)", text):
@@ -1602,10 +1609,11 @@ class ClipCheck:
         if samples / SAMPLE_RATE > self.max_train_seconds:
             return f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s"
         folded = self.encoder.fold(text)
-        if 0 < 2 * len(folded) < room:  # a label has a character, the space before a word included, and a blank
+        # CTC puts a blank between two equal labels. Labels are made where there may be too many: each has a character,
+        # the space before a word included.
+        if folded.isascii() and 0 < len(folded) < room - len(re.findall(r"(.)(?=\1)", folded)):
             return ""
         labels = self.encoder([folded])[0]
-        # CTC puts a blank between two equal labels.
         needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
         if needed > room:
             return f"more labels than frames: {needed} labels, {room} logits"
