@@ -855,6 +855,7 @@ class Source:
         parts = enumerate(getattr(self, f"add_{self.kind}")(found[self.kind], splits))
         tables = [table.assign(part=part) for part, table in parts if len(table)]  # empty ones make concat slow
         self.announced = self.rows = pandas.concat(tables or [clip_table({}).assign(part=0)], ignore_index=True)
+        self.names = {*found[self.kind], *(shard.name for shard in self.shards)}  # also of those that are not needed
         if self.kind != "archives":
             self.accents = set(map(slugify, self.rows["accent"].unique())) - {""}
             self.plan_splits(splits, settings.seed, "test" if is_extra else "train")
@@ -864,8 +865,12 @@ class Source:
     def add_shard(self, name, files, part, listed="", splits=()):
         """A `Shard` whose prepared file is another one where what is `listed` for it, or one of its files, changes."""
         mark = digest([listed, *([path, *self.repository.files[path]] for path in files)])[:12]
-        path = self.folder / f"{slugify(name)[-80:]}-{digest(name)[:6]}.{mark}.arrow"
-        self.shards.append(Shard(name, path, files, part, set(splits)))
+        self.shards.append(Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", files, part, set(splits)))
+
+    @staticmethod
+    def stem(name):
+        """What the names of all prepared files of a shard begin with."""
+        return f"{slugify(name)[-80:]}-{digest(name)[:6]}"
 
     def read(self, path):
         """The table of clips of a file of the repository, an empty one if it is not there; warns of its defects."""
@@ -1180,7 +1185,7 @@ def prepare(source, splits, settings):
     Several programs may call this at once: one works, the others wait at the lock, without a time-out."""
     source.folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(source.folder / "prepare.lock"):
-        # What was left: half-written files, archives of finished shards, and other versions of what is made now.
+        # What was left: half-written files, archives of finished shards, and what the corpus was made into before.
         for stale in source.folder.glob("*.arrow.*.tmp"):
             stale.unlink()
         shards = source.needed(splits)
@@ -1188,9 +1193,9 @@ def prepare(source, splits, settings):
             source.repository.release(path)
         if not (todo := [shard for shard in shards if not shard.path.exists()]):
             return
-        stems = {shard.path.name.partition(".")[0] for shard in todo}
+        known, made = set(map(source.stem, source.names)), {source.stem(shard.name) for shard in todo}
         for path in source.folder.glob("*.arrow"):
-            if path.name.partition(".")[0] in stems:
+            if (stem := path.name.partition(".")[0]) in made or stem not in known:
                 path.unlink()
         need, free = disk_needed(source, todo, settings.num_proc)[0], shutil.disk_usage(source.folder).free
         if need > free:
