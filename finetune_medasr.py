@@ -43,12 +43,12 @@ import shlex
 import shutil
 import signal
 import stat
+import string
 import tarfile
 import tempfile
 import textwrap
 import threading
 import time
-import typing
 import unicodedata
 import warnings
 import zlib
@@ -57,7 +57,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar, get_type_hints
 
 try:
     import numpy as np
@@ -88,6 +88,7 @@ DEFAULT_DATASET = "intronhealth/afrispeech-200"
 DEFAULT_DATASET_REVISION = "b538c6e111914a812af28ff677f8cffc9b404b7d"
 LM_FILE = "lm_6.kenlm"  # in MedASR's repository: a 6-gram of its tokenizer's pieces
 SAMPLE_RATE = 16_000  # Hz, what MedASR's feature extractor expects
+MEDASR_KIND = f"lasr_ctc with a LasrFeatureExtractor of {SAMPLE_RATE:,} Hz"
 SPLITS = ("train", "dev", "test")
 WINDOW_OVERLAP_SECONDS = 2.0  # a side, as in the model card's pipeline call (chunk_length_s=20, stride_length_s=2)
 ROOM_ADVICE = "free some disk; the same command goes on"
@@ -131,20 +132,20 @@ LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|remote process exi
 
 
 @contextlib.contextmanager
-def explained(what, errors=OSError, advice=""):
-    """Turn exceptions of the kinds `errors` into a RunError in one line: `what`, the exception, and `advice` if any."""
+def explained(what, errors=OSError, advice="", kind=RunError):
+    """Turn exceptions of the kinds `errors` into a `kind` in one line: `what`, the exception, and `advice` if any."""
     try:
         yield
     except errors as error:
         if LOST_PROCESS.search(str(error)):
             raise
-        raise RunError(f"{what} ({one_line(error)}){advice and ': '}{advice}") from error
+        raise kind(f"{what} ({one_line(error)}){advice and ': '}{advice}") from error
 
 
 def checkpoint_errors():
     """What the libraries raise for models and checkpoints that they cannot read or write."""
-    unreadable = pickle.UnpicklingError, Lazy("safetensors").SafetensorError
-    return OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError, ImportError, *unreadable
+    damaged = EOFError, pickle.UnpicklingError, Lazy("safetensors").SafetensorError
+    return OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, *damaged
 
 
 def is_full_disk(error):
@@ -183,10 +184,8 @@ def file_stem(name):
 
 def read_json(path):
     """What a JSON object that this program or the Trainer wrote holds; None if it is not there, or not whole."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 @contextlib.contextmanager
@@ -209,16 +208,15 @@ def write_text(path, text):
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C raise Stopped at once, or, where `deferred`, leave their `number` to be looked at, so that all
+    """SIGTERM and Ctrl-C raise Stopped at once, or, inside of `with`, leave their `number` to be looked at, so that all
     processes stop after the same update or batch. A second one ends the program."""
 
-    deferred, number, since, process = False, 0, 0.0, 0
+    depth, number, since, process = 0, 0, 0.0, 0  # `since` and `process`: when the first came, and whom it concerns
 
     def install(self):
-        self.deferred, self.number, self.process = False, 0, os.getpid()
-        with contextlib.suppress(ValueError):  # not the main thread
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self.receive)
+        self.depth, self.number, self.process = 0, 0, os.getpid()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         # torchrun and Slurm pass on a signal that the processes may have got themselves.
@@ -229,40 +227,62 @@ class StopSignals:
             os.write(2, f"\n{PROGRAM}: error: ended by a second {signal.Signals(number).name}\n".encode())
             os._exit(128 + number)
         self.number, self.since = number, time.monotonic()
-        if not self.deferred:
+        if not self.depth:
             raise Stopped(number)
 
-    @contextlib.contextmanager
-    def deferring(self):
-        before, self.deferred = self.deferred, True
-        try:
-            yield
-        finally:
-            self.deferred = before
+    def __enter__(self):
+        self.depth += 1
+
+    def __exit__(self, *_):
+        self.depth -= 1
 
 
 STOP_SIGNALS = StopSignals()
 
 
-def agreed(number, settings, choice="MIN"):
-    """The smallest (or with "MAX" the largest) of the processes' integers, the same in each of them."""
-    if settings.world_size == 1:
-        return int(number)
-    number = torch.tensor(int(number), device=settings.device)
-    torch.distributed.all_reduce(number, getattr(torch.distributed.ReduceOp, choice))
-    return int(number)
+def agreed(number, choose=min):
+    """The smallest (or what `choose` takes) of the processes' integers, the same in each of them."""
+    return choose(accelerate.utils.gather_object([int(number)]))
 
 
 @functools.cache
 def mixed(*kinds):
     """A class of `kinds`, mixins first, named as the last: how classes here extend bases that are slow to import."""
-    return type(kinds[-1].__name__, kinds, {"kinds": kinds})
+    return type(kinds[-1].__name__, kinds, {})
 
 
 # ---------------------------------------------------------------- settings
 
-Number = typing.TypeVar("Number")
-Positive, NotNegative = Annotated[Number, "above 0"], Annotated[Number, "0 or more"]
+# What the value of a flag must be, in words and as a test.
+Number, MIN_WINDOW = TypeVar("Number"), 3 * WINDOW_OVERLAP_SECONDS
+Positive = Annotated[Number, "above 0", lambda value: 0 < value < math.inf]
+NotNegative = Annotated[Number, "0 or more", lambda value: 0 <= value < math.inf]
+WindowSeconds = Annotated[float, f"at least {MIN_WINDOW:g}", lambda value: MIN_WINDOW <= value < math.inf]
+Batch = Annotated[str, "a number of clips above 0, or auto", re.compile(r"auto|0*[1-9]\d*").fullmatch]
+Updates = Annotated[int, "above 0, or -1 for --num_train_epochs", lambda value: value > 0 or value == -1]
+Seed = Annotated[int, "from 0 to 2**32 - 1", range(2**32).__contains__]
+# Of TrainingArguments' other flags: the collator reads columns that are not arguments of the model.
+FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
+BEST_METRICS = ("wer", "cer", "loss", "wer_by_domain/clinical", "wer_by_domain/general")
+OTHER_RULES = {name: (f"{value}: leave the flag out", value.__eq__) for name, value in FIXED.items()}
+OTHER_RULES["metric_for_best_model"] = ", ".join(BEST_METRICS), lambda name: name.removeprefix("eval_") in BEST_METRICS
+# What the Trainer needs for this job. disable_tqdm's default follows the libraries' log level.
+TRAINING_DEFAULTS = dict(eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True, disable_tqdm=False)
+TRAINING_DEFAULTS |= dict(metric_for_best_model="wer", greater_is_better=False, report_to=["tensorboard"])
+TRAINING_DEFAULTS |= dict(train_sampling_strategy="group_by_length", **FIXED)
+AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
+MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")  # without training
+# What cannot be used together, and what is of no use without another.
+EXCLUSIVE = [MODES, ("also_score", "score_file", "transcribe"), ("lm", "score_file"), ("tune_lm", "transcribe")]
+EXCLUSIVE += [("max_train_samples", "streaming")]
+NEEDS = dict.fromkeys(("transcript_dir", "transcript_format", "format_dictation"), "transcribe")
+NEEDS |= {"tune_lm": "lm", "streaming": "max_steps"}  # a stream has no epochs to count
+# What a run makes in --output_dir: it replaces these, and --overwrite_output_dir deletes them.
+MADE_BY_A_RUN = re.compile(r"(?:final|results|runs|run\.json|checkpoint-\d+)(?:/|$)")
+DEMO_FLAGS = ["--model", f"{FIXTURES}/model", "--dataset", f"{FIXTURES}/corpus"]
+DEMO_FLAGS += """--output_dir ./medasr-demo --data_dir ./medasr-demo/audio --learning_rate 2e-3 --max_steps 120
+    --gradient_accumulation_steps 2 --warmup_steps 15 --eval_steps 40 --save_steps 40 --logging_steps 5
+    --dataloader_num_workers 0 --spec_augment false""".split()  # a model this small underfits masked audio
 
 
 def flag(default, text):
@@ -270,8 +290,37 @@ def flag(default, text):
 
 
 @dataclass
+class TrainingFlags:
+    """The `TrainingArguments` fields that people change, with this script's defaults."""
+
+    _argument_group_name = "training (any other field of transformers' TrainingArguments works too: --help_all)"
+
+    output_dir: str = flag("./medasr-afrispeech-200", "where checkpoints, results, logs and the final model go")
+    learning_rate: Positive[float] = flag(3e-5, "peak learning rate of AdamW")
+    per_device_train_batch_size: Batch = flag("auto", "clips a step and device; auto: 32 an update, in steps that fit")
+    per_device_eval_batch_size: Batch = flag("auto", "clips or windows when scoring; auto: as many seconds as fit")
+    gradient_accumulation_steps: Positive[int] = flag(4, "steps whose gradients make one update")
+    num_train_epochs: Positive[float] = flag(10.0, "passes over the training clips")
+    max_steps: Updates = flag(-1, "updates in all; overrides the epochs if positive")
+    warmup_steps: NotNegative[float] = flag(500, "updates (below 1: share of them) over which the learning rate rises")
+    eval_steps: Positive[int] = flag(500, "updates between two evaluations on dev")
+    save_steps: Positive[int] = flag(500, "updates between two checkpoints; a multiple of --eval_steps")
+    logging_steps: Positive[int] = flag(25, "updates between two logged training losses")
+    save_total_limit: NotNegative[int] = flag(4, "checkpoints kept, the best among them")
+    # Declared bool so that a bare --fp16 works; None means: where there is a CUDA GPU and no --bf16.
+    fp16: bool = flag(None, "float16 where that is safe, float32 elsewhere; on where there is a CUDA GPU")
+    bf16: bool = flag(False, "bfloat16 mixed precision instead of float16")
+    gradient_checkpointing: bool = flag(False, "recompute activations to save GPU memory")
+    dataloader_num_workers: NotNegative[int | None] = flag(None, "processes that decode audio; up to 8, by cores")
+    resume_from_checkpoint: str | None = flag(None, "a checkpoint's folder; the newest complete one if not given")
+    seed: Seed = flag(42, "seed of everything random")
+
+
+@dataclass
 class ScriptFlags:
-    """The script's own flags."""
+    """The script's own flags; with the bases `TrainingFlags` and `TrainingArguments`, all settings of a run, checked.
+    Beside its fields it has `auto_train_batch` and `auto_eval_batch` (is the size "auto"), `upload` (of --push_to_hub),
+    `is_first` (of the processes, which writes what is written once), and `command`, fit to be published."""
 
     _argument_group_name = "this script"
 
@@ -293,7 +342,7 @@ class ScriptFlags:
     overwrite_output_dir: bool = flag(False, "start anew: delete what an earlier run left in --output_dir")
     early_stopping_patience: NotNegative[int] = flag(3, "stop after so many evaluations without a better WER; 0 never")
     skip_baseline: bool = flag(False, "do not score the untouched model first")
-    window_seconds: Positive[float] = flag(20.0, "score longer clips in overlapping windows of so many seconds")
+    window_seconds: WindowSeconds = flag(20.0, "score longer clips in overlapping windows of so many seconds")
     num_proc: Positive[int | None] = flag(None, "processes that prepare audio; all cores if not given")
     keep_archives: bool = flag(False, "keep the downloaded archives after they are converted")
     also_score: list[str] | None = flag(None, "test sets, Hub datasets or folders, scored too: what the model forgets")
@@ -313,74 +362,18 @@ class ScriptFlags:
     tune_lm: bool = flag(False, "choose --lm_weight and --lm_word_score on dev before the test clips are scored")
     demo: bool = flag(False, "run the whole job on the small model and corpus in tests/fixtures, offline")
 
-
-@dataclass
-class TrainingFlags:
-    """The `TrainingArguments` fields that people change, with this script's defaults."""
-
-    _argument_group_name = "training (any other field of transformers' TrainingArguments works too: --help_all)"
-
-    output_dir: str = flag("./medasr-afrispeech-200", "where checkpoints, results, logs and the final model go")
-    learning_rate: Positive[float] = flag(3e-5, "peak learning rate of AdamW")
-    per_device_train_batch_size: str = flag("auto", "clips a step and device; auto: 32 an update, in steps that fit")
-    per_device_eval_batch_size: str = flag("auto", "clips or windows when scoring; auto: as many seconds as fit")
-    gradient_accumulation_steps: Positive[int] = flag(4, "steps whose gradients make one update")
-    num_train_epochs: Positive[float] = flag(10.0, "passes over the training clips")
-    max_steps: int = flag(-1, "updates in all; overrides the epochs if positive")
-    warmup_steps: NotNegative[float] = flag(500, "updates (below 1: share of them) over which the learning rate rises")
-    eval_steps: Positive[int] = flag(500, "updates between two evaluations on dev")
-    save_steps: Positive[int] = flag(500, "updates between two checkpoints; a multiple of --eval_steps")
-    logging_steps: Positive[int] = flag(25, "updates between two logged training losses")
-    save_total_limit: NotNegative[int] = flag(4, "checkpoints kept, the best among them")
-    # Declared bool so that a bare --fp16 works; None means: where there is a CUDA GPU and no --bf16.
-    fp16: bool = flag(None, "float16 where that is safe, float32 elsewhere; on where there is a CUDA GPU")
-    bf16: bool = flag(False, "bfloat16 mixed precision instead of float16")
-    gradient_checkpointing: bool = flag(False, "recompute activations to save GPU memory")
-    dataloader_num_workers: NotNegative[int | None] = flag(None, "processes that decode audio; up to 8, by cores")
-    resume_from_checkpoint: str | None = flag(None, "a checkpoint's folder; the newest complete one if not given")
-    seed: NotNegative[int] = flag(42, "seed of everything random")
-
-
-# What the Trainer needs for this job; each can still be set by its own flag, but for those that the code relies on: the
-# collator reads columns that are not arguments of the model. disable_tqdm's default follows the libraries' log level.
-TRAINING_DEFAULTS = dict(eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True, disable_tqdm=False)
-TRAINING_DEFAULTS |= dict(metric_for_best_model="wer", greater_is_better=False, report_to=["tensorboard"])
-TRAINING_DEFAULTS |= dict(train_sampling_strategy="group_by_length")
-FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
-BEST_METRICS = ("wer", "cer", "loss", "wer_by_domain/clinical", "wer_by_domain/general")
-DEMO_FLAGS = [
-    *("--model", str(FIXTURES / "model"), "--dataset", str(FIXTURES / "corpus"), "--output_dir", "./medasr-demo"),
-    *"--data_dir ./medasr-demo/audio --learning_rate 2e-3 --max_steps 120 --gradient_accumulation_steps 2".split(),
-    *"--warmup_steps 15 --eval_steps 40 --save_steps 40 --logging_steps 5 --dataloader_num_workers 0".split(),
-    *"--spec_augment false".split(),  # a model this small underfits masked audio
-]
-AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
-BATCH_SIZES = {"per_device_train_batch_size": "auto_train_batch", "per_device_eval_batch_size": "auto_eval_batch"}
-MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")  # without training
-# What cannot be used together, and what is of no use without another.
-EXCLUSIVE = [MODES, ("also_score", "score_file", "transcribe"), ("lm", "score_file"), ("tune_lm", "transcribe")]
-EXCLUSIVE += [("max_train_samples", "streaming")]
-NEEDS = dict.fromkeys(("transcript_dir", "transcript_format", "format_dictation"), "transcribe") | {"tune_lm": "lm"}
-# Of what a run makes in --output_dir; it replaces these, and --overwrite_output_dir deletes them.
-MADE_BY_A_RUN = re.compile(r"(?:final|results|runs|run\.json|checkpoint-\d+)(?:/|$)")
-
-
-class CheckedSettings:
-    """Mixed before the flags and `TrainingArguments`: checks of what they say. Beside its fields the object has
-    `auto_train_batch` and `auto_eval_batch`, whether these sizes are "auto", `upload`, whether --push_to_hub is given,
-    and `command`, the command line as it may be published."""
-
     def __post_init__(self):
         for problem in filter(None, self.problems()):
             raise UsageError(problem)
+        self.is_first = os.environ.get("RANK", "0") == "0"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.num_proc = self.num_proc or cores
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = min(8, cores - 1)
-        for name, is_auto in BATCH_SIZES.items():
-            size = getattr(self, name)
-            setattr(self, is_auto, size == "auto")
-            setattr(self, name, AUTO_BATCH_SIZE if size == "auto" else int(size))
+        train, evaluation = self.per_device_train_batch_size, self.per_device_eval_batch_size
+        self.auto_train_batch, self.auto_eval_batch = train == "auto", evaluation == "auto"
+        self.per_device_train_batch_size = AUTO_BATCH_SIZE if train == "auto" else int(train)
+        self.per_device_eval_batch_size = AUTO_BATCH_SIZE if evaluation == "auto" else int(evaluation)
         if self.fp16 is None:
             self.fp16 = torch.cuda.is_available() and not (self.use_cpu or self.bf16)
         super().__post_init__()
@@ -401,69 +394,46 @@ class CheckedSettings:
         return public(super().to_dict())
 
     @property
-    def is_first(self):
-        """Whether this is the first of the processes, which writes what is written once."""
-        return self.process_index == 0
-
-    @property
     def clips_an_update(self):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def splits(self, on_disk=False):
         """The splits of a run; `on_disk` those whose audio has to lie there: a stream keeps none of the training's."""
         splits = SPLITS[1 if self.tune_lm else 2 :] if self.eval_only else SPLITS
-        return tuple(split for split in splits if not (on_disk and self.streaming and split == "train"))
+        return splits[1:] if on_disk and self.streaming and "train" in splits else splits
 
     def problems(self):
         """Yield for each check a line with the flag, the value and the valid ones, or something false if it passes."""
-        for name in BATCH_SIZES:
-            is_size = re.fullmatch(r"auto|0*[1-9]\d*", value := getattr(self, name))
-            yield not is_size and f"--{name} is {value}; it must be a number of clips above 0, or auto"
-        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            (bound,), value = getattr(hint, "__metadata__", [""]), getattr(self, name)
-            if isinstance(value, (int, float)):
-                is_in = {"above 0": value > 0, "0 or more": value >= 0}.get(bound, True) and np.isfinite(value)
-                yield not is_in and f"--{name} is {value:g}; it must be {bound or 'a number'}, and finite"
-        yield self.seed >= 2**32 and f"--seed is {self.seed}; it must be below 2**32"
-        is_good = self.max_steps > 0 or self.max_steps == -1
-        yield not is_good and f"--max_steps is {self.max_steps}; it must be above 0, or -1 for --num_train_epochs"
-        seconds, least = self.window_seconds, 3 * WINDOW_OVERLAP_SECONDS
-        yield seconds < least and f"--window_seconds is {seconds:g}; it must be at least {least:g}"
-        for name, needed in FIXED.items():
-            value = getattr(self, name)
-            yield value != needed and f"--{name} is {value}; this program needs {needed}: leave the flag out"
-        best = str(self.metric_for_best_model or "wer").removeprefix("eval_")
-        yield best not in BEST_METRICS and f"--metric_for_best_model is {best}; it must be {', '.join(BEST_METRICS)}"
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value, rule = getattr(self, name), getattr(hint, "__metadata__", None) or OTHER_RULES.get(name)
+            words, is_good = rule or ("finite", lambda value: not isinstance(value, float) or math.isfinite(value))
+            yield value is not None and not is_good(value) and f"--{name} is {value}; it must be {words}"
         for name in ("fsdp", "deepspeed"):
             is_on = getattr(self, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
             yield is_on and f"--{name} is not supported: this model needs no sharding; torchrun gives each GPU a copy"
-        stems = Counter([*SPLITS, *(file_stem(public(name)) for name in self.also_score or ())])
-        for stem in [stem for stem, count in stems.items() if count > 1]:
-            yield f"--also_score has '{stem}' twice, or as a split is called; give another path"
+        sets = [file_stem(public(name)) for name in self.also_score or ()]
+        is_clear = len({*sets, *SPLITS}) == len(sets) + len(SPLITS)
+        yield not is_clear and f"--also_score has {', '.join(sets)}: two alike, or one like a split; give another path"
 
-        for name in [name for name in ("output_dir", "data_dir", "transcript_dir") if getattr(self, name) is not None]:
-            path = Path(folder := getattr(self, name)).expanduser().absolute()
-            found = next(parent for parent in (path, *path.parents) if parent.exists())
-            is_good = folder.strip() and found.is_dir() and os.access(found, os.W_OK | os.X_OK)
-            yield not is_good and f"--{name} is '{folder}': {found} is no folder that can be written to; choose another"
-        output = Path(self.output_dir).expanduser().resolve()
+        output, written = Path(self.output_dir).expanduser().resolve(), ("output_dir", "data_dir", "transcript_dir")
         read = ("model", "dataset", "resume_from_checkpoint") if self.overwrite_output_dir else ()
-        for name in ("data_dir", *read):
-            path = Path(folder := getattr(self, name) or "/").expanduser().resolve()
-            is_lost = path.is_relative_to(output) and MADE_BY_A_RUN.match(path.relative_to(output).as_posix())
-            yield is_lost and f"--{name} {folder} is what a run under --output_dir {output} replaces or deletes"
+        for name in [name for name in (*written, *read) if getattr(self, name) is not None]:
+            path = Path(given := getattr(self, name)).expanduser().resolve()
+            found = next(parent for parent in (path, *path.parents) if parent.exists())
+            if name in written and not (given.strip() and found.is_dir() and os.access(found, os.W_OK | os.X_OK)):
+                yield f"--{name} is '{given}': {found} is no folder that can be written to; choose another"
+            if MADE_BY_A_RUN.match(os.path.relpath(path, output)):
+                yield f"--{name} {given} is what a run under --output_dir {output} replaces or deletes"
 
         given = {item.name for item in dataclasses.fields(self) if getattr(self, item.name) != item.default}
         for together in [[f"--{name}" for name in names if name in given] for names in EXCLUSIVE]:
             yield len(together) > 1 and f"{' and '.join(together)} cannot be used together; choose one"
         for name, needed in NEEDS.items():
-            yield name in given and needed not in given and f"--{name} needs --{needed}; leave it out"
+            yield name in given and needed not in given and f"--{name} needs --{needed}: give both, or neither"
         if self.lm not in (None, "auto") and not Path(self.lm).is_file():
             yield f"--lm is {self.lm}: there is no such file"
         if self.lm and not importlib.util.find_spec("flashlight"):
             yield "--lm needs a package that is not installed: pip install flashlight-text"
-        if self.streaming and self.max_steps <= 0:
-            yield "--streaming needs --max_steps: a stream has no epochs to count"
         if self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
             yield "--fp16 needs a CUDA GPU, and there is none; leave it out"
         if self.transcribe:
@@ -472,18 +442,6 @@ class CheckedSettings:
 
 def make_parser(show_all):
     """An argparse parser of every flag, whose --help shows the script's own and what people change, or all of them."""
-    # The libraries' advice stays off the screen: the script says itself what a user needs to know. OpenMP's threads
-    # spin while they wait for each other, by default. Where another process wants a core too, be it a worker that
-    # decodes audio, the small steps of a model then take many times as long.
-    quiet = "TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1"
-    for name in f"{quiet} OMP_WAIT_POLICY=PASSIVE".split():
-        os.environ.setdefault(*name.split("="))
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    warnings.filterwarnings("ignore", message="Glyph|Tight layout")  # matplotlib's, of names in the pictures
-    Lazy("transformers.utils.logging").disable_progress_bar()
-    # TensorBoard writes in a thread, and raises the same in the program itself.
-    threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
 
     class Parser(transformers.HfArgumentParser):
         def error(self, message):
@@ -491,13 +449,13 @@ def make_parser(show_all):
 
     layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=150)
     texts = {"prog": PROGRAM, "usage": "%(prog)s [FILE.yaml] [flags]", "description": __doc__.split("\n\n")[0]}
-    training = dataclass(type("Training", (TrainingFlags, transformers.TrainingArguments), {}))
+    training = dataclass(mixed(TrainingFlags, transformers.TrainingArguments))
     parser = Parser([ScriptFlags, training], allow_abbrev=False, formatter_class=layout, **texts)
     parser.add_argument("--help_all", action="help", help="show every flag, those of TrainingArguments included")
-    parser.set_defaults(**TRAINING_DEFAULTS, **FIXED)
+    parser.set_defaults(**TRAINING_DEFAULTS)
     shown = {"help", "help_all", *vars(ScriptFlags), *vars(TrainingFlags)}
     for action in parser._actions:
-        action.option_strings = action.option_strings[-1:] if action.dest == "help" else action.option_strings[:1]
+        action.option_strings = [max(action.option_strings, key=len)]
         if not show_all and action.dest not in shown:
             action.help = argparse.SUPPRESS
         elif action.default not in (None, False, argparse.SUPPRESS):
@@ -518,32 +476,35 @@ def parse_settings(argv):
     """The settings of a command line; raises UsageError."""
     command = redact(shlex.join(["python", PROGRAM, *map(public, argv)]))
     if argv and not argv[0].startswith("-"):
-        try:
+        errors = OSError, ValueError, TypeError, yaml.YAMLError
+        with explained(f"{argv[0]} is no YAML file of lines 'flag: value'", errors, kind=UsageError):
             argv = as_flags(dict(yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {})) + argv[1:]
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            raise UsageError(f"{argv[0]} is no YAML file of lines 'flag: value' ({one_line(error)})") from error
-    if "--demo" in argv:
-        # A model this small gains nothing from a second thread, and loses much where it has to wait for one.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        argv = DEMO_FLAGS + argv
+    # The libraries' advice stays off the screen: the script says itself what a user needs to know.
+    quiet = "TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1"
+    warnings.simplefilter("ignore")
+    # TensorBoard writes in a thread, and raises the same in the program itself.
+    threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
+    # OpenMP's threads spin while they wait for each other: small steps take many times as long where another process
+    # wants a core too. A model as small as the demo's gains nothing from a second thread at all.
+    threads = "OMP_WAIT_POLICY=PASSIVE" + " OMP_NUM_THREADS=1" * ("--demo" in argv)
+    for variable in f"{quiet} {threads}".split():
+        os.environ.setdefault(*variable.split("="))
+    transformers.logging.disable_progress_bar()
+    argv = DEMO_FLAGS * ("--demo" in argv) + argv
     parser = make_parser("--help_all" in argv)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         found = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(found, parser._option_string_actions, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
-        raise UsageError(f"unknown flag or stray value {found}; {hint}")
+        near = difflib.get_close_matches(found, parser._option_string_actions)
+        raise UsageError(f"unknown flag or stray value {found}; try {' or '.join(near) or '--help'}")
     made = Path(values.output_dir).expanduser() / "final"
     if values.transcribe and (made / "config.json").is_file() and not re.search("--model(=| |$)", " ".join(argv)):
         values.model = str(made)
         say(f"transcribing with {made}; --model chooses another", sys.stderr)
-    try:
+    with explained("these flags cannot be used", (ValueError, TypeError, ImportError, OSError), kind=UsageError):
         # The one object of settings: this script's flags over transformers' own.
-        kinds = CheckedSettings, ScriptFlags, TrainingFlags, transformers.TrainingArguments
-        settings = dataclass(type("Settings", kinds, {}), repr=False)(**vars(values))
+        settings = dataclass(mixed(*parser.dataclass_types), repr=False)(**vars(values))
         transformers.integrations.get_reporting_integration_callbacks(settings.report_to)  # raises for unknown names
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
     settings.command = command
     return settings
 
@@ -557,23 +518,18 @@ def explained_hub_errors(repo, kind):
     try:
         yield
     except (httpx2.HTTPError, OSError, hub_errors.RevisionResolutionError, hub_errors.HFValidationError) as error:
-        # A server that answers 5xx comes out as "not found locally", with the answer as its cause.
-        error = error.__cause__ if isinstance(error.__cause__, hub_errors.HfHubHTTPError) else error
         endpoint, of = Lazy("huggingface_hub.constants").ENDPOINT, "datasets/" * (kind == "dataset")
         account = "your account has no access to it:" if hub.get_token() else "you are not logged in: 'hf auth login',"
-        no_revision = hub_errors.RevisionNotFoundError, hub_errors.RevisionResolutionError
         unreachable = hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, httpx2.ConnectError
-        failed = f"could not be read ({one_line(error)}): run the same command again, what is finished is kept"
-        if getattr(getattr(error, "response", None), "status_code", None) == 401:
-            failed = "cannot be read, because your token is not valid: run 'hf auth login' again, or unset HF_TOKEN"
+        lacking = hub_errors.RevisionNotFoundError, hub_errors.RevisionResolutionError, hub_errors.EntryNotFoundError
         meanings = {  # some exceptions are kinds of others below them
             hub_errors.GatedRepoError: f"is gated and {account} accept its terms at {endpoint}/{of}{repo}",
             hub_errors.RepositoryNotFoundError: f"is not on the Hub, or is private: check --{kind}, or log in",
             hub_errors.HFValidationError: f"is neither a local folder nor a Hub id owner/name: check --{kind}",
-            no_revision: f"has no such revision: check --{kind}_revision",
-            unreachable: f"is not on this machine and {endpoint} cannot be reached: give a local folder",
-            hub_errors.EntryNotFoundError: f"lacks a file ({one_line(error)}): check --{kind}_revision",
-            Exception: failed,
+            unreachable: f"is not on this machine and {endpoint} cannot be reached: try again, or give a local folder",
+            lacking: f"has no such revision, or no such file ({one_line(error)}): check --{kind}_revision",
+            Exception: f"could not be read ({one_line(error)}): run the same command again, what is finished is kept; "
+            "if your token is not valid, 'hf auth login' first, or unset HF_TOKEN",
         }
         meaning = next(meaning for kinds, meaning in meanings.items() if isinstance(error, kinds))
         raise RunError(f"{kind} {repo} {meaning}") from error
@@ -651,9 +607,8 @@ class Repository:
         if self.folder:
             return self.folder / path
         cached = hub.try_to_load_from_cache(self.name, path, repo_type="dataset", revision=self.revision)
-        places = map(Path, [cached if isinstance(cached, str) else "", self.cache / "hub" / path])
-        sizes = ((place, place.stat().st_size) for place in places if place.is_file())
-        return next((place for place, size in sizes if size == self.files[path][0]), None)
+        places = [place for place in (Path(str(cached)), self.cache / "hub" / path) if place.is_file()]
+        return next((place for place in places if place.stat().st_size == self.files[path][0]), None)
 
     def on_hub(self, path, **options):
         return hub.HfFileSystem().open(f"datasets/{self.name}@{self.revision or 'main'}/{path}", **options)
@@ -692,46 +647,39 @@ class Repository:
 
 def files_below(folder):
     """The paths of all files in a folder and below it, sorted; raises OSError where rglob would pass over a part."""
-
-    def refuse(error):
-        raise error
-
-    found = os.walk(folder, onerror=refuse, followlinks=True)
-    return sorted(Path(place, name) for place, _, names in found for name in names)
+    paths = sorted(Path(folder).iterdir())
+    return [file for path in paths for file in (files_below(path) if path.is_dir() else [path])]
 
 
 def load_model(settings):
     """The processor and the float32 LasrForCTC that --model names; raises RunError that says what to do."""
-    name, folder = settings.model, Path(settings.model).expanduser()
-    source = dict(pretrained_model_name_or_path=str(folder) if folder.is_dir() else name)
+    name, what = settings.model, f"model {settings.model} cannot be loaded"
+    folder = Path(name).expanduser()
+    place = str(folder) if folder.is_dir() else name
     # trust_remote_code: by default it asks on the terminal. use_safetensors: a pickle runs what it holds.
-    source |= dict(revision=settings.model_revision, trust_remote_code=False)
-    options = dict(dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    options = dict(revision=settings.model_revision, trust_remote_code=False)
+    weights = dict(dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     if not folder.is_dir():
         with explained_hub_errors(name, "model"):  # a gated model shows at its first file
             hub.hf_hub_download(name, "config.json", revision=settings.model_revision)
-    what = f"model {name} cannot be loaded"
     with explained(what, checkpoint_errors(), "give a folder or Hub id with config.json, *.safetensors and processor"):
-        kind = transformers.AutoConfig.from_pretrained(**source).model_type
-        if kind != "lasr_ctc":
-            raise RunError(f"{what}: it is a {kind} model, not of MedASR's kind (lasr_ctc)")
-        processor = transformers.AutoProcessor.from_pretrained(**source)
-        model, loading = transformers.AutoModelForCTC.from_pretrained(**source, **options)
-        rate, features = processor.feature_extractor.sampling_rate, type(processor.feature_extractor).__name__
-        if rate != SAMPLE_RATE:
-            raise RunError(f"{what}: it takes audio of {rate:,} Hz, not {SAMPLE_RATE:,} Hz")
-        silence = CTCCollator(processor.feature_extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
-        model.eval()(**model_inputs(silence, processor.feature_extractor, "cpu"))  # shows what does not fit together
+        kind = transformers.AutoConfig.from_pretrained(place, **options).model_type
+        processor = transformers.AutoProcessor.from_pretrained(place, **options)
+        extractor = processor.feature_extractor
+        kind += f" with a {type(extractor).__name__} of {extractor.sampling_rate:,} Hz"
+        if kind != MEDASR_KIND:
+            raise RunError(f"{what}: it is {kind}, not {MEDASR_KIND} as MedASR")
+        model, loading = transformers.AutoModelForCTC.from_pretrained(place, **options, **weights)
+        silence = CTCCollator(extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
+        model.eval()(**model_inputs(silence, extractor, "cpu"))  # shows what does not fit together
         labels = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")(["patient PATIENT"])[0]
     unfit = [key for key, *_ in loading["mismatched_keys"]] + sorted(loading["missing_keys"])  # filled with noise
-    problems = (
-        unfit and f"it lacks weights of its config.json, such as {unfit[:1]}",
-        (broken := not_finite(model)) and f"it holds weights that are not finite, in {broken}",
-        features != "LasrFeatureExtractor" and f"its features are not MedASR's, but of {features}",
-        not decode_ids(processor, labels) and "its tokenizer is not for its vocabulary",
-    )
-    for problem in filter(None, problems):
-        raise RunError(f"{what}: {problem}")
+    if unfit:
+        raise RunError(f"{what}: it lacks weights of its config.json, such as {unfit[:1]}")
+    if broken := not_finite(model):
+        raise RunError(f"{what}: it holds weights that are not finite, in {broken}")
+    if not decode_ids(processor, labels):
+        raise RunError(f"{what}: its tokenizer is not for its vocabulary")
     return processor, model
 
 
@@ -779,10 +727,8 @@ def split_in(path):
 
 
 def read_table(path, text_column=None, needed=("clip", "text"), name=None):
-    """(a DataFrame of a CSV or of lines of JSON, notes on its defects); raises RunError or UsageError. Its columns are
-    those of COLUMNS that the table has, `text` being `text_column` if given, and `problem`; its cells are str, or
-    missing. `name` is what the table is called in messages. csv, not pandas: the country code NA is Namibia, and after
-    an unclosed quote pandas loses most rows."""
+    """(`clip_table` of a CSV or of lines of JSON, notes on its defects); raises RunError or UsageError. `name` is what
+    messages call it. csv, not pandas: NA is Namibia, and after an unclosed quote pandas loses most rows."""
     notes, name = [], name or path
     with explained(f"{name} cannot be read"):
         data = Path(path).read_bytes()
@@ -810,12 +756,12 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
         if wrong := [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
             raise RunError(f"{name}: row {wrong[0]} is not an object with keys such as {' and '.join(needed)}")
         names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+
     columns = choose_columns(names, text_column, name, needed)
-    cells = {ours: [cell_text(row.get(theirs)) for row in rows] for ours, theirs in columns.items()}
-    table = pandas.DataFrame(cells, dtype="str").assign(problem="")
+    table = clip_table({ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()})
     # The csv module's key for cells beyond the columns is None. Their row may have lost its order before them.
     surplus = [number for number, row in enumerate(rows) if any(map(str.strip, row.get(None, ())))]
-    table.loc[surplus, table.columns.difference(["clip", "text"])] = None
+    table.loc[surplus, [*GROUP_COLUMNS, "split"]] = ""
     for number in surplus:
         table.loc[number, "problem"] = f"more cells than columns (row {number + 1}): its text needs quotes"
     notes += [f"{plural(len(surplus), 'row')} with more cells than columns: not used"] * bool(surplus)
@@ -837,16 +783,17 @@ def choose_columns(names, text_column, table, needed):
     return {ours: theirs[0] for ours, theirs in found.items() if theirs}
 
 
-def cell_text(cell):
-    """A cell of any table as text, None for one that is missing; JSON can hold halves of characters, no file can."""
-    return None if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
-
-
 def clip_table(cells, split=""):
-    """The table of clips, with every column, of what `read_table` gives; `split` stands for empty cells."""
-    table = pandas.DataFrame({name: cells.get(name) for name in CLIP_COLUMNS}, cells.index, dtype="str").fillna("")
+    """The table of clips of lists of `cells` by COLUMNS; `split` stands for empty ones. pred_text can be missing."""
+
+    def as_text(cell):  # JSON can hold halves of characters, no file can
+        return None if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
+
+    names = dict.fromkeys([*CLIP_COLUMNS, "duration", *cells])
+    texts = {name: list(map(as_text, column)) for name, column in cells.items()}
+    table = pandas.DataFrame(texts, columns=list(names), dtype="str").fillna(dict.fromkeys(CLIP_COLUMNS, ""))
     table["split"] = table["split"].map(split_in).replace("", split).astype("str")
-    seconds = pandas.to_numeric(cells.get("duration", pandas.Series(0, cells.index)), errors="coerce")
+    seconds = pandas.to_numeric(table.pop("duration"), errors="coerce")
     table["num_samples"] = (seconds.where((seconds > 0) & (seconds < 86_400), 0) * SAMPLE_RATE).astype("int64")
     return table
 
@@ -856,73 +803,69 @@ def clip_table(cells, split=""):
 
 @dataclass
 class Shard:
-    """An archive, a group of audio files, or a parquet file, which becomes one prepared file, `path`. `rows` are the
-    table of its clips, `files` what it is made of, `splits` those of its clips."""
+    """An archive, a group of audio files, or a parquet file, which becomes one prepared file, `path`. `files` are what
+    it is made of, `part` is the number of the table that tells of its clips, `splits` are theirs."""
 
     name: str
     path: Path
-    rows: object
     files: list[str]
-    splits: set[str] = field(default_factory=set)
+    part: int
+    splits: set[str]
 
 
-ARCHIVE = re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz")
-METADATA = re.compile(r"(.*/)?metadata\.(csv|jsonl)")
+LAYOUTS = {  # of a corpus, the first one of whose files it has
+    "archives": re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz"),
+    "parquet": re.compile(r".*\.parquet"),
+    "tables": re.compile(r"(.*/)?metadata\.(csv|jsonl)"),
+}
 GROUP_CLIPS = 256  # recordings of a folder that are converted to one prepared file
 
 
 class Source:
-    """A corpus as `shards` of clips: AfriSpeech-200's archives, audio files with tables, or parquet files. `announced`
-    is the table of the clips that its tables tell of, `names` are those of all its shards, `accents` the slugs of all
-    its accents. `folder` holds its prepared files. The splits `made`, which it lacks, are taken from train by
-    `assignment`, {speaker: split}."""
+    """A corpus as `shards` of clips, its tables read as far as `splits` need them; raises RunError or UsageError.
+    `is_extra` is one of --also_score, to which the flags on the corpus and its parts do not apply. `rows` is the table
+    of the clips that the tables tell of, each with its `part`, `announced` the same with the splits as planned: those
+    `made`, which it lacks, are taken from train. `accents` are the slugs of all its accents."""
 
     def __init__(self, dataset, settings, splits, is_extra=False):
-        """The corpus, its tables read as far as `splits` need them; raises RunError or UsageError. `is_extra` is one of
-        --also_score, to which the flags on the corpus and its parts do not apply."""
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
-        name, _, config = (dataset, "", "") if is_folder else dataset.partition(":")
+        name, _, self.config = (dataset, "", "") if is_folder else dataset.partition(":")
         revision = None if is_extra else settings.dataset_revision
         revision = DEFAULT_DATASET_REVISION if name == DEFAULT_DATASET and not revision else revision
-        self.text_column, asked = (None, None) if is_extra else (settings.text_column, settings.accents)
-        self.dataset, self.is_extra, self.keep = dataset, is_extra, settings.keep_archives
-        self.made, self.assignment, self.unnamed = (), {}, ""
+        self.text_column, self.asked = (None, None) if is_extra else (settings.text_column, settings.accents)
+        self.dataset, self.keep, self.made, self.shards = dataset, settings.keep_archives, (), []
         place = Path(name).expanduser()
         place = place.resolve() if place.is_dir() else None
-        identity = digest([str(place or name), revision, config, self.text_column])
+        identity = digest([str(place or name), revision, self.config, self.text_column])
         self.folder = Path(settings.data_dir).expanduser() / f"{file_stem(public(dataset))}-{identity[:8]}"
         self.repository = Repository(name, revision, place, self.folder)
         self.repository.list()
+
         paths = sorted(self.repository.files)
-        archives, tables = (list(filter(kind.fullmatch, paths)) for kind in (ARCHIVE, METADATA))
-        has_parquet = any(path.endswith(".parquet") for path in paths)
-        self.layout = "archives" if archives else "recordings"
-        if config and (archives or not has_parquet):
-            raise UsageError(f"--dataset names '{config}'; {name} has no configurations: leave it out")
-        if archives:
-            self.accents = {path.split("/")[1] for path in paths if re.match(r"(audio|transcripts)/[^/]+/", path)}
-            self.add_archives(archives, splits, self.accents & set(map(slugify, asked)) if asked else self.accents)
-            return
-        if settings.streaming and not is_extra:
+        found = {kind: list(filter(pattern.fullmatch, paths)) for kind, pattern in LAYOUTS.items()}
+        self.kind = next(filter(found.get, found), "")
+        self.layout = "archives" if self.kind == "archives" else "recordings"
+        if self.config and self.kind != "parquet":
+            raise UsageError(f"--dataset names '{self.config}'; {name} has no configurations: leave it out")
+        if settings.streaming and self.kind != "archives" and not is_extra:
             raise UsageError(f"--streaming is for AfriSpeech-200's layout, which {name} is not in; leave it out")
-        if has_parquet:
-            self.add_parquet_files(name, config, splits)
-        elif tables:
-            self.add_audio_files(tables)
-        else:
+        if not self.kind:
             kinds = "no audio/<accent>/<split>/*.tar.gz, no metadata.csv or metadata.jsonl and no parquet files"
             raise RunError(f"{name} has {kinds}: it has {plural(len(paths), 'file')}, such as {(paths or ['none'])[0]}")
-        tables = [shard.rows.assign(shard=number) for number, shard in enumerate(self.shards)]
-        self.announced = pandas.concat(tables, ignore_index=True)
-        self.accents = set(map(slugify, self.announced["accent"].unique())) - {""}
-        self.plan_splits(splits, settings.seed)
-        for number, found in self.announced.groupby("shard")["split"]:
-            self.shards[number].splits = set(found)
+        parts = enumerate(getattr(self, f"add_{self.kind}")(found[self.kind], splits))
+        tables = [table.assign(part=part) for part, table in parts if len(table)]  # empty ones make concat slow
+        self.announced = self.rows = pandas.concat(tables or [clip_table({}).assign(part=0)], ignore_index=True)
+        self.names = {*found[self.kind], *(shard.name for shard in self.shards)}  # also of those that are not needed
+        if self.kind != "archives":
+            self.accents = set(map(slugify, self.rows["accent"].unique())) - {""}
+            self.plan_splits(splits, settings.seed, "test" if is_extra else "train")
+            for part, found in self.announced.groupby("part")["split"]:
+                self.shards[part].splits = set(found)
 
-    def new_shard(self, name, rows, files, listed="", splits=()):
+    def add_shard(self, name, files, part, listed="", splits=()):
         """A `Shard` whose prepared file is another one where what is `listed` for it, or one of its files, changes."""
         mark = digest([listed, *([path, *self.repository.files[path]] for path in files)])[:12]
-        return Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", rows, files, set(splits))
+        self.shards.append(Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", files, part, set(splits)))
 
     @staticmethod
     def stem(name):
@@ -930,66 +873,62 @@ class Source:
         return f"{slugify(name)[-80:]}-{digest(name)[:6]}"
 
     def read(self, path):
-        """The table of clips of a file of the repository; warns of its defects."""
-        cells, notes = read_table(self.repository.fetch(path), self.text_column, name=path)
+        """The table of clips of a file of the repository, an empty one if it is not there; warns of its defects."""
+        if path not in self.repository.files:
+            return clip_table({})
+        table, notes = read_table(self.repository.fetch(path), self.text_column, name=path)
         for note in notes:
             warn(f"{path}: {note}")
-        return clip_table(cells)
+        return table[[*CLIP_COLUMNS, "num_samples"]]
 
-    def add_archives(self, archives, splits, accents):
-        """AfriSpeech-200's layout: audio/<accent>/<split>/*.tar.gz and transcripts/<accent>/<split>.csv."""
-        self.shards, self.names = [], archives
-        parts = {f"transcripts/{accent}/{split}.csv": (accent, split) for accent in sorted(accents) for split in splits}
-        paths = [path for path in parts if path in self.repository.files]
+    def add_archives(self, archives, splits):
+        """AfriSpeech-200's layout, audio/ACCENT/SPLIT/*.tar.gz and transcripts/ACCENT/SPLIT.csv. Yields each table."""
+        folders = [re.match("(?:audio|transcripts)/([^/]+)/", path) for path in self.repository.files]
+        self.accents = {folder[1] for folder in folders if folder}
+        accents = self.accents.intersection(map(slugify, self.asked or self.accents))
+        parts = sorted(itertools.product(accents, splits), key="/".join)
         with ThreadPoolExecutor(8) as pool:  # some hundred small files on the Hub, so several at once
-            tables = dict(zip(map(parts.get, paths), pool.map(self.read, paths)))
-        for (accent, split), table in tables.items():
+            tables = list(pool.map(self.read, ("transcripts/{}/{}.csv".format(*part) for part in parts)))
+        for number, ((accent, split), table) in enumerate(zip(parts, tables)):
             table["clip"], table["split"] = table["clip"].map(clip_key).astype("str"), split
             table["accent"] = table["accent"].replace("", accent)
-            tables[accent, split] = table[table["clip"] != ""].drop_duplicates("clip")
-        nothing = clip_table(pandas.DataFrame())
-        self.announced = pandas.concat([nothing, *tables.values()], ignore_index=True)
-        for path in archives:
-            accent, split = part = ARCHIVE.fullmatch(path).groups()
-            if accent in accents and split in splits:
-                rows = tables.get(part, nothing)
-                self.shards.append(self.new_shard(path, rows, [path], rows.to_csv(index=False), [split]))
+            table = table[table["clip"] != ""].drop_duplicates("clip")
+            listed = table.to_csv(index=False)
+            for path in [path for path in archives if path.startswith(f"audio/{accent}/{split}/")]:
+                self.add_shard(path, [path], number, listed, [split])
+            yield table
 
-    def add_audio_files(self, tables):
-        """Audio files in folders, with a metadata.csv or metadata.jsonl beside or above them."""
-        files, rows, self.shards = self.repository.files, {}, []
-        for path in tables:
-            for number, row in enumerate(self.read(path).to_dict("records"), start=1):
-                key = os.path.normpath(os.path.join(os.path.dirname(path), row["clip"]))
-                if not row["clip"].strip():
-                    key, row["problem"] = f"{path}, row {number}", "no file_name"
-                elif key.startswith(("/", "../")):
-                    row["problem"] = "refused: its path climbs out of the folder"
-                elif key not in files:
-                    row["problem"] = row["problem"] or "no audio"
-                # "stress-test.wav" is of no test split.
-                row["split"] = row["split"] or split_in(path) or split_in(f"{os.path.dirname(key)}/")
-                rows.setdefault(key, {**row, "clip": key})
-        if not rows.keys() & files:
-            example = f"{plural(len(rows), 'row')}, such as {next(iter(rows), 'none')}"
-            raise RunError(f"{tables[0]} names no file that is there among {example}")
-        nothing = dict.fromkeys(CLIP_COLUMNS, "") | {"num_samples": 0, "problem": "no transcript"}
-        for path in filter(is_audio_name, sorted(files.keys() - rows)):
-            rows[path] = {**nothing, "clip": path, "split": split_in(f"{os.path.dirname(path)}/")}
-        for split, table in pandas.DataFrame(rows.values()).groupby("split"):
-            for start in range(0, len(table), GROUP_CLIPS):
-                group, name = table.iloc[start : start + GROUP_CLIPS], f"{split or 'clips'}-{start // GROUP_CLIPS:05d}"
-                present = group["clip"][group["problem"] == ""].tolist()
-                self.shards.append(self.new_shard(name, group, present, group.to_csv(index=False)))
-        self.names = [shard.name for shard in self.shards]
+    def add_tables(self, paths, splits):
+        """Audio files in folders, with tables beside or above them. Yields the table of each group of files."""
+        files, tables = list(self.repository.files), []
+        for path in paths:
+            table, (folder, file) = self.read(path), os.path.split(path)
+            names = [name if name.strip() else f"{file}, row {row}" for row, name in enumerate(table["clip"], start=1)]
+            table["clip"] = [os.path.normpath(os.path.join(folder, name)) for name in names]
+            tables.append(table.assign(split=table["split"].replace("", split_in(path))))
+        table = pandas.concat(tables, ignore_index=True).drop_duplicates("clip")
+        is_there = table["clip"].isin(files)
+        if not is_there.any():
+            example = f"{plural(len(table), 'row')}, such as {next(iter(table['clip']), 'none')}"
+            raise RunError(f"{paths[0]} names no file that is there among {example}")
+        table["problem"] = table["problem"].mask(~is_there & (table["problem"] == ""), "no audio")
+        unlisted = clip_table({"clip": list(filter(is_audio_name, sorted(set(files) - set(table["clip"]))))})
+        table = pandas.concat([table, unlisted.assign(problem="no transcript")], ignore_index=True)
+        # "stress-test.wav" is of no test split.
+        of_folders = [split_in(f"{os.path.dirname(clip)}/") for clip in table["clip"]]
+        table["split"] = table["split"].mask(table["split"] == "", of_folders)
+        for (split, number), group in table.groupby(["split", table.groupby("split").cumcount() // GROUP_CLIPS]):
+            present = group["clip"][group["problem"] == ""].tolist()
+            self.add_shard(f"{split or 'clips'}-{number:05d}", present, len(self.shards), group.to_csv(index=False))
+            yield group
 
-    def add_parquet_files(self, name, config, splits):
-        """Parquet files as `push_to_hub` writes them, divided into splits as datasets does."""
-        repository, place = self.repository, str(self.repository.folder or name)
+    def add_parquet(self, paths, splits):
+        """Parquet files as `push_to_hub` writes them, divided into splits as datasets does. Yields their tables."""
+        repository, place = self.repository, str(self.repository.folder or self.repository.name)
         noted = self.folder / f"parquet-{digest(repository.files)[:12]}.json"
         if not (named := read_json(noted) or {}):
             try:
-                builder = datasets.load_dataset_builder(place, config or None, revision=repository.revision)
+                builder = datasets.load_dataset_builder(place, self.config or None, revision=repository.revision)
                 found = builder.config.data_files
             except (ValueError, OSError, yaml.YAMLError) as error:
                 raise UsageError(f"--dataset {self.dataset}: {one_line(error)}") from error
@@ -998,14 +937,12 @@ class Source:
                 if path in repository.files:  # what names no split is "train" for datasets
                     named[path] = split_in(path) if list(found) == ["train"] else split_in(str(split))
             write_text(noted, json.dumps(named, indent=1))
-        self.names = list(named)
         if set(splits) <= set(named.values()):  # a corpus may be large beside its test split
             named = {path: split for path, split in named.items() if split in splits}
+        for number, path in enumerate(named):
+            self.add_shard(path, [path], number)
         with ThreadPoolExecutor(8) as pool:
-            tables = pool.map(self.parquet_rows, named, named.values())
-            self.shards = [self.new_shard(path, table, [path]) for path, table in zip(named, tables)]
-        if not self.shards:
-            raise RunError(f"{self.dataset} has no parquet file in its configuration")
+            yield from pool.map(self.read_parquet, self.shards, named.values())
 
     @contextlib.contextmanager
     def open_parquet(self, path):
@@ -1022,63 +959,54 @@ class Source:
                     raise RunError(f"{path} has {problem}; its columns are {', '.join(file.schema_arrow.names)}")
                 yield file, names[0]
 
-    def parquet_rows(self, path, split):
+    def read_parquet(self, shard, split):
         """The table of a parquet file's clips; of one that is not converted yet, what is no audio is read."""
-        prepared = self.new_shard(path, None, [path]).path
-        if prepared.exists():
-            return prepared_rows(open_prepared(prepared))
-        with self.open_parquet(path) as (file, audio):
+        if shard.path.exists():
+            return load_prepared([shard.path])[1]
+        with self.open_parquet(shard.name) as (file, audio):
             features = datasets.Features.from_arrow_schema(file.schema_arrow)
-            columns = choose_columns([name for name in features if name != audio], self.text_column, path, ["text"])
-            rows = file.read([*columns.values(), f"{audio}.path"]).to_pylist()
-        cells = {}
+            columns = choose_columns(list(filter(audio.__ne__, features)), self.text_column, shard.name, ["text"])
+            cells, rows = {}, file.read([*columns.values(), f"{audio}.path"]).to_pylist()
         for ours, theirs in columns.items():
-            kind, values = features[theirs], [row[theirs] for row in rows]
+            kind, cells[ours] = features[theirs], [row[theirs] for row in rows]
             if isinstance(kind, datasets.ClassLabel):
-                values = [kind.int2str(value) if value is not None and value >= 0 else None for value in values]
-            cells[ours] = list(map(cell_text, values))
+                cells[ours] = [kind.int2str(cell) if cell is not None and cell >= 0 else None for cell in cells[ours]]
         names = [os.path.basename((row.get(audio) or {}).get("path") or "") for row in rows]
-        cells["clip"] = [f"{path[:-8]}/{number:05d}-{name}".rstrip("-") for number, name in enumerate(names)]
-        return clip_table(pandas.DataFrame(cells, dtype="str"), split)
+        cells["clip"] = [f"{shard.name[:-8]}/{number:05d}-{name}".rstrip("-") for number, name in enumerate(names)]
+        return clip_table(cells, split)[[*CLIP_COLUMNS, "num_samples"]]
 
-    def plan_splits(self, splits, seed):
-        """Draw speakers of train for dev and test, about a tenth of the clips each, where `splits` lack one; raises
-        RunError. Where no clip names a split, all are of train, or of the test set that is scored too."""
-        table = self.announced
-        self.unnamed = "" if (table["split"] != "").any() else ("test" if self.is_extra else "train")
-        self.assign_splits(table)
+    def plan_splits(self, splits, seed, unnamed):
+        """Draw speakers of train for dev and test, a tenth of the clips each, where `splits` lack one; raises RunError.
+        Where no clip names a split, all are of `unnamed`. Prepared files know nothing of it."""
+        table = self.announced = self.rows.copy(deep=False)
+        if not (table["split"] != "").any():
+            table["split"] = unnamed
         if lost := table["clip"][table["split"] == ""].tolist():
             warn(f"{plural(len(lost), 'clip')}, such as {lost[0]}, of no split that is named: left out")
-        found = set(table["split"])
+        found, is_train = set(table["split"]), table["split"] == "train"
         if set(splits) <= found:
             return
         self.made = tuple(split for split in SPLITS if split not in found)
-        sizes = Counter(filter(None, table["speaker"][table["split"] == "train"]))
+        sizes = Counter(filter(None, table["speaker"][is_train]))
         if "train" in self.made or len(sizes) <= len(self.made):
-            what = f"{self.dataset} has no {' and no '.join(self.made)} split"
-            advice = "name speakers in a column such as speaker, or give it in folders or a column split"
-            raise RunError(f"{what}, and {plural(len(sizes), 'speaker')} of train to make it of: {advice}")
+            lacking = (
+                f"no {' and no '.join(self.made)} split, and {plural(len(sizes), 'speaker')} of train to make it of"
+            )
+            raise RunError(f"{self.dataset} has {lacking}: name a speaker, such as speaker, or a split in a column")
         # The order is one of checksums, so that more recordings later move few speakers.
         left = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
         for split in self.made:
-            room, drawn = sum(sizes.values()) // 10, []
+            room, drawn = sum(sizes.values()) // 10, set()
             for speaker in left:
                 if sizes[speaker] <= room:
-                    drawn.append(speaker)
+                    drawn.add(speaker)
                     room -= sizes[speaker]
-            self.assignment |= dict.fromkeys(drawn or [min(left, key=sizes.get)], split)
-            left = [speaker for speaker in left if speaker not in self.assignment]
-        self.assign_splits(table)
+            drawn = drawn or {min(left, key=sizes.get)}
+            left = [speaker for speaker in left if speaker not in drawn]
+            table["split"] = table["split"].mask(is_train & table["speaker"].isin(drawn), split)
+        speakerless = is_train & (table["speaker"] == "") & (table["problem"] == "")
+        table["problem"] = table["problem"].mask(speakerless, "no speaker to make a split by")
         say(f"  {' and '.join(self.made)} made of the train split by speaker, by --seed {seed}")
-
-    def assign_splits(self, table):
-        """Give the clips of a table the splits that are planned, in place."""
-        table["split"] = table["split"].replace("", self.unnamed)
-        if self.assignment:
-            drawn = table["speaker"].map(self.assignment).fillna("train").astype("str")
-            table["split"] = table["split"].where(table["split"] != "train", drawn)
-            speakerless = (table["split"] == "train") & (table["speaker"] == "") & (table["problem"] == "")
-            table["problem"] = table["problem"].mask(speakerless, "no speaker to make a split by")
 
     def needed(self, splits):
         """The shards that have clips of `splits`."""
@@ -1087,37 +1015,35 @@ class Source:
     def part(self, shards):
         """What a worker process needs to convert `shards`."""
         part = copy.copy(self)
-        part.announced, part.shards, part.names = None, [], []
+        part.announced, part.shards = None, []
+        part.rows = self.rows[self.rows["part"].isin([shard.part for shard in shards])]
         files = {path: self.repository.files[path] for shard in shards for path in shard.files}
         part.repository = dataclasses.replace(self.repository, files=files)
         return part
 
     def clips(self, shard):
-        """Yield the clips of a shard as rows of its prepared file."""
-        rows = shard.rows.to_dict("records")
-        if self.layout == "archives":
-            yield from itertools.starmap(make_clip, self.archive_clips(shard, {row["clip"]: row for row in rows}))
-        elif shard.name.endswith(".parquet"):
+        """Yield the clips of a shard as rows of its prepared file; damage to an archive ends it with a row too."""
+        rows = self.rows[self.rows["part"] == shard.part].drop(columns="part").to_dict("records")
+        if self.kind == "tables":
+            yield from (make_clip(row, self.repository.local(row["clip"])) for row in rows)
+        elif self.kind == "parquet":
             with self.open_parquet(shard.name) as (file, audio):
                 batches = file.iter_batches(batch_size=50, columns=[audio])
                 cells = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
                 yield from (make_clip(row, (cell or {}).get("bytes")) for row, cell in zip(rows, cells))
         else:
-            yield from (make_clip(row, self.repository.local(row["clip"])) for row in rows)
-
-    def archive_clips(self, shard, rows):
-        """Yield (row, encoded audio) of an archive; damage ends it with a row that says so."""
-        nothing, seen = dict.fromkeys(CLIP_COLUMNS, "") | ARCHIVE.fullmatch(shard.name).groupdict(), set()
-        with self.repository.open(shard.name) as stream:
-            try:
-                for name, audio, problem in archive_members(stream):
-                    row = rows.get(key := clip_key(name)) or {**nothing, "clip": key, "problem": "no transcript"}
-                    problem = problem or row["problem"] or ("a second copy" if key in seen else "")
-                    yield {**row, "problem": problem}, audio
-                    seen.add(key)
-            except DAMAGE as error:
-                problem = f"damaged archive ({one_line(error)}): {plural(len(seen), 'clip')} of it kept"
-                yield {**nothing, "clip": shard.name, "problem": problem}, None
+            rows, seen = {row["clip"]: row for row in rows}, set()
+            nothing = dict.fromkeys(CLIP_COLUMNS, "") | LAYOUTS["archives"].fullmatch(shard.name).groupdict()
+            with self.repository.open(shard.name) as stream:
+                try:
+                    for name, audio, problem in archive_members(stream):
+                        row = rows.get(key := clip_key(name)) or {**nothing, "clip": key, "problem": "no transcript"}
+                        problem = problem or row["problem"] or ("a second copy" if key in seen else "")
+                        yield make_clip({**row, "problem": problem}, audio)
+                        seen.add(key)
+                except DAMAGE as error:
+                    problem = f"damaged archive ({one_line(error)}): {plural(len(seen), 'clip')} of it kept"
+                    yield make_clip({**nothing, "clip": shard.name, "problem": problem}, None)
 
 
 def clip_key(path):
@@ -1136,7 +1062,7 @@ CUT_SECONDS = 0.1  # missing at the end, more than a codec's padding: the record
 LOUDEST = 1e30  # full scale is 1; what comes near float32's limit overflows when it is resampled
 INTEGER_SCALE = 16  # a peak above it is of floats at the scale of 16-bit integers, not of a loud recording
 OPPOSITE_PHASE = 0.01  # the share of the loudest channel's energy below which the mean has lost the signal
-# Of the files in a folder those are taken that libsndfile can read, or that are audio which it should be said not to.
+# Taken for audio in a folder beside what libsndfile reads: it should be said that it cannot be read.
 MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov 3gp".split()
 
 
@@ -1215,9 +1141,7 @@ def read_audio(source, notes):
             count, made = count + len(block), made + len(samples)
             yield samples
         if not count:
-            raise ValueError(
-                "no audio samples: its header may be wrong; ffmpeg -ignore_length 1 -i FILE new.wav mends it"
-            )
+            raise ValueError("no audio samples, or a wrong header: ffmpeg -ignore_length 1 -i FILE new.wav mends that")
         if rate != SAMPLE_RATE:
             rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
             yield librosa.util.fix_length(rest, size=math.ceil(count * SAMPLE_RATE / rate) - made)
@@ -1242,21 +1166,21 @@ def decode_audio(source, notes=None):
 
 
 def make_clip(row, audio):
-    """A row of a prepared file: that of a table of clips, with its `audio` as FLAC, lossless at 16 bits; its length is
-    the audio's own, 0 with a problem."""
-    samples, flac, problem = (), io.BytesIO(), row["problem"] or ("" if audio else "no audio")
+    """A row of a prepared file: that of a table of clips, with its `audio` as FLAC, and the audio's own length."""
+    samples, notes, flac, problem = (), [], io.BytesIO(), row["problem"] or ("" if audio else "no audio")
     try:
-        if not problem:
-            samples = decode_audio(audio)
-            problem = "" if len(samples) else "no audio samples"
+        samples = () if problem else decode_audio(audio, notes)
     except ValueError as error:
         problem = f"undecodable audio ({error})"
-    if not problem:
+    for note in notes:
+        if note.startswith(CUT_OFF):  # its text says more than its audio
+            samples, problem = (), f"cut off ({note})"
+    if len(samples):
         soundfile.write(flac, np.clip(samples, -1.0, 1.0), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return {**row, "audio": flac.getvalue(), "num_samples": len(samples), "problem": problem}
 
 
-# tarfile raises ValueError and its kin for numbers in headers that are none.
+# tarfile raises the last two for numbers in headers that are none.
 DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
 
 
@@ -1265,11 +1189,12 @@ def archive_members(stream):
     under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end."""
     if stream.peek(64).startswith(b"version https://git-lfs"):
         raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
-    options = {"encoding": "utf-8", "errors": "replace"}  # other names could not be written anywhere
-    with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", **options) as tar:
+    # "replace": other names could not be written anywhere.
+    with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", errors="replace") as tar:
         for member in (member for member in tar if not member.isdir()):
-            problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB" if member.size > CLIP_BYTES_LIMIT else ""
-            problem = problem if member.isreg() else "refused: it is a link or a device"
+            problem = "" if member.isreg() else "refused: it is a link or a device"
+            if member.size > CLIP_BYTES_LIMIT:
+                problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB"
             if member.name.startswith("/") or ".." in member.name.split("/"):
                 problem = "refused: its path climbs out of the archive"
             yield member.name, b"" if problem else tar.extractfile(member).read(), problem
@@ -1306,8 +1231,7 @@ def prepare_shard(source, shard):
 
 
 def start_worker(connection):
-    """Let this worker process end when the other end of `connection` is closed, by the program or by its death. It
-    would wait for work for ever otherwise, or convert to its end an archive that nobody wants any more."""
+    """Let this worker process end with the program, at whose death the other end of `connection` is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the program tells its workers
     threading.Thread(target=lambda: connection.poll(None) and os._exit(1), daemon=True).start()
 
@@ -1317,27 +1241,22 @@ def prepare(source, splits, settings):
     Several programs may call this at once: one works, the others wait at the lock, without a time-out."""
     source.folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(source.folder / "prepare.lock"):
-        # What was left: half-written files, archives of finished shards, and by an earlier state of the corpus other
-        # versions of these shards and shards that it has no more.
+        # What was left: half-written files, archives of finished shards, and what the corpus was made into before.
         for stale in source.folder.glob("*.arrow.*.tmp"):
             stale.unlink()
-        ready, todo = [], []
-        for shard in source.needed(splits):
-            (ready if shard.path.exists() else todo).append(shard)
-        for path in [path for shard in ready for path in shard.files if not source.keep]:
+        shards = source.needed(splits)
+        for path in [path for shard in shards if shard.path.exists() and not source.keep for path in shard.files]:
             source.repository.release(path)
-        if not todo:
+        if not (todo := [shard for shard in shards if not shard.path.exists()]):
             return
-        current = dict.fromkeys(map(source.stem, source.names))
-        current |= {source.stem(shard.name): shard.path for shard in todo}
+        known, made = set(map(source.stem, source.names)), {source.stem(shard.name) for shard in todo}
         for path in source.folder.glob("*.arrow"):
-            if current.get(path.name.partition(".")[0], "none") not in (None, path):
+            if (stem := path.name.partition(".")[0]) in made or stem not in known:
                 path.unlink()
         need, free = disk_needed(source, todo, settings.num_proc)[0], shutil.disk_usage(source.folder).free
         if need > free:
-            what = f"preparing {plural(len(todo), 'archive')} needs {need / 1e9:.1f} GB in {source.folder}"
-            advice = "choose another --data_dir, fewer --accents, or a lower --num_proc"
-            raise RunError(f"{what} and {free / 1e9:.1f} GB are free: {advice}")
+            what = f"preparing needs {need / 1e9:.1f} GB in {source.folder} and {free / 1e9:.1f} GB are free"
+            raise RunError(f"{what}: choose another --data_dir, fewer --accents, or a lower --num_proc")
         done, failures = np.zeros(2), []
         # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
         context = multiprocessing.get_context("spawn")
@@ -1353,13 +1272,13 @@ def prepare(source, splits, settings):
                 except RunError as error:
                     failures.append(error)
                 except BrokenProcessPool as error:
-                    advice = "most likely for want of memory: run the same command again with a lower --num_proc"
-                    raise RunError(f"a process that prepares audio was killed, {advice}") from error
+                    advice = "run the same command again with a lower --num_proc"
+                    raise RunError(f"a process was killed, most likely for want of memory: {advice}") from error
                 bar.set_postfix_str("{:,.0f} clips, {:.2f} h".format(*done))
                 bar.update()
         if failures:
-            failed = f"{len(failures)} of {len(todo)} archives could not be prepared, the others are ready"
-            raise RunError(f"{failed}; the first: {failures[0]}")
+            failed = f"{len(failures)} of {len(todo)} archives could not be prepared"
+            raise RunError(f"{failed}, the others are ready; the first: {failures[0]}")
 
 
 def disk_needed(source, todo, num_proc):
@@ -1367,9 +1286,8 @@ def disk_needed(source, todo, num_proc):
     sizes = sorted((source.repository.size(shard.files) for shard in todo), reverse=True)
     share = sum(sizes) / max(1, sum(source.repository.size(shard.files) for shard in source.shards))
     stays = share * hours_of(source.announced) * FLAC_BYTES_AN_HOUR or sum(sizes)  # where nobody noted durations down
-    if source.repository.folder:
-        return stays, stays
-    return (stays + sum(sizes),) * 2 if source.keep else (stays + sum(sizes[:num_proc]), stays)
+    fetched = 0 if source.repository.folder else sum(sizes if source.keep else sizes[:num_proc])
+    return stays + fetched, stays + fetched * source.keep
 
 
 def hours_of(table):
@@ -1392,13 +1310,12 @@ def size_line(table):
 def dry_run(source, settings):
     """Say what a run would do, from the tables alone: clips, hours and speakers, downloads, disk and updates."""
     for split in SPLITS:
-        table = source.announced[source.announced["split"] == split]
-        table = table[is_wanted(table, settings)]
+        table = source.announced[(source.announced["split"] == split) & is_wanted(source.announced, settings)]
         if split == "train":
             table = table[table["num_samples"] <= settings.max_train_seconds * SAMPLE_RATE]
             train = min(len(table), settings.max_train_samples or len(table))
         say(f"  {split:<5}{size_line(table)}")
-        refuse_empty(split, table)
+        refuse_empty(split, table["text"])
         for accent in table["accent"].value_counts().index:
             say(f"    {accent:<24}{size_line(table[table['accent'] == accent])[:-12]}")
     todo = [shard for shard in source.needed(settings.splits(on_disk=True)) if not shard.path.exists()]
@@ -1418,12 +1335,12 @@ def dry_run(source, settings):
 SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
 SKIPPED_FILE = "results/skipped_clips.csv"
 SKIPPED_COLUMNS = ["split", "clip", "reason", "accent", "seconds", "text"]
+NOT_WANTED = "not asked for"  # the problem of a stream's clips that are of none of the --accents, ... asked for
 
 
 @dataclass
 class Clips:
-    """Clips that are trained on or scored: their `audio`, a Dataset of prepared rows, and their `table` in its order.
-    `skipped` is the table of those that were left out, with a `reason`."""
+    """Clips to train on or score: `audio`, a Dataset of prepared rows, and their `table`; `skipped` with a `reason`."""
 
     audio: object
     table: object
@@ -1438,16 +1355,14 @@ class Clips:
         return Counter(re.split(r"[:(]", reason)[0].strip() for reason in self.skipped["reason"])
 
 
-def open_prepared(path):
-    """The Dataset of a prepared file; raises RunError for one that a bad disk or a power cut has damaged."""
-    damaged = OSError, Lazy("pyarrow").ArrowInvalid
-    with explained(f"{path} is damaged", damaged, "delete it, the same command makes it again"):
-        return datasets.Dataset.from_file(str(path))
-
-
-def prepared_rows(prepared):
-    """The table of the clips of a prepared Dataset: memory-mapped, no audio is read."""
-    return prepared.data.select([*CLIP_COLUMNS, "num_samples"]).to_pandas()
+def load_prepared(paths):
+    """(Dataset of the clips in prepared files, their table): memory-mapped, no audio is read; raises RunError."""
+    prepared, damage = [datasets.Dataset(clip_features().arrow_schema.empty_table())], Lazy("pyarrow").ArrowInvalid
+    for path in paths:
+        with explained(f"{path} is damaged", (OSError, damage), "delete it, the same command makes it again"):
+            prepared.append(datasets.Dataset.from_file(str(path)))
+    audio = datasets.concatenate_datasets(prepared)
+    return audio, audio.data.select([*CLIP_COLUMNS, "num_samples"]).to_pandas()
 
 
 FILTERS = {"accents": ("accent", slugify), "domains": ("domain", str.lower), "countries": ("country", str.upper)}
@@ -1473,54 +1388,53 @@ def check_announced(source, settings):
             near = difflib.get_close_matches(fold(asked), sorted(known), n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"they are {', '.join(sorted(known))}"
             raise UsageError(f"--{flag_name} has '{asked}', which {source.dataset} does not have; {hint}")
+    wanted = is_wanted(announced, settings)
     for split in () if settings.prepare_only else settings.splits():
-        table = announced[announced["split"] == split]
-        if len(table):
-            refuse_empty(split, table[is_wanted(table, settings)])
+        refuse_empty(split, announced["text"][wanted & (announced["split"] == split)])
 
 
-def refuse_empty(split, table, reasons=None):
+def refuse_empty(split, texts, reasons=None):
     """Raise RunError, with the `reasons` of its `Clips`, if a split has no clip, or none of dev or test a word."""
-    if not len(table):
+    if not len(texts):
         why = ", ".join(f"{count:,} x {reason}" for reason, count in (reasons or Counter()).most_common())
         raise RunError(f"no {split} clip is left: {why or 'these --accents, --domains and --countries have none'}")
-    if split != "train" and not any(map(normalize_wer, table["text"])):
-        raise RunError(f"no {split} transcript has a word to score: {plural(len(table), 'clip')} of punctuation")
+    if split != "train" and not any(map(normalize_wer, texts)):
+        raise RunError(f"no {split} transcript has a word to score: {plural(len(texts), 'clip')} of punctuation")
 
 
 def load_clips(source, splits):
     """(Dataset of all prepared clips of the shards of `splits`, table of these splits). `row` of the table is the
     clip's place in the Dataset, -1 for those that are announced and have no audio."""
-    prepared = [open_prepared(shard.path) for shard in source.needed(splits)]
-    audio = datasets.concatenate_datasets(prepared) if prepared else None
-    announced = source.announced[source.announced["split"].isin(splits)]
-    table = prepared_rows(audio) if prepared else announced.iloc[:0].copy()
-    source.assign_splits(table)
-    table["row"] = np.arange(len(table))
-    table = table if table["split"].isin(splits).all() else table[table["split"].isin(splits)]
-    # Series.isin would keep a Python object of each name.
-    names = pandas.concat([part["split"] + "/" + part["clip"] for part in (table, announced)], ignore_index=True)
-    missing = announced[~names.duplicated().to_numpy()[len(table) :]]
-    missing = missing.assign(num_samples=0, problem=missing["problem"].replace("", "no audio"), row=-1)
-    return audio, pandas.concat([table, missing[table.columns]], ignore_index=True) if len(missing) else table
+    shards = source.needed(splits)
+    audio, table = load_prepared(shard.path for shard in shards)
+    table["row"], announced = np.arange(len(table)), source.announced
+    if source.kind == "archives":
+        announced = announced[announced["split"].isin(splits)]
+        # Series.isin would keep a Python object of each name.
+        names = pandas.concat([part["split"] + "/" + part["clip"] for part in (table, announced)], ignore_index=True)
+        missing = announced[~names.duplicated().to_numpy()[len(table) :]]
+        missing = missing.assign(num_samples=0, problem=missing["problem"].replace("", "no audio"), row=-1)
+        table = pandas.concat([table, missing[table.columns]], ignore_index=True) if len(missing) else table
+    else:
+        # A prepared file has the rows of its table, in their order, and does not know of the plan.
+        planned = announced[announced["part"].isin([shard.part for shard in shards])].reset_index()
+        table["split"], is_good = planned["split"], table["problem"] == ""
+        table["problem"] = table["problem"].mask(is_good, planned["problem"])
+    is_asked = table["split"].isin(splits)
+    return audio, table if is_asked.all() else table[is_asked]
 
 
 def select_clips(audio, table, settings, check, limit=None):
-    """The `Clips` of a `table` of `load_clips` without what cannot be used, a random choice of `limit` if given, the
-    longest first. `check(table)` gives the reason against each clip, or ""."""
+    """The `Clips` of a table of `load_clips` that `check(table)` gives no reason against, a random choice of `limit` if
+    given, the longest first."""
     reasons = pandas.Series(check(table), table.index, "str")
     copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
     reasons = reasons.mask(copies, "a second copy")
-    kept, skipped = (
-        table.loc[reasons == "", ["num_samples", "clip"]],
-        table[reasons != ""].assign(reason=reasons[reasons != ""]),
-    )
-    if limit and limit < len(kept):
-        kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[:limit]]
-    order = kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index
-    kept = table.loc[order].reset_index(drop=True)
-    rows = kept.pop("row").tolist()
-    return Clips(audio.select(rows, keep_in_memory=True) if audio else None, kept, skipped)
+    skipped = table.assign(reason=reasons)[reasons != ""]
+    kept = table.loc[reasons == "", ["num_samples", "clip"]]
+    kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[:limit]]
+    kept = table.loc[kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index].reset_index(drop=True)
+    return Clips(audio.select(kept.pop("row").tolist(), keep_in_memory=True), kept, skipped)
 
 
 def select_all(sources, settings, check):
@@ -1531,17 +1445,16 @@ def select_all(sources, settings, check):
     for extra, source in sources.items():
         splits = ("test",) if extra else settings.splits(on_disk=True)
         audio, table = load_clips(source, splits)
-        wanted = None if extra else is_wanted(table, settings)
-        table = table if extra or wanted.all() else table[wanted]
+        wanted = True if extra else is_wanted(table, settings)
         if settings.streaming and not extra and not settings.prepare_only:
-            train = source.announced[source.announced["split"] == "train"]
-            selected["train"] = Clips(None, train[is_wanted(train, settings)], table.iloc[:0].assign(reason=""))
-        for name, split in [(extra or split, split) for split in splits]:
-            part = table[table["split"] == split].reset_index(drop=True)
-            selected[name] = select_clips(audio, part, settings, check, limits[split])
-            selected[name].skipped["split"] = name
+            train = (source.announced["split"] == "train") & is_wanted(source.announced, settings)
+            selected["train"] = Clips(None, source.announced[train], table.iloc[:0].assign(reason=""))
+        parts = [table[wanted & (table["split"] == split)] for split in splits]
         if not settings.streaming:
-            source.announced, source.shards = None, []  # a million clips are some hundred megabytes
+            source.rows = source.announced = table = None  # a million clips are some hundred megabytes
+        for split in splits:
+            clips = selected[extra or split] = select_clips(audio, parts.pop(0), settings, check, limits[split])
+            clips.skipped["split"] = extra or split
     skipped = pandas.concat([clips.skipped for clips in selected.values()])
     if settings.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
         write_text(path, ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
@@ -1556,7 +1469,7 @@ def select_all(sources, settings, check):
     for name, clips in sorted(selected.items(), key=lambda item: not len(item[1].skipped)):  # what is known first
         # Not every accent has every split: what is only prepared may lack one.
         if not settings.prepare_only or len(clips.skipped) or not any(map(len, selected.values())):
-            refuse_empty(name, clips.table, clips.reasons)
+            refuse_empty(name, clips.table["text"], clips.reasons)
     return selected
 
 
@@ -1575,44 +1488,39 @@ def shared_speaker_notes(selected):
 def csv_lines(skipped):
     """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it. csv
     puts no quotes around a carriage return, at which a spreadsheet begins another row."""
-    seconds = (skipped["num_samples"] / SAMPLE_RATE).round(2)
-    cells = skipped.assign(seconds=seconds)[SKIPPED_COLUMNS].astype("str")
+    cells = skipped.assign(seconds=(skipped["num_samples"] / SAMPLE_RATE).round(2))[SKIPPED_COLUMNS].astype("str")
     cells = cells.map(lambda cell: re.sub(r"^(?=[=+\-@\t\r\n＝＋－＠])", "'", cell).replace("\r", " "))
     return cells.to_csv(header=False, index=False, lineterminator="\n")
 
 
-def streamed_clips(shards, source, unwanted, check, skipped_file):
-    """Yield the training clips of `shards`, straight from there, in the DataLoader's workers. `unwanted` are the names
-    of clips that were not asked for; what cannot be used is added to `skipped_file`, once a clip."""
-    with explained_hub_errors(source.repository.name, "dataset"):
-        for clip in itertools.chain.from_iterable(map(source.clips, shards)):
-            if clip["clip"] in unwanted:
-                continue
-            table = pandas.DataFrame([{**clip, "audio": None}])
-            if not (reason := check(table)[0]):
-                yield clip
-            elif (line := csv_lines(table.assign(reason=reason))) not in skipped_file.read_text(encoding="utf-8"):
-                with explained(f"{skipped_file} cannot be written", advice=ROOM_ADVICE):
-                    with open(skipped_file, "a", encoding="utf-8") as file:
-                        file.write(line)  # at once, as other workers do
-
-
 class TrainingStream:
-    """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset.
-    `loader_options` are those of the DataLoader that makes them. The shards are dealt out, the largest first, to the
-    processes, and by datasets, in another order in each pass, to the DataLoader's workers."""
+    """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset. The
+    processes, and by datasets their DataLoaders' workers (with `loader_options`), have shards of their own."""
 
     def __init__(self, source, settings, check, seed):
         shards = sorted(source.needed(["train"]), key=lambda shard: -source.repository.size(shard.files))
         if len(shards) < settings.world_size:
-            found = f"{plural(len(shards), 'training archive')} for {settings.world_size} processes"
-            raise UsageError(f"--streaming has {found}; use fewer, or leave it out")
-        mine, train = shards[settings.process_index :: settings.world_size], source.announced
-        arguments = {"shards": mine, "source": source.part(mine), "check": check}
-        arguments["unwanted"] = set(train["clip"][(train["split"] == "train") & ~is_wanted(train, settings)])
-        arguments["skipped_file"] = self.skipped_file = Path(settings.output_dir, SKIPPED_FILE)
-        self.clips = datasets.IterableDataset.from_generator(streamed_clips, gen_kwargs=arguments)
-        self.seed, self.workers = seed, min(settings.dataloader_num_workers, len(mine))
+            raise UsageError(f"--streaming has {plural(len(shards), 'archive')} for {settings.world_size} processes")
+        shards = shards[settings.process_index :: settings.world_size]
+        self.source, self.check, self.skipped_file = source.part(shards), check, Path(settings.output_dir, SKIPPED_FILE)
+        rows = self.source.rows
+        self.source.rows = rows.assign(problem=rows["problem"].where(is_wanted(rows, settings), NOT_WANTED))
+        self.clips = datasets.IterableDataset.from_generator(self.usable, gen_kwargs={"shards": shards})
+        self.seed, self.workers = seed, min(settings.dataloader_num_workers, len(shards))
+
+    def usable(self, shards):
+        """Yield the clips of `shards`, in the DataLoader's workers; names the others in `skipped_file`, once a clip."""
+        with explained_hub_errors(self.source.repository.name, "dataset"):
+            for clip in itertools.chain.from_iterable(map(self.source.clips, shards)):
+                table = pandas.DataFrame([{**clip, "audio": None}])
+                if not (reason := self.check(table)[0]):
+                    yield clip
+                elif reason != NOT_WANTED:
+                    line = csv_lines(table.assign(reason=reason))
+                    with explained(f"{self.skipped_file} cannot be written", advice=ROOM_ADVICE):
+                        with open(self.skipped_file, "a+", encoding="utf-8") as file:
+                            file.seek(0)
+                            file.write(line if line not in file.read() else "")  # at once, as other workers do
 
     def __iter__(self):
         for epoch in itertools.count():
@@ -1659,6 +1567,8 @@ class LabelEncoder:
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
         self.opens, self.dropped = self.covered("("), Counter()
         self.table = {}  # code point -> what it becomes, for str.translate
+        plain = "".join(filter(self.covered, string.ascii_letters + string.digits + ".,'-"))
+        self.plain = re.compile(f"[ {re.escape(plain)}]*")  # most transcripts: nothing in them is folded
 
     def covered(self, character):
         """Whether the tokenizer has a piece that the head can emit for `character`, inside a word and on its own."""
@@ -1677,6 +1587,8 @@ class LabelEncoder:
 
     def fold(self, text):
         """The transcript in the characters that the tokenizer covers; what is lost is counted in `dropped`."""
+        if self.target_text != "words" and self.plain.fullmatch(text):
+            return " ".join(text.split())
         text = unicodedata.normalize("NFC", normalize_wer(text) if self.target_text == "words" else tidy(text))
         # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
         while not self.opens and re.search(r"\([^()]*\)", text):
@@ -1757,8 +1669,12 @@ class ClipCheck:
             return f"too short: {samples / SAMPLE_RATE:.2f} s"
         if samples / SAMPLE_RATE > self.max_train_seconds:
             return f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s"
-        labels = self.encoder([text])[0]
-        # CTC puts a blank between two equal labels.
+        folded = self.encoder.fold(text)
+        # CTC puts a blank between two equal labels. Labels are made where there may be too many: each has a character,
+        # the space before a word included.
+        if folded.isascii() and 0 < len(folded) < room - len(re.findall(r"(.)(?=\1)", folded)):
+            return ""
+        labels = self.encoder([folded])[0]
         needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
         if needed > room:
             return f"more labels than frames: {needed} labels, {room} logits"
@@ -1900,10 +1816,9 @@ class Decoder:
         batches, start, count = [], 0, self.settings.per_device_eval_batch_size
         budget = (3_600 if self.settings.device.type == "cuda" else 160) * SAMPLE_RATE  # 3,600 s take some 5 GB
         while start < len(spans):
-            longest = spans[start]
             if self.settings.auto_eval_batch:
-                count = max(1, budget // (longest.stop - longest.start))
-            batches.append([span for span in spans[start : start + count] if span.is_whole == longest.is_whole])
+                count = max(1, budget // (spans[start].stop - spans[start].start))
+            batches.append([span for span in spans[start : start + count] if span.is_whole == spans[start].is_whole])
             start += len(batches[-1])
         return batches
 
@@ -1918,7 +1833,7 @@ class Decoder:
         options["num_workers"] = min(settings.dataloader_num_workers, len(mine))
         options["generator"] = torch.Generator()  # its own: scoring must not move what training draws next
         bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent)
-        with bar, STOP_SIGNALS.deferring():
+        with bar, STOP_SIGNALS:
             for spans, batch in zip(mine, torch.utils.data.DataLoader(Windows(clips.audio), **options)):
                 if STOP_SIGNALS.number:
                     break
@@ -1930,7 +1845,7 @@ class Decoder:
                     pieces.append((span, [values[span.first : span.last] for values in found]))
                 bar.update(len(spans))
             pieces, losses = accelerate.utils.gather_object(pieces), accelerate.utils.gather_object([loss])
-            if stopped := agreed(STOP_SIGNALS.number, settings, "MAX"):
+            if stopped := agreed(STOP_SIGNALS.number, max):
                 raise Stopped(stopped)
         joined = [[] for _ in range(len(clips))]
         for span, found in sorted(pieces, key=lambda piece: piece[0]):
@@ -1952,8 +1867,7 @@ class Decoder:
             return list(map(Emissions, ids, log_probs)), float(output.loss) * size if "labels" in batch else 0.0
         except torch.OutOfMemoryError as error:
             if size == 1:
-                advice = "try a lower --window_seconds, or --use_cpu true"
-                raise RunError(f"the GPU's memory is full with a single clip to transcribe: {advice}") from error
+                raise RunError("a single clip fills the GPU's memory: lower --window_seconds, or --use_cpu") from error
         torch.cuda.empty_cache()
         halves = slice(size // 2), slice(size // 2, size)
         (first, loss), (second, more) = (self.run({name: batch[name][half] for name in batch}) for half in halves)
@@ -2191,8 +2105,7 @@ def transcript(kind, words, formatted, name=""):
             ]
             times = {"start": entries[0]["start"], "end": entries[-1]["end"]}
             segments.append({"id": number, **times, "text": text_of(part, formatted), "words": entries})
-        content = {"file": name} if name else {}
-        content |= {"text": text, "segments": segments, "language": "en"}
+        content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
         return json.dumps(content, ensure_ascii=False) + "\n"
     for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
         end, times = min(part[-1].end + LINGER_SECONDS, following[0].start if following else np.inf), []
@@ -2311,7 +2224,7 @@ def transcribe(settings):
 
 PAPER_SECONDS = 17  # the AfriSpeech authors' tables are of test clips shorter than this
 BOOTSTRAP_DRAWS = 10_000
-DRAWN_AT_ONCE = 2**20  # speakers: all draws of a corpus whose clips name none would take gigabytes
+DRAWN_AT_ONCE = 100  # all draws of a corpus whose clips name no speaker would take gigabytes
 # A smaller group is shown, and marked, but neither ranked nor averaged: its figure says more about its few speakers.
 MIN_GROUP_SPEAKERS, MIN_GROUP_WORDS = 5, 500
 GROUP_KINDS = ("domain", "accent", "country", "gender", "age_group", "seen_accent", "duration")
@@ -2347,14 +2260,13 @@ RATES = {
     "wer_negations": (keep(NEGATIONS), "WER of negations alone"),
     "cer": (normalize_wer, "CER"),
 }
-# What is scored on one set of clips, and its name in tables: the greedy text and that with the language model, of the
-# model before and after.
+# What is scored on a set of clips, and its name in tables: texts before and after training, greedy and with the LM.
 SYSTEMS = dict(baseline="before", finetuned="fine-tuned", baseline_lm="before, LM", finetuned_lm="fine-tuned, LM")
 
 
 def count_errors(rate, references, hypotheses):
-    """(an int array (clips, 4) of a rate: substitutions, deletions, insertions, length of the reference; jiwer's
-    alignment of the texts as normalised for it), in characters for "cer", otherwise in words."""
+    """(an int array (clips, 4): substitutions, deletions, insertions, length of the reference; {kind of error: Counter
+    of what was taken for what}), in characters for "cer", otherwise in words."""
     normalize, process = RATES[rate][0], jiwer.process_characters if rate == "cer" else jiwer.process_words
     references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
     for index, reference in enumerate(references if rate == "wer_spoken" else ()):
@@ -2362,14 +2274,16 @@ def count_errors(rate, references, hypotheses):
         written = set(SPOKEN_PUNCTUATION.findall(reference))
         words = SPOKEN_PUNCTUATION.sub(lambda match, kept=written: match[0] * (match[0] in kept), hypotheses[index])
         hypotheses[index] = " ".join(words.split())
-    output, kinds = process(references, hypotheses), list(ERROR_KINDS)
-    counts = np.zeros((len(output.references), 4), np.int64)
-    for row, reference, chunks in zip(counts, output.references, output.alignments):
-        row[3] = len(reference)
+    output, errors = process(references, hypotheses), {kind: Counter() for kind in ERROR_KINDS}
+    counts = np.zeros((len(references), len(errors) + 1), np.int64)
+    for row, before, after, chunks in zip(counts, output.references, output.hypotheses, output.alignments):
+        row[-1] = len(before)
         for chunk in [chunk for chunk in chunks if chunk.type != "equal"]:
-            longer = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
-            row[kinds.index(chunk.type)] += longer
-    return counts, output
+            sides = before[chunk.ref_start_idx : chunk.ref_end_idx], after[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            pairs = [" -> ".join(filter(None, pair)) for pair in itertools.zip_longest(*sides)]
+            row[list(errors).index(chunk.type)] += len(pairs)
+            errors[chunk.type].update(pairs)
+    return counts, errors
 
 
 def corpus_rate(references, hypotheses, rate="wer"):
@@ -2378,28 +2292,20 @@ def corpus_rate(references, hypotheses, rate="wer"):
     return float(sum(errors) / length) if length else None
 
 
-@dataclass
 class Scores:
-    """The `texts` {system: hypotheses} of one test set and how they differ from its references; systems as in SYSTEMS.
-    `table` has a row a clip, with its groups; `counts` too, with the columns (system, rate or kind of error) and ("of",
-    rate), the reference's length. Every figure is a sum over some of the rows."""
+    """The `texts` {system: hypotheses} of one test set against its references; systems as in SYSTEMS. `table` has a row
+    a clip, with its groups; `counts` too, with the columns (system, rate or kind of error) and ("of", rate), the
+    reference's length. Every figure is a sum over some of the rows. `train_accents` are those in training, if any."""
 
-    table: object
-    texts: dict[str, list[str]]
-    counts: object
-
-    @classmethod
-    def of(cls, table, texts, train_accents=None):
-        """The scores of `texts` against the transcripts of a table of clips; `train_accents` are those in training."""
-        table = table.reset_index(drop=True)
+    def __init__(self, table, texts, train_accents=None):
+        table, columns = table.reset_index(drop=True), {}
         seconds = table["num_samples"].astype(float) / SAMPLE_RATE
         is_seen = table["accent"].isin(train_accents or ()).map({True: "seen", False: "unseen"})
         table["seen_accent"] = is_seen.where((table["accent"] != "") & (train_accents is not None), "")
-        places = np.searchsorted(list(DURATIONS.values()), seconds, side="right")
-        table["duration"] = [[*DURATIONS, ""][place] for place in places]  # NaN comes last
+        durations = pandas.cut(seconds, [0, *DURATIONS.values()], right=False, labels=list(DURATIONS))
+        table["duration"] = durations.astype("str").fillna("")
         table["speaker_or_clip"] = table["speaker"].where(table["speaker"] != "", table["clip"])
         table[list(GROUP_KINDS)] = table[list(GROUP_KINDS)].replace("", "unknown")
-        columns = {}
         for system, rate in itertools.product(texts, RATES):
             counts = count_errors(rate, table["text"], texts[system])[0]
             if rate == "wer_paper_short":
@@ -2407,7 +2313,8 @@ class Scores:
             columns[system, rate], columns["of", rate] = counts[:, :3].sum(axis=1), counts[:, 3]
             if rate == "wer":
                 columns |= {(system, kind): errors for kind, errors in zip(ERROR_KINDS.values(), counts.T)}
-        return cls(table, texts, pandas.DataFrame(columns))
+        self.table, self.texts, self.counts = table, texts, pandas.DataFrame(columns)
+        self.endings = [ending for ending in ("", "_lm") if any(system.endswith(ending) for system in texts)]
 
     def metrics(self):
         """metrics.json's part of a test set: {system, or "delta": rates of all clips, and "groups": of each group}."""
@@ -2420,67 +2327,45 @@ class Scores:
         return everything
 
     def metrics_of(self, part):
-        """{system: rates on some rows of the table, and their sizes; "delta": the fine-tuned's minus the baseline's}.
-        Intervals are of 10,000 resamplings of whole speakers, because their clips are not independent (Bisani & Ney
-        2004, doi 10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508); systems get the same ones, which pairs
-        them."""
-        counts, drawn, generator = self.counts.loc[part.index], [], np.random.default_rng(0)
+        """{system: its rates on some rows; "delta": the fine-tuned's minus the baseline's}. Intervals are of 10,000
+        resamplings of whole speakers, whose clips are not independent (Bisani & Ney 2004, doi
+        10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508), the same for all systems, which pairs them."""
+        counts, generator, drawn, found = self.counts.loc[part.index], np.random.default_rng(0), [], {}
         people = counts[[(name, "wer") for name in (*self.texts, "of")]].groupby(part["speaker_or_clip"])
-        people = people.sum().to_numpy(float)
-        at_once = max(1, DRAWN_AT_ONCE // len(people))
-        for done in range(0, BOOTSTRAP_DRAWS, at_once):
-            size = min(at_once, BOOTSTRAP_DRAWS - done), len(people)
-            drawn.append(people[generator.integers(len(people), size=size, dtype=np.int32)].sum(axis=1))
+        people, sums = people.sum().to_numpy(float), counts.sum()
+        for _ in range(BOOTSTRAP_DRAWS // DRAWN_AT_ONCE):
+            chosen = generator.integers(len(people), size=(DRAWN_AT_ONCE, len(people)), dtype=np.int32)
+            drawn.append(people[chosen].sum(axis=1))
         *drawn, words = np.concatenate(drawn).T
         drawn = {system: errors / np.maximum(words, 1) for system, errors in zip(self.texts, drawn)}
-        endings = ("", "_lm") if any(system.endswith("_lm") for system in self.texts) else ("",)
-        sums = counts.sum()
-        found = {f"{name}{ending}": None for ending in endings for name in ("baseline", "finetuned", "delta")}
         sizes = {"clips": len(part), "speakers": len(people), "words": int(sums["of", "wer"])}
         is_small = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
-        for system in self.texts:
-            rates = {rate: float(sums[system, rate] / of) if of else None for rate, of in sums["of"].items()}
-            kinds = {kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}
-            ends = np.percentile(drawn[system], (2.5, 97.5)).tolist()
-            found[system] = {**rates, **sizes, "wer_ci95": ends, **kinds, "small": is_small}
-        for ending in endings:
-            before, after = f"baseline{ending}", f"finetuned{ending}"
+
+        for ending in self.endings:
+            before, after, delta = (f"{name}{ending}" for name in ("baseline", "finetuned", "delta"))
+            found |= dict.fromkeys((before, after, delta))
+            for system in [system for system in (before, after) if system in drawn]:
+                rates = {rate: float(sums[system, rate] / of) if of else None for rate, of in sums["of"].items()}
+                kinds = {kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}
+                ends = np.percentile(drawn[system], (2.5, 97.5)).tolist()
+                found[system] = {**rates, **sizes, "wer_ci95": ends, **kinds, "small": is_small}
             if found[before] and found[after]:
                 change, more = drawn[after] - drawn[before], counts[after, "wer"] - counts[before, "wer"]
                 shares = (float(share.mean()) for share in (change < 0, more < 0, more == 0, more > 0))
-                delta = {rate: found[after][rate] - found[before][rate] for rate in RATES if sums["of", rate]}
-                delta |= {"wer_ci95": np.percentile(change, (2.5, 97.5)).tolist()}
-                found[f"delta{ending}"] = delta | dict(zip(SHARES, shares))
+                found[delta] = {rate: found[after][rate] - found[before][rate] for rate in RATES if sums["of", rate]}
+                found[delta] |= {"wer_ci95": np.percentile(change, (2.5, 97.5)).tolist(), **dict(zip(SHARES, shares))}
         return found
 
-    def predictions(self):
-        """Yield a JSON line a clip, in the keys that NeMo's Speech Data Explorer reads, and ours."""
-        table, (last, before) = self.table, ("finetuned", "baseline") if "finetuned" in self.texts else ("baseline", "")
-        seconds = [round(count / SAMPLE_RATE, 3) for count in table["num_samples"]]
-        entries = {"audio_filepath": table["clip"], "duration": seconds, "text": table["text"]}
-        for ending in [ending for ending in ("", "_lm") if last + ending in self.texts]:
-            entries[f"pred_text{ending}"] = self.texts[last + ending]
-            entries[f"baseline_text{ending}"] = self.texts.get(before + ending)
-        entries |= {name: table[name].replace("unknown", "") for name in GROUP_COLUMNS}
-        entries["wer"] = self.counts[last, "wer"] / self.counts["of", "wer"].replace(0, np.nan)
-        for entry in pandas.DataFrame(entries).to_dict("records"):
-            known = {name: None if value != value else value for name, value in entry.items()}
-            yield json.dumps(known, ensure_ascii=False) + "\n"
 
+class ErrorRates:
+    """jiwer's corpus-level WER and CER, mixed with evaluate.Metric; evaluate.load("wer") would download its script."""
 
-@functools.cache
-def error_rates_metric():
-    """jiwer's corpus-level WER and CER as an `evaluate` metric; evaluate.load("wer") would download its script."""
+    def _info(self):
+        texts = datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("string")))
+        return evaluate.MetricInfo("corpus-level WER and CER", citation="", features=texts)
 
-    class ErrorRates(evaluate.Metric):
-        def _info(self):
-            texts = datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("string")))
-            return evaluate.MetricInfo("corpus-level WER and CER", citation="", features=texts)
-
-        def _compute(self, predictions, references):
-            return {"wer": jiwer.wer(references, predictions), "cer": jiwer.cer(references, predictions)}
-
-    return ErrorRates(experiment_id=f"medasr-{os.getpid()}", keep_in_memory=True)
+    def _compute(self, predictions, references):
+        return {"wer": jiwer.wer(references, predictions), "cer": jiwer.cer(references, predictions)}
 
 
 # ---------------------------------------------------------------- report
@@ -2570,15 +2455,11 @@ def show_scores(metrics):
 def error_lines(scores):
     """Markdown lines on what goes wrong: commonest errors, empty and runaway texts, clips that got worse."""
     lines, table, texts = [], scores.table, last_of(scores.texts)
-    errors, output = {kind: Counter() for kind in ERROR_KINDS}, count_errors("wer", table["text"], texts)[1]
-    for before, after, chunks in zip(output.references, output.hypotheses, output.alignments):
-        for chunk in [chunk for chunk in chunks if chunk.type != "equal"]:
-            sides = before[chunk.ref_start_idx : chunk.ref_end_idx], after[chunk.hyp_start_idx : chunk.hyp_end_idx]
-            errors[chunk.type].update(" -> ".join(filter(None, pair)) for pair in itertools.zip_longest(*sides))
+    errors = count_errors("wer", table["text"], texts)[1]
     for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
         common = ", ".join(f"{words} ({count})" for words, count in errors[kind].most_common(15))
         lines.append(f"Commonest {label}: {common or 'none'}.\n")
-    lengths = np.array(list(map(len, output.hypotheses)))
+    lengths = np.array([len(normalize_wer(text).split()) for text in texts])
     empty, runaway = sum(lengths == 0), sum(lengths > 2 * scores.counts["of", "wer"] + 5)
     lines.append(f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.\n")
     if {"baseline", "finetuned"} <= set(scores.texts):
@@ -2631,12 +2512,25 @@ def draw_pictures(folder, metrics, history):
 def write_results(folder, content, scores, title, notes=(), history=()):
     """metrics.json, predictions_*.jsonl, report.md and its pictures into `folder`, metrics.json last. `scores` are
     {"test" and the names of --also_score: Scores}; `content` is the beginning of metrics.json. Returns the metrics."""
-    parts = {name: part.metrics() for name, part in scores.items()}
     packages = "torch transformers datasets evaluate jiwer librosa soundfile accelerate tensorboard".split()
     versions = {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}}
+    parts = {name: part.metrics() for name, part in scores.items()}
     metrics = {"versions": versions, **content, **parts.pop("test")} | ({"also": parts} if parts else {})
-    for name, part in scores.items():
-        write_text(folder / f"predictions_{file_stem(name)}.jsonl", "".join(part.predictions()))
+    last, before = ("finetuned", "baseline") if "finetuned" in scores["test"].texts else ("baseline", "none")
+    for name, part in scores.items():  # the predictions in the keys that NeMo's Speech Data Explorer reads, and ours
+        table, seconds = part.table, [round(count / SAMPLE_RATE, 3) for count in part.table["num_samples"]]
+        entries = {"audio_filepath": table["clip"], "duration": seconds, "text": table["text"]}
+        for ending in part.endings:
+            entries[f"pred_text{ending}"] = part.texts[last + ending]
+            entries[f"baseline_text{ending}"] = part.texts.get(before + ending)
+        entries |= {name: table[name].replace("unknown", "") for name in GROUP_COLUMNS}
+        entries["wer"] = part.counts[last, "wer"] / part.counts["of", "wer"].replace(0, np.nan)
+        entries = pandas.DataFrame(entries).astype("object").replace(np.nan, None).to_dict("records")
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+        write_text(folder / f"predictions_{file_stem(name)}.jsonl", "".join(lines))
+    if not (scores["test"].table["speaker"] != "").any():
+        alone = "each one counts as a speaker of its own, which makes the intervals too narrow"
+        notes = [*notes, f"No clip names its speaker: {alone}."]
     lines = [f"# {markdown_text(title)}\n", *score_lines(metrics), *(markdown_text(note) + "\n" for note in notes)]
     lines += [f"![{label}]({name})\n" for name, label in draw_pictures(folder, metrics, history).items()]
     lines += group_lines(metrics)
@@ -2653,19 +2547,19 @@ def write_results(folder, content, scores, title, notes=(), history=()):
 def write_model_card(final, results, settings, metrics):
     """README.md of the final model, with the Hub's evaluation metadata, the report and its pictures."""
     model, dataset, data = public(settings.model), public(settings.dataset), metrics["data"]
-    is_own, train, found, decoding = data["layout"] == "recordings", data["train"], [], ""
+    is_own, train, task = data["layout"] == "recordings", data["train"], "automatic-speech-recognition"
+    found, decoding, is_hub_id = [], "", re.compile(r"[\w.-]+/[\w.-]+").fullmatch
     for name, part in {dataset: metrics, **metrics.get("also", {})}.items():
-        shown = {"dataset_name": "AfriSpeech-200" if name == DEFAULT_DATASET else name, "dataset_type": name}
-        shown |= {"task_type": "automatic-speech-recognition", "dataset_split": "test"}
+        shown = dict(dataset_name="AfriSpeech-200" if name == DEFAULT_DATASET else name, dataset_type=name)
+        shown |= dict(dataset_split="test", task_type=task)
         for rate in [rate for rate in RATES if part["finetuned"][rate] is not None]:  # None: of another script
             value = round(100 * part["finetuned"][rate], 2)
             found.append(hub.EvalResult(metric_type=rate[:3], metric_name=rate, metric_value=value, **shown))
     named = settings.model, settings.dataset.partition(":")[0]
-    on_hub = [name for name in named if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
+    base, corpus = (name if is_hub_id(name) and not Path(name).exists() else None for name in named)
     header = dict(language="en", license="other", license_name="health-ai-developer-foundations")
     header |= dict(license_link="https://developers.google.com/health-ai-developer-foundations/terms")
-    header |= dict(base_model=named[0] if named[0] in on_hub else None, library_name="transformers")
-    header |= dict(datasets=[named[1]] if named[1] in on_hub else None, pipeline_tag="automatic-speech-recognition")
+    header |= dict(base_model=base, datasets=corpus and [corpus], library_name="transformers", pipeline_tag=task)
     header |= dict(tags=["medical", *([] if is_own else ["african-accents"]), "ctc"], eval_results=found)
     header |= dict(model_name="medasr-own-data" if is_own else "medasr-afrispeech-200")
     new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
@@ -2708,33 +2602,26 @@ Made with `{settings.command}`; {versions}.
         shutil.copy(picture, final)
 
 
-def speaker_note(table):
-    """What the report has to say of intervals for clips without speakers, in a list."""
-    note = "No clip names its speaker: each one counts as a speaker of its own, which makes the intervals too narrow."
-    return [] if (table["speaker"] != "").any() else [note]
-
-
 def score_file(settings):
     """The whole report for the texts in --score_file, made by any system; returns the exit status."""
-    path = Path(settings.score_file)
+    path, folder = Path(settings.score_file), Path(settings.output_dir) / "results"
     try:
-        cells, notes = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
+        cells, defects = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
     except RunError as error:
         raise UsageError(str(error)) from error
-    table, notes = clip_table(cells), [f"{path.name}: {note}" for note in notes]
+    table, notes = cells.copy(), [f"{path.name}: {defect}" for defect in defects]
     table["clip"] = table["clip"].where(table["clip"] != "", [f"row {index + 1}" for index in table.index])
     table["num_samples"] = table["num_samples"].replace(0, np.nan)
     for lacking, what in ((table["text"].map(tidy) == "", "no text"), (cells["pred_text"].isna(), "no pred_text")):
-        table["problem"] = table["problem"].mask(lacking & (table["problem"] == ""), what)
-    good = table["problem"] == ""
-    bad = table[~good].itertuples()
-    notes += [f"Row {row.Index + 1} ({row.clip}) has {row.problem}: left out." for row in bad]
-    table, cells, left_out = table[good], cells[good], int((~good).sum())
+        table.loc[lacking & (table["problem"] == ""), "problem"] = what
+    bad, table = table[table["problem"] != ""], table[table["problem"] == ""]
+    notes += [f"Row {row.Index + 1} ({row.clip}) has {row.problem}: left out." for row in bad.itertuples()]
     if not any(map(normalize_wer, table["text"])):
-        wanted = "no row with both text and pred_text" if table.empty else "no text with a word to score"
-        raise UsageError(f"--score_file {path} has {wanted} among {plural(len(good), 'row')}")
+        found = f"no text with a word to score and a pred_text among {plural(len(cells), 'row')}"
+        raise UsageError(f"--score_file {path} has {found}")
     if unknown := int(table["num_samples"].isna().sum()):
         notes.append(f"{plural(unknown, 'row')} without a duration: not among clips under {PAPER_SECONDS} s.")
+    cells = cells.loc[table.index]
     texts, before = {"baseline": cells["pred_text"].tolist()}, cells.get("baseline_text")
     if before is not None and before.notna().all():
         texts = {"baseline": before.tolist(), "finetuned": texts["baseline"]}
@@ -2743,17 +2630,15 @@ def score_file(settings):
     for note in notes:
         warn(note)
     content = {"config": public({"command": settings.command, "score_file": settings.score_file})}
-    content["data"] = {"test": {"clips": len(table), "hours": round(hours_of(table), 4), "left_out": left_out}}
-    folder, scores = Path(settings.output_dir) / "results", {"test": Scores.of(table, texts)}
-    write_results(folder, content, scores, f"Scores of {path.name}", [*notes, *speaker_note(table)])
+    content["data"] = {"test": {"clips": len(table), "hours": round(hours_of(table), 4), "left_out": len(bad)}}
+    write_results(folder, content, {"test": Scores(table, texts)}, f"Scores of {path.name}", notes)
     say(f"\nresults: {folder}")
     return 0
 
 
 # ---------------------------------------------------------------- half precision
 
-# float16 ends at 65,504. A module whose inputs or outputs come within a factor of 8 of that is run in float32, so that
-# activations may still grow while training.
+# float16 ends at 65,504. A module within a factor of 8 of that is run in float32: activations grow in training.
 HALF_PRECISION_LIMIT = 65_504 / 8
 # The gradient scaler halves its scale at each skipped update, so a run starts with a few; so many are overflow.
 MAX_SKIPPED_UPDATES = 10
@@ -2767,9 +2652,8 @@ def in_float32(forward, *inputs, **options):
 
 
 def with_finite_statistics(module, forward, *inputs, **options):
-    """A forward of a BatchNorm that keeps what overflows out of its running statistics. The gradient scaler skips the
-    update of a batch that overflows, but the forward pass has moved the statistics by then: from one infinity on, every
-    evaluation would give blank text while the training loss looks normal."""
+    """A forward of a BatchNorm that keeps what overflows out of its running statistics, which it moves before the
+    gradient scaler skips the update: from one infinity on, evaluations would give blank text."""
     before = [values.clone() for values in module.buffers()]
     output = forward(*inputs, **options)
     for values, kept in zip(module.buffers(), before):
@@ -2778,9 +2662,8 @@ def with_finite_statistics(module, forward, *inputs, **options):
 
 
 def guard_half_precision(model, batches, device):
-    """Make `model` safe under float16 autocast, by measuring it on `batches`; returns {module in float32: its peak}.
-    MedASR's subsampler reaches about 1.1e5 and other activations more: plain float16 gives inf, then NaN. Raises
-    RunError if the outputs are not finite all the same."""
+    """Make `model` safe under float16 autocast, by measuring it on `batches`: MedASR's subsampler reaches about 1.1e5
+    and other activations more, plain float16 gives inf, then NaN. Raises RunError if its outputs stay so."""
     watched = {module: name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
     watched[model.encoder.subsampler], peaks = "encoder.subsampler", Counter()
 
@@ -2793,9 +2676,8 @@ def guard_half_precision(model, batches, device):
     with torch.nn.modules.module.register_module_forward_hook(watch), torch.no_grad():
         for batch in batches:
             model(**batch)
-    guarded = {name: top for name, top in peaks.items() if top > HALF_PRECISION_LIMIT or name == "encoder.subsampler"}
     for name, module in model.named_modules():
-        if name in guarded:
+        if peaks[name] > HALF_PRECISION_LIMIT or name == "encoder.subsampler":
             module.forward = functools.partial(in_float32, module.forward)
         if isinstance(module, torch.nn.BatchNorm1d):
             module.forward = functools.partial(with_finite_statistics, module, module.forward)
@@ -2803,7 +2685,6 @@ def guard_half_precision(model, batches, device):
         for batch in batches:
             if not torch.isfinite(model(**batch).logits).all():
                 raise RunError("the model overflows float16 even with its large activations in float32: use --bf16")
-    return guarded
 
 
 # ---------------------------------------------------------------- training
@@ -2817,7 +2698,7 @@ class CTCTrainer:
     clips, bar = (), None  # of the update under way; of the progress
     # Since the last log: samples without and with padding; when that was, pauses aside; seconds of waiting for data.
     heard, started, waited = np.zeros(2), 0.0, 0.0
-    skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16 since the last log, and just now
+    skipped, skipped_in_a_row = 0, 0  # updates that overflowed float16, in all and just now
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -2839,11 +2720,12 @@ class CTCTrainer:
     def on_train_begin(self, args, state, control, **kwargs):
         looks = {"desc": "training", "unit": "update", "disable": self.decoder.is_silent}
         self.bar = tqdm.tqdm(total=state.max_steps, initial=state.global_step, **looks)
+        self.skipped = max((entry.get("skipped_updates", 0) for entry in state.log_history), default=0)
         # What a resumption lacks: the best checkpoint's new place if the folder was moved, and a stopped evaluation.
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         state.best_model_checkpoint = str(best) if best.exists() else state.best_model_checkpoint
-        evaluated = {entry["step"] for entry in state.log_history if "eval_wer" in entry}
-        is_due = args.eval_strategy == "steps" and state.global_step and state.global_step % state.eval_steps == 0
+        evaluated = {0, *(entry["step"] for entry in state.log_history if "eval_wer" in entry)}
+        is_due = args.eval_strategy == "steps" and state.global_step % state.eval_steps == 0
         if is_due and state.global_step not in evaluated:
             self._determine_best_metric(self._evaluate(None, None), None)
         self.stop_early()
@@ -2865,33 +2747,29 @@ class CTCTrainer:
             super()._run_epoch(epoch=epoch, **options)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of an update, each with its share of the update's clips, timed."""
+        """The batches of an update, timed."""
         start = time.monotonic()
         self.started = self.started or start
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.waited += time.monotonic() - start
         self.heard = self.heard + np.sum([batch["counts"] for batch in batches], axis=0)
         self.clips = [clip for batch in batches for clip in batch["clips"]]
-        for batch in batches:
-            batch["share"] = torch.tensor(len(batch["clips"]) / len(self.clips))
         return [model_inputs(batch, self.decoder.extractor, device) for batch in batches], items
 
     def compute_loss(self, model, inputs, **options):
         """The batch's part in the mean over the update's clips; the Trainer's is over batches, also of other sizes."""
-        share = inputs.pop("share")
-        return super().compute_loss(model, inputs, **options) * share
+        return super().compute_loss(model, inputs, **options) * (len(inputs["labels"]) / len(self.clips))
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped.
         accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default."""
         norm = super()._get_grad_norm(model, grad_norm)
-        is_finite, where = bool(np.isfinite(float(norm))), f"(clips: {', '.join(self.clips)})"
+        is_finite, most = bool(np.isfinite(float(norm))), MAX_SKIPPED_UPDATES if self.args.fp16 else 1
         self.skipped += not is_finite
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
-        if not is_finite and not self.args.fp16:
-            self.refuse(f"the gradient is not finite {where}")
-        if self.skipped_in_a_row == MAX_SKIPPED_UPDATES:
-            self.refuse(f"float16 overflowed in {MAX_SKIPPED_UPDATES} updates in a row {where}")
+        if self.skipped_in_a_row == most:
+            problem = f"float16 overflowed in {most} updates in a row" if most > 1 else "the gradient is not finite"
+            self.refuse(f"{problem} (clips: {', '.join(self.clips)})")
         return norm
 
     def refuse(self, problem):
@@ -2900,7 +2778,7 @@ class CTCTrainer:
 
     def _maybe_log_save_evaluate(self, *inputs, **options):
         """What follows an update. A signal ends the run here, or in the evaluation, with a checkpoint."""
-        start, stopped = time.monotonic(), agreed(STOP_SIGNALS.number, self.args, "MAX")
+        start, stopped = time.monotonic(), agreed(STOP_SIGNALS.number, max)
         try:
             if not stopped:
                 super()._maybe_log_save_evaluate(*inputs, **options)
@@ -2930,7 +2808,7 @@ class CTCTrainer:
             try:
                 super()._save_checkpoint(model, trial)
             except BaseException:  # what is half-written takes the room that is asked for
-                shutil.rmtree(folder if self.args.should_save else "", ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
                 raise
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
@@ -2942,13 +2820,16 @@ class CTCTrainer:
         if not np.isfinite(loss):
             self.refuse("the dev loss is not finite")
         table = self.dev.table.assign(hypothesis=self.decoder.greedy(emissions))
-        pairs = {name: list(map(normalize_wer, table[name])) for name in ("text", "hypothesis")}
-        scores = error_rates_metric().compute(references=pairs["text"], predictions=pairs["hypothesis"])
+        pairs = {"references": table["text"].map(normalize_wer), "predictions": table["hypothesis"].map(normalize_wer)}
+        scores = mixed(ErrorRates, evaluate.Metric)(keep_in_memory=True).compute(**pairs)
         for domain, part in table[table["domain"] != ""].groupby("domain"):
             scores[f"wer_by_domain/{domain}"] = corpus_rate(part["text"], part["hypothesis"])
         shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]].map(markdown_text)
         scores["transcriptions"] = "\n".join(markdown_table(["accent", "reference", "hypothesis"], shown.to_numpy()))
         scores |= {"loss": loss, "runtime": round(time.monotonic() - start, 2)}
+        if not self.decoder.is_silent:
+            shown = f"dev WER {percent(scores['wer'])}, CER {percent(scores['cer'])}"
+            tqdm.tqdm.write(f"  step {self.state.global_step:>6}: {shown}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -2957,9 +2838,9 @@ class CTCTrainer:
     def log(self, logs, start_time=None):
         """Log the speed beside a training loss, and show readable figures instead of a dict."""
         if "loss" in logs:
-            heard, now = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device), time.monotonic()
+            heard = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device)
             real, padded = self.accelerator.reduce(heard, "sum").tolist()
-            seconds = max(now - self.started, 1e-3)
+            seconds = max((now := time.monotonic()) - self.started, 1e-3)
             logs["audio_seconds_per_second"] = round(real / SAMPLE_RATE / seconds, 1)
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
             logs["data_wait_percent"] = round(100 * self.waited / seconds, 1)
@@ -2967,13 +2848,9 @@ class CTCTrainer:
             speed = f"{logs['audio_seconds_per_second']:.0f} audio s/s"
             shown = f"loss {logs['loss']:.3f}, {speed}, {logs['data_wait_percent']:.0f} % waiting for data"
             if self.args.fp16:
-                earlier = [entry["skipped_updates"] for entry in self.state.log_history if "skipped_updates" in entry]
-                logs["skipped_updates"], self.skipped = self.skipped + sum(earlier[-1:]), 0
-                shown += f", {plural(logs['skipped_updates'], 'update')} skipped" * bool(logs["skipped_updates"])
+                logs["skipped_updates"] = self.skipped
+                shown += f", {plural(self.skipped, 'update')} skipped" * bool(self.skipped)
             self.bar.set_postfix_str(shown)
-        if "eval_wer" in logs and self.bar and not self.bar.disable:
-            scores = f"dev WER {percent(logs['eval_wer'])}, CER {percent(logs['eval_cer'])}"
-            self.bar.write(f"  step {self.state.global_step:>6}: {scores}")
         super().log(logs, start_time)
 
 
@@ -2989,8 +2866,8 @@ SPARE_MEMORY = 0.05  # of the GPU's, left over in a trial for what batches of ot
 
 
 def choose_batch_size(model, collator, train, settings, limit):
-    """Split the clips of an update into the largest steps, up to `limit` if given, that fit the GPU with the longest
-    clips of the run, beside what optimizer and processes keep in memory."""
+    """Split the clips of an update into the largest steps, up to `limit` if given, that fit the GPU if all clips are as
+    long as the longest, beside what optimizer and processes keep in memory."""
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
@@ -3014,7 +2891,7 @@ def choose_batch_size(model, collator, train, settings, limit):
         return size
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        size = agreed(try_step(), settings)
+        size = agreed(try_step())
     torch.cuda.empty_cache()  # nothing where there is no GPU
     settings.per_device_train_batch_size, settings.gradient_accumulation_steps = size, clips // size
     say(f"  {plural(clips, 'clip')} an update and device: {size} a step x {plural(clips // size, 'accumulation step')}")
@@ -3024,8 +2901,6 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
     """The Trainer for training clips and the dev `Clips`; raises RunError if float16 cannot be made safe."""
     model, extractor, device = decoder.model, decoder.extractor, settings.device
     plain = CTCCollator(extractor, encoder, shortest=decoder.shortest)
-    if settings.streaming:
-        settings.train_sampling_strategy, settings.ignore_data_skip = "random", True
     if settings.gradient_checkpointing:
         # Under DDP checkpointing forbids unused parameters, which a dropped layer would leave.
         model.encoder.layerdrop = 0.0
@@ -3039,19 +2914,14 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
         guard_half_precision(model, [model_inputs(batch, extractor, device) for batch in batches], device)
     if settings.auto_train_batch:
         choose_batch_size(model.to(device), plain, train, settings, batch_limit)
-    trainer = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)(
-        model=model,
-        args=settings,
-        data_collator=dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed),
-        train_dataset=train,
-        eval_dataset=dev.audio,
-        processing_class=decoder.processor,  # whole: with the feature extractor alone checkpoints lack the tokenizer
-    )
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.output_dir) / "runs")
+    collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed)
+    options = {"data_collator": collator, "train_dataset": train, "eval_dataset": dev.audio}
+    options["processing_class"] = decoder.processor  # whole: its feature extractor alone has no tokenizer to save
+    kind = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)
+    trainer = kind(model, settings, **options)
     trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()
     trainer.model_accepts_loss_kwargs = False  # concluded from the **kwargs of LasrForCTC.forward, which ignores them
-    if board := trainer.pop_callback(transformers.integrations.TensorBoardCallback):
-        board.logging_dir = str(Path(settings.output_dir) / "runs")
-        trainer.add_callback(board)
     trainer.remove_callback(transformers.PrinterCallback if settings.disable_tqdm else transformers.ProgressCallback)
     trainer.add_callback(trainer)
     return trainer
@@ -3060,18 +2930,17 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
 def checkpoint_to_resume(settings):
     """(the complete checkpoint to go on from, None for none; its updates): the newest, or --resume_from_checkpoint's.
     Raises UsageError if the one asked for is not complete, RunError if the processes find different ones."""
-    asked, output, checkpoint, updates = settings.resume_from_checkpoint, Path(settings.output_dir), None, 0
-    is_asked = asked and asked.lower() not in ("true", "false")
-    found = [path for path in output.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    for path in [Path(asked)] if is_asked else sorted(found, key=lambda path: -int(path.name[11:])):
-        if state := read_json(path / "trainer_state.json"):  # the Trainer writes it last
-            checkpoint, updates = str(path), state["global_step"]
+    asked, checkpoint, updates = settings.resume_from_checkpoint, None, 0
+    found = Lazy("transformers.trainer_utils").sort_checkpoints(settings.output_dir)[::-1]
+    for path in found if not asked or asked.lower() in ("true", "false") else [asked]:
+        if state := read_json(Path(path, "trainer_state.json")):  # the Trainer writes it last
+            checkpoint, updates = path, state["global_step"]
             break
-        if is_asked:
+        if path == asked:
             raise UsageError(f"--resume_from_checkpoint is {asked}: no checkpoint that was finished; choose another")
         warn(f"{path} is left aside: it was not finished")
-    if agreed(updates, settings) != agreed(updates, settings, "MAX"):
-        what = f"the processes find different checkpoints in {output}, which nodes have to share"
+    if agreed(updates) != agreed(updates, max):
+        what = f"the processes find different checkpoints in {settings.output_dir}, which nodes have to share"
         raise RunError(f"{what}; --overwrite_output_dir starts anew")
     return checkpoint, updates
 
@@ -3085,30 +2954,29 @@ IDENTITY = """model model_revision dataset dataset_revision text_column accents 
 NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
 # These may change from one start of a run to the next; the texts with a language model are made again.
 GOAL = "max_steps num_train_epochs early_stopping_patience also_score".split()
-LM_FLAGS = "lm lm_weight lm_word_score lm_beam tune_lm".split()
+OF_LM = "lm lm_weight lm_word_score lm_beam tune_lm lm_bytes".split()
 
 
 class Run:
     """A run in --output_dir. `notes` is what run.json holds: "identity", what the run is of; "baseline", the untouched
-    model's "texts" {test set: {system: texts}} with the checksum of what they are "of" and the language model
-    "lm"; "reached", the `goal` of the start that finished; "batch_limit", the clips a step that still fit, where more
-    have filled the GPU's memory."""
+    model's "texts" {test set: {system: texts}} with the checksum of what they are "of" and the language model "lm";
+    "reached", the `goal` of the start that finished; "batch_limit", the clips a step where more filled the memory."""
 
     def __init__(self, settings):
         self.settings, self.output = settings, Path(settings.output_dir)
-        self.lms = {}  # system: the settings of the language model that its texts were made with
-        self.results, self.final, self.path = self.output / "results", self.output / "final", self.output / "run.json"
+        self.results, self.final, self.path = (self.output / name for name in ("results", "final", "run.json"))
         weights = Path(settings.model).expanduser() / "model.safetensors"  # tells models in folders of one name apart
         values = {**vars(settings), "clips_an_update": settings.clips_an_update}
         values["weights"] = zlib.crc32(weights.open("rb").read(1 << 20)) if weights.is_file() else None
-        identity, goal, lm = ({name: values[name] for name in names} for names in (IDENTITY, GOAL, LM_FLAGS))
-        lm["lm_bytes"] = os.path.getsize(settings.lm) if os.path.isfile(settings.lm or "") else None
-        self.lm_asked = public(lm if settings.lm else {})
-        self.goal = public(goal) | self.lm_asked
-        self.notes = {"identity": public(identity), "baseline": None, "reached": None, "batch_limit": None}
+        values["lm_bytes"] = os.path.getsize(settings.lm) if os.path.isfile(settings.lm or "") else None
+        identity, goal, lm = (public({name: values[name] for name in names}) for names in (IDENTITY, GOAL, OF_LM))
+        self.lm_asked = lm if settings.lm else {}
+        self.goal = goal | self.lm_asked
+        self.notes = {"identity": identity, "baseline": None, "reached": None, "batch_limit": None}
 
     def open(self):
-        """Take up what an earlier start of the run has left; raises UsageError where it is of another run."""
+        """Take up what an earlier start of the run has left; returns its metrics if it has finished, otherwise None.
+        Raises UsageError for what is of another run."""
         output, anew = self.output, self.settings.overwrite_output_dir
         for path in [*self.results.glob("*.tmp"), *output.glob("*")] if self.settings.is_first else ():
             if path.suffix == ".tmp" or (anew and MADE_BY_A_RUN.match(path.name)):  # half-written by a killed start
@@ -3116,8 +2984,9 @@ class Run:
         found = [*output.glob("final"), *output.glob("checkpoint-*")]
         # A checkpoint that was copied here can be gone on from.
         foreign = [str(path) for path in found if not (path / "trainer_state.json").exists()]
+        metrics = (self.final / "config.json").is_file() and read_json(self.results / "metrics.json")
         # The first process's, because all have to do the same.
-        notes, foreign = accelerate.utils.gather_object([(read_json(self.path), foreign)])[0]
+        notes, foreign, metrics = accelerate.utils.gather_object([(read_json(self.path), foreign, metrics)])[0]
         advice = "choose another --output_dir, or --overwrite_output_dir to delete what is there"
         if foreign and not notes:
             raise UsageError(f"{foreign[0]} is of no run of this program, and this one would delete it; {advice}")
@@ -3126,26 +2995,15 @@ class Run:
                 what = f"holds a run with {NO_FLAGS.get(name, f'--{name}')} {found}, not {value}"
                 raise UsageError(f"--output_dir {output} {what}; {advice}")
         self.notes |= notes or {}
+        return metrics if self.notes["reached"] == self.goal else None
 
     def save(self, **notes):
         self.notes |= notes
         if self.settings.is_first:
             write_text(self.path, json.dumps(self.notes, ensure_ascii=False, indent=1))
 
-    def show_finished(self):
-        """Show the scores of a run that is finished; returns whether it is, with its results there."""
-        metrics = read_json(self.results / "metrics.json")
-        is_finished = self.notes["reached"] == self.goal and metrics and (self.final / "config.json").is_file()
-        is_finished = agreed(bool(is_finished), self.settings, "MAX")
-        if is_finished and self.settings.is_first:
-            more = "--overwrite_output_dir starts anew, more --max_steps or --num_train_epochs go on"
-            say(f"{self.output} holds this run, finished; {more}")
-            show_scores(metrics)
-            self.finish()
-        return is_finished
-
     def finish(self):
-        if self.settings.upload:
+        if self.settings.upload and self.settings.is_first:
             push_to_hub(self.settings, self.final)
         say(f"\nmodel: {self.final}\nresults: {self.results}\ncurves: tensorboard --logdir {self.output / 'runs'}")
 
@@ -3169,49 +3027,35 @@ class Run:
             emissions = decoder.emissions(clips)[0]
             texts[name] = {system: decoder.greedy(emissions)}
             if decoder.lm:
-                texts[name][f"{system}_lm"], self.lms[system] = decoder.texts(emissions), decoder.lm.settings
+                texts[name][f"{system}_lm"] = decoder.texts(emissions)
         return texts
-
-    def decode_baseline(self):
-        """`decode_tests` of the untouched model, once a run: a later start takes the texts of the same clips."""
-        clips = {name: part.table["clip"].tolist() for name, part in self.tests.items()}
-        made_of, noted = digest([self.lm_asked, clips]), self.notes["baseline"] or {}
-        if noted.get("of") != made_of:
-            say(f"scoring {self.settings.model} as it is on the test split")
-            noted = {"of": made_of, "texts": self.decode_tests("baseline"), "lm": self.lms.get("baseline")}
-            self.save(baseline=noted)
-        self.lms["baseline"] = noted["lm"]
-        for name, part in noted["texts"].items():
-            for system, texts in part.items():
-                wer = percent(corpus_rate(self.tests[name].table["text"], texts))
-                say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
-        return noted["texts"]
 
     def write_results(self, texts, history=()):
         """The results of `decode_tests`' texts; returns the metrics."""
-        settings, made, test = self.settings, self.source.made, self.clips["test"].table
-        seen = None if settings.eval_only else set(self.clips["train"].table["accent"])
-        scores = {name: Scores.of(self.tests[name].table, part, seen) for name, part in texts.items()}
-        values = settings.to_dict()
-        config = {name: values.pop(name) for name in ScriptFlags.__annotations__}
-        data = {name: {**sizes_of(clips.table), "skipped": clips.reasons} for name, clips in self.clips.items()}
-        data |= {"made_splits": made, "speakers_in_train_too": shared_speakers(self.clips)}
+        settings, made, clips, lm = self.settings, self.source.made, self.clips, self.decoder.lm
+        seen = None if settings.eval_only else set(clips["train"].table["accent"])
+        scores = {name: Scores(self.tests[name].table, part, seen) for name, part in texts.items()}
+        training = settings.to_dict()
+        config = {name: training.pop(name) for name in ScriptFlags.__annotations__}
+        data = {name: {**sizes_of(part.table), "skipped": part.reasons} for name, part in clips.items()}
+        data |= {"made_splits": made, "speakers_in_train_too": shared_speakers(clips)}
         data |= {"layout": self.source.layout, "characters_dropped_from_labels": self.encoder.dropped}
-        content = {"config": {**config, "command": settings.command, "training": values}, "data": data}
-        longer = plural(int((test["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum()), "clip")
-        windows = f"{longer} over {settings.window_seconds:g} s scored in overlapping windows"
-        notes = [f"{windows}; none left out for its length.", *speaker_note(test), *shared_speaker_notes(self.clips)]
+        content = {"config": {**config, "command": settings.command, "training": training}, "data": data}
+        longer = int((clips["test"].table["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum())
+        windows = f"{plural(longer, 'clip')} over {settings.window_seconds:g} s scored in overlapping windows"
+        notes = [f"{windows}; none left out for its length.", *shared_speaker_notes(clips)]
         notes += [f"{' and '.join(made)} made of the train split by speaker."] * bool(made)
-        if lm := self.lms.get("finetuned") or self.lms.get("baseline"):
-            content["lm"] = {**lm, "baseline": self.lms.get("baseline") or lm}  # each model is tuned by itself
-            notes += [f"LM ({name}): {used}" for name, used in (("now", lm), ("before", content["lm"]["baseline"]))]
+        if lm:
+            before = (self.notes["baseline"] or {}).get("lm") or lm.settings  # each model is tuned by itself
+            content["lm"] = {**lm.settings, "baseline": before}
+            notes += [f"LM (now): {lm.settings}", f"LM (before): {before}"]
         title = f"{public(settings.model)} on {public(settings.dataset)}"
         return write_results(self.results, content, scores, title, notes, history)
 
-    def train(self, checkpoint, done):
-        """Train, from `checkpoint` with its updates `done` if given; returns the trainer with the best model. Shortens
-        the default warm-up and evaluation interval where a run is too short for them."""
-        settings, default, trainer = self.settings, TrainingFlags, None
+    def train(self):
+        """Train, from the checkpoint if there is one; returns the trainer with the best model. Shortens the default
+        warm-up and evaluation interval where a run is too short for them."""
+        settings, default, trainer, checkpoint = self.settings, TrainingFlags, None, self.checkpoint
         train, seed = self.clips["train"].audio, settings.seed
         updates, _ = planned_updates(settings, len(self.clips["train"]))
         say(f"training: {plural(updates, 'update')}")
@@ -3222,20 +3066,20 @@ class Run:
             settings.warmup_steps = max(1, updates // 10)
             say(f"  warming up over {settings.warmup_steps}")
         if settings.streaming:
-            seed += done  # the stream starts anew, and should not with the same clips and masks
+            # The stream starts anew, and should not with the same clips and masks.
+            seed, settings.ignore_data_skip = seed + self.done, True
             train = mixed(TrainingStream, torch.utils.data.IterableDataset)(self.source, settings, self.check, seed)
-        greedy, limit = Decoder(self.decoder.model, self.decoder.processor, settings), self.notes["batch_limit"]
-        loading = explained(
-            f"{checkpoint} cannot be loaded", checkpoint_errors(), "delete it: an older one is taken then"
-        )
+        greedy, advice = Decoder(self.decoder.model, self.decoder.processor, settings), "an older one is taken then"
+        loading = explained(f"{checkpoint} cannot be loaded", checkpoint_errors(), f"delete it: {advice}")
         try:
+            limit = self.notes["batch_limit"]
             trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], limit)
             trainer.data_collator.seed = seed
             if checkpoint:
-                say(f"  going on from {checkpoint}, update {done} of {updates}")
+                say(f"  going on from {checkpoint}, update {self.done} of {updates}")
             for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
                 setattr(trainer, name, loading(getattr(trainer, name)))
-            with STOP_SIGNALS.deferring():
+            with STOP_SIGNALS:
                 trainer.train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError as error:
             batch, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
@@ -3255,34 +3099,42 @@ class Run:
                 trainer.bar.close()  # no message belongs behind it
         return trainer
 
-    def fit_and_score(self, checkpoint, done):
-        """The main job; returns the exit status."""
-        settings = self.settings
+    def fit_and_score(self):
+        """The main job. The untouched model is scored once a run: a later start takes its texts of the same clips."""
+        clips = {name: part.table["clip"].tolist() for name, part in self.tests.items()}
+        made_of, baseline = digest([self.lm_asked, clips]), self.notes["baseline"] or {}
         self.save()
-        texts = {} if settings.skip_baseline else self.decode_baseline()
-        trainer = self.train(checkpoint, done)
+        if baseline.get("of") != made_of and not self.settings.skip_baseline:
+            say(f"scoring {self.settings.model} as it is on the test split")
+            baseline, lm = {"of": made_of, "texts": self.decode_tests("baseline")}, self.decoder.lm
+            self.save(baseline={**baseline, "lm": lm and lm.settings})
+        texts = {} if self.settings.skip_baseline else baseline["texts"]
+        for name, system in [(name, system) for name, part in texts.items() for system in part]:
+            wer = percent(corpus_rate(self.tests[name].table["text"], texts[name][system]))
+            say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
+        trainer = self.train()
         say("scoring the fine-tuned model on the test split")
         # Without the wrapper that autocasts: before and after are scored alike, in float32.
         self.decoder.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         accelerate.utils.broadcast(self.decoder.model.state_dict())  # in place: the first process's is the best model
         texts = {name: texts.get(name, {}) | found for name, found in self.decode_tests("finetuned").items()}
-        if settings.is_first:
-            metrics = self.write_results(texts, trainer.state.log_history)
-            what = f"{self.final} cannot be written"
-            with explained(what, checkpoint_errors(), ROOM_ADVICE), complete(self.final) as final:
-                trainer.save_model(str(final))
-                write_model_card(final, self.results, settings, metrics)
-            # The test scores and the picture by accent go to TensorBoard, beside the curves of the training.
-            with Lazy("torch.utils.tensorboard").SummaryWriter(str(self.output / "runs")) as writer:
-                step, parts = trainer.state.global_step, {"test": metrics, **metrics.get("also", {})}
-                for (name, part), system, rate in itertools.product(parts.items(), SYSTEMS, RATES):
-                    if part.get(system) and part[system][rate] is not None:
-                        writer.add_scalar(f"{file_stem(name)}_{system}/{rate}", part[system][rate], step)
-                picture = Lazy("matplotlib.image").imread(self.results / "wer_by_accent.png")
-                writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
-            self.save(reached=self.goal)
-            self.finish()
-        return 0
+        if not self.settings.is_first:
+            return
+        metrics = self.write_results(texts, trainer.state.log_history)
+        what = f"{self.final} cannot be written"
+        with explained(what, checkpoint_errors(), ROOM_ADVICE), complete(self.final) as final:
+            trainer.save_model(str(final))
+            write_model_card(final, self.results, self.settings, metrics)
+        # The test scores and the picture by accent go to TensorBoard, beside the curves of the training.
+        with Lazy("torch.utils.tensorboard").SummaryWriter(str(self.output / "runs")) as writer:
+            step, parts = trainer.state.global_step, {"test": metrics, **metrics.get("also", {})}
+            for (name, part), system, rate in itertools.product(parts.items(), SYSTEMS, RATES):
+                if part.get(system) and part[system][rate] is not None:
+                    writer.add_scalar(f"{file_stem(name)}_{system}/{rate}", part[system][rate], step)
+            picture = Lazy("matplotlib.image").imread(self.results / "wer_by_accent.png")
+            writer.add_image("test/wer_by_accent", picture[..., :3], step, dataformats="HWC")
+        self.save(reached=self.goal)
+        self.finish()
 
 
 def run(settings):
@@ -3297,10 +3149,13 @@ def run(settings):
     transformers.set_seed(settings.seed)
     this, trains = Run(settings), not any(getattr(settings, mode) for mode in MODES)
     if trains:
-        this.open()
-        if this.show_finished():
+        if metrics := this.open():
+            more = "--overwrite_output_dir starts anew, more --max_steps or --num_train_epochs go on"
+            say(f"{this.output} holds this run, finished; {more}")
+            show_scores(metrics)
+            this.finish()
             return 0
-        checkpoint, done = checkpoint_to_resume(settings)
+        this.checkpoint, this.done = checkpoint_to_resume(settings)
     say(f"corpus: {settings.dataset}")
     if trains or settings.eval_only:
         # Before the audio: what cannot be used should not be found out after hours of preparation.
@@ -3323,12 +3178,13 @@ def run(settings):
         return 0
     this.select(processor, model, lm, sources)
     if trains:
-        return this.fit_and_score(checkpoint, done)
-    say(f"scoring {settings.model} on the test split")
-    texts = this.decode_tests("baseline")
-    if settings.is_first:
-        this.write_results(texts)
-        say(f"\nresults: {this.results}")
+        this.fit_and_score()
+    else:
+        say(f"scoring {settings.model} on the test split")
+        texts = this.decode_tests("baseline")
+        if settings.is_first:
+            this.write_results(texts)
+            say(f"\nresults: {this.results}")
     return 0
 
 
@@ -3361,8 +3217,7 @@ def main(argv=None):
             message = "another process has ended; its own message says why, the same command goes on from here"
     finally:
         for number, handler in handlers.items():
-            # Not the main thread, or a handler that Python did not set.
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError):  # another thread, or a handler that is not Python's
                 signal.signal(number, handler)
     print(f"{PROGRAM}: error{'' if rank == '0' else f' (process {rank})'}: {redact(message)}", file=sys.stderr)
     return status

@@ -4,8 +4,7 @@
 python tests/benchmark.py gpu       # float16 and bfloat16 at MedASR's size and activation range, 50 updates each
 python tests/benchmark.py prepare   # converting an archive of 300 MB, and the usual way: unpack, then datasets.map
 python tests/benchmark.py speed     # data path, evaluation, start, long audio, training; --quick in some minutes
-python tests/benchmark.py trials    # what makes a better adapted model, on the demo's corpus: 5 runs a seed
-"""
+python tests/benchmark.py trials    # what makes a better adapted model, on the demo's corpus: 5 runs a seed"""
 
 import argparse
 import contextlib
@@ -63,17 +62,13 @@ def logged(output):
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-# ---- gpu -------------------------------------------------------------------------------------------------------------
-
-
-def train_on_cpu(flags, batch_size):
+def train_on_cpu(flags):
     """The log of the program's trainer in float16, with autocast and scaler, which accelerate leaves out on a CPU."""
     run = opened([*flags, *"--max_eval_samples 4 --report_to none --dataloader_num_workers 0".split()])
     settings, extractor, train = run.settings, run.decoder.extractor, run.clips["train"].audio
-    batch = script.CTCCollator(extractor, run.encoder)([train[index] for index in range(batch_size)])
+    batch = script.model_inputs(script.CTCCollator(extractor, run.encoder)([train[0], train[1]]), extractor, "cpu")
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
-        loss = run.decoder.model.train()(**script.model_inputs(batch, extractor, "cpu")).loss
-        print(f"plain float16: loss {float(loss)} at the first update")
+        print(f"plain float16: loss {float(run.decoder.model.train()(**batch).loss)} at the first update")
     run.decoder.model = script.load_model(settings)[1]  # the forward pass above has moved its BatchNorms
     settings.fp16, settings.mixed_precision = True, "fp16"
     trainer = script.make_trainer(settings, run.decoder, run.encoder, train, run.clips["dev"])
@@ -93,18 +88,17 @@ def report_losses(name, log):
 
 
 def benchmark_gpu(options):
-    gpus, good, steps = torch.cuda.device_count(), True, options.steps
-    batch_size = options.batch_size or (8 if gpus else 2)
+    gpus, good = torch.cuda.device_count(), True
     with tempfile.TemporaryDirectory() as folder:
         # float16 is emulated on a CPU and takes minutes an update at full depth; what overflows is in the first layers.
         full_size_model(Path(folder, "model"), layers=17 if gpus else 2)
-        flags = f"""--model {folder}/model --dataset {CORPUS} --data_dir {folder}/audio --max_steps {steps}
-            --warmup_steps 5 --logging_steps 1 --eval_steps {steps} --save_steps {steps} --save_total_limit 1
-            --per_device_train_batch_size {batch_size} --gradient_accumulation_steps 1 --learning_rate 3e-4
-            --skip_baseline --max_test_samples 8 --output_dir {folder}/""".split()
+        flags = f"""--model {folder}/model --dataset {CORPUS} --data_dir {folder}/audio --max_steps 50 --warmup_steps 5
+            --logging_steps 1 --eval_steps 50 --save_steps 50 --save_total_limit 1 --gradient_accumulation_steps 1
+            --per_device_train_batch_size {8 if gpus else 2} --learning_rate 3e-4 --skip_baseline --max_test_samples 8
+            --output_dir {folder}/""".split()
         if not gpus:
             print("no CUDA GPU: the same trainer under float16 autocast on the CPU")
-            return 0 if report_losses("guarded float16", train_on_cpu(flags, batch_size)) else 1
+            return 0 if report_losses("guarded float16", train_on_cpu(flags)) else 1
         print(gpus, "x", torch.cuda.get_device_name(), torch.__version__)
         for precision, count in [("fp16", 1), ("bf16", 1)] + [("fp16", 2)] * (gpus > 1):
             launcher = f"-m torch.distributed.run --standalone --nproc_per_node {count}".split() if count > 1 else []
@@ -114,7 +108,18 @@ def benchmark_gpu(options):
     return 0 if good else 1
 
 
-# ---- prepare ---------------------------------------------------------------------------------------------------------
+def encoded(samples, rate, form):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=form, subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def write_transcripts(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow("audio_paths transcript duration accent domain user_ids country".split())
+        table.writerows([*row, "clinical", f"speaker{number % 1466}", "NG"] for number, row in enumerate(rows))
 
 
 def speech():
@@ -130,25 +135,21 @@ def speech():
 
 def make_corpus(folder, megabytes):
     """A corpus of one archive in AfriSpeech-200's form, 44.1 kHz stereo WAV clips of 10 to 20 s: (clips, seconds)."""
-    generator, samples, seconds = np.random.default_rng(0), speech(), 0.0
-    archive, transcripts = folder / "audio/igbo/train/train_igbo_0.tar.gz", folder / "transcripts/igbo/train.csv"
+    generator, samples, rows = np.random.default_rng(0), speech(), []
+    archive = folder / "audio/igbo/train/train_igbo_0.tar.gz"
     archive.parent.mkdir(parents=True)
-    transcripts.parent.mkdir(parents=True)
-    rows = ["user_ids,accent,transcript,audio_paths,duration,domain"]
     with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
-        while not rows[1:] or archive.stat().st_size < megabytes * 1e6:
+        while not rows or archive.stat().st_size < megabytes * 1e6:
             start, count = generator.integers(len(samples) - 20 * RATE), int(generator.uniform(10, 20) * RATE)
             mono = soxr.resample(samples[start : start + count], RATE, 44_100)
             mono += generator.normal(scale=1e-3, size=len(mono))  # a room's noise, which gzip cannot remove
-            buffer, key, length = io.BytesIO(), f"session/{len(rows)}.wav", len(mono) / 44_100
-            soundfile.write(buffer, np.stack([mono, 0.9 * mono], axis=1), 44_100, format="WAV", subtype="PCM_16")
+            audio, key = encoded(np.stack([mono, 0.9 * mono], axis=1), 44_100, "WAV"), f"session/{len(rows)}.wav"
             member = tarfile.TarInfo(f"data/data/intron/{key}")
-            member.size = buffer.tell()
-            tar.addfile(member, io.BytesIO(buffer.getvalue()))
-            rows.append(f"speaker,igbo,The patient has a fever.,/AfriSpeech-100/train/{key},{length:.3f},clinical")
-            seconds += length
-    transcripts.write_text("\n".join(rows) + "\n")
-    return len(rows) - 1, seconds
+            member.size = len(audio)
+            tar.addfile(member, io.BytesIO(audio))
+            rows.append([f"/AfriSpeech-100/train/{key}", "The patient has a fever.", len(mono) / 44_100, "igbo"])
+    write_transcripts(folder / "transcripts/igbo/train.csv", rows)
+    return len(rows), sum(row[2] for row in rows)
 
 
 def prepare_the_usual_way(options):
@@ -168,14 +169,9 @@ def prepare_the_usual_way(options):
     Dataset.from_list(rows).map(features, remove_columns=["name", "text"], cache_file_name=cache)
 
 
-def bytes_below(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def memory_of_group(group):
     """Bytes that all processes of a group hold together, what they share counted once; not the pages of files, which
-    the system takes back when it needs room (Linux).
-    """
+    the system takes back when it needs room (Linux)."""
     total = 0
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -204,16 +200,16 @@ def benchmark_prepare(options):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_corpus(folder / "one", 0)  # one clip: what starting the program costs
-        clips, seconds = make_corpus(folder / "full", options.megabytes)
-        size, hours = bytes_below(folder / "full" / "audio") / 1e6, seconds / 3600
-        print(f"one archive of {size:.0f} MB: {clips} clips, {hours:.2f} h; a single process converts it")
+        clips, seconds = make_corpus(folder / "full", 300)
+        hours = seconds / 3600
+        print(f"one archive of 300 MB: {clips} clips, {hours:.2f} h; a single process converts it")
         for name, corpus in itertools.product(("ours", "usual"), ("one", "full")):
             out = folder / f"{name}-{corpus}"
             out.mkdir()
             flags = ["--dataset", folder / corpus, "--data_dir", out, "--output_dir", folder / "output"]
             usual = [sys.executable, __file__, "usual", folder / corpus, out]
-            command = usual if name == "usual" else [*PROGRAM, "--prepare_only", "--num_proc", 1, *flags]
-            figures.append({**measured(*command), "kept": bytes_below(out)})
+            taken = measured(*(usual if name == "usual" else [*PROGRAM, "--prepare_only", "--num_proc", 1, *flags]))
+            figures.append(taken | {"kept": sum(path.stat().st_size for path in out.rglob("*") if path.is_file())})
     for label, key, scale in (
         ("ms a clip on one core, without start-up", "cpu", 1e3 / (clips - 1)),
         ("memory at the peak, MB", "memory", 1e-6),
@@ -227,8 +223,6 @@ def benchmark_prepare(options):
     return 0
 
 
-# ---- speed -----------------------------------------------------------------------------------------------------------
-
 WORDS = "the patient has a fever and no cough give two hundred milligrams twice a day for seven days".split()
 
 
@@ -237,41 +231,32 @@ def corpus_flags(folder, *more):
     return [*f"{flags} --overwrite_output_dir --skip_baseline --report_to none".split(), *more]
 
 
-def flac(samples):
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, RATE, format="FLAC", subtype="PCM_16")
-    return buffer.getvalue()
-
-
 def make_prepared_corpus(folder, train_clips, seconds=None, silent=False):
     """A corpus as --prepare_only leaves it: clips of AfriSpeech-200's lengths, or of `seconds` each, with speech, or
-    `silent` ones of 100 archives, whose audio takes no room.
-    """
+    `silent` ones of 100 archives, whose audio takes no room."""
     generator, numbers = np.random.default_rng(0), itertools.count()
     words, accents = generator.choice(WORDS, 100_000), [f"accent{index}" for index in range(100 if silent else 1)]
     for split, accent in [("train", accent) for accent in accents] + [("dev", "accent0"), ("test", "accent0")]:
-        archive = folder / "corpus/audio" / accent / split / f"{split}_{accent}_0.tar.gz"
-        transcripts = folder / "corpus/transcripts" / accent / f"{split}.csv"
-        for path in (archive, transcripts):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        with open(transcripts, "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow("audio_paths transcript duration accent domain user_ids country".split())
-            for number in itertools.islice(numbers, train_clips // len(accents) if split == "train" else 8):
-                length, start = float(np.clip(generator.lognormal(np.log(8.4), 0.7), 1, 30)), generator.integers(90_000)
-                text = " ".join(words[start : start + round(2.2 * (seconds or length))])
-                row = [f"{seconds or length:.3f}", accent, "clinical", f"speaker{number % 1466}", "NG"]
-                table.writerow([f"session-{number:08d}/{number:032x}.wav", text, *row])
+        rows, archive = [], folder / "corpus/audio" / accent / split / f"{split}_{accent}_0.tar.gz"
+        for number in itertools.islice(numbers, train_clips // len(accents) if split == "train" else 8):
+            length = seconds or float(np.clip(generator.lognormal(np.log(8.4), 0.7), 1, 30))
+            start = generator.integers(90_000)
+            text = " ".join(words[start : start + round(2.2 * length)])
+            rows.append([f"session-{number:08d}/{number:032x}.wav", text, f"{length:.3f}", accent])
+        write_transcripts(folder / "corpus/transcripts" / accent / f"{split}.csv", rows)
+        archive.parent.mkdir(parents=True)
+        archive.touch()
     settings, features = script.parse_settings(corpus_flags(folder)), script.clip_features()
     samples = None if silent else speech()
-    for shard in script.Source(settings.dataset, settings, script.SPLITS).shards:
-        audio = [flac(np.zeros(1600))] * len(shard.rows)
-        for place, count in enumerate(() if silent else shard.rows["num_samples"]):
+    source = script.Source(settings.dataset, settings, script.SPLITS)
+    for shard in source.shards:
+        table = source.rows[source.rows["part"] == shard.part].drop(columns="part")
+        audio = [encoded(np.zeros(1600), RATE, "FLAC")] * len(table)
+        for place, count in enumerate(() if silent else table["num_samples"]):
             start = generator.integers(len(samples) - count)
-            audio[place] = flac(samples[start : start + count])
+            audio[place] = encoded(samples[start : start + count], RATE, "FLAC")
         shard.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = pyarrow.Table.from_pandas(shard.rows.assign(audio=audio), features.arrow_schema, preserve_index=False)
+        rows = pyarrow.Table.from_pandas(table.assign(audio=audio), features.arrow_schema, preserve_index=False)
         with ArrowWriter(path=str(shard.path), features=features) as writer:
             writer.write_table(rows, 50)  # in batches of so many rows, as the program writes it
             writer.finalize()
@@ -314,8 +299,7 @@ def usual_trainer(folder, run, clips, steps=1, extra=()):
 
 def paired(repeats, *calls):
     """The median seconds of each of `calls`, made in turn. Each is called twice and the second time counts: after
-    another's large arrays the first finds its memory given back to the system, and pays for every page anew.
-    """
+    another's large arrays the first finds its memory given back to the system, and pays for every page anew."""
     times = [[] for _ in calls]
     for call, taken in itertools.chain.from_iterable(zip(calls, times) for _ in range(repeats + 1)):
         call()
@@ -409,16 +393,9 @@ def train_usual(run, folder, updates):
     clips = cached_features(run.clips["train"].audio, run.processor, folder)
     trainer = usual_trainer(folder, run, clips, updates, {**precision, "dataloader_num_workers": 2})
     trainer.model_accepts_loss_kwargs = False
-    heard, step = [], trainer.training_step
-
-    def timed(model, inputs, *rest):
-        heard.append((time.monotonic(), inputs["attention_mask"].sum().item() * 160 / RATE))
-        return step(model, inputs, *rest)
-
-    trainer.training_step = timed
-    trainer.train()
-    warm = len(heard) // 3
-    return sum(seconds for _, seconds in heard[warm:-1]) / (heard[-1][0] - heard[warm][0])
+    trainer.train()  # the first time makes memory and kernels ready
+    seconds = trainer.train().metrics["train_runtime"]
+    return 32 * updates * run.clips["train"].table["num_samples"].mean() / RATE / seconds
 
 
 def training(folder, options):
@@ -450,9 +427,7 @@ def benchmark_speed(options):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             rows = part(Path(folder), options)
         for label, *figures in rows:
-            print(
-                f"{label:<60}", *(f"{figure:>{width},.1f}" for figure, width in zip(figures, (11, 11, 7))), flush=True
-            )
+            print(f"{label:<60}", *(f"{figure:>{width},.1f}" for figure, width in zip(figures, (11, 11, 7))))
     return 0
 
 
@@ -464,9 +439,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("folders", nargs="*", type=Path, help="of 'usual': the corpus, and where to write")
-    parser.add_argument("--steps", type=int, default=50, help="of 'gpu'")
-    parser.add_argument("--batch_size", type=int, help="of 'gpu'; 8 on a GPU, 2 without one")
-    parser.add_argument("--megabytes", type=float, default=300, help="of 'prepare'")
     parser.add_argument("--quick", action="store_true", help="of 'speed': fewer repetitions")
     parser.add_argument("--million", action="store_true", help="of 'speed': the start with 1,000,000 clips too")
     parser.add_argument("--only", default="", help="of 'speed' or 'trials': one part, e.g. data_path or perturbed")

@@ -1,4 +1,4 @@
-"""What several test files run once: the demo, the Hub's copy of the small corpus, the program as a user starts it."""
+"""What several test files share: paths, the program as a user starts it, what it ended with and wrote, the demo."""
 
 import csv
 import functools
@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,50 +16,54 @@ from types import SimpleNamespace
 import filelock
 import kills
 import pytest
-import soundfile
 from warm import WarmStarts, run_ranks
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parent / "finetune_medasr.py"
 MODEL, CORPUS = HERE / "fixtures/model", HERE / "fixtures/corpus"
 DEMO_COMMAND = "python finetune_medasr.py --demo"
-SPLITS = ("train", "dev", "test")
-NOWHERE = "http://127.0.0.1:9"  # nothing answers there
 IN_TWO = ["--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: models this small wait for further threads
 sys.path.insert(0, str(HERE.parent))  # so that `pytest tests` finds the script as `python -m pytest tests` does
 
 
-def run_script(*arguments, cwd, env=None, launcher=(sys.executable,), timeout=900, script=SCRIPT):
+def run_script(*arguments, cwd, env=None, launcher=(sys.executable,), script=SCRIPT):
     """The finished process of `python finetune_medasr.py ARGUMENTS`, its output as text."""
     command = [*launcher, script, *arguments]
-    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+
+
+def succeeded(done):
+    """A process that has ended as it should."""
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def error_line(stderr):
-    """The message of the program on a stderr that holds nothing else but progress bars and the Hub client announcing
-    retries.
-    """
-    lines = [
-        line
-        for line in re.split(r"[\r\n]+", stderr)
-        if line.strip() and not re.search(r"\d+%\||^HTTP Error 503|^Retrying in", line)
-    ]
-    assert len(lines) == 1, stderr
-    assert lines[0].startswith("finetune_medasr.py: error: "), stderr
+    """The message of the program on a stderr that holds nothing else but progress bars, warnings and the Hub client's
+    announcements of retries."""
+    others = r"\d+%\||warning: |HTTP Error|Rate limited|Retrying|thrown while requesting"
+    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.search(others, line)]
+    assert len(lines) == 1 and lines[0].startswith("finetune_medasr.py: error: "), stderr
     return lines[0].removeprefix("finetune_medasr.py: error: ")
+
+
+def refused(done, status, *patterns):
+    """The message of a process that has ended with `status`, which has something for each of the patterns."""
+    line = error_line(done.stderr)
+    assert done.returncode == status and "unexpected" not in line, done.stderr
+    assert all(re.search(pattern, line) for pattern in patterns), line
+    return line
 
 
 def load_json(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def load_predictions(results):
-    return [
-        json.loads(line) for line in (Path(results) / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+def scored_clips(results):
+    lines = (Path(results) / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines()
+    return list(map(json.loads, lines))
 
 
 def tensorboard(path):
@@ -74,9 +77,8 @@ def corpus_rows(split):
     """{clip: CSV row} of the fixture corpus, the first of rows with the same path."""
     rows = {}
     for path in sorted(CORPUS.glob(f"transcripts/*/{split}.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                rows.setdefault("/".join((row.get("audio_paths") or row["audio_path"]).split("/")[-2:]), row)
+        for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")):
+            rows.setdefault("/".join((row.get("audio_paths") or row["audio_path"]).split("/")[-2:]), row)
     return rows
 
 
@@ -87,38 +89,6 @@ def corpus_audio(split):
         with tarfile.open(path) as tar:
             clips |= {"/".join(member.name.split("/")[-2:]): tar.extractfile(member).read() for member in tar}
     return clips
-
-
-def write_wav(path, clip):
-    """Decode a test clip of the fixture corpus to a 16-bit WAV file."""
-    samples, rate = soundfile.read(io.BytesIO(corpus_audio("test")[clip]))
-    soundfile.write(path, samples, rate, subtype="PCM_16")
-
-
-@pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory):
-    """shared_folder(name, make) -> a folder that make(folder) has filled, once for all processes of pytest-xdist."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def shared_folder(name, make):
-        folder = base / name
-        with filelock.FileLock(base / f"{name}.lock"):
-            if not (base / f"{name}.made").exists():  # a process whose make() fails leaves it to the next, to fail too
-                shutil.rmtree(folder, ignore_errors=True)
-                make(folder)
-                (base / f"{name}.made").touch()
-        return folder
-
-    return shared_folder
-
-
-@pytest.fixture(scope="session")
-def hub_corpus(shared_folder):
-    """The fixture corpus with the Hub's kind of audio: 44.1 kHz stereo WAV."""
-    from loopback_hub import hub_copy
-
-    return shared_folder("hub", lambda folder: hub_copy(CORPUS, folder / "corpus")) / "corpus"
 
 
 @pytest.fixture(scope="session")
@@ -135,33 +105,25 @@ def run_two(warm):
         yield functools.partial(run_ranks, (warm, second))
 
 
-def run_demo(folder):
-    """The demo in a new folder, on a machine that reaches no network; what it printed is in files beside it."""
-    folder.mkdir()
-    offline = dict.fromkeys(("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE)
-    env = {**os.environ, **offline, "HF_HOME": f"{folder}-hf_home"}
-    done = run_script(*shlex.split(DEMO_COMMAND)[2:], cwd=folder, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("stdout", "stderr"):
-        folder.with_name(f"{folder.name}.{name}").write_text(getattr(done, name), encoding="utf-8")
-
-
 @pytest.fixture(scope="session")
-def demo(shared_folder):
-    """The demo, run once; tests only read its folder."""
-    folder = shared_folder("demo", run_demo)
+def demo(tmp_path_factory):
+    """The demo, run once for all processes of pytest-xdist where no network is reached; tests only read its folder."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, printed = base / "demo", base / "demo.json"
+    with filelock.FileLock(base / "demo.lock"):
+        if not printed.exists():
+            folder.mkdir(exist_ok=True)
+            nowhere = dict.fromkeys(("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+            env = {**os.environ, **nowhere, "HF_HOME": f"{folder}-hf_home"}
+            done = succeeded(run_script(*shlex.split(DEMO_COMMAND)[2:], cwd=folder, env=env))
+            printed.write_text(json.dumps({"stdout": done.stdout, "stderr": done.stderr}))
     output = folder / "medasr-demo"
     return SimpleNamespace(
-        folder=folder,
-        output=output,
-        results=output / "results",
-        final=output / "final",
-        audio=output / "audio",
-        stdout=folder.with_name("demo.stdout").read_text(encoding="utf-8"),
-        stderr=folder.with_name("demo.stderr").read_text(encoding="utf-8"),
-        metrics=load_json(output / "results/metrics.json"),
-        predictions=load_predictions(output / "results"),
-    )
+        **load_json(printed), folder=folder, output=output, results=output / "results", final=output / "final",
+        audio=output / "audio", metrics=load_json(output / "results/metrics.json"),
+        predictions=scored_clips(output / "results"),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -1,103 +1,98 @@
-"""What several test files need: the small processor, small random models of its class, sounds, and the script's own
-arguments.
-"""
+"""The program in the test's own process, and the files that it is given and writes."""
 
 import contextlib
-import functools
+import csv
 import io
-from pathlib import Path
+import json
+import subprocess
+import tarfile
 
 import numpy as np
 import soundfile
+from conftest import corpus_audio
 
 import finetune_medasr as script
 
-FIXTURES = Path(__file__).resolve().parent / "fixtures"
-MODEL = FIXTURES / "model"
-CORPUS = FIXTURES / "corpus"
 RATE = 16_000
 
 
-@functools.cache
-def small_processor():
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(MODEL)
-
-
-def random_model(**encoder_config):
-    """A LASR of the small model's shape with the same random weights each time, in eval mode; no dropout unless asked
-    for.
-    """
-    import torch
-    from transformers import AutoConfig, LasrForCTC
-
-    config = AutoConfig.from_pretrained(MODEL)
-    settings = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout", "layerdrop"), 0.0)
-    for name, value in {**settings, "num_hidden_layers": 2, **encoder_config}.items():
-        setattr(config.encoder_config, name, value)
-    torch.manual_seed(0)
-    model = LasrForCTC(config).eval()
-    with torch.no_grad():
-        # Far apart logits, so that the texts of two computations differ only if something is wrong.
-        model.ctc_head.weight *= 20
-    return model
-
-
-def label_encoder(target_text="as_written"):
-    from transformers import AutoConfig
-
-    return script.LabelEncoder(small_processor().tokenizer, AutoConfig.from_pretrained(MODEL).vocab_size, target_text)
+def run_main(cwd, *arguments):
+    """What the program ended with and printed, as of a process, in this process and on the CPU."""
+    arguments, out, errors = [*map(str, arguments), "--use_cpu", "true"], io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        status = script.main(arguments)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), errors.getvalue())
 
 
 def noise(seconds, seed=0):
     """Noise whose colour changes all the time: a model hears something else in each frame."""
     samples = np.random.default_rng(seed).normal(size=round(seconds * RATE)).astype(np.float32)
     time = np.arange(len(samples)) / RATE
-    return (
-        0.1 * samples * np.sin(2 * np.pi * 3 * time) + 0.3 * np.sin(2 * np.pi * (400 + 300 * np.sin(5 * time)) * time)
-    ).astype(np.float32) / 2
+    tone = np.sin(2 * np.pi * (400 + 300 * np.sin(5 * time)) * time)
+    return (0.05 * samples * np.sin(2 * np.pi * 3 * time) + 0.15 * tone).astype(np.float32)
 
 
-def frames_of(ids):
-    """The script's Emissions of a model that is sure of the id of each frame."""
-    return script.Emissions(np.reshape(ids, (-1, 1)).astype(np.int32), np.zeros((len(ids), 1), np.float32))
-
-
-def wav_bytes(samples, rate=RATE):
+def sound(samples, rate=RATE, **options):
+    """An encoded recording: a WAV file of 16 bits unless asked otherwise."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format="WAV", subtype="FLOAT")
+    soundfile.write(buffer, samples, rate, **{"format": "WAV", "subtype": "PCM_16", **options})
     return buffer.getvalue()
 
 
-def make_clips(texts_and_samples, split):
-    """The script's Clips of (text, samples) pairs, in its order: the longest first."""
-    import pandas
-    from datasets import Dataset
-
-    groups = {"accent": "igbo", "country": "NG", "domain": "clinical", "gender": "", "age_group": ""}
-    rows = [
-        {"audio": wav_bytes(samples), "clip": f"session/{split}-{number}", "text": text, "num_samples": len(samples),
-         "speaker": f"speaker-{number}", **groups, "split": split, "problem": ""}
-        for number, (text, samples) in enumerate(texts_and_samples)
-    ]  # fmt: skip
-    rows.sort(key=lambda row: -row["num_samples"])
-    return script.Clips(Dataset.from_list(rows), pandas.DataFrame(rows).drop(columns="audio"))
+def tone(seconds=3.0, rate=RATE):
+    return 0.1 * np.sin(np.arange(round(seconds * rate)) * 2 * np.pi * 440 / rate)
 
 
-def parse(output_dir, *flags):
-    """The settings of a command line on the small model and the CPU, without evaluation, checkpoints, TensorBoard."""
-    quiet = (
-        "--use_cpu true --dataloader_num_workers 0 --dataloader_pin_memory false --report_to none --disable_tqdm true"
-    )
-    still = "--eval_strategy no --save_strategy no --load_best_model_at_end false"
-    corpus = ["--model", MODEL, "--dataset", CORPUS, "--output_dir", output_dir, "--data_dir", f"{output_dir}/audio"]
-    return script.parse_settings([str(word) for word in (*corpus, *quiet.split(), *still.split(), *flags)])
+GOOD, TEXT = sound(tone()), "The patient has a fever."
 
 
-def run_main(cwd, *arguments):
-    """(exit status, stdout, stderr) of the program in this process, in the folder `cwd`, on the CPU."""
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        status = script.main([*map(str, arguments), "--use_cpu", "true"])
-    return status, out.getvalue(), errors.getvalue()
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def tar(members, mode="w:gz", **options):
+    """A tar archive of (name, bytes or the letter of a kind of member) pairs."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode, **options) as file:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+            else:
+                info.type, info.linkname = content.encode(), "/etc/hostname"
+            file.addfile(info, io.BytesIO(content) if info.size else None)
+    return buffer.getvalue()
+
+
+def write_table(path, rows):
+    """Write rows as JSON lines or CSV, by the ending of the name."""
+    text = io.StringIO()
+    if path.suffix == ".jsonl":
+        text.writelines(json.dumps(row) + "\n" for row in rows)
+    else:
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    write(path, text.getvalue())
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def modified(folder, pattern="*"):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
+
+
+def write_wav(path, clip):
+    """Decode a test clip of the fixture corpus to a 16-bit WAV file."""
+    samples, rate = soundfile.read(io.BytesIO(corpus_audio("test")[clip]))
+    soundfile.write(path, samples, rate, subtype="PCM_16")
+
+
+def skipped(output_dir):
+    """[(split, clip, reason)] of a run's skipped_clips.csv."""
+    rows = read_csv(output_dir / "results/skipped_clips.csv")
+    return [(row["split"], row["clip"], row["reason"]) for row in rows]

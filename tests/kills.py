@@ -4,11 +4,11 @@
     python tests/kills.py --kills 25
 
 Each ends with the undisturbed run's weights, texts and scores, bit for bit, or the command exits with 1. Then SIGTERM
-ends five runs in training, and the seconds from it to the exit are given.
-"""
+ends five runs in training, and the seconds from it to the exit are given."""
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -28,15 +28,19 @@ FLAGS = f"""--model {HERE}/fixtures/model --dataset {HERE}/fixtures/corpus --per
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-def command(data_dir, output, *more):
-    return [sys.executable, str(SCRIPT), *FLAGS, "--data_dir", str(data_dir), "--output_dir", str(output), *more]
+def flags(data_dir, output, *more):
+    return [*FLAGS, "--data_dir", str(data_dir), "--output_dir", str(output), *map(str, more)]
+
+
+def start(*arguments):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, SCRIPT, *flags(*arguments)], env=ENV, start_new_session=True, **pipes)
 
 
 def result(output):
     """What a run has to end with: checksums of its weights and texts, and its scores.
 
-    The last checkpoint's weights too: the best ones, in final/, may be older than what is to be seen.
-    """
+    The last checkpoint's weights too: the best ones, in final/, may be older than what is to be seen."""
     metrics = json.loads((output / "results" / "metrics.json").read_text())
     names = ("final/model.safetensors", "checkpoint-8/model.safetensors", "results/predictions_test.jsonl")
     files = [output / name for name in names]
@@ -46,41 +50,29 @@ def result(output):
 
 def run_with_kills(data_dir, output, generator, kills, longest):
     """Kill runs into `output` after random times, up to `kills` of them, then let one finish; returns the kills."""
-    made = 0
-    while True:
-        process = subprocess.Popen(
-            command(data_dir, output),
-            env=ENV,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+    for made in itertools.count():
+        process = start(data_dir, output)
         try:
-            _, errors = process.communicate(timeout=generator.uniform(0, longest) if made < kills else 600)
+            printed, _ = process.communicate(timeout=generator.uniform(0, longest) if made < kills else 600)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            made += 1
             continue
-        if process.returncode:
-            sys.exit(
-                f"a run that went on after {made} kills ended with {process.returncode}: {errors.decode()[-2000:]}"
-            )
+        assert process.returncode == 0, f"after {made} kills: {printed[-2000:]}"
         return made
 
 
 def run_straight(data_dir, output):
     """The seconds of a run that nothing disturbs."""
-    start = time.monotonic()
-    subprocess.run(command(data_dir, output), env=ENV, check=True, capture_output=True)
-    return time.monotonic() - start
+    began = time.monotonic()
+    run_with_kills(data_dir, output, random, 0, 0)
+    return time.monotonic() - began
 
 
 def survive(folder, straight, longest, kills, seed=0):
     """(kills survived, runs finished), all with the result of the undisturbed run in `straight`; else AssertionError.
 
-    A run is killed up to `longest` seconds after its start.
-    """
+    A run is killed up to `longest` seconds after its start."""
     generator, made, runs = random.Random(seed), 0, 0
     while made < kills:
         output = folder / f"killed-{runs}"
@@ -92,20 +84,17 @@ def survive(folder, straight, longest, kills, seed=0):
 
 def seconds_to_stop(data_dir, output, evaluations, wait=0.0):
     """Seconds from SIGTERM, after so many evaluations of a long run and `wait` more, to an exit with a checkpoint."""
-    flags = ["--max_steps", "5000", "--skip_baseline"]
-    process = subprocess.Popen(
-        command(data_dir, output, *flags), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = start(data_dir, output, "--max_steps", 5000, "--skip_baseline")
     for line in process.stdout:
         evaluations -= "dev WER" in line
         if evaluations <= 0:
             break
     time.sleep(wait)
     process.send_signal(signal.SIGTERM)
-    start = time.monotonic()
-    rest = process.communicate(timeout=60)[0]
+    began = time.monotonic()
+    rest, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "written" in rest, rest
-    return time.monotonic() - start
+    return time.monotonic() - began
 
 
 def main():
@@ -120,11 +109,11 @@ def main():
         made, runs = survive(folder, folder / "straight", seconds, options.kills, options.seed)
         print(f"{made} kills in {runs} runs: all ended with the undisturbed run's weights, texts and scores")
         generator = random.Random(options.seed)
+        outputs = [folder / f"stopped-{count}" for count in range(1, 6)]
         stops = [
-            seconds_to_stop(folder / "audio", folder / f"stopped-{count}", count, generator.uniform(0, 1))
-            for count in range(1, 6)
+            seconds_to_stop(folder / "audio", path, n, generator.uniform(0, 1)) for n, path in enumerate(outputs, 1)
         ]
-        print(f"SIGTERM to exit in {len(stops)} runs: {min(stops):.1f} to {max(stops):.1f} s")
+        print(f"SIGTERM to exit in 5 runs: {min(stops):.1f} to {max(stops):.1f} s")
 
 
 if __name__ == "__main__":

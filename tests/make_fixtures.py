@@ -1,21 +1,18 @@
 """Make the test fixtures again from nothing: a small accented corpus and a small LASR model.
 
-    python tests/make_fixtures.py                          # all of them, into tests/fixtures
-    python tests/make_fixtures.py --corpus --out DIR       # only the corpus
-    python tests/make_fixtures.py --us_english --out DIR   # only the US-English test clips
+    python tests/make_fixtures.py                           # all of them, into tests/fixtures
+    python tests/make_fixtures.py corpus us_english --out DIR   # without the model, into another folder
 
 The corpus has the layout of the Hub's AfriSpeech-200 and its kinds of dirt; the speech is espeak-ng reading English
 through voices of other languages. finetune_medasr.py itself pre-trains the model on US-English voices, so that adapting
 it to the corpus is the real task in small; the US-English test clips, of other speakers, show what it forgets by that.
-Needs espeak-ng; the corpus takes 10 seconds, the model about 10 minutes on 2 idle cores. What is made anew is not the
-same byte for byte (Ogg serial numbers, the order of sums).
-"""
+Needs espeak-ng; the model takes 10 minutes on 2 idle cores. What is made anew is not the same byte for byte (Ogg serial
+numbers, the order of sums)."""
 
 import argparse
 import csv
 import hashlib
 import io
-import json
 import math
 import random
 import re
@@ -175,26 +172,22 @@ def record(clips, full_stop):
     return clips
 
 
-# Written text (as in the real transcripts) and what is said for it; each takes the place of one ordinary clip.
+# Written text (as in the real transcripts) | what is said for it; each takes the place of one ordinary clip.
 DIRTY_TEXTS = {
-    "train": [
-        ("The temperature is 38°.", "The temperature is 38 degrees"),
-        ("Give 20 µg of aspirin daily.", "Give 20 micrograms of aspirin daily"),
-        ("Patient #3 has malaria.", "Patient number 3 has malaria"),
-        ("The patient&apos;s blood pressure is high.", "The patients blood pressure is high"),
-        ("The nurse\tsaw the child in the clinic. ", "The nurse saw the child in the clinic"),
-        ("Give 200\u00a0mg of quinine twice daily.", "Give 200 milligrams of quinine twice daily"),
-        ("The doctor saw “no fever” and no cough.", "The doctor saw no fever and no cough"),
-        ("The child has had a fever for 2–3 days.", "The child has had a fever for 2 to 3 days"),
-        ("The test is 50% positive.", "The test is 50 per cent positive"),
-    ],
-    "test": [
-        ("THE PATIENT HAS A FEVER AND A COUGH.", "The patient has a fever and a cough"),
-        ("Give 100 µg of quinine daily.", "Give 100 micrograms of quinine daily"),
-        ("The woman’s blood pressure is low.", "The woman is blood pressure is low"),
-        ("The patient has had a cough for 3–5 days.", "The patient has had a cough for 3 to 5 days"),
-        ("Give 500\u00a0mg of aspirin&nbsp;daily.", "Give 500 milligrams of aspirin daily"),
-    ],
+    "train": """The temperature is 38°. | The temperature is 38 degrees
+Give 20 µg of aspirin daily. | Give 20 micrograms of aspirin daily
+Patient #3 has malaria. | Patient number 3 has malaria
+The patient&apos;s blood pressure is high. | The patients blood pressure is high
+The nurse\tsaw the child in the clinic.  | The nurse saw the child in the clinic
+Give 200\u00a0mg of quinine twice daily. | Give 200 milligrams of quinine twice daily
+The doctor saw “no fever” and no cough. | The doctor saw no fever and no cough
+The child has had a fever for 2–3 days. | The child has had a fever for 2 to 3 days
+The test is 50% positive. | The test is 50 per cent positive""",
+    "test": """THE PATIENT HAS A FEVER AND A COUGH. | The patient has a fever and a cough
+Give 100 µg of quinine daily. | Give 100 micrograms of quinine daily
+The woman’s blood pressure is low. | The woman is blood pressure is low
+The patient has had a cough for 3–5 days. | The patient has had a cough for 3 to 5 days
+Give 500\u00a0mg of aspirin&nbsp;daily. | Give 500 milligrams of aspirin daily""",
 }
 
 
@@ -202,8 +195,8 @@ def dirty_texts(clips, rng):
     """Give a few clips the kinds of text, and one name, that make the real corpus hard."""
     for split, texts in DIRTY_TEXTS.items():
         places = [clip for clip in clips if clip.split == split and clip.domain == "clinical"][3::5]
-        for clip, (written, said) in zip(places, texts):
-            clip.transcript, clip.said = written, said
+        for clip, line in zip(places, texts.split("\n")):
+            clip.transcript, clip.said = line.split(" | ")
     for split in ("train", "test"):
         first, second = [clip for clip in clips if clip.split == split][:2]
         second.file = first.file  # one base name in two sessions
@@ -247,39 +240,33 @@ def write_csv(path, clips, path_column="audio_paths"):
             writer.writerow(vars(clip) | row | {"duration": round(clip.duration, 3)})
 
 
+def write_archive(path, clips):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for clip in clips:
+            member = tarfile.TarInfo(f"data/data/intron/{clip.session}/{clip.file}.ogg")
+            member.size = len(clip.audio)
+            tar.addfile(member, io.BytesIO(clip.audio))
+
+
 def write_hub(out, clips):
-    """Write transcripts, archives and accents.json of all clips."""
-
-    def summarise(clips, shards):
-        duration, speakers = round(sum(clip.duration for clip in clips), 3), {clip.user_ids for clip in clips}
-        return {"num_clips": len(clips), "duration": duration, "num_speakers": len(speakers), "shards": shards}
-
+    """Write transcripts and archives of all clips."""
     shutil.rmtree(out, ignore_errors=True)
-    summary = {"all": {}}
     for split in dict.fromkeys(clip.split for clip in clips):
-        of_split, all_shards = [clip for clip in clips if clip.split == split], 0
+        of_split = [clip for clip in clips if clip.split == split]
         write_csv(out / "transcripts" / f"{split}.csv", of_split)
         for accent in dict.fromkeys(clip.accent for clip in of_split):
             chosen = [clip for clip in of_split if clip.accent == accent]
             slug = re.sub(r"\W+", "-", accent).strip("-")
             # Like some of the Hub's train files, one has two archives and one names a column otherwise.
-            shards = 2 if (split, accent) == ("train", "yoruba") else 1
+            count = 2 if (split, accent) == ("train", "yoruba") else 1
             path_column = "audio_path" if (split, accent) == ("train", "igbo") else "audio_paths"
             write_csv(out / "transcripts" / slug / f"{split}.csv", chosen, path_column)
             with_audio = list({(clip.session, clip.file): clip for clip in chosen if clip.audio}.values())
-            size = -(-len(with_audio) // shards)
-            for shard in range(shards):
-                archive = out / "audio" / slug / split / f"{split}_{slug}_{shard}.tar.gz"
-                archive.parent.mkdir(parents=True, exist_ok=True)
-                with tarfile.open(archive, "w:gz") as tar:
-                    for clip in with_audio[shard * size : (shard + 1) * size]:
-                        member = tarfile.TarInfo(f"data/data/intron/{clip.session}/{clip.file}.ogg")
-                        member.size = len(clip.audio)
-                        tar.addfile(member, io.BytesIO(clip.audio))
-            summary.setdefault(accent, {})[split] = summarise(chosen, shards)
-            all_shards += shards
-        summary["all"][split] = summarise(of_split, all_shards)
-    (out / "accents.json").write_text(json.dumps(summary, indent=1) + "\n")
+            size = -(-len(with_audio) // count)
+            for number in range(count):
+                archive = out / "audio" / slug / split / f"{split}_{slug}_{number}.tar.gz"
+                write_archive(archive, with_audio[number * size : (number + 1) * size])
 
 
 def make_corpus(out):
@@ -386,15 +373,12 @@ def make_model(out):
         AutoModelForCTC.from_pretrained(work / "run/final").save_pretrained(out)
 
 
+MAKERS = {"corpus": make_corpus, "us_english": make_us_test, "model": make_model}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--corpus", action="store_true", help="make only the corpus")
-    parser.add_argument("--us_english", action="store_true", help="make only the US-English test clips")
+    parser.add_argument("parts", nargs="*", default=list(MAKERS), help=f"of {', '.join(MAKERS)}; all by default")
     parser.add_argument("--out", type=Path, default=HERE / "fixtures", help="folder that gets them")
-    args = parser.parse_args()
-    if not args.us_english:
-        make_corpus(args.out / "corpus")
-    if not args.corpus:
-        make_us_test(args.out / "us_english")
-    if not (args.corpus or args.us_english):
-        make_model(args.out / "model")
+    options = parser.parse_args()
+    for part in options.parts:
+        MAKERS[part](options.out / part)

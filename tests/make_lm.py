@@ -2,8 +2,7 @@
 
     python tests/make_lm.py lm.arpa
 
-Interpolated Kneser-Ney (Chen & Goodman 1999) as back-off weights in ARPA's format.
-"""
+Interpolated Kneser-Ney (Chen & Goodman 1999) as back-off weights in ARPA's format."""
 
 import csv
 import math
@@ -24,8 +23,7 @@ def training_texts():
 
 def count_ngrams(sentences, order):
     """[{n-gram: count} of length 1, 2, ... order]; of the shorter ones their kinds of left neighbours are counted, but
-    where <s> stands first, which has none.
-    """
+    where <s> stands first, which has none."""
     raw = [Counter() for _ in range(order + 1)]
     for sentence in sentences:
         words = ["<s>", *sentence, "</s>"]
@@ -41,8 +39,7 @@ def count_ngrams(sentences, order):
 
 def estimate(sentences, vocabulary, order):
     """({n-gram: its last word's probability after the others}, {n-gram: its back-off weight}) for words of
-    `vocabulary`; the probabilities after any context sum to 1.
-    """
+    `vocabulary`; the probabilities after any context sum to 1."""
     counts = count_ngrams(sentences, order)
     del counts[0][("<s>",)]
     # A word of the vocabulary that no sentence has is likelier than one outside of it.

@@ -1,15 +1,9 @@
 """Bad input of each kind through the command line: exit status, message, and what is used of it all the same."""
 
-import ctypes
-import io
-import json
 import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
-import tarfile
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,35 +13,16 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import CORPUS, MODEL, SCRIPT, error_line, load_json, load_predictions
+from conftest import CORPUS, MODEL, load_json, refused, scored_clips, succeeded
 from datasets import Dataset
-from test_sources import GOOD, TEXT, skipped, sound, write
-
-from finetune_medasr import main
-
-
-def run(capfd, *arguments):
-    """(exit status, stdout, stderr) of the program in this process."""
-    capfd.readouterr()
-    status = main([str(argument) for argument in arguments])
-    return status, *capfd.readouterr()
-
-
-def refused(capfd, arguments, status, message):
-    """Assert that a command line ends with `status` and one line that matches `message`; returns its stdout."""
-    found, out, errors = run(capfd, *arguments)
-    line = error_line("\n".join(line for line in errors.splitlines() if "warning:" not in line))
-    assert found == status and re.search(message, line) and "unexpected" not in line, errors
-    return out
-
-
-# ---------------------------------------------------------------- flags
+from helpers import GOOD, TEXT, modified, run_main, skipped, sound, tar, write
 
 BOUNDS = """max_train_samples=-3 max_eval_samples=0 max_train_seconds=nan num_proc=0 learning_rate=0 learning_rate=inf
     learning_rate=-1e-05 num_train_epochs=0 max_steps=0 max_steps=-7 warmup_steps=nan weight_decay=nan max_grad_norm=inf
     per_device_train_batch_size=0 gradient_accumulation_steps=0 eval_steps=0 save_total_limit=-1 window_seconds=1
     early_stopping_patience=-1 dataloader_num_workers=-1 seed=-1 seed=4294967296 metric_for_best_model=foo
     remove_unused_columns=True label_smoothing_factor=0.1""".split()
+SMALL, ALSO = f"--model {MODEL} --dataset {CORPUS}", f"--model {MODEL} --dataset {CORPUS} --accents zulu --also_score"
 FLAGS = [  # (flags, what the message says)
     *((f"--{bound}", f"--{bound.replace('=', ' is ')}") for bound in BOUNDS),
     ("--max_train_samples many", "--max_train_samples.*'many'"),
@@ -64,21 +39,42 @@ FLAGS = [  # (flags, what the message says)
     ("--streaming", "--streaming needs --max_steps"),
     ("--streaming --max_steps 2 --max_train_samples 3", "--max_train_samples.*--streaming"),
     ("--dry_run --prepare_only", "--prepare_only and --dry_run"),
-    ("--eval_only --transcribe {corpus}/accents.json", "--eval_only and --transcribe"),
+    ("--eval_only --transcribe visit.wav", "--eval_only and --transcribe"),
     ("--learnin_rate 3", "--learnin_rate.*--learning_rate"),
-    ("--weight_decai=3", "--weight_decai.*--weight_decay"),
-    ("--accents yoruba --model", "--model"),
-    ("--transcribe nowhere.wav", "--transcribe.* nowhere.wav"),
-    ("--transcribe {corpus}/transcripts", "--transcribe.*no audio file"),
     ("--output_dir=", "--output_dir is ''"),
-    ("--output_dir {tmp}/file", "--output_dir is .*file is no folder"),
-    ("--data_dir {tmp}/file/below", "--data_dir is .*file is no folder"),
-    ("--output_dir {tmp} --data_dir {tmp}/results/audio", "--data_dir .* replaces"),
-    ("--output_dir {tmp} --model {tmp}/final --overwrite_output_dir", "--model .*deletes"),
-    ("--output_dir {tmp} --dataset {tmp}/runs --overwrite_output_dir", "--dataset .*deletes"),
-    ("--output_dir {tmp} --resume_from_checkpoint {tmp}/checkpoint-7 --overwrite_output_dir", "--resume_from.*deletes"),
+    ("--output_dir file", "--output_dir is .*file is no folder"),
+    ("--data_dir file/below", "--data_dir is .*file is no folder"),
+    ("--output_dir . --data_dir results/audio", "--data_dir .* replaces"),
+    ("--output_dir . --model final --overwrite_output_dir", "--model .*deletes"),
+    ("--output_dir . --dataset runs --overwrite_output_dir", "--dataset .*deletes"),
+    ("--output_dir . --resume_from_checkpoint checkpoint-7 --overwrite_output_dir", "--resume_from.*deletes"),
     ("nowhere.yaml", "nowhere.yaml"),
-    ("{tmp}", "YAML.*Is a directory"),
+    (".", "YAML.*Is a directory"),
+    ("--transcribe nowhere.wav", "nowhere.wav.*no such file"),
+    ("--transcribe *.ogg", r"\*.ogg.*no such file"),
+    ("--transcribe runs", "runs.*no audio file"),
+    ("--transcribe visit.wav --transcript_format docx", "docx.*text.*json.*srt.*vtt"),
+    ("--transcribe visit.wav b/visit.wav --transcript_format srt", "srt.*--transcript_dir"),
+    ("--transcribe visit.wav b/visit.wav --transcript_dir out", "visit.wav and b/visit.wav"),
+    ("--transcribe visit.wav --transcript_dir file", "--transcript_dir.*file"),
+    *((flag, f"{flag.split()[0]} needs --transcribe") for flag in ("--transcript_format srt", "--transcript_dir x")),
+    ("--format_dictation", "--format_dictation needs --transcribe"),
+    ("--lm nowhere.arpa --eval_only", "--lm is nowhere.arpa"),
+    ("--tune_lm", "--tune_lm needs --lm"),
+    ("--lm auto --tune_lm --transcribe visit.wav", "--tune_lm and --transcribe"),
+    ("--lm auto --score_file file", "--lm and --score_file"),
+    ("--lm auto --lm_weight -1", "--lm_weight is -1"),
+    ("--lm auto --lm_word_score inf", "--lm_word_score is inf"),
+    ("--lm auto --lm_beam 0", "--lm_beam is 0"),
+    (f"{ALSO} a/b a/b", "--also_score has 'a.b'"),
+    (f"{ALSO} us/en us_en", "--also_score has 'us.en'"),
+    (f"{ALSO} _Test", "(?i)--also_score has '_?test'"),
+    (f"{ALSO} a/b --transcribe visit.wav", "--also_score and --transcribe"),
+    (f"{SMALL} --accents igbo yorub", "--accents has 'yorub'.*did you mean yoruba"),
+    (f"{SMALL} --accents xhosa", "--accents has 'xhosa'.*they are akan-fante, damara, igbo"),
+    (f"{SMALL} --domains clinicl", "--domains has 'clinicl'.*did you mean clinical"),
+    (f"{SMALL} --countries XX", "--countries has 'XX'.*GH.*KE.*NA.*NG.*ZA"),
+    (f"{SMALL} --accents zulu --domains general --countries KE ZA NA", "--countries has 'KE'"),
 ]
 YAML = {  # name: (content, what the message says)
     "broken": (b"accents: [yoruba,\nseed: }", "broken.yaml"),
@@ -89,45 +85,29 @@ YAML = {  # name: (content, what the message says)
     "binary": (b"\xff\xfe\0\x80", "binary.yaml .*YAML"),
     "python": (b"seed: !!python/object/apply:os.system ['touch ran']\n", "python.yaml .*YAML"),
 }
-FLAGS += [(f"{{tmp}}/{name}.yaml", message) for name, (_, message) in YAML.items()]
+FLAGS += [(f"{name}.yaml", message) for name, (_, message) in YAML.items()]
+NOT_THERE = [(f"{ALSO} ./nowhere", "./nowhere"), (f"{ALSO} {MODEL}", "model"),
+             (f"{SMALL} --transcribe visit.wav --transcript_dir /proc/texts", "/proc")]  # fmt: skip
+CASES = [(*case, 2) for case in FLAGS] + [(*case, 1) for case in NOT_THERE]
 
 
-@pytest.mark.parametrize("flags, message", FLAGS, ids=[flags for flags, _ in FLAGS])
-def test_flags_that_cannot_work_are_refused_before_anything_is_written(tmp_path, monkeypatch, capfd, flags, message):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "file", "not a folder")
+@pytest.mark.parametrize("flags, message, status", CASES, ids=[flags for flags, *_ in CASES])
+def test_flags_that_cannot_work_are_refused_before_anything_is_written(tmp_path, flags, message, status):
     for folder in ("final", "runs", "checkpoint-7"):
         (tmp_path / folder).mkdir()
-    for name, (content, _) in YAML.items():
-        write(tmp_path / f"{name}.yaml", content)
-    before = sorted(tmp_path.rglob("*"))
-    assert refused(capfd, flags.format(tmp=tmp_path, corpus=CORPUS).split(), 2, message) == ""
-    assert sorted(tmp_path.rglob("*")) == before
+    files = {"file": "not a folder", "visit.wav": GOOD, "b/visit.wav": GOOD}
+    for name, content in (files | {f"{name}.yaml": content for name, (content, _) in YAML.items()}).items():
+        write(tmp_path / name, content)
+    before = modified(tmp_path)
+    done = run_main(tmp_path, *flags.split())
+    refused(done, status, message)
+    assert modified(tmp_path) == before and (done.stdout == "" or "--dataset" in flags)
 
-
-OF_THE_CORPUS = [  # (flags on the fixture corpus, exit status, what the message says)
-    ("--accents yorub", 2, "--accents has 'yorub'.*did you mean yoruba"),
-    ("--accents xhosa", 2, "--accents has 'xhosa'.*they are akan-fante, damara, igbo"),
-    ("--domains clinicl", 2, "--domains has 'clinicl'.*did you mean clinical"),
-    ("--countries XX", 2, "--countries has 'XX'.*GH.*KE.*NA.*NG.*ZA"),
-    ("--accents zulu --domains general --countries KE ZA NA", 2, "--countries has 'KE'"),
-]
-
-
-@pytest.mark.parametrize("flags, status, message", OF_THE_CORPUS)
-def test_parts_that_the_corpus_does_not_have_are_refused_before_any_audio(tmp_path, capfd, flags, status, message):
-    folders = ["--dataset", CORPUS, "--data_dir", tmp_path / "audio", "--output_dir", tmp_path / "out"]
-    refused(capfd, [*folders, "--model", MODEL, "--use_cpu", "true", *flags.split()], status, message)
-    assert not list(tmp_path.rglob("*.arrow"))
-
-
-# ---------------------------------------------------------------- score files
 
 ROW = '{"text": "No fever.", "pred_text": "no fever"}\n'
 SCORE_FILES = [  # (name, content, exit status, what is said)
     ("nowhere.csv", None, 2, "--score_file .*nowhere.csv"),
     ("x.jsonl", "not JSON\n", 2, "not lines of JSON"),
-    ("x.jsonl", ROW + '{"text": "a", "pred', 2, "not lines of JSON"),
     ("x.jsonl", "[1, 2]\n", 2, "row 1 is not an object"),
     ("x.jsonl", "", 2, "no column"),
     ("x.jsonl", b"\xff\xfe\1", 2, "--score_file"),
@@ -137,7 +117,6 @@ SCORE_FILES = [  # (name, content, exit status, what is said)
     ("x.csv", "", 2, "no column text.*its columns are none"),
     ("x.csv", "version https://git-lfs.github.com/spec/v1\n", 2, "Git LFS pointer"),
     ("x.jsonl", ROW + '{"text": "a", "pred_text": "a", "duration": 1e306}', 0, "2 rows without a duration"),
-    ("x.jsonl", ROW + '{"text": "a", "pred_text": "a", "duration": [NaN]}', 0, "2 rows without a duration"),
     ("x.jsonl", ROW + '{"text": "a\\ud800 שלום 😀", "pred_text": "a"}', 0, "2 rows without a duration"),
     ("x.jsonl", ROW + '{"text": "", "pred_text": "a"}', 0, "Row 2 .*no text: left out"),
     ("x.jsonl", ROW + '{"text": "a", "pred_text": "a", "baseline_text": "b"}', 0, "no comparison is made"),
@@ -150,23 +129,19 @@ SCORE_FILES = [  # (name, content, exit status, what is said)
 
 
 @pytest.mark.parametrize("name, content, status, message", SCORE_FILES, ids=range(len(SCORE_FILES)))
-def test_score_files(tmp_path, capfd, name, content, status, message):
-    path = tmp_path / name
+def test_score_files(tmp_path, name, content, status, message):
     if content is not None:
-        write(path, content)
-    arguments = ["--score_file", path, "--output_dir", tmp_path / "out"]
+        write(tmp_path / name, content)
+    done = run_main(tmp_path, "--score_file", name, "--output_dir", "out")
     if status:
-        refused(capfd, arguments, status, message)
+        refused(done, status, message)
         assert not (tmp_path / "out").exists()
         return
-    found, _, warnings = run(capfd, *arguments)
-    assert found == 0 and re.search(message, warnings), warnings
+    assert re.search(message, succeeded(done).stderr), done.stderr
     scored = load_json(tmp_path / "out/results/metrics.json")["data"]["test"]
-    assert scored["left_out"] == warnings.count("left out.") and scored["hours"] == 0
-    assert scored["clips"] == len(load_predictions(tmp_path / "out/results"))
+    assert scored["left_out"] == done.stderr.count("left out.") and scored["hours"] == 0
+    assert scored["clips"] == len(scored_clips(tmp_path / "out/results"))
 
-
-# ---------------------------------------------------------------- archives
 
 HEADER = "user_ids,accent,transcript,audio_paths,duration,domain,country,split"
 BOTH = ["first", "second"]
@@ -182,21 +157,6 @@ def csv_row(name, text=f'"{TEXT}"', split="train"):
 
 def rows_of(folder, names=BOTH, split="train"):
     return HEADER + "\n" + "".join(csv_row(f"{folder}/{name}", split=split) for name in names)
-
-
-def tar(members, mode="w:gz"):
-    """A tar archive of (name, bytes or the letter of a kind of member) pairs."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as file:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            if isinstance(content, bytes):
-                info.size = len(content)
-                file.addfile(info, io.BytesIO(content))
-            else:
-                info.type, info.linkname = content.encode(), "/etc/hostname"
-                file.addfile(info)
-    return buffer.getvalue()
 
 
 def two(folder, *more):
@@ -217,7 +177,7 @@ def spoiled(how):
 
 
 DAMAGED = "^damaged archive"
-TEN = [str(index) for index in range(10)]
+TEN, SPOILED = [str(index) for index in range(10)], ("cut", "corrupt", "checksum")
 ARCHIVES = {  # accent: (archive, clips used, {clip or archive: why it is left out})
     "climbs": (tar(two("climbs", ("../../../outside/climbs.wav", GOOD))), BOTH, {"outside/climbs.wav": "climbs out"}),
     "absolute": (tar(two("absolute", ("/tmp/outside/absolute.wav", GOOD))), BOTH, {"outside/absolute": "climbs out"}),
@@ -235,8 +195,6 @@ ARCHIVES = {  # accent: (archive, clips used, {clip or archive: why it is left o
     "checksum": (spoiled("checksum"), TEN, {"train_checksum_0": DAMAGED}),
 }
 
-# ---------------------------------------------------------------- tables
-
 
 def bare(name, quote=""):
     """A table whose first text has no quotes but an opening one that nothing closes."""
@@ -250,7 +208,6 @@ TABLES = {  # name: (CSV, the texts of its two clips, None of one that has no tr
     "utf-16": (rows_of("utf-16").replace(TEXT, "café", 1).encode("utf-16"), "café", TEXT, ""),
     "latin-1": (rows_of("latin-1").replace(TEXT, "café", 1).encode("latin-1"), "café", TEXT, "it is not UTF-8"),
     "semicolons": (bare("semicolons").replace(",", ";"), "text", TEXT, ""),
-    "tabs": (rows_of("tabs").replace(",", "\t"), TEXT, TEXT, ""),
     "names": (rows_of("names").replace("transcript", "Sentence").replace("audio_paths", "file_name"), TEXT, TEXT, ""),
     "more-columns": (re.sub(r"(?m)$(?=\n)", ",more", rows_of("more-columns")), TEXT, TEXT, ""),
     "short-row": (re.sub(r",3,clinical.*\n$", "\n", rows_of("short-row")), TEXT, TEXT, ""),
@@ -272,72 +229,55 @@ def add_accent(corpus, accent, archive, table, split="train"):
 
 @pytest.fixture(scope="module")
 def horrors(tmp_path_factory, warm):
-    """{layout: a preparation of a corpus in which next to everything is bad}"""
-    found = {}
-    for layout in ("archives", "recordings"):
-        folder = tmp_path_factory.mktemp("horrors")
-        for accent, (archive, *_) in ARCHIVES.items() if layout == "archives" else ():
-            names = TEN if accent in ("cut", "corrupt", "checksum") else [*BOTH, "x"]
-            add_accent(folder / "corpus", accent, archive, rows_of(accent, names))
-        for name, (table, *_) in TABLES.items():
-            if layout == "archives":
-                add_accent(folder / "corpus", name, tar(two(name)), table)
-                continue
-            write(folder / f"corpus/train/{name}/metadata.csv", table)
-            for clip in BOTH:
-                write(folder / f"corpus/train/{name}/{name}/{clip}.wav", GOOD)
-        for split in ("dev", "test") if layout == "recordings" else ():
-            write(folder / f"corpus/{split}/metadata.csv", rows_of(split, ["x"], split))
-            write(folder / f"corpus/{split}/{split}/x.wav", GOOD)
-        before = {path: path.read_bytes() for path in (folder / "corpus").rglob("*") if path.is_file()}
-        flags = f"--dataset {folder}/corpus --data_dir audio --output_dir out --prepare_only --num_proc 1".split()
-        done = warm.run(*flags, cwd=folder)
-        assert {path: path.read_bytes() for path in before} == before
-        assert {path.name for path in folder.iterdir()} == {"corpus", "audio", "out"}
-        assert done.returncode == 0, done.stderr
-        assert not list(folder.parent.rglob("climbs.wav")) and not Path("/tmp/outside").exists()
-        # Of all rows: clips of different folders have files of the same name.
-        files = [Dataset.from_file(str(path)) for path in (folder / "audio").rglob("*.arrow")]
-        clips = {clip_key(row["clip"]): row for rows in files for row in rows if not row["problem"]}
-        found[layout] = SimpleNamespace(stderr=done.stderr, clips=clips, skipped=skipped(folder / "out"))
-    return found
-
-
-def clip_key(name):
-    return "/".join(name.split("/")[-2:])
+    """A preparation of a corpus in which next to everything is bad."""
+    folder = tmp_path_factory.mktemp("horrors")
+    corpus = folder / "corpus"
+    for accent, (archive, *_) in ARCHIVES.items():
+        add_accent(corpus, accent, archive, rows_of(accent, TEN if accent in SPOILED else [*BOTH, "x"]))
+    for name, (table, *_) in TABLES.items():
+        add_accent(corpus, name, tar(two(name)), table)
+    before = modified(corpus)
+    flags = "--dataset corpus --data_dir audio --output_dir out --prepare_only --num_proc 1".split()
+    done = succeeded(warm.run(*flags, cwd=folder))
+    assert modified(corpus) == before and {path.name for path in folder.iterdir()} == {"corpus", "audio", "out"}
+    assert not list(folder.parent.rglob("climbs.wav")) and not Path("/tmp/outside").exists()
+    # Of all rows: clips of different folders have files of the same name.
+    files = [Dataset.from_file(str(path)) for path in (folder / "audio").rglob("*.arrow")]
+    clips = {row["clip"]: row for rows in files for row in rows if not row["problem"]}
+    return SimpleNamespace(stderr=done.stderr, clips=clips, skipped=skipped(folder / "out"))
 
 
 @pytest.mark.parametrize("accent", ARCHIVES)
 def test_a_bad_archive_gives_what_can_be_had(horrors, accent):
     _, used, left_out = ARCHIVES[accent]
-    clips, reasons = horrors["archives"].clips, horrors["archives"].skipped
-    assert {name for name in clips if name.startswith(f"{accent}/")} == {f"{accent}/{name}.wav" for name in used}
+    assert {name for name in horrors.clips if name.startswith(f"{accent}/")} == {
+        f"{accent}/{name}.wav" for name in used
+    }
     for name, reason in left_out.items():
-        assert any(name in clip and re.search(reason, found) for _, clip, found in reasons), (name, reasons)
+        assert any(name in clip and re.search(reason, found) for _, clip, found in horrors.skipped), (
+            name,
+            horrors.skipped,
+        )
 
 
-@pytest.mark.parametrize("layout", ["archives", "recordings"])
 @pytest.mark.parametrize("name", TABLES)
-def test_an_odd_table_is_read_and_said_to_be_odd(horrors, layout, name):
+def test_an_odd_table_is_read_and_said_to_be_odd(horrors, name):
     _, *texts, warning = TABLES[name]
-    found, without = horrors[layout], "no transcript"
     for clip, text in zip(BOTH, texts):
         key = f"{name}/{clip}.wav"
-        assert found.clips.get(key, {}).get("text") == text
-        assert [why for _, clip, why in found.skipped if clip_key(clip) == key] == ([without] if text is None else [])
-    lines = [line for line in found.stderr.splitlines() if "warning" in line and re.search(f"/{name}/\\w+.csv", line)]
+        assert horrors.clips.get(key, {}).get("text") == text
+        reasons = [why for _, clip, why in horrors.skipped if clip == key]
+        assert reasons == (["no transcript"] if text is None else [])
+    lines = [line for line in horrors.stderr.splitlines() if re.search(f"warning.*/{name}/\\w+.csv", line)]
     assert len(lines) == bool(warning) and all(warning in line for line in lines)
-    more = [clip for _, clip, why in found.skipped if why.startswith("more cells than columns (row 1)")]
+    more = [clip for _, clip, why in horrors.skipped if why.startswith("more cells than columns (row 1)")]
     assert [clip.split("/")[-1] for clip in more] == [" cough"]
 
 
-# ---------------------------------------------------------------- sources that leave nothing
-
-
 def archives(table=None, archive=None, split="train"):
-    archive, table = (
+    table, archive = (
+        (rows_of("x", split=split) if table is None else table),
         tar(two("x")) if archive is None else archive,
-        rows_of("x", split=split) if table is None else table,
     )
     return lambda folder: add_accent(folder, "x", archive, table, split)
 
@@ -359,61 +299,31 @@ CONFIGS = "configs: [{config_name: en, data_files: test.parquet}, {config_name: 
 STRANGE = "configs: [{config_name: a, data_files: [{split: 1}]}]"
 HEAD, ONE, LFS = "file_name,text", "a.wav,one\n", "version https://git-lfs.github.com/spec/v1\n"
 NOT_AUDIO, NO_WORDS = tar([(member("x/first"), b"x")]), rows_of("x", split="test").replace(TEXT, "?!")
+ONE_CLIP, JSON_LINES, EVAL = f"{HEAD}\n{ONE}", "metadata.jsonl", "--eval_only"
+NO_PATHS = rows_of("x").replace("audio_paths", "x")
 SOURCES = {  # name: (how it is made, flags, exit status, what the message says)
     "no texts": (archives(rows_of("x").replace("transcript", "x")), "", 2, "no column text.*--text_column.*user_ids"),
-    "no path": (
-        archives(rows_of("x").replace("audio_paths", "x")),
-        "",
-        1,
-        "no column file_name or audio_paths.*user_ids",
-    ),
+    "no path": (archives(NO_PATHS), "", 1, "no column file_name or audio_paths.*user_ids"),
     "an empty table": (archives(""), "", 2, "no column text.*columns are none"),
     "a page": (archives("<html>Service unavailable</html>"), "", 2, "no column text.*columns are <html>"),
-    "a binary table": (archives(bytes(range(256)) * 9), "", 2, "no column text"),
     "an LFS table": (archives(LFS), "", 1, "Git LFS pointer.*git lfs pull"),
     "no rows": (archives(HEADER + "\n"), "", 1, "no train clip is left"),
-    "no words": (archives(NO_WORDS, split="test"), "--eval_only", 1, "no test transcript has a word to score: 2 clips"),
-    "nothing packed": (
-        archives(archive=b"", split="test"),
-        "--eval_only",
-        1,
-        "left: 2 x no audio, 1 x damaged archive",
-    ),
-    "no audio": (
-        archives(archive=NOT_AUDIO, split="test"),
-        "--eval_only",
-        1,
-        "left: 1 x undecodable audio, 1 x no audio",
-    ),
+    "no words": (archives(NO_WORDS, split="test"), EVAL, 1, "no test transcript has a word to score: 2 clips"),
+    "nothing packed": (archives(None, b"", "test"), EVAL, 1, "left: 2 x no audio, 1 x damaged archive"),
+    "no audio": (archives(None, NOT_AUDIO, "test"), EVAL, 1, "left: 1 x undecodable audio, 1 x no audio"),
     "nothing": (lambda folder: folder.mkdir(), "", 1, "has no audio/<accent>/<split>.*metadata.csv.*0 files"),
     "other files": (recordings("", "notes.txt"), "", 1, "has no audio/<accent>/<split>.*2 files, such as a.wav"),
     "no folder": (lambda folder: None, "", 1, "own .*--dataset|own.*owner/name"),
-    "broken JSON": (
-        recordings('{"file_name": "a.wav"\n', "metadata.jsonl"),
-        "",
-        1,
-        "metadata.jsonl is not lines of JSON",
-    ),
-    "other JSON": (recordings('["a.wav"]\n', "metadata.jsonl"), "", 1, "metadata.jsonl: row 1 is not an object"),
+    "broken JSON": (recordings('{"file_name": "a.wav"\n', JSON_LINES), "", 1, "metadata.jsonl is not lines of JSON"),
     "no file_name": (recordings("path,text\n" + ONE), "", 1, "metadata.csv has no column file_name.*path, text"),
     "no such file": (recordings(HEAD + "\nb.wav,one"), "", 1, "metadata.csv names no file.* 1 row, such as b.wav"),
-    "two texts": (
-        recordings(f"{HEAD},sentence\na.wav,one,two"),
-        "",
-        2,
-        "metadata.csv has .*text and sentence.*--text_col",
-    ),
-    "other texts": (recordings(f"{HEAD}\n{ONE}"), "--text_column words", 2, "no column words.*--text_column"),
-    "no splits": (
-        recordings(f"{HEAD},speaker\na.wav,one,ada"),
-        "",
-        1,
-        "no dev and no test split, and 1 speaker of train",
-    ),
-    "no speakers": (recordings(f"{HEAD}\n{ONE}"), "", 1, "no dev and no test split, and 0 speakers .*such as speaker"),
-    "no train": (recordings(f"{HEAD}\n{ONE}", "test/metadata.csv"), "", 1, "has no train.* split"),
-    "a stream": (recordings(f"{HEAD}\n{ONE}"), "--streaming --max_steps 2", 2, "--streaming is for AfriSpeech-200's"),
-    "a config of none": (recordings(f"{HEAD}\n{ONE}"), ":fr", 2, "names 'fr'"),
+    "two texts": (recordings(f"{HEAD},sentence\na.wav,one,two"), "", 2, "text and sentence.*--text_col"),
+    "other texts": (recordings(ONE_CLIP), "--text_column words", 2, "no column words.*--text_column"),
+    "no splits": (recordings(f"{HEAD},speaker\na.wav,one,ada"), "", 1, "no dev and no test split, and 1 speaker"),
+    "no speakers": (recordings(ONE_CLIP), "", 1, "no dev and no test split, and 0 speakers .*such as speaker"),
+    "no train": (recordings(ONE_CLIP, "test/metadata.csv"), "", 1, "has no train.* split"),
+    "a stream": (recordings(ONE_CLIP), "--streaming --max_steps 2", 2, "--streaming is for AfriSpeech-200's"),
+    "a config of none": (recordings(ONE_CLIP), ":fr", 2, "names 'fr'"),
     "no audio column": (parquets(sound=["a.wav"]), "", 1, "test.parquet has no audio column.*text, sound"),
     "two audio columns": (parquets(left=CELL, right=CELL), "", 1, "test.parquet has more than one: left, right"),
     "no parquet": (recordings("PAR1", "test.parquet"), "", 1, "test.parquet cannot be read as parquet"),
@@ -425,29 +335,18 @@ SOURCES = {  # name: (how it is made, flags, exit status, what the message says)
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_source_that_cannot_be_used_is_refused(tmp_path, capfd, name):
+def test_a_source_that_cannot_be_used_is_refused(tmp_path, name):
     make, flags, status, message = SOURCES[name]
     make(tmp_path / "own")
     config, flags = (flags, []) if flags.startswith(":") else ("", flags.split())
-    folders = ["--data_dir", tmp_path / "audio", "--output_dir", tmp_path / "out", "--model", MODEL]
-    mode = flags if "--eval_only" in flags or "--streaming" in flags else ["--dry_run", *flags]
-    refused(capfd, [*mode, "--dataset", f"{tmp_path / 'own'}{config}", "--num_proc", 1, *folders], status, message)
+    mode = flags if EVAL in flags or "--streaming" in flags else ["--dry_run", *flags]
+    folders = f"--dataset ./own{config} --data_dir audio --output_dir out --num_proc 1 --model".split()
+    refused(run_main(tmp_path, *mode, *folders, MODEL), status, message)
 
 
-# ---------------------------------------------------------------- models
-
-
-def edit_json(name, *place, value):
-    """A function that changes one value in a JSON file of a model."""
-
-    def edit(folder):
-        part = content = load_json(folder / name)
-        for key in place[:-1]:
-            part = part[key]
-        part[place[-1]] = value
-        write(folder / name, json.dumps(content))
-
-    return edit
+def change(name, old, new):
+    """A function that changes a part of a file of a model."""
+    return lambda folder: write(folder / name, (folder / name).read_text().replace(old, new))
 
 
 def edit_weights(change):
@@ -471,10 +370,7 @@ def replace(name, content):
     return lambda folder: write(folder / name, content)
 
 
-def extractor(name, value):
-    return edit_json("processor_config.json", "feature_extractor", name, value=value)
-
-
+PROCESSOR = "processor_config.json"
 MODELS = {  # kind: (what is done to a copy of the small model, what the message says)
     "no config": (remove("config.json"), "config.json"),
     "no weights": (remove("model.safetensors"), "safetensors"),
@@ -482,34 +378,26 @@ MODELS = {  # kind: (what is done to a copy of the small model, what the message
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
     "broken tokenizer": (replace("tokenizer.json", "{}"), "cannot be loaded"),
     "cut weights": (lambda folder: os.truncate(folder / "model.safetensors", 99_999), "cannot be loaded"),
-    "LFS weights": (replace("model.safetensors", LFS), "cannot be loaded"),
-    "broken config": (replace("config.json", "{"), "cannot be loaded"),
     "another class": (replace("config.json", '{"model_type": "wav2vec2"}'), "wav2vec2.*lasr_ctc"),
-    "another size": (edit_json("config.json", "encoder_config", "hidden_size", value=192), "lacks weights"),
-    "another vocabulary": (edit_json("config.json", "vocab_size", value=179), "lacks weights.*ctc_head"),
-    "weights missing": (
-        edit_weights(lambda name, value: {} if "head" in name else {name: value}),
-        "lacks weights.*head",
-    ),
+    "another size": (change("config.json", '"hidden_size": 96', '"hidden_size": 192'), "lacks weights"),
+    "another vocabulary": (change("config.json", '"vocab_size": 172', '"vocab_size": 179'), "lacks weights.*ctc_head"),
+    "weights missing": (edit_weights(lambda name, value: {} if "head" in name else {name: value}), "lacks .*head"),
     "other names": (edit_weights(lambda name, value: {f"x.{name}": value}), "lacks weights"),
     "NaN": (edit_weights(lambda name, value: {name: value * float("nan")}), "not finite"),
-    "8 kHz": (extractor("sampling_rate", 8_000), "8,?000 Hz"),
-    "64 mel bins": (extractor("feature_size", 64), "processor|features|mel"),
-    "another extractor": (extractor("feature_extractor_type", "ParakeetFeatureExtractor"), "cannot be loaded"),
+    "8 kHz": (change(PROCESSOR, "16000", "8000"), "8,?000 Hz"),
+    "64 mel bins": (change(PROCESSOR, '"feature_size": 128', '"feature_size": 64'), "processor|features|mel"),
+    "another extractor": (change(PROCESSOR, "LasrFeature", "ParakeetFeature"), "cannot be loaded"),
 }
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_model_that_cannot_be_used_is_refused(tmp_path, capfd, kind):
-    change, message = MODELS[kind]
+def test_a_model_that_cannot_be_used_is_refused(tmp_path, kind):
+    spoil, message = MODELS[kind]
     shutil.copytree(MODEL, tmp_path / "model")
-    change(tmp_path / "model")
+    spoil(tmp_path / "model")
     write(tmp_path / "visit.wav", GOOD)
-    arguments = ["--transcribe", tmp_path / "visit.wav", "--model", tmp_path / "model", "--use_cpu", "true"]
-    refused(capfd, arguments, 1, f"model {re.escape(str(tmp_path / 'model'))} .*{message}")
+    refused(run_main(tmp_path, "--transcribe", "visit.wav", "--model", "./model"), 1, f"model \\./model .*{message}")
 
-
-# ---------------------------------------------------------------- the Trainer's flags, folders, permissions
 
 TRAINING_FLAGS = [
     ("--optim adamw_bnb_8bit", "bitsandbytes"),
@@ -520,68 +408,48 @@ TRAINING_FLAGS = [
 
 
 @pytest.mark.parametrize("flags, message", TRAINING_FLAGS)
-def test_what_the_trainer_alone_can_judge_is_a_usage_error(demo, tmp_path, capfd, flags, message):
-    flags = ["--skip_baseline", *flags.split()]
-    found, _, errors = run(capfd, *kills.command(demo.audio, tmp_path / "out", *flags)[2:])
-    assert found == 2 and re.search(f"error: .*{message}", errors) and "unexpected" not in errors, errors
+def test_what_the_trainer_alone_can_judge_is_a_usage_error(demo, tmp_path, flags, message):
+    done = run_main(tmp_path, *kills.flags(demo.audio, "out", "--skip_baseline", *flags.split()))
+    refused(done, 2, message)
 
 
-def test_audio_inside_the_output_folder_survives_a_new_start(demo, tmp_path, capfd):
-    inside = tmp_path / "out/audio"
-    shutil.copytree(demo.audio, inside)
-    before = {path: path.stat().st_mtime_ns for path in inside.rglob("*.arrow")}
+def test_audio_inside_the_output_folder_survives_a_new_start(demo, tmp_path):
+    shutil.copytree(demo.audio, tmp_path / "out/audio")
+    before = modified(tmp_path / "out/audio", "*.arrow")
     for more in ([], ["--overwrite_output_dir"]):
         flags = ["--skip_baseline", "--max_steps", "1", "--eval_steps", "1", "--save_steps", "1", *more]
-        status, out, errors = run(capfd, *kills.command(inside, tmp_path / "out", *flags)[2:])
-        assert status == 0 and "preparing audio" not in errors and "finished" not in out, errors
-        assert {path: path.stat().st_mtime_ns for path in inside.rglob("*.arrow")} == before
+        done = succeeded(run_main(tmp_path, *kills.flags("out/audio", "out", *flags)))
+        assert "preparing audio" not in done.stderr and "finished" not in done.stdout
+        assert modified(tmp_path / "out/audio", "*.arrow") == before
 
 
-def give_up_root_powers():
-    """Before exec: root without CAP_DAC_OVERRIDE (1) and CAP_DAC_READ_SEARCH (2) is refused what others are."""
-    for capability in (1, 2):
-        LIBC.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; refused to those who have no such powers
-
-
-LIBC = ctypes.CDLL(None)
-SEVERAL = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
+# Root without its capabilities is refused what others are.
+POWERLESS = """
+import ctypes, struct, sys
 import finetune_medasr
-for argv in json.loads(sys.argv[2]):
-    print("STATUS", finetune_medasr.main(argv), flush=True)
-    print("END", file=sys.stderr, flush=True)
-"""
+ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
+sys.exit(finetune_medasr.main(sys.argv[1:]))"""
 CLOSED = {  # what is closed: (its mode, flags, exit status, what the message says)
-    "shut": (0o555, "--output_dir {0}/shut/out", 2, "--output_dir is .*shut is no folder that can be written"),
-    "shut/": (0o555, "--data_dir {0}/shut/audio", 2, "--data_dir is .*shut is no folder that can be written"),
-    "corpus/audio/x": (0, "--dry_run --dataset {0}/corpus", 1, "corpus cannot be read .*Permission"),
-    "corpus/transcripts/x/train.csv": (0, "--dry_run --dataset {0}/corpus", 1, "train.csv cannot be read .*Permission"),
-    "scores.jsonl": (0, "--score_file {0}/scores.jsonl", 2, "--score_file .*cannot be read .*Permission"),
-    "run.yaml": (0, "{0}/run.yaml", 2, "run.yaml .*Permission"),
-    "model/model.safetensors": (0, "--transcribe {0}/visit.wav --model {0}/model", 1, "model .*cannot be loaded"),
-    "visit.wav": (0, f"--transcribe {{0}}/visit.wav --model {MODEL}", 1, "visit.wav .*Permission"),
+    "shut": (0o555, "--output_dir shut/out", 2, "--output_dir is .*shut is no folder that can be written"),
+    "shut/": (0o555, "--data_dir shut/audio", 2, "--data_dir is .*shut is no folder that can be written"),
+    "corpus/audio/x": (0, "--dry_run --dataset ./corpus", 1, "corpus cannot be read .*Permission"),
+    "corpus/transcripts/x/train.csv": (0, "--dry_run --dataset ./corpus", 1, "train.csv cannot be read .*Permission"),
+    "scores.jsonl": (0, "--score_file scores.jsonl", 2, "--score_file .*cannot be read .*Permission"),
+    "run.yaml": (0, "run.yaml", 2, "run.yaml .*Permission"),
+    "model/model.safetensors": (0, "--transcribe visit.wav --model ./model", 1, "model .*cannot be loaded"),
+    "visit.wav": (0, f"--transcribe visit.wav --model {MODEL}", 1, "visit.wav .*Permission"),
 }
 
 
-def test_what_may_not_be_opened_is_named(tmp_path):
-    """All in one process that root's powers do not help."""
-    commands = []
-    for number, (name, (mode, flags, *_)) in enumerate(CLOSED.items()):
-        folder = tmp_path / str(number)
-        add_accent(folder / "corpus", "x", tar(two("x")), rows_of("x"))
-        shutil.copytree(MODEL, folder / "model")
-        for file, content in (("scores.jsonl", ROW), ("run.yaml", "seed: 7"), ("visit.wav", GOOD), ("shut/x", "")):
-            write(folder / file, content)
-        (folder / name).chmod(mode)
-        rest = {"--output_dir": folder / "out", "--data_dir": folder / "audio", "--use_cpu": "true"}
-        rest = [word for flag, value in rest.items() if flag not in flags for word in (flag, str(value))]
-        commands.append([*flags.format(folder).split(), *rest])
-    done = subprocess.run(
-        [sys.executable, "-c", SEVERAL, str(SCRIPT.parent), json.dumps(commands)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, preexec_fn=give_up_root_powers,
-    )  # fmt: skip
-    statuses = list(map(int, re.findall(r"STATUS (\d+)", done.stdout)))
-    assert statuses == [status for *_, status, _ in CLOSED.values()], done.stderr
-    for (*_, message), errors in zip(CLOSED.values(), done.stderr.split("END\n")):
-        assert re.search(message, error_line(errors)), errors
+@pytest.mark.parametrize("name", CLOSED)
+def test_what_may_not_be_opened_is_named(tmp_path, warm, name):
+    mode, flags, status, message = CLOSED[name]
+    add_accent(tmp_path / "corpus", "x", tar(two("x")), rows_of("x"))
+    shutil.copytree(MODEL, tmp_path / "model")
+    files = {"scores.jsonl": ROW, "run.yaml": "seed: 7", "visit.wav": GOOD, "shut/x": "", "program.py": POWERLESS}
+    for file, content in files.items():
+        write(tmp_path / file, content)
+    (tmp_path / name).chmod(mode)
+    done = warm.run(*flags.split(), "--use_cpu", "true", program=tmp_path / "program.py", cwd=tmp_path)
+    (tmp_path / name).chmod(0o755)
+    refused(done, status, message)

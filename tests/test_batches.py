@@ -7,37 +7,23 @@ import pandas
 import pytest
 import soundfile
 import torch
-from conftest import MODEL, corpus_audio
-from helpers import RATE, frames_of, label_encoder, make_clips, noise, parse, random_model, small_processor, wav_bytes
+from conftest import MODEL, corpus_audio, succeeded
+from helpers import RATE, noise, read_csv, run_main, sound
+from small_model import inputs_of, label_encoder, make_clips, make_decoder, make_trainer, processor, random_model
 
 import finetune_medasr as script
-
-
-def collator(**options):
-    """Rows -> inputs of the model on the CPU."""
-    extractor = small_processor().feature_extractor
-    return lambda rows: script.model_inputs(script.CTCCollator(extractor, **options)(rows), extractor, "cpu")
 
 
 def rows_of(*texts_and_samples):
     return [{"text": text, "samples": samples} for text, samples in texts_and_samples]
 
 
-def make_decoder(output_dir, *flags, model=None):
-    return script.Decoder(model or random_model(), small_processor(), parse(output_dir, *flags))
-
-
-def make_trainer(output_dir, train, dev, *flags, model=None, **options):
-    decoder = make_decoder(output_dir, *flags, model=model)
-    return script.make_trainer(decoder.settings, decoder, label_encoder(), train.audio, dev, **options)
-
-
 @pytest.fixture(scope="module")
 def clips():
     """(train, dev) of a few clips of unequal lengths."""
-    train = make_clips([("The patient has a fever.", noise(1.5, seed)) for seed in range(2)], "train")
+    train = make_clips("train", *(("The patient has a fever.", noise(1.5, seed)) for seed in range(2)))
     dev = [("Give 200 mg.", noise(1.9, 5)), ("No cough.", noise(0.7, 6)), ("A book, 11 letters", noise(1.2, 7))]
-    return train, make_clips(dev, "dev")
+    return train, make_clips("dev", *dev)
 
 
 @pytest.mark.parametrize("rate, seconds", [(44_100, 0.777), (8_000, 1.0), (16_000, 1.0), (48_000, 0.5)])
@@ -46,7 +32,7 @@ def test_audio_is_mixed_down_and_resampled_to_16_khz_without_folding_high_tones_
     tone, high = (0.5 * np.sin(2 * np.pi * frequency * time) for frequency in (1_000, 12_000))
     left = tone + high if rate > 40_000 else tone
     channels = [left] if rate == 8_000 else [2 * left, 0 * left]
-    samples = script.decode_audio(wav_bytes(np.stack(channels, axis=1), rate))
+    samples = script.decode_audio(sound(np.stack(channels, axis=1), rate, subtype="FLOAT"))
     assert samples.dtype == np.float32 and abs(len(samples) - len(time) * RATE / rate) <= 1
     middle = slice(len(samples) // 4, -len(samples) // 4)
     expected = 0.5 * np.sin(2 * np.pi * 1_000 * np.arange(len(samples)) / RATE)
@@ -56,7 +42,7 @@ def test_audio_is_mixed_down_and_resampled_to_16_khz_without_folding_high_tones_
 @pytest.mark.parametrize("rate", [16_000, 44_100, 8_000, 48_000, 22_050, 11_025])
 def test_a_window_is_what_the_whole_has_there_and_no_more_is_decoded(rate):
     time = np.arange(3 * rate) / rate
-    data = wav_bytes((0.3 * np.sin(2 * np.pi * (200 + 300 * time) * time)).astype(np.float32), rate)
+    data = sound((0.3 * np.sin(2 * np.pi * (200 + 300 * time) * time)).astype(np.float32), rate)
     whole = script.decode_audio(data)
     for start, stop in [(0, 16_000), (640, 8_000), (16_000, 48_000), (38_400, 99_999)]:
         window = script.decode_audio(data, start, stop)
@@ -64,30 +50,11 @@ def test_a_window_is_what_the_whole_has_there_and_no_more_is_decoded(rate):
         np.testing.assert_allclose(window, whole[start:stop], atol=1e-3)
     samples = np.full(9 * rate, np.nan, np.float32)  # which decoding refuses
     samples[3 * rate : 6 * rate] = 0.1
-    window = script.decode_audio(wav_bytes(samples, rate), 4 * RATE, 5 * RATE)
+    window = script.decode_audio(sound(samples, rate, subtype="FLOAT"), 4 * RATE, 5 * RATE)
     assert len(window) == RATE and np.abs(window - 0.1).max() < 1e-3
 
 
-@pytest.mark.parametrize("data", [b"", b"OggS" + bytes(range(256)), wav_bytes(np.full(1000, np.nan))])
-def test_audio_that_cannot_be_decoded_is_a_value_error(data):
-    with pytest.raises(ValueError):
-        script.decode_audio(data)
-
-
-def test_logits_of_a_clip_are_those_of_the_model_down_to_the_shortest(tmp_path):
-    decoder = make_decoder(tmp_path, model=random_model(num_hidden_layers=0))
-    for samples in (160_000, 35_123, 16_000, 2960, 2320):
-        clip = make_clips([("", noise(10)[:samples])], "test")
-        (emissions,), problems, _ = decoder.emissions(clip)
-        expected = decoder.model(**collator()(list(clip.audio))).logits[0].log_softmax(-1).max(-1)
-        assert not problems and emissions.ids[:, 0].tolist() == expected.indices.tolist()
-        np.testing.assert_allclose(emissions.log_probs[:, 0], expected.values.detach(), atol=1e-3)
-    assert len(emissions.ids) == 1
-    with pytest.raises(RuntimeError):
-        decoder.model(**collator()(rows_of(("", noise(10)[:2319]))))
-
-
-def test_a_clip_is_left_out_exactly_where_it_cannot_be_trained_on_or_scored(tmp_path, capfd):
+def test_a_clip_is_left_out_exactly_where_it_cannot_be_trained_on_or_scored(tmp_path):
     """A training clip where its CTC loss would be infinite, too; dev and test clips never for their length."""
     rows, encoder, too_many = [], label_encoder(), "more labels than frames"
     for text in ("5z5z5", "5zz55", "555555", "200 mg too good"):
@@ -112,59 +79,46 @@ def test_a_clip_is_left_out_exactly_where_it_cannot_be_trained_on_or_scored(tmp_
     table[["file_name", "text", "split"]].to_csv(tmp_path / "metadata.csv", index=False)
     for row in table.itertuples():
         soundfile.write(tmp_path / row.file_name, noise(1 + row.samples / RATE)[: row.samples], RATE)
-    flags = f"""--model {MODEL} --dataset {tmp_path} --data_dir {tmp_path}/audio --output_dir {tmp_path}/out
-        --max_train_seconds 4.015 --max_steps 1 --max_train_samples 1 --max_eval_samples 1 --skip_baseline
-        --num_proc 1 --dataloader_num_workers 0 --use_cpu true"""
-    assert script.main(flags.split()) == 0, capfd.readouterr().err
-    skipped = pandas.read_csv(tmp_path / "out/results/skipped_clips.csv", index_col="clip")["reason"]
-    wanted = table[table["reason"] != ""].set_index("file_name")["reason"]
-    assert skipped.str.partition(":")[0].to_dict() == wanted.to_dict()
+    flags = f"""--model {MODEL} --dataset . --data_dir audio --output_dir out --max_train_seconds 4.015 --max_steps 1
+        --max_train_samples 1 --max_eval_samples 1 --skip_baseline --num_proc 1 --dataloader_num_workers 0"""
+    succeeded(run_main(tmp_path, *flags.split()))
+    skipped = {row["clip"]: row["reason"].split(":")[0] for row in read_csv(tmp_path / "out/results/skipped_clips.csv")}
+    assert skipped == {row.file_name: row.reason for row in table.itertuples() if row.reason}
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_clips_and_padding_is_silence():
     model, encoder, texts = random_model(), label_encoder(), ["200 mg, too good", "No."]
     clips = list(zip(texts, (noise(1.5, 1), noise(0.8, 2))))
-    batch = collator(encoder=encoder)(rows_of(*clips))
+    batch = inputs_of(rows_of(*clips), encoder=encoder)
     long, short = encoder(texts)
     assert batch["labels"].tolist() == [long, short + [-100] * (len(long) - len(short))]
     assert batch["attention_mask"].sum(-1).tolist() == [148, 78]  # 1 + (samples - 400) // 160
     assert (batch["input_features"][1, 80:] == np.float32(np.log(1e-5))).all()
-    alone = [model(**collator(encoder=encoder)(rows_of(clip))).loss.item() for clip in clips]
+    alone = [model(**inputs_of(rows_of(clip), encoder=encoder)).loss.item() for clip in clips]
     assert 0 < model(**batch).loss.item() == pytest.approx(np.mean(alone), rel=1e-4)
-    assert collator(shortest=2320)(rows_of(("", noise(0.01))))["attention_mask"].shape == (1, 13)
+    assert inputs_of(rows_of(("", noise(0.01))), shortest=2320)["attention_mask"].shape == (1, 13)
 
 
 @pytest.mark.parametrize("flags", ["", "--per_device_eval_batch_size 1", "--per_device_eval_batch_size 3"])
 def test_neither_other_clips_nor_padding_change_the_text_of_a_clip(tmp_path, flags):
-    sounds = [noise(0.9, 1), noise(8.0, 2), noise(0.01, 3), noise(7.0, 4), noise(2.2, 5)]
+    sounds = [("", noise(seconds, seed)) for seed, seconds in enumerate((0.9, 8.0, 0.01, 7.0, 2.2))]
     decoder = make_decoder(tmp_path, "--window_seconds", 6, *flags.split())
-    alone = [decoder.greedy(decoder.emissions(make_clips([("", sound)], "test"))[0])[0] for sound in sounds]
-    together = make_clips([("", sound) for sound in sounds], "test")
+    alone = [decoder.greedy(decoder.emissions(make_clips("test", sound))[0])[0] for sound in sounds]
+    together = make_clips("test", *sounds)
     order = together.table["clip"].str.removeprefix("session/test-").astype(int)
     assert decoder.greedy(decoder.emissions(together)[0]) == [alone[number] for number in order]
     assert len(set(alone)) == 5 and len(alone[1]) > 50
 
 
-def test_frame_ids_are_collapsed_to_text(tmp_path):
-    decoder, tokenizer, texts = make_decoder(tmp_path), small_processor().tokenizer, ["200 mg", "too good", "11"]
-    cases = {(0, 5, 5, 0, 5, 6, 6, 0, 0): [5, 5, 6], (5, 5, 5): [5], (0, 0, 0): []}
-    cases[5, 0, 2, 0, 1, 6] = [5, 6]  # no </s>, no <s>
-    for ids, kept in cases.items():
-        assert decoder.greedy([frames_of(ids)]) == [tokenizer.decode(kept, group_tokens=False)]
-    # What a perfect model's frames read as: each label twice, then a blank.
-    perfect = [frames_of([id for label in ids for id in (label, label, 0)]) for ids in label_encoder()(texts)]
-    assert decoder.greedy(perfect) == texts
-
-
 def test_log_mels_are_those_of_the_extractor():
-    extractor, generator = small_processor().feature_extractor, np.random.default_rng(0)
+    extractor, generator = processor().feature_extractor, np.random.default_rng(0)
     speech, loud = script.decode_audio(next(iter(corpus_audio("test").values()))), np.clip(50 * noise(3), -1, 1)
     tone, hiss = np.sin(2 * np.pi * 1_000 * np.arange(RATE) / RATE), generator.normal(scale=0.1, size=2 * RATE)
     sounds = [speech, loud, tone, hiss, hiss[:RATE] / 1_000, np.zeros(RATE), np.ones(RATE)]
-    sounds = [sound.astype(np.float32) for sound in sounds]
+    sounds = [samples.astype(np.float32) for samples in sounds]
     options = dict(sampling_rate=RATE, padding="longest", return_attention_mask=True, return_tensors="pt")
-    for batch in [*([sound] for sound in sounds), sounds]:
-        expected, found = extractor(batch, **options), collator()(rows_of(*(("", sound) for sound in batch)))
+    for batch in [*([samples] for samples in sounds), sounds]:
+        expected, found = extractor(batch, **options), inputs_of(rows_of(*(("", samples) for samples in batch)))
         assert torch.equal(found["attention_mask"], expected["attention_mask"])
         assert found["input_features"].dtype == torch.float32
         torch.testing.assert_close(found["input_features"], expected["input_features"], atol=1e-3, rtol=0)
@@ -174,7 +128,7 @@ def masked_rows(*seconds, seed):
     """(log-mels as they are, the same with SpecAugment's masks, lengths in frames) of clips of noise."""
     hiss = np.random.default_rng(0).normal(scale=0.1, size=10 * RATE).astype(np.float32)  # nowhere silent
     rows = [{"text": "", "samples": hiss[: round(s * RATE)], "clip": f"clip-{n}"} for n, s in enumerate(seconds)]
-    plain, masked = collator()(rows), collator(augment=True, seed=seed)(rows)
+    plain, masked = inputs_of(rows), inputs_of(rows, augment=True, seed=seed)
     # The narrowest of the lowest mel filters lie between two frequencies of the transform, and hear nothing.
     bins = (plain["input_features"][0] > np.log(1e-5) + 1).any(0)
     return plain["input_features"][..., bins], masked["input_features"][..., bins], plain["attention_mask"].sum(-1)
@@ -198,7 +152,7 @@ def test_spec_augment_masks_bands_and_stretches_with_silence_inside_the_clip():
 def test_masks_depend_on_seed_epoch_and_clip_alone():
     def masks(name, seed, epoch, *more):
         rows = [{"text": "", "samples": noise(5), "clip": name}, *more]
-        return collator(augment=True, seed=seed, epoch=epoch)(rows)["input_features"][0, :498]
+        return inputs_of(rows, augment=True, seed=seed, epoch=epoch)["input_features"][0, :498]
 
     assert torch.equal(masks("a", 1, 2), masks("a", 1, 2, {"text": "", "samples": noise(6), "clip": "c"}))
     for other in (("a", 1, 3), ("a", 2, 2), ("b", 1, 2)):
@@ -208,8 +162,8 @@ def test_masks_depend_on_seed_epoch_and_clip_alone():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_masks_of_a_clip_differ_between_the_epochs_of_a_training(tmp_path, clips, workers):
     flags = ["--num_train_epochs", 3, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2]
-    two = make_clips([("No fever.", noise(seconds)) for seconds in (1.5, 1.2)], "train")
-    trainer, seen = make_trainer(tmp_path, two, clips[1], *flags, "--dataloader_num_workers", workers), {}
+    two = make_clips("train", *(("No fever.", noise(seconds)) for seconds in (1.5, 1.2)))
+    trainer, seen = make_trainer(tmp_path, (two, clips[1]), *flags, "--dataloader_num_workers", workers), {}
 
     def watch(module, inputs, options):
         features = options["input_features"]
@@ -221,13 +175,13 @@ def test_the_masks_of_a_clip_differ_between_the_epochs_of_a_training(tmp_path, c
 
 
 def test_dev_clips_are_never_masked_and_training_clips_may_be_left_alone(tmp_path, clips):
-    encoder, extractor, (train, dev) = label_encoder(), small_processor().feature_extractor, clips
-    plain = collator(encoder=encoder)(list(train.audio))["input_features"]
+    encoder, extractor, (train, dev) = label_encoder(), processor().feature_extractor, clips
+    plain = inputs_of(list(train.audio), encoder=encoder)["input_features"]
     for flags, is_masked in (["--no_spec_augment"], False), ([], True):
-        trainer = make_trainer(tmp_path, train, dev, *flags)
+        trainer = make_trainer(tmp_path, clips, *flags)
         features = script.model_inputs(trainer.data_collator(list(train.audio)), extractor, "cpu")["input_features"]
         assert torch.equal(plain, features) != is_masked
-    alone = [random_model()(**collator(encoder=encoder)([row])).loss.item() for row in dev.audio]
+    alone = [random_model()(**inputs_of([row], encoder=encoder)).loss.item() for row in dev.audio]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(np.mean(alone), rel=1e-4)
 
 
@@ -238,7 +192,7 @@ def test_logits_of_windows_are_kept_from_the_middle_of_the_overlap(tmp_path, sec
     def number_logits(module, inputs, output):  # a logit says which of its window it is, of 150 of 0.04 s
         output.logits = torch.eye(output.logits.shape[1]).expand(len(output.logits), -1, -1)
 
-    sound, ids = make_clips([("", noise(seconds, 3))], "test"), []
+    sound, ids = make_clips("test", ("", noise(seconds, 3))), []
     for window in (60, 6, 6):
         decoder = make_decoder(tmp_path, "--window_seconds", window, model=random_model(num_hidden_layers=0))
         if len(ids) == 2:
@@ -253,7 +207,7 @@ def test_logits_of_windows_are_kept_from_the_middle_of_the_overlap(tmp_path, sec
 def test_a_guarded_model_stays_finite_where_plain_float16_overflows(tmp_path, clips):
     """Parts pass float16's 65,504, as MedASR's subsampler does; the model's outputs are ordinary."""
     decoder, kinds = make_decoder(tmp_path), {}
-    batch, model = collator(encoder=label_encoder())(list(clips[0].audio)), decoder.model
+    batch, model = inputs_of(list(clips[0].audio), encoder=label_encoder()), decoder.model
     with torch.no_grad():
         model.encoder.subsampler.dense_1.weight *= 3e6
         model.encoder.layers[1].feed_forward1.linear1.weight *= 1e7
@@ -261,8 +215,7 @@ def test_a_guarded_model_stays_finite_where_plain_float16_overflows(tmp_path, cl
         expected = model(**batch).logits
         with torch.autocast("cpu", torch.float16):
             assert not torch.isfinite(model(**batch).logits).all()
-    decoder.settings.fp16 = True  # which parsing refuses without a GPU
-    model = script.make_trainer(decoder.settings, decoder, label_encoder(), clips[0].audio, clips[1]).model
+    model = make_trainer(decoder, clips, half=True).model
     parts = dict.fromkeys(("subsampler.dense_1", "layers.1.feed_forward1.linear1"), torch.float32)
     parts["layers.0.self_attn.q_proj"] = torch.float16  # only what needs it is in float32
     for name in parts:
@@ -273,16 +226,13 @@ def test_a_guarded_model_stays_finite_where_plain_float16_overflows(tmp_path, cl
             assert float((model.eval()(**batch).logits - expected).abs().max()) < 0.05 * float(expected.std())
         loss = model.train()(**batch).loss
     loss.backward()
-    assert (
-        kinds == parts
-        and torch.isfinite(loss)
-        and all(torch.isfinite(weight.grad).all() for weight in model.parameters())
-    )
+    assert kinds == parts and torch.isfinite(loss)
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters())
     assert model.encoder.subsampler.dense_1.weight.grad.abs().max() > 0
     with torch.no_grad():
         decoder.model.ctc_head.weight *= float("nan")
     with pytest.raises(script.RunError, match="--bf16"):
-        script.make_trainer(decoder.settings, decoder, label_encoder(), clips[0].audio, clips[1])
+        make_trainer(decoder, clips, half=True)
 
 
 def test_without_a_gpu_auto_is_eight_clips_a_step_and_a_number_is_that_number(tmp_path, clips):
@@ -293,7 +243,7 @@ def test_without_a_gpu_auto_is_eight_clips_a_step_and_a_number_is_that_number(tm
         ("--per_device_train_batch_size 3 --gradient_checkpointing", None, (3, 4), 0.0),
     ]:
         model = random_model(layerdrop=0.1)
-        trainer = make_trainer(tmp_path, *clips, *flags.split(), model=model, batch_limit=limit)
+        trainer = make_trainer(tmp_path, clips, *flags.split(), model=model, batch_limit=limit)
         assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == split
         assert trainer._train_batch_size == split[0] and model.encoder.layerdrop == layerdrop
 
@@ -323,7 +273,7 @@ def test_the_largest_step_that_fits_is_chosen_and_the_trials_leave_no_trace(
     memory = types.SimpleNamespace(total_memory=1e6)
     for name, stub in {"get_device_properties": memory, "get_rng_state": None, "set_rng_state": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, stub=stub: stub)
-    trainer = script.make_trainer(decoder.settings, decoder, label_encoder(), clips[0].audio, clips[1])
+    trainer = make_trainer(decoder, clips)
     split = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
     assert split == (chosen, 32 // chosen) and {frames for _, frames in tried} <= {148}, "the longest clip"
     assert f"32 clips an update and device: {chosen} a step" in capsys.readouterr().out
@@ -335,7 +285,7 @@ def test_the_largest_step_that_fits_is_chosen_and_the_trials_leave_no_trace(
 def test_the_loss_and_gradient_of_an_update_do_not_depend_on_its_steps(tmp_path, count):
     """Also where the last step has fewer clips than the others."""
     sounds = [(f"Patient {number} has a fever.", noise(1 + 0.4 * number, number)) for number in range(count)]
-    train, logged = make_clips(sounds, "train"), []
+    train, logged = make_clips("train", *sounds), []
     for size, steps in ((8, 1), (4, 2), (1, 8)):
         model = random_model()
         for module in model.modules():
@@ -343,7 +293,7 @@ def test_the_loss_and_gradient_of_an_update_do_not_depend_on_its_steps(tmp_path,
                 module.train = lambda mode=True, module=module: module
         split = f"--per_device_train_batch_size {size} --gradient_accumulation_steps {steps}"
         flags = f"--no_spec_augment --max_steps 1 --logging_steps 1 {split}".split()
-        trainer = make_trainer(tmp_path / str(size), train, train, *flags, model=model)
+        trainer = make_trainer(tmp_path / str(size), (train, train), *flags, model=model)
         trainer.train()
         logged += [(logs["loss"], logs["grad_norm"]) for logs in trainer.state.log_history if "grad_norm" in logs]
     assert len(logged) == 3 and min(logged[0]) > 0.1
@@ -360,7 +310,7 @@ def test_training_batches_are_grouped_by_length_without_decoding_audio(tmp_path,
     orders = []
     for size, steps in ((4, 2), (2, 4)):
         flags = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", steps]
-        orders.append(list(make_trainer(tmp_path, train, clips[1], *flags)._get_train_sampler(train.audio)))
+        orders.append(list(make_trainer(tmp_path, (train, clips[1]), *flags)._get_train_sampler(train.audio)))
     assert orders[0] == orders[1] and sorted(orders[0]) == list(range(160))
     batches = [[lengths[index] for index in orders[0][start : start + 4]] for start in range(0, 160, 4)]
     assert 1 - sum(lengths) / sum(4 * max(batch) for batch in batches) < 0.15  # the padding; 0.37 in a random order
@@ -369,9 +319,9 @@ def test_training_batches_are_grouped_by_length_without_decoding_audio(tmp_path,
 
 def test_dev_scores_are_those_of_the_clips_and_of_each_domain(tmp_path, clips):
     texts = "Give 200 mg.", "a good book", "THE PATIENT’S 1100 books {period}"
-    dev = make_clips(list(zip(texts, (noise(0.9), noise(0.8), noise(0.7)))), "dev")
+    dev = make_clips("dev", *zip(texts, (noise(0.9), noise(0.8), noise(0.7))))
     dev.table["domain"] = ["clinical", "general", ""]
-    trainer = make_trainer(tmp_path, clips[0], dev)
+    trainer = make_trainer(tmp_path, (clips[0], dev))
     trainer.decoder.greedy = lambda emissions: ["Give 20 mg", "a good good book", "the patient's 1100 books"]
     scores = trainer.evaluate()
     assert np.isfinite(scores["eval_loss"]) and scores["eval_wer"] == pytest.approx(2 / 10)

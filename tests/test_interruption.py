@@ -5,14 +5,14 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import kills
 import pytest
-from conftest import IN_TWO, MODEL, SCRIPT, TWO_PROCESSES, error_line, load_json, run_script, tensorboard
-
-from finetune_medasr import main
+from conftest import IN_TWO, MODEL, load_json, refused, run_script, succeeded, tensorboard
+from helpers import modified, run_main
 
 pytestmark = pytest.mark.slow
 # Runs the program; at the nth call of a function it does what $MOMENT says.
@@ -33,11 +33,9 @@ def counted(*inputs, **options):
 
 if __name__ == "__main__":  # not in a process that converts audio
     setattr(eval(owner), name, counted)
-    sys.exit(script.main(sys.argv[1:]))
-"""
+    sys.exit(script.main(sys.argv[1:]))"""
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 TERM = "os.kill(os.getpid(), signal.SIGTERM)"
-INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
 STEP = "transformers.Trainer.training_step"
 DECODE = "script.Decoder.emissions"
 SAVE = "transformers.Trainer._save_optimizer_and_scheduler"
@@ -55,14 +53,12 @@ def folder(demo, tmp_path_factory):
 @pytest.fixture(scope="module")
 def run_at(folder, warm):
     """run_at(output, moment, flag, ...) -> the process of a run in which something happens at a moment, if one is
-    given; `start` starts it, or several.
-    """
+    given; `start` starts it, or several."""
 
     def run_at(output, moment=None, *flags, start=warm.run, **env):
-        words = kills.command(folder / "audio", output, *map(str, flags))[2:]
-        if moment is None:
-            return start(*words, cwd=folder, env=env)
-        return start(*words, cwd=folder, program=folder / "moment.py", env={**env, "MOMENT": json.dumps(moment)})
+        words = kills.flags(folder / "audio", output, *flags)
+        program = {} if moment is None else {"program": folder / "moment.py"}
+        return start(*words, cwd=folder, env={**env, "MOMENT": json.dumps(moment)}, **program)
 
     return run_at
 
@@ -89,16 +85,6 @@ def assert_same(output, straight):
     assert not list(output.rglob("*.tmp"))
 
 
-def message_of(done):
-    """The error on a stderr that may hold warnings and progress bars too."""
-    (message,) = re.findall("(?:^|[\r\n])finetune_medasr.py: error: (.*)", done.stderr)
-    return message
-
-
-def modified(output):
-    return {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-
-
 def curves(output):
     """Steps of the losses, of the dev WERs and of the dev texts in TensorBoard, of the newest start."""
     events = tensorboard(max((output / "runs").glob("events*"), key=lambda path: path.stat().st_mtime))
@@ -106,13 +92,13 @@ def curves(output):
     return [[event.step for event in found] for found in (*map(events.Scalars, ("train/loss", "eval/wer")), texts)]
 
 
-# ---------------------------------------------------------------- killed and stopped
-
-
-def test_kills_at_random_moments_do_not_change_the_result(folder, straight, tmp_path):
+def test_kills_at_random_moments_do_not_change_the_result_and_a_stopped_run_exits_in_seconds(
+    folder, straight, tmp_path
+):
     """In Pythons of their own, in which the first moments are those of the imports."""
     (tmp_path / "audio").symlink_to(folder / "audio")
     assert kills.survive(tmp_path, straight, longest=8, kills=2, seed=1)[0] == 2
+    assert kills.seconds_to_stop(folder / "audio", tmp_path / "timed", 1) < 20
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(folder, straight, run_at):
@@ -135,8 +121,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(folder, straigh
         if moment[0] == SAVE:
             assert curves(output) == [[3, 4], [4], [4]]
             assert "checkpoint-4 is left aside: it was not finished" in run_at(output, [STEP, 1, KILL]).stderr
-    done = run_at(output)
-    assert done.returncode == 0 and "as it is on the test split" not in done.stdout, done.stderr
+    assert "as it is on the test split" not in succeeded(run_at(output)).stdout
     assert_same(output, straight)
 
 
@@ -150,12 +135,10 @@ def test_a_signal_ends_the_program_at_once_where_the_same_command_goes_on(folder
         (signal.SIGTERM, (DECODE, 4), None),  # the final scoring, after two more
     ):
         stopped = run_at(output, [*moment, f"os.kill(os.getpid(), {int(number)})"])
-        assert stopped.returncode == 128 + number
-        assert f"stopped by {number.name}: the same command goes on" in error_line(stopped.stderr)
+        refused(stopped, 128 + number, f"stopped by {number.name}: the same command goes on")
         assert not written or (output / f"checkpoint-{written}/trainer_state.json").exists()
         assert not (output / "final").exists()
-    done = run_at(output)
-    assert done.returncode == 0 and "checkpoint-8, update 8 of 8" in done.stdout, done.stderr
+    assert "checkpoint-8, update 8 of 8" in succeeded(run_at(output)).stdout
     shutil.rmtree(output / "checkpoint-3")
     assert_same(output, straight)
 
@@ -164,17 +147,11 @@ def test_a_signal_ends_the_program_at_once_where_the_same_command_goes_on(folder
 def test_a_second_signal_ends_the_program_unless_a_launcher_passes_it_on(rank, tmp_path, run_at):
     """Of several processes each gets a signal twice, from its terminal or cluster and from torchrun."""
     env = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-    stopped = run_at(tmp_path / "out", [STEP, 1, f"{INTERRUPT}; {INTERRUPT}"], *QUICK, **({} if rank is None else env))
+    twice = "os.kill(os.getpid(), signal.SIGINT);" * 2
+    stopped = run_at(tmp_path / "out", [STEP, 1, twice], *QUICK, **({} if rank is None else env))
     assert stopped.returncode == 130, stopped.stderr
     assert (tmp_path / "out/checkpoint-1").exists() == (rank is not None)
     assert ("stopped by SIGINT" if rank is not None else "ended by a second SIGINT") in stopped.stderr
-
-
-def test_a_stopped_run_exits_in_seconds(folder):
-    assert kills.seconds_to_stop(folder / "audio", folder / "timed", 1) < 20
-
-
-# ---------------------------------------------------------------- finished, and going on
 
 
 def test_a_finished_run_says_so_more_updates_go_on_and_overwrite_starts_anew(folder, straight, run_at):
@@ -184,11 +161,9 @@ def test_a_finished_run_says_so_more_updates_go_on_and_overwrite_starts_anew(fol
     assert "finished" in done.stdout and "| WER " in done.stdout and modified(straight) == before
     output = folder / "more"
     shutil.copytree(straight, output)
-    done = run_at(output, None, "--max_steps", 9)
-    assert done.returncode == 0 and "checkpoint-8, update 8 of 9" in done.stdout, done.stderr
+    assert "checkpoint-8, update 8 of 9" in succeeded(run_at(output, None, "--max_steps", 9)).stdout
     assert state_of(output, 9)["global_step"] == 9
-    done = run_at(output, None, "--overwrite_output_dir")
-    assert done.returncode == 0 and "going on" not in done.stdout, done.stderr
+    assert "going on" not in succeeded(run_at(output, None, "--overwrite_output_dir")).stdout
     assert_same(output, straight)
     assert not (output / "checkpoint-9").exists()
 
@@ -202,61 +177,50 @@ def test_patience_and_the_best_checkpoint_survive_a_kill_and_a_low_limit(tmp_pat
     assert killed.returncode == -signal.SIGKILL
     assert {path.parent.name for path in output.glob("*/trainer_state.json")} == {"checkpoint-1", "checkpoint-2"}
     for patience, last, found in ((3, 4, "update 2 of 8"), (3, 4, "finished"), (4, 5, "update 4 of 8")):
-        done = run_at(output, None, *flags, "--early_stopping_patience", patience)
-        assert done.returncode == 0 and found in done.stdout, done.stderr
+        done = succeeded(run_at(output, None, *flags, "--early_stopping_patience", patience))
+        assert found in done.stdout
         assert found == "finished" or f"stopped early: {patience} evaluations without a better" in done.stdout
         assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1", f"checkpoint-{last}"}
         best, final = (output / name / "model.safetensors" for name in ("checkpoint-1", "final"))
         assert best.read_bytes() == final.read_bytes()
 
 
-def test_another_run_is_refused_with_the_difference(folder, straight, tmp_path, capfd):
-    command, before = kills.command(folder / "audio", straight)[2:], modified(straight)
+DIFFERENCES = """model:model:somebody/model model_revision:None:main dataset:corpus:somebody/speech seed:42:7
+    dataset_revision:None:main text_column:None:said accents:None:['zulu'] domains:None:['clinical']
+    countries:None:['NG'] max_train_seconds:30.0:20.0 max_train_samples:16:12 max_eval_samples:2:3 max_test_samples:3:4
+    target_text:as_written:words spec_augment:True:False window_seconds:20.0:10.0 learning_rate:3e-05:1e-05"""
+DIFFERENCES = [difference.split(":") for difference in DIFFERENCES.split()]  # (flag, of the run, asked for)
+
+
+def test_another_run_is_refused_with_the_difference(folder, straight, tmp_path):
+    command, before = kills.flags(folder / "audio", straight), modified(straight)
     shutil.copytree(MODEL, tmp_path / "model")
     weights = (MODEL / "model.safetensors").read_bytes()
     (tmp_path / "model/model.safetensors").write_bytes(weights[: 1 << 19] + b"another" + weights[(1 << 19) + 7 :])
     for flags, difference in (
-        ("--model somebody/model", "--model model, not somebody/model"),
-        (f"--model {tmp_path}/model", "weights of checksum "),
-        ("--model_revision main", "--model_revision None, not main"),
-        ("--dataset somebody/speech", "--dataset corpus, not somebody/speech"),
-        ("--dataset_revision main", "--dataset_revision None, not main"),
-        ("--text_column said", "--text_column None, not said"),
-        ("--accents zulu", "--accents None, not ['zulu']"),
-        ("--domains clinical", "--domains None, not ['clinical']"),
-        ("--countries NG", "--countries None, not ['NG']"),
-        ("--max_train_seconds 20", "--max_train_seconds 30.0, not 20.0"),
-        ("--max_train_samples 12", "--max_train_samples 16, not 12"),
-        ("--max_eval_samples 3", "--max_eval_samples 2, not 3"),
-        ("--max_test_samples 4", "--max_test_samples 3, not 4"),
-        ("--target_text words", "--target_text as_written, not words"),
-        ("--spec_augment false", "--spec_augment True, not False"),
-        ("--window_seconds 10", "--window_seconds 20.0, not 10.0"),
-        ("--learning_rate 1e-5", "--learning_rate 3e-05, not 1e-05"),
-        ("--seed 7", "--seed 42, not 7"),
+        ("--model ./model", "weights of checksum "),
         ("--gradient_accumulation_steps 2", "batch x accumulation steps x processes of 4, not 8"),
+        *(("--" + flag + " " + new.strip("[']"), f"--{flag} {old}, not {new}") for flag, old, new in DIFFERENCES),
     ):
-        assert main([*command, *flags.split()]) == 2
-        message = error_line(capfd.readouterr().err)
-        assert f"holds a run with {difference}" in message and "--overwrite_output_dir" in message, message
+        message = re.escape(f"holds a run with {difference}")
+        refused(run_main(tmp_path, *command, *flags.split()), 2, message, "--overwrite_output_dir")
     assert modified(straight) == before
     # A stream has no choice of so many clips.
     at = command.index("--max_train_samples")
     identity = load_json(straight / "run.json")
     identity["identity"]["max_train_samples"] = None
     (tmp_path / "run.json").write_text(json.dumps(identity))
-    assert main([*command[:at], *command[at + 2 :], "--streaming", "--output_dir", str(tmp_path)]) == 2
-    assert "holds a run with --streaming False, not True" in error_line(capfd.readouterr().err)
+    done = run_main(tmp_path, *command[:at], *command[at + 2 :], "--streaming", "--output_dir", ".")
+    refused(done, 2, "holds a run with --streaming False, not True")
 
 
 @pytest.mark.parametrize("name", ["final/notes.txt", "checkpoint-500/pytorch_model.bin"])
-def test_what_no_run_has_made_is_not_deleted(name, tmp_path, capfd):
+def test_what_no_run_has_made_is_not_deleted(name, tmp_path):
     file = tmp_path / "out" / name
     file.parent.mkdir(parents=True)
     file.write_text("mine")
-    assert main(kills.command(tmp_path / "audio", tmp_path / "out")[2:]) == 2
-    message = error_line(capfd.readouterr().err)
-    assert f"out/{file.parent.name} " in message and "--overwrite_output_dir" in message
+    done = run_main(tmp_path, *kills.flags("audio", "out"))
+    refused(done, 2, f"out/{file.parent.name} .*--overwrite_output_dir")
     assert file.read_text() == "mine" and os.listdir(tmp_path / "out") == [file.parent.name]
 
 
@@ -271,10 +235,9 @@ def test_damaged_checkpoints_of_a_moved_run(folder, straight, run_at):
         for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
             whole = (output / "checkpoint-6" / name).read_bytes()
             (output / "checkpoint-6" / name).write_bytes(whole[: len(whole) // 2])
-            refused = run_at(output)
-            assert refused.returncode == 1 and "checkpoint-8 is left aside: it was not finished" in refused.stderr
-            message = message_of(refused)
-            assert "checkpoint-6 cannot be loaded" in message and "delete it" in message, (name, message)
+            done = run_at(output)
+            assert "checkpoint-8 is left aside: it was not finished" in done.stderr
+            refused(done, 1, "checkpoint-6 cannot be loaded.*delete it")
             (output / "checkpoint-6" / name).write_bytes(whole)
         shutil.rmtree(output / "checkpoint-6")
         done = run_at(output)
@@ -283,62 +246,44 @@ def test_damaged_checkpoints_of_a_moved_run(folder, straight, run_at):
         last = run_at(output)
     finally:
         hidden.rename(straight)
-    assert done.returncode == 0 and "checkpoint-4, update 4 of 8" in done.stdout, done.stderr
-    assert last.returncode == 0 and "checkpoint-8, update 8 of 8" in last.stdout, last.stderr
+    assert "checkpoint-4, update 4 of 8" in succeeded(done).stdout
+    assert "checkpoint-8, update 8 of 8" in succeeded(last).stdout
     assert_same(output, straight)
-
-
-# ---------------------------------------------------------------- no room, and what is not finite
 
 
 def test_a_disk_that_is_full_from_a_moment_on_is_named(folder, straight, run_at):
     """From each of these moments on no file can grow, as on a full disk; afterwards there is room again."""
     output = folder / "full"
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
-    for moment in (
-        ("script.Run.save", 1),  # run.json
-        ("script.Run.save", 2),  # the baseline's texts in it
-        ("transformers.Trainer.log", 3),  # TensorBoard's file
-        (SAVE, 1),  # a checkpoint, after its weights
-        ("script.write_results", 1),
-        ("script.draw_pictures", 1),
-        ("script.write_model_card", 1),  # final/
-        ("torch.utils.tensorboard.SummaryWriter.add_image", 1),
-        ("script.Run.save", 2),  # that it is done
-    ):
+    for moment in (  # run.json, the baseline's texts in it, TensorBoard's file, a checkpoint after its weights, ...
+        ("script.Run.save", 1), ("script.Run.save", 2), ("transformers.Trainer.log", 3), (SAVE, 1),
+        ("script.write_results", 1), ("script.draw_pictures", 1), ("script.write_model_card", 1),
+        ("torch.utils.tensorboard.SummaryWriter.add_image", 1), ("script.Run.save", 2),  # that it is done
+    ):  # fmt: skip
         done = run_at(output, [*moment, full])
-        message = message_of(done)
-        assert done.returncode == 1 and "cannot be written" in message, (moment, message)
-        assert "free some disk; the same command goes on" in message, (moment, message)
+        refused(done, 1, "cannot be written.*free some disk; the same command goes on")
         written = [path / "trainer_state.json" for path in output.glob("checkpoint-*")]
         assert all(map(Path.exists, written)) and not list(output.rglob("*.tmp")), "what is half-written takes room"
-    done = run_at(output)
-    assert done.returncode == 0, done.stderr
+    succeeded(run_at(output))
     assert_same(output, straight)
 
 
 def test_a_run_that_filled_the_memory_goes_on_with_half_the_clips_a_step(tmp_path, run_at):
     flags = [*QUICK, "--per_device_train_batch_size", "auto", "--max_steps", 4]
     full = "import torch; raise torch.OutOfMemoryError('CUDA out of memory')"
-    message = error_line(run_at(tmp_path / "out", [STEP, 3, full], *flags).stderr)
-    assert "the same command, which goes on with 4 a step" in message
-    done = run_at(tmp_path / "out", None, *flags)
-    assert done.returncode == 0 and "update 2 of 4" in done.stdout, done.stderr
+    refused(run_at(tmp_path / "out", [STEP, 3, full], *flags), 1, "the same command, which goes on with 4 a step")
+    done = succeeded(run_at(tmp_path / "out", None, *flags))
+    assert "update 2 of 4" in done.stdout
     assert "8 clips an update and device: 4 a step x 2 accumulation steps" in done.stdout
 
 
 @pytest.mark.parametrize("steps", [1, 8])
-def test_a_model_that_is_not_finite_is_never_saved(folder, tmp_path, steps, capfd):
-    flags = ["--learning_rate", "1e300", "--warmup_steps", "0", "--max_steps", str(steps), "--eval_steps", "8"]
-    flags += ["--save_steps", "8", "--skip_baseline"]
-    assert main([*kills.command(folder / "audio", tmp_path / "out")[2:], *flags]) == 1
-    message = error_line(capfd.readouterr().err)
-    assert "not finite" in message and " at update " in message and "--learning_rate" in message, message
+def test_a_model_that_is_not_finite_is_never_saved(folder, tmp_path, steps):
+    flags = f"--learning_rate 1e300 --warmup_steps 0 --max_steps {steps} --eval_steps 8 --save_steps 8 --skip_baseline"
+    done = run_main(tmp_path, *kills.flags(folder / "audio", "out", *flags.split()))
+    message = refused(done, 1, "not finite.* at update .*--learning_rate")
     assert steps == 1 or len(re.findall(r"[0-9a-f-]{36}/[0-9a-f]{32}\.ogg", message)) == 4, "the clips of the update"
     assert not (tmp_path / "out/final").exists() and not list((tmp_path / "out").glob("checkpoint-*/model.safetensors"))
-
-
-# ---------------------------------------------------------------- several processes
 
 
 def test_two_processes_stopped_and_killed_past_the_first_epoch_end_as_if_they_had_not_been(folder, run_at, run_two):
@@ -347,16 +292,16 @@ def test_two_processes_stopped_and_killed_past_the_first_epoch_end_as_if_they_ha
     assert [done.returncode for done in run_at(straight, None, *IN_TWO, start=run_two)] == [0, 0]
 
     def torchrun(*words, program, cwd, env):
-        env = {**kills.ENV, **env, "PYTHONPATH": str(SCRIPT.parent)}
-        return run_script(*words, cwd=cwd, env=env, script=program, launcher=TWO_PROCESSES)
+        env = {**kills.ENV, **env, "PYTHONPATH": str(kills.SCRIPT.parent)}
+        launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
+        return run_script(*words, cwd=cwd, env=env, script=program, launcher=launcher)
 
     stop = f'if os.environ["RANK"] == "0": {TERM}; os.kill(os.getppid(), signal.SIGTERM)'
     fresh = ["--data_dir", folder / "prepared-by-two"]
     stopped = run_at(output, [STEP, 5, stop], *IN_TWO, *fresh, start=torchrun)
     assert "error: stopped by SIGTERM: the same command goes on" in stopped.stderr
-    assert "checkpoint-5 written" in stopped.stdout
     said = [line for line in stopped.stdout.splitlines() if line.strip()]
-    assert len(said) == len(set(said)), "each line is said once"
+    assert any("checkpoint-5 written" in line for line in said) and len(said) == len(set(said)), "said once"
     assert len(re.findall(r"preparing audio: 100%", stopped.stderr)) == 1
     killed = run_at(output, [STEP, 2, KILL], *IN_TWO, start=run_two)  # in update 7 of 4 an epoch
     assert [done.returncode for done in killed] == [-signal.SIGKILL] * 2, killed
@@ -402,28 +347,23 @@ def test_when_one_process_fails_all_end_with_its_message(moment, tmp_path, run_a
 
 def test_nodes_that_share_no_folder_train_from_a_stream_and_do_the_same(tmp_path, run_two):
     """Each node has a bad clip of its own to note down, and its own folders; the model is the first one's best."""
-    program, first = tmp_path / "program.py", tmp_path / "0/out"
-    program.write_text(
-        "import os, sys, finetune_medasr\nif __name__ == '__main__':\n    rank = os.environ['RANK']\n"
-        "    os.environ['LOCAL_RANK'] = '0'\n    os.makedirs(rank, exist_ok=True)\n    os.chdir(rank)\n"
-        "    sys.exit(finetune_medasr.main(sys.argv[1:]))\n"
-    )
-    flags = kills.command("audio", "out", *IN_TWO, *QUICK)[2:]
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    flags = kills.flags("audio", "out", *IN_TWO, *QUICK, "--max_steps", 2, "--dataloader_num_workers", 1)
     at = flags.index("--max_train_samples")
     flags[at : at + 2] = "--streaming --accents swahili damara --num_proc 1 --gradient_checkpointing".split()
-    flags += ["--max_steps", "2", "--dataloader_num_workers", "1"]
 
     def start():
-        done = run_two(*flags, program=program, cwd=tmp_path)
+        done = run_two(*flags, env={"LOCAL_RANK": 0}, cwd=tmp_path / "{rank}")
         return [process.returncode for process in done], done[0].stdout, done[0].stderr + done[1].stderr
 
     status, _, errors = start()
-    assert status == [0, 0] and (first / "final/model.safetensors").exists(), errors
+    assert status == [0, 0] and (tmp_path / "0/out/final/model.safetensors").exists(), errors
     assert not (tmp_path / "1/out/final").exists()
     noted = [(tmp_path / rank / "out/results/skipped_clips.csv").read_text().splitlines() for rank in "01"]
     assert noted[0][0] == noted[1][0] and re.search("undecodable|too short", "".join(noted[0] + noted[1]))
     status, said, errors = start()
     assert status == [0, 0] and "finished" in said, errors
-    shutil.rmtree(first / "final")
+    shutil.rmtree(tmp_path / "0/out/final")
     status, _, errors = start()
     assert status == [1, 1] and "find different checkpoints in out, which nodes have to share" in errors

@@ -1,7 +1,6 @@
 """What differs between machines: float16 and its overflow, several GPUs, several processes, memory that runs out.
 
-Without a GPU the mechanism runs on the CPU: its autocast and GradScaler, gloo processes.
-"""
+Without a GPU the mechanism runs on the CPU: its autocast and GradScaler, gloo processes."""
 
 import json
 import shutil
@@ -10,35 +9,21 @@ import kills
 import numpy as np
 import pytest
 import torch
-from conftest import IN_TWO, MODEL, error_line, load_json, load_predictions, tensorboard
-from helpers import label_encoder, make_clips, noise, parse, random_model, small_processor
+from conftest import IN_TWO, MODEL, load_json, refused, scored_clips, succeeded, tensorboard
+from helpers import noise, run_main
+from small_model import inputs_of, label_encoder, make_clips, make_trainer, random_model
 from transformers import AutoModelForCTC, TrainerCallback, TrainingArguments
 
 import finetune_medasr as script
+
+TWO_A_STEP = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1]
 
 
 @pytest.fixture(scope="module")
 def clips():
     """(train, dev) of a few short clips."""
-    train = make_clips([("No fever.", noise(0.8, seed)) for seed in range(4)], "train")
-    return train, make_clips([("No cough.", noise(0.9, 5)), ("Give 200 mg.", noise(0.7, 6))], "dev")
-
-
-def make_trainer(output_dir, clips, *flags, model=None, half=False):
-    """The script's trainer; with `half` in float16, under the CPU's autocast and gradient scaler."""
-    train, dev = clips
-    settings = parse(output_dir, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1, *flags)
-    if half:
-        settings.fp16, settings.mixed_precision = True, "fp16"
-    decoder = script.Decoder(model or random_model(), small_processor(), settings)
-    trainer = script.make_trainer(settings, decoder, label_encoder(), train.audio, dev)
-    if half:
-        # accelerate offers neither on a CPU, and uses both when they are there.
-        trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=256)
-    return trainer
-
-
-# ---------------------------------------------------------------- float16
+    train = make_clips("train", *(("No fever.", noise(0.8, seed)) for seed in range(4)))
+    return train, make_clips("dev", ("No cough.", noise(0.9, 5)), ("Give 200 mg.", noise(0.7, 6)))
 
 
 @pytest.mark.parametrize("flags, half", [([], True), (["--bf16"], False), (["--fp16", "false"], False)])
@@ -51,10 +36,9 @@ def test_float16_is_the_default_on_a_gpu(tmp_path, monkeypatch, flags, half):
 
 @pytest.mark.parametrize("flags, half", [([], True), (["--gradient_checkpointing", "true"], False)])
 def test_gradients_are_the_same_through_a_guard_and_gradient_checkpointing(tmp_path, clips, flags, half):
-    extractor, gradients = small_processor().feature_extractor, []
+    batch, gradients = inputs_of([{"text": "No.", "samples": noise(0.5)}], encoder=label_encoder()), []
     for model in (random_model(), make_trainer(tmp_path, clips, *flags, half=half).model):
-        batch = script.CTCCollator(extractor, label_encoder())([{"text": "No.", "samples": noise(0.5)}])
-        model.train()(**script.model_inputs(batch, extractor, "cpu")).loss.backward()
+        model.train()(**batch).loss.backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
@@ -72,7 +56,7 @@ def overflow_at(trainer, *updates):
 
 
 def test_an_overflow_is_skipped_counted_and_leaves_the_running_statistics_finite(tmp_path, clips):
-    flags = ["--max_steps", 6, "--logging_steps", 1, "--report_to", "tensorboard"]
+    flags = [*TWO_A_STEP, "--max_steps", 6, "--logging_steps", 1, "--report_to", "tensorboard"]
     trainer = make_trainer(tmp_path, clips, *flags, half=True)
     encoder, kinds, weights, scales = trainer.model.encoder, {}, [], []
     statistics = {name: value for name, value in trainer.model.state_dict().items() if "running_" in name}
@@ -101,42 +85,23 @@ def test_an_overflow_is_skipped_counted_and_leaves_the_running_statistics_finite
     assert saved.keys() == random_model().state_dict().keys(), "nothing of the guard is in the saved model"
 
 
-@pytest.mark.parametrize(
-    "updates, half, problem",
-    [
-        # Three skipped updates, one that is made, ten skipped ones.
-        ([1, 2, 3, *range(5, 40)], True, r"10 updates in a row.* at update 14: use --bf16"),
-        ([3], False, r"gradient is not finite.* at update 3: lower --learning_rate"),
-    ],
-)
-def test_overflow_upon_overflow_ends_the_run_with_advice(tmp_path, clips, updates, half, problem):
-    trainer = make_trainer(tmp_path, clips, "--max_steps", 20, half=half)
-    overflow_at(trainer, *updates)
-    with pytest.raises(script.RunError, match=problem):
+@pytest.mark.parametrize("half, advice", [(True, "--bf16"), (False, "--learning_rate")])
+def test_what_is_not_finite_ends_the_run_with_advice_and_is_never_saved(tmp_path, clips, half, advice):
+    flags = [*TWO_A_STEP, *"--max_steps 20 --save_strategy steps --save_steps 1 --learning_rate 1e-3".split()]
+    trainer = make_trainer(tmp_path, clips, *flags, "--save_strategy", "no", half=half)
+    overflow_at(trainer, 1, 2, 3, *range(5, 40))  # in half precision skipped but for one, then skipped ten times
+    with pytest.raises(script.RunError, match=f"at update {14 if half else 1}: .*{advice}"):
         trainer.train()
     assert all(torch.isfinite(value).all() for value in trainer.model.parameters())
-
-
-@pytest.mark.parametrize("half, advice", [(True, "--bf16"), (False, "--learning_rate")])
-def test_a_dev_loss_that_is_not_finite_ends_the_run(tmp_path, clips, half, advice):
-    trainer = make_trainer(tmp_path, clips, half=half)
     with torch.no_grad():
         trainer.model.ctc_head.bias.fill_(float("nan"))
     with pytest.raises(script.RunError, match=rf"dev loss is not finite.*{advice}"):
         trainer.evaluate()
-
-
-def test_running_statistics_that_are_not_finite_are_never_saved(tmp_path, clips):
-    """An infinite variance makes text blank and no loss infinite."""
-    flags = ["--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1, "--learning_rate", "1e-3"]
-    trainer = make_trainer(tmp_path, clips, *flags)
+    trainer = make_trainer(tmp_path, clips, *flags, half=half)  # an infinite variance makes no loss infinite
     trainer.model.encoder.layers[0].conv.norm.running_var.fill_(float("inf"))
     with pytest.raises(script.RunError, match=r"not finite, in .*running_var"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*/*"))
-
-
-# ---------------------------------------------------------------- several GPUs, and memory that runs out
 
 
 def test_one_of_several_gpus_is_used_and_the_way_to_the_others_is_said(tmp_path, clips, monkeypatch, capsys):
@@ -147,18 +112,18 @@ def test_one_of_several_gpus_is_used_and_the_way_to_the_others_is_said(tmp_path,
         training._n_gpu = 2  # what the library counts where two GPUs are visible to one process
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", two_gpus)
-    trainer = make_trainer(tmp_path, clips)
+    trainer = make_trainer(tmp_path, clips, *TWO_A_STEP)
     assert "torchrun --nproc_per_node 2 finetune_medasr.py" in capsys.readouterr().out
     assert trainer._wrap_model(trainer.model) is trainer.model and trainer.args.train_batch_size == 2
 
 
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
-def test_sharding_that_accelerate_asks_for_is_refused(name, tmp_path, monkeypatch, capfd):
+def test_sharding_that_accelerate_asks_for_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    assert script.main(["--output_dir", str(tmp_path)]) == 2
-    assert f"--{name} is not supported" in error_line(capfd.readouterr().err)
+    refused(run_main(tmp_path), 2, f"--{name} is not supported")
     monkeypatch.setenv("RANK", "1")
-    assert script.main(["--output_dir", str(tmp_path)]) == 2 and capfd.readouterr().err == "", "one process says it"
+    done = run_main(tmp_path)
+    assert (done.returncode, done.stderr) == (2, ""), "one process says it"
 
 
 def watched_model(limit):
@@ -186,15 +151,13 @@ def test_the_dev_evaluation_halves_batches_that_do_not_fit(tmp_path, clips):
 
 
 def test_long_dev_clips_are_scored_in_windows(tmp_path, clips):
-    long = make_clips([("No cough.", noise(14.0, 1)), ("Give 200 mg.", noise(0.7, 6))], "dev")
+    long = make_clips("dev", ("No cough.", noise(14.0, 1)), ("Give 200 mg.", noise(0.7, 6)))
     model, shapes = watched_model(9)
     scores = make_trainer(tmp_path, (clips[0], long), "--window_seconds", 6, model=model).evaluate()
     assert len(shapes) > 1 and max(frames for _, frames in shapes) <= 600
-    alone = make_trainer(tmp_path, (clips[0], make_clips([("Give 200 mg.", noise(0.7, 6))], "dev"))).evaluate()
+    alone = make_trainer(tmp_path, (clips[0], make_clips("dev", ("Give 200 mg.", noise(0.7, 6))))).evaluate()
     assert scores["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-4), "the loss is that of clips in one piece"
 
-
-# ---------------------------------------------------------------- several processes
 
 # Notes down the clips that a process draws. No time passes, so that speeds are a thousand times the seconds of audio.
 RECORDED = """
@@ -211,15 +174,14 @@ def recorded(self, rows):
 
 script.CTCCollator.__call__ = recorded
 script.time = types.SimpleNamespace(monotonic=lambda: 1.0)
-sys.exit(script.main(sys.argv[1:]))
-"""
+sys.exit(script.main(sys.argv[1:]))"""
 
 
-def model_with(folder, **encoder_config):
+def model_with(folder, layerdrop, **encoder_config):
     """A copy of the small model with other settings of its encoder."""
     shutil.copytree(MODEL, folder)
     config = load_json(folder / "config.json")
-    config["encoder_config"] |= encoder_config
+    config["encoder_config"] |= {"layerdrop": layerdrop, **encoder_config}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -232,10 +194,10 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_pat
     """
     from safetensors.torch import load_file
 
-    model = model_with(tmp_path / "model", dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, layerdrop=0.0)
+    model = model_with(tmp_path / "model", 0.0, dropout=0.0, activation_dropout=0.0, attention_dropout=0.0)
     (tmp_path / "recorded.py").write_text(RECORDED)
     flags = f"--model {model} --learning_rate 1e-3 --eval_steps 8 --save_steps 8 --skip_baseline".split()
-    one, two = ([*kills.command(demo.audio, tmp_path / name)[2:], *flags] for name in ("one", "two"))
+    one, two = (kills.flags(demo.audio, tmp_path / name, *flags) for name in ("one", "two"))
     place = {"program": tmp_path / "recorded.py", "cwd": tmp_path}
     both = run_two(*two, *IN_TWO, **place)
     alone = warm.run(*one, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, **place)
@@ -264,16 +226,15 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_pat
 @pytest.mark.slow
 def test_two_processes_with_uneven_shares_in_bfloat16_write_everything_once(demo, tmp_path, warm, run_two):
     """Sizes that neither batches nor processes divide, and layers that one process drops and the other does not. The
-    texts are those of final/, scored in float32 by one process.
-    """
-    model, out = model_with(tmp_path / "model", layerdrop=0.5), tmp_path / "out"
+    texts are those of final/, scored in float32 by one process."""
+    model, out = model_with(tmp_path / "model", 0.5), tmp_path / "out"
     flags = """--max_train_samples 17 --max_eval_samples 3 --max_test_samples 25 --max_steps 6 --eval_steps 6
         --save_steps 6 --learning_rate 1e-3 --bf16 --skip_baseline""".split()
-    both = run_two(*kills.command(demo.audio, out)[2:], *flags, "--model", model, *IN_TWO)
+    both = run_two(*kills.flags(demo.audio, out, *flags, "--model", model, *IN_TWO))
     said, errors = "".join(done.stdout for done in both), "".join(done.stderr for done in both)
     assert [done.returncode for done in both] == [0, 0], errors
     assert said.count("model: ") == 1 and "Warning" not in errors
-    clips = [row["audio_filepath"] for row in load_predictions(out / "results")]
+    clips = [row["audio_filepath"] for row in scored_clips(out / "results")]
     metrics = load_json(out / "results/metrics.json")
     assert len(clips) == len(set(clips)) == metrics["finetuned"]["clips"] == 25
     assert metrics["baseline"] is metrics["delta"] is None
@@ -281,8 +242,7 @@ def test_two_processes_with_uneven_shares_in_bfloat16_write_everything_once(demo
     curves = [log.Scalars("train/loss") for log in curves if "train/loss" in log.Tags()["scalars"]]
     assert [[event.step for event in losses] for losses in curves] == [[1, 2, 3, 4, 5, 6]]
     assert len((out / "results/skipped_clips.csv").read_text().splitlines()) > 1
-    command = kills.command(demo.audio, tmp_path / "again")[2:]
-    done = warm.run(*command, "--eval_only", "--model", out / "final", "--max_test_samples", 25)
-    assert done.returncode == 0, done.stderr
-    texts = [[row["pred_text"] for row in load_predictions(tmp_path / name / "results")] for name in ("out", "again")]
+    again = ["--eval_only", "--model", out / "final", "--max_test_samples", 25]
+    succeeded(warm.run(*kills.flags(demo.audio, tmp_path / "again", *again)))
+    texts = [[row["pred_text"] for row in scored_clips(tmp_path / name / "results")] for name in ("out", "again")]
     assert texts[0] == texts[1]

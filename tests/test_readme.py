@@ -5,15 +5,14 @@ import dataclasses
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEMO_COMMAND, SCRIPT, write_wav
+from conftest import DEMO_COMMAND, SCRIPT, run_script, succeeded
+from helpers import run_main, write, write_wav
 from transformers import TrainingArguments
 
-from finetune_medasr import ScriptFlags, TrainingFlags, main, parse_settings
+from finetune_medasr import ScriptFlags, TrainingFlags, parse_settings
 
 ROOT = SCRIPT.parent
 README, SOURCE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", SCRIPT.name))
@@ -52,7 +51,7 @@ def test_the_two_commands_that_set_up_are_there_to_copy_and_the_readme_is_short(
 def test_an_older_python_is_told_in_a_line():
     ast.parse(SOURCE, feature_version=(3, 9))  # no SyntaxError before the line
     code = f"import sys; sys.version_info = (3, 10, 0); exec(compile(open({str(SCRIPT)!r}).read(), 'script', 'exec'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = run_script(code, script="-c", cwd=ROOT)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Python 3.11 or newer" in done.stderr
 
 
@@ -71,14 +70,6 @@ def test_a_command_is_accepted(tmp_path, monkeypatch, command):
     assert all(hasattr(settings, word[2:]) for word in words if word.startswith("--"))
 
 
-def test_the_recipes_show_every_mode_of_the_program():
-    shown = {flag for command in OURS for flag in re.findall(r"--(\w+)", command)}
-    modes = "demo transcribe eval_only score_file dry_run prepare_only streaming overwrite_output_dir accents domains"
-    assert set(modes.split()) <= shown
-    assert any(command.startswith("torchrun") for command in OURS) and any(".yaml" in command for command in OURS)
-    assert all((ROOT / name).is_file() for name in re.findall(r"(?:python |\()(tests/\S+\.\w+)", README))
-
-
 def test_the_option_table_has_each_flag_with_its_default_and_help():
     rows = {re.search(r"--(\w+)", row[0])[1]: row[1:] for row in table("flag")}
     texts = {item.name: item.metadata for kind in (ScriptFlags, TrainingFlags) for item in dataclasses.fields(kind)}
@@ -94,55 +85,51 @@ def test_the_option_table_has_each_flag_with_its_default_and_help():
 
 def test_every_flag_that_the_readme_mentions_exists():
     known = {*FLAGS, *(item.name for item in dataclasses.fields(TrainingArguments)), "help_all", "no_spec_augment"}
-    others = {"nproc_per_node", "logdir"}
     ours = "\n".join(line for line in README.splitlines() if "ruff" not in line)
-    assert set(re.findall(r"--([a-z_0-9]+)", ours)) <= known | others
-
-
-def messages_of_the_program():
-    """The string constants of the script, each f-string as one with a gap for its values."""
-    for node in ast.walk(ast.parse(SOURCE)):
-        if isinstance(node, ast.JoinedStr):
-            yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
+    assert set(re.findall(r"--([a-z_0-9]+)", ours)) <= known | {"nproc_per_node", "logdir"}
 
 
 def test_each_message_in_the_readme_is_one_of_the_program():
-    messages = list(messages_of_the_program())
+    """Of its string constants; an f-string is one with a gap for each value."""
+    nodes, messages = list(ast.walk(ast.parse(SOURCE))), []
+    for parts in [node.values for node in nodes if isinstance(node, ast.JoinedStr)] + [[node] for node in nodes]:
+        messages.append("".join(str(getattr(part, "value", "\0")) for part in parts))
     quoted = [re.search("`([^`]+)`", row[0])[1] for row in table("message")]
     assert len(quoted) > 10
     assert not [text for text in quoted if not any(text in message for message in messages)]
 
 
-# ---------------------------------------------------------------- after a run
+def test_a_yaml_file_sets_flags_and_flags_on_top_of_it_win(tmp_path):
+    text = "learning_rate: 1e-5\nseed: 7\naccents: [yoruba, 'akan (fante)']\nspec_augment: false\nskip_baseline: true\n"
+    text += "max_steps: null\nweight_decay: 0.25\nlr_scheduler_kwargs:\n  min_lr_rate: 0.1\n"
+    write(tmp_path / "run.yaml", text)
+    settings = parse_settings([str(tmp_path / "run.yaml"), "--learning_rate", "2e-4", "--weight_decay", "0.5"])
+    assert (settings.learning_rate, settings.weight_decay) == (2e-4, 0.5)
+    assert (settings.seed, settings.max_steps, settings.lr_scheduler_kwargs) == (7, -1, {"min_lr_rate": 0.1})
+    assert settings.accents == ["yoruba", "akan (fante)"] and settings.skip_baseline and not settings.spec_augment
 
 
-@pytest.fixture
-def after_a_run(demo, known_clip, tmp_path):
-    """A folder as it is after the real run, with a recording to transcribe."""
-    (tmp_path / "medasr-afrispeech-200").symlink_to(demo.output)
-    write_wav(tmp_path / "visit.wav", known_clip[0])
-    return tmp_path
+@pytest.mark.parametrize("flag", ["--help", "--help_all"])
+def test_help_names_every_flag(flag, tmp_path):
+    """--help on two screens those of the script and what people change, --help_all those of the Trainer too."""
+    out = succeeded(run_main(tmp_path, flag)).stdout
+    kinds = [ScriptFlags, TrainingFlags, *([TrainingArguments] if flag == "--help_all" else [])]
+    named = {item.name for kind in kinds for item in dataclasses.fields(kind) if item.init} | {"help_all"}
+    assert named <= set(re.findall(r"(?<![\w-])--(\w+)", out))
+    assert flag == "--help_all" or (len(out.splitlines()) <= 110 and max(map(len, out.splitlines())) <= 150)
+    assert "(default: 3e-05)" in out and "(default: None)" not in out
 
 
 @pytest.mark.slow
-def test_the_snippets_of_readme_and_model_card_print_what_was_said(after_a_run, demo, known_clip):
-    shutil.copytree(demo.final, after_a_run / "final")
+def test_the_command_and_the_snippets_of_readme_and_model_card_print_what_was_said(demo, known_clip, tmp_path):
+    (tmp_path / "medasr-afrispeech-200").symlink_to(demo.output)
+    shutil.copytree(demo.final, tmp_path / "final")
+    write_wav(tmp_path / "visit.wav", known_clip[0])
+    command = next(command for command in OURS if "--transcribe" in command)
+    assert succeeded(run_main(tmp_path, *shlex.split(command)[2:])).stdout.strip() == known_clip[1]
     card = (demo.final / "README.md").read_text(encoding="utf-8")
     for snippet in [*blocks("python"), *re.findall(r"```python\n(.*?)```", card, re.DOTALL)]:
-        command = [sys.executable, "-c", snippet]
-        done = subprocess.run(command, cwd=after_a_run, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == known_clip[1]
-
-
-@pytest.mark.slow
-def test_the_transcribe_command_prints_what_was_said(after_a_run, known_clip, monkeypatch, capsys):
-    monkeypatch.chdir(after_a_run)
-    command = next(command for command in OURS if "--transcribe" in command)
-    assert main(shlex.split(command)[2:]) == 0
-    assert capsys.readouterr().out.strip() == known_clip[1]
+        assert succeeded(run_script(snippet, script="-c", cwd=tmp_path)).stdout.strip() == known_clip[1]
 
 
 @pytest.mark.slow

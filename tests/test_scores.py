@@ -4,11 +4,13 @@ import json
 import random
 import tracemalloc
 
+import benchmark
 import numpy as np
 import pandas
 import pytest
-from conftest import load_json
-from helpers import run_main
+import trials
+from conftest import load_json, succeeded
+from helpers import run_main, write_table
 
 from finetune_medasr import Scores
 
@@ -23,7 +25,7 @@ def row(text, speaker, accent="igbo", seconds=3.0, **columns):
 def score(rows, before, after=None, train_accents=None):
     """metrics.json's part of a test set."""
     texts = {"baseline": before} | ({"finetuned": after} if after else {})
-    return Scores.of(pandas.DataFrame(rows), texts, train_accents).metrics()
+    return Scores(pandas.DataFrame(rows), texts, train_accents).metrics()
 
 
 # Each with what a recogniser wrote.
@@ -127,12 +129,12 @@ def test_intervals_are_of_whole_speakers():
 
 def test_memory_does_not_grow_with_the_speakers():
     """Clips that name no speaker count as one each: 58,000 of them took 8 GB."""
-    rows = [{**row("a", ""), "clip": str(number)} for number in range(1_500)]
+    rows = [{**row("a", ""), "clip": str(number)} for number in range(1_000)]
     tracemalloc.start()
     try:
         scores = score(rows, ["b"] * len(rows))["baseline"]
-        assert (scores["wer_ci95"], scores["speakers"]) == ([1, 1], 1_500)
-        assert tracemalloc.get_traced_memory()[1] < 60e6
+        assert (scores["wer_ci95"], scores["speakers"]) == ([1, 1], 1_000)
+        assert tracemalloc.get_traced_memory()[1] < 40e6
     finally:
         tracemalloc.stop()
 
@@ -165,13 +167,11 @@ def test_groups_with_few_speakers_or_few_words_are_marked_and_not_ranked(tmp_pat
         for number, words in enumerate(counts):
             text = "x " * wrong + "a " * (words - wrong)
             rows.append({"text": "a " * words, "pred_text": text, "accent": accent, "user_id": f"{accent} {number}"})
-    path = tmp_path / "texts.jsonl"
-    path.write_text("\n".join(json.dumps({**row, "domain": "general"}) for row in rows))
-    status, printed, _ = run_main(tmp_path, "--score_file", path, "--output_dir", tmp_path)
+    write_table(tmp_path / "texts.jsonl", [{**row, "domain": "general"} for row in rows])
+    printed = succeeded(run_main(tmp_path, "--score_file", "texts.jsonl", "--output_dir", ".")).stdout
     groups = load_json(tmp_path / "results/metrics.json")["baseline"]["groups"]["accent"]
     assert {name for name, group in groups.items() if group["small"]} == {"few people", "few words"}
     text = (tmp_path / "results/report.md").read_text()
-    assert status == 0
     for table in (text, printed):  # there is one domain, so the next kind of group is shown
         assert cells(table, "large")[:2] == ["5", "5"] and "%, " in cells(table, "large")[5]
         assert "%, " in cells(table, "few words\\*")[5]
@@ -179,3 +179,19 @@ def test_groups_with_few_speakers_or_few_words_are_marked_and_not_ranked(tmp_pat
     assert "| domain" in text and "| domain" not in printed
     # 10 of 100 and 40 of 101
     assert "Macro average over 2 groups that are large enough: 24.8 %; the worst is vast, 39.6 %." in text
+
+
+def test_the_table_compares_a_trial_and_the_base_on_the_seeds_of_both(tmp_path, monkeypatch, capsys):
+    results, entries = tmp_path / "results.jsonl", []
+    for trial in trials.TRIALS:
+        found = {1: 10.0, 2: 20.0, 3: 90.0} if trial == trials.BASE else {1: 8.0, 2: 16.0, 4: 1.0}
+        for seed, wer in found.items():
+            entries.append({"trial": trial, "seed": seed, "found": {trial: dict.fromkeys(trials.SETS, wer)}})
+    results.write_text("\n".join(map(json.dumps, reversed(entries))) + "\n")
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "trials", "--seeds", "1", "2", "--results", str(results)])
+    assert benchmark.main() == 0
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == list(trials.TRIALS)
+    assert rows[0][1:3] == ["3", "40.0 ± 43.6"] and rows[0][6:] == [""] * 4
+    assert rows[1][1:3] == ["2", "12.0 ± 5.7"] and rows[1][6:] == ["-3.0 ± 1.4 (2/2)"] * 4
+    assert len(results.read_text().splitlines()) == len(entries)

@@ -1,6 +1,5 @@
 """What others give to the program (models, checkpoints, texts), and tokens that nobody else may read."""
 
-import csv
 import io
 import json
 import pickle
@@ -12,13 +11,10 @@ from pathlib import Path
 import kills
 import pytest
 import yaml
-from conftest import MODEL, error_line, load_json, run_script
-from test_sources import GOOD, TEXT, sound, tone, write, write_table
+from conftest import MODEL, error_line, load_json, refused, run_script, succeeded, tensorboard
+from helpers import GOOD, TEXT, read_csv, run_main, sound, tone, write, write_table
+from huggingface_hub import get_token
 from warm import WarmStarts
-
-from finetune_medasr import main
-
-# ---------------------------------------------------------------- tokens
 
 TOKENS = {"environment": "s3cret-of-the-environment", "file": "s3cret-of-the-file", "flag": "s3cret-of-the-flag",
           "yaml": "s3cret-of-the-yaml-file", "url": "s3cret-of-the-url", "hub": "hf_AbCdEfGhIjKl"}  # fmt: skip
@@ -27,8 +23,8 @@ TOKENS = {"environment": "s3cret-of-the-environment", "file": "s3cret-of-the-fil
 def found_tokens(folder, *printed):
     """[(file or text, token)] of the tokens in any file below a folder, whatever its kind, or in what was printed."""
     contents = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert contents
     contents |= {text[:200]: text.encode() for text in printed}
-    assert len(contents) > len(printed)
     return [(name, token) for name, data in contents.items() for token in TOKENS.values() if token.encode() in data]
 
 
@@ -41,19 +37,13 @@ def with_tokens(tmp_path_factory):
         yield starts
 
 
-def few(demo, output, *flags):
-    return [*kills.command(demo.audio, output, "--max_steps", "2", "--skip_baseline")[2:], *flags]
-
-
 @pytest.fixture(scope="module")
 def finished(demo, tmp_path_factory, with_tokens):
     """The folder of a complete run that was given tokens as a flag and in a YAML file, and what it printed."""
     folder = tmp_path_factory.mktemp("tokens")
-    (folder / "out").mkdir()
-    settings = folder.parent / "run.yaml"
-    write(settings, f"hub_token: {TOKENS['yaml']}\n")
-    done = with_tokens.run(settings, *few(demo, folder / "out"), f"--hub-token={TOKENS['flag']}", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    write(folder.parent / "run.yaml", f"hub_token: {TOKENS['yaml']}\n")
+    flags = kills.flags(demo.audio, "out", "--max_steps", 2, "--skip_baseline", f"--hub-token={TOKENS['flag']}")
+    done = succeeded(with_tokens.run(folder.parent / "run.yaml", *flags, cwd=folder))
     return folder, done.stdout, done.stderr
 
 
@@ -66,54 +56,41 @@ def test_no_file_and_no_line_of_a_run_holds_a_token(finished):
     assert found_tokens(folder, out, errors) == []
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--model", f"https://user:{TOKENS['url']}@example.org/google/medasr"],
-        ["--dataset", f"https://user:{TOKENS['url']}@example.org/data"],
-        ["--model", f"owner/{TOKENS['hub']}"],
-        ["--hub_token", TOKENS["flag"], "--hub_tokn", "x"],
-        [f"--hub_tokn={TOKENS['flag']}"],
-        ["--hub_token", TOKENS["flag"], "--model", "nobody/nothing"],
-        ["--model", f"nobody/{TOKENS['environment']}"],
-    ],
-    ids=lambda flags: " ".join(flags)[:24],
-)
+LEAKS = [
+    f"--model https://user:{TOKENS['url']}@example.org/google/medasr",
+    f"--dataset https://user:{TOKENS['url']}@example.org/data",
+    f"--model owner/{TOKENS['hub']}",
+    f"--hub_token {TOKENS['flag']} --hub_tokn x",
+    f"--hub_tokn={TOKENS['flag']}",
+    f"--hub_token {TOKENS['flag']} --model nobody/nothing",
+    f"--model nobody/{TOKENS['environment']}",
+]
+
+
+@pytest.mark.parametrize("flags", LEAKS)
 def test_no_message_of_a_refused_run_holds_a_token(tmp_path, with_tokens, flags):
     (tmp_path / "kept").touch()
     model = [] if "--model" in flags else ["--model", MODEL]
-    done = with_tokens.run("--output_dir", "out", "--data_dir", "audio", *model, *flags, cwd=tmp_path)
+    done = with_tokens.run("--output_dir", "out", "--data_dir", "audio", *model, *flags.split(), cwd=tmp_path)
     assert done.returncode in (1, 2) and error_line(done.stderr), done.stdout
     assert found_tokens(tmp_path, done.stdout, done.stderr) == []
 
 
-@pytest.mark.parametrize(
-    "line", ["hub_token: {}: wrong", "hub_token: '{}", "[hub_token: {}", "hub_token:\n  - {}\n  x"]
-)
+@pytest.mark.parametrize("line", ["token: {}: wrong", "token: '{}", "[token: {}", "token:\n  - {}\n  x"])
 @pytest.mark.parametrize("token", ["hub", "yaml"])
-def test_no_message_about_a_yaml_file_holds_its_token(tmp_path, line, token, capfd):
-    write(tmp_path / "run.yaml", line.format(TOKENS[token]) + "\n")
-    assert main([str(tmp_path / "run.yaml")]) == 2
-    assert TOKENS[token] not in "".join(capfd.readouterr())
+def test_no_message_about_a_yaml_file_holds_its_token(tmp_path, line, token):
+    write(tmp_path / "run.yaml", "hub_" + line.format(TOKENS[token]) + "\n")
+    assert TOKENS[token] not in refused(run_main(tmp_path, "run.yaml"), 2)
 
 
-@pytest.mark.parametrize(
-    "flag", ["--hub_token=s3cret", "--hub_token s3cret", "--hub-token s3cret", "--hub-token=s3cret"]
-)
-def test_a_token_of_the_command_line_is_used_and_not_written_anywhere(tmp_path, monkeypatch, capfd, flag):
-    from huggingface_hub import get_token
-
+@pytest.mark.parametrize("flag", ["--hub_token=", "--hub_token ", "--hub-token ", "--hub-token="])
+def test_a_token_of_the_command_line_is_used_and_not_written_anywhere(tmp_path, monkeypatch, flag):
     monkeypatch.setenv("HF_TOKEN", "another")  # so that what the run sets does not outlive the test
     write(tmp_path / "texts.jsonl", '{"text": "No fever.", "pred_text": "no fever"}\n')
-    arguments = ["--score_file", tmp_path / "texts.jsonl", "--output_dir", tmp_path / "out", *flag.split()]
-    assert main(list(map(str, arguments))) == 0 and get_token() == "s3cret"
-    assert "s3cret" not in "".join(capfd.readouterr())
-    written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert written and not any(b"s3cret" in content for content in written)
+    flags = ["--score_file", "texts.jsonl", "--output_dir", "out", *f"{flag}{TOKENS['flag']}".split()]
+    done = succeeded(run_main(tmp_path, *flags))
+    assert get_token() == TOKENS["flag"] and found_tokens(tmp_path, done.stdout, done.stderr) == []
     assert "--hub" in load_json(tmp_path / "out/results/metrics.json")["config"]["command"]
-
-
-# ---------------------------------------------------------------- models and checkpoints
 
 
 class Bomb:
@@ -131,66 +108,56 @@ from pathlib import Path
 
 Path({canary!r}).touch()
 from transformers import LasrCTCConfig as Config, LasrForCTC as Model
-from transformers import LasrProcessor as Processor, LasrTokenizer as Tokenizer
-"""
-AUTO_MAPS = {
-    "config.json": {"AutoConfig": "evil.Config", "AutoModelForCTC": "evil.Model"},
-    "tokenizer_config.json": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},
-    "processor_config.json": {"AutoProcessor": "evil.Processor"},
+from transformers import LasrProcessor as Processor, LasrTokenizer as Tokenizer"""
+AUTO_MAPS = {  # file: (what names code, and a class that the libraries do not know)
+    "config.json": ({"AutoConfig": "evil.Config", "AutoModelForCTC": "evil.Model"}, {"model_type": "evil"}),
+    "tokenizer_config.json": ({"AutoTokenizer": ["evil.Tokenizer"] * 2}, {"tokenizer_class": "Evil"}),
+    "processor_config.json": ({"AutoProcessor": "evil.Processor"}, {"processor_class": "Evil"}),
 }
-UNKNOWN = {"config.json": {"model_type": "evil"}, "tokenizer_config.json": {"tokenizer_class": "Evil"},
-           "processor_config.json": {"processor_class": "Evil"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["a known class", "an unknown class"])
 @pytest.mark.parametrize("name", AUTO_MAPS)
-def test_no_code_of_a_model_is_run(tmp_path, name, known, monkeypatch, capfd):
+def test_no_code_of_a_model_is_run(tmp_path, name, known, monkeypatch):
     """Not even where the terminal says yes to a question of the libraries."""
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
-    changes = {"auto_map": AUTO_MAPS[name], **({} if known else UNKNOWN[name])}
+    auto_map, unknown = AUTO_MAPS[name]
+    changes = {"auto_map": auto_map, **({} if known else unknown)}
     write(model / name, json.dumps({**load_json(model / name), **changes}))
     write(model / "evil.py", CODE.format(canary=str(model / "canary")))
     write(tmp_path / "clip.wav", GOOD)
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\ny\n"))
-    status = main(["--transcribe", str(tmp_path / "clip.wav"), "--model", str(model), "--use_cpu", "true"])
-    out, errors = capfd.readouterr()
-    assert not (model / "canary").exists() and "[y/N]" not in out
-    assert status in (0, 1) and "unexpected" not in errors
-    assert status == 0 or "cannot be loaded" in error_line(errors)
+    done = run_main(tmp_path, "--transcribe", "clip.wav", "--model", model)
+    assert not (model / "canary").exists() and "[y/N]" not in done.stdout
+    assert "unexpected" not in done.stderr
+    assert done.returncode == 0 or refused(done, 1, "cannot be loaded")
 
 
-def test_weights_in_a_pickle_are_not_loaded(tmp_path, capfd):
+def test_weights_in_a_pickle_are_not_loaded(tmp_path):
     shutil.copytree(MODEL, tmp_path / "model")
     (tmp_path / "model/model.safetensors").unlink()
     write(tmp_path / "model/pytorch_model.bin", pickle.dumps(Bomb(tmp_path / "canary")))
     write(tmp_path / "clip.wav", GOOD)
-    arguments = ["--transcribe", tmp_path / "clip.wav", "--model", tmp_path / "model", "--use_cpu", "true"]
-    assert main(list(map(str, arguments))) == 1
-    assert "safetensors" in error_line(capfd.readouterr().err)
+    refused(run_main(tmp_path, "--transcribe", "clip.wav", "--model", "./model"), 1, "safetensors")
     assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_no_pickle_in_a_checkpoint_is_run(finished, demo, tmp_path, capfd, name):
-    checkpoint = tmp_path / "checkpoint-2"
-    shutil.copytree(finished[0] / "out/checkpoint-2", checkpoint)
-    write(checkpoint / name, pickle.dumps(Bomb(tmp_path / "canary")))
-    status = main(few(demo, tmp_path / "out", "--resume_from_checkpoint", str(checkpoint), "--max_steps", "3"))
-    errors = capfd.readouterr().err
+def test_no_pickle_in_a_checkpoint_is_run(finished, demo, tmp_path, name):
+    shutil.copytree(finished[0] / "out/checkpoint-2", tmp_path / "checkpoint-2")
+    write(tmp_path / "checkpoint-2" / name, pickle.dumps(Bomb(tmp_path / "canary")))
+    flags = ["--max_steps", 3, "--skip_baseline", "--resume_from_checkpoint", "checkpoint-2"]
+    done = run_main(tmp_path, *kills.flags(demo.audio, "out", *flags))
     assert not (tmp_path / "canary").exists()
     if name == "training_args.bin":  # nothing reads it
-        assert status == 0, errors
+        succeeded(done)
     else:
-        assert status == 1 and str(checkpoint) in error_line(errors) and "unexpected" not in errors
+        refused(done, 1, "checkpoint-2")
 
 
-# ---------------------------------------------------------------- texts
-
-EVIL = (
-    "[click](javascript:alert(1)) ![x](http://127.0.0.1/x) <script>alert(1)</script> | `a` *b* $x$ =1+1\n# head\n"
-    "---\nlicense: mit"
-)
+EVIL = "[click](javascript:alert(1)) ![x](http://127.0.0.1/x) <script>alert(1)</script> | `a` *b* $x$ =1+1"
+EVIL += "\n# head\n---\nlicense: mit"
 MARKUP = ("<script", "[click](", "![x](", " `a`", "*b*", "$x$", "\n# head", "\n---\nlicense")
 
 
@@ -201,7 +168,7 @@ def assert_harmless(markdown):
     assert "javascript" in markdown, "it is shown"
 
 
-def test_texts_of_others_stay_texts_in_the_report(tmp_path, capfd):
+def test_texts_of_others_stay_texts_in_the_report(tmp_path):
     """No link, image, HTML, formula or heading of a transcript or name comes alive, and no control of a terminal."""
     rows = [
         {"text": "word " * 120 + EVIL, "pred_text": "no" if accent == EVIL else "word " * 120, "baseline_text": EVIL,
@@ -211,19 +178,16 @@ def test_texts_of_others_stay_texts_in_the_report(tmp_path, capfd):
     ]  # fmt: skip
     rows[7]["text"] = ""
     rows.append({"audio_filepath": EVIL + "\x1b[31m", "text": ""})
-    file = tmp_path / "$x$ *b* `a`.jsonl"
-    write_table(file, rows)
-    assert main(["--score_file", str(file), "--output_dir", str(tmp_path / "out")]) == 0
+    write_table(tmp_path / "$x$ *b* `a`.jsonl", rows)
+    done = succeeded(run_main(tmp_path, "--score_file", "$x$ *b* `a`.jsonl", "--output_dir", "out"))
     report = (tmp_path / "out/results/report.md").read_text()
     assert_harmless(report)
-    assert "\x1b" not in report and "\x1b" not in "".join(capfd.readouterr())
+    assert "\x1b" not in report and "\x1b" not in done.stdout + done.stderr
     assert (tmp_path / "out/results/wer_by_accent.png").is_file()
 
 
 def test_texts_and_names_of_others_stay_so_in_the_card_tensorboard_and_skip_list(tmp_path, warm):
     """The front matter of the card holds what the program puts there, whatever a model or a corpus is called."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     name = EVIL.replace("/", "_").replace("\n", " ")
     shutil.copytree(MODEL, tmp_path / name)
     cells = {"text": f"{TEXT} {EVIL}", **dict.fromkeys(("accent", "country", "domain", "gender"), EVIL)}
@@ -236,21 +200,19 @@ def test_texts_and_names_of_others_stay_so_in_the_card_tensorboard_and_skip_list
     write_table(tmp_path / "own" / name / "metadata.csv", rows)
     for row in rows[:3]:
         write(tmp_path / "own" / name / row["file_name"], sound(tone(20)))
-    flags = "--max_steps 1 --eval_steps 1 --save_steps 1 --gradient_accumulation_steps 1 --num_proc 1".split()
-    paths = ["--model", name, "--dataset", f"own/{name}", "--data_dir", "audio", "--output_dir", "out"]
-    done = warm.run(*paths, *flags, "--dataloader_num_workers", 0, "--use_cpu", "true", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    flags = """--max_steps 1 --eval_steps 1 --save_steps 1 --gradient_accumulation_steps 1 --num_proc 1 --use_cpu true
+        --dataloader_num_workers 0 --data_dir audio --output_dir out""".split()
+    succeeded(warm.run(*flags, "--model", name, "--dataset", f"own/{name}", cwd=tmp_path))
     card = (tmp_path / "out/final/README.md").read_text()
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     header = yaml.safe_load(front)
     assert header["license"] == "other" and "click" in header["model-index"][0]["results"][0]["dataset"]["name"]
     assert_harmless(re.sub("(?m)^Made with.*", "", body))  # the command, in a block of code
-    events = EventAccumulator(str(tmp_path / "out/runs")).Reload()
+    events = tensorboard(tmp_path / "out/runs")
     shown = [event.tensor_proto.string_val for tag in events.Tags()["tensors"] for event in events.Tensors(tag)]
     texts = [text.decode() for texts in shown for text in texts if b"javascript" in text]
     assert_harmless(next(text for text in texts if not text.startswith("{")))  # those are settings, as JSON
-    with open(tmp_path / "out/results/skipped_clips.csv", newline="", encoding="utf-8") as file:
-        texts = [row["text"] for row in csv.DictReader(file)]
+    texts = [row["text"] for row in read_csv(tmp_path / "out/results/skipped_clips.csv")]
     assert texts == ["'" + cell.replace("\r", " ") for cell in formulas]
 
 
@@ -259,4 +221,4 @@ def test_a_name_that_the_terminal_cannot_show_does_not_end_the_program(tmp_path)
         write(tmp_path / name, GOOD)
     flags = ["--transcribe", tmp_path / "a.wav", tmp_path / "é.wav", "--model", MODEL, "--use_cpu", "true"]
     done = run_script(*flags, cwd=tmp_path, env={**kills.ENV, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and "\\xe9.wav" in done.stdout, done.stderr
+    assert "\\xe9.wav" in succeeded(done).stdout

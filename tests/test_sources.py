@@ -1,16 +1,13 @@
 """Where clips come from: every kind of source, in a folder and on a Hub, and what may be wrong with it."""
 
 import contextlib
-import csv
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
 import signal
 import struct
-import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,30 +17,17 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import soundfile
-from conftest import CORPUS, MODEL, corpus_audio, corpus_rows, error_line, load_json, load_predictions, run_script
+from conftest import CORPUS, MODEL, corpus_audio, corpus_rows, load_json, refused, run_script, scored_clips, succeeded
+from datasets import Audio, ClassLabel, Dataset, Features, Value
+from helpers import GOOD, RATE, TEXT, modified, read_csv, run_main, skipped, sound, tar, tone, write, write_table
 from loopback_hub import DATASET, LoopbackHub, hub_copy
 from loopback_hub import MODEL as HUB_MODEL
+from transformers import AutoModelForCTC, AutoProcessor
 from warm import WarmStarts
 
-import finetune_medasr as script
-
-RATE, SPLITS = 16_000, ("train", "dev", "test")
-TEXT = "The patient has a fever."
-
-# ---------------------------------------------------------------- clips, good and bad
+SPLITS = ("train", "dev", "test")
 
 
-def sound(samples, rate=RATE, **options):
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, **{"format": "WAV", "subtype": "PCM_16", **options})
-    return buffer.getvalue()
-
-
-def tone(seconds=3.0, rate=RATE):
-    return 0.1 * np.sin(np.arange(round(seconds * rate)) * 2 * np.pi * 440 / rate)
-
-
-GOOD = sound(tone())
 BOMB = GOOD[:24] + struct.pack("<II", 1, 2) + GOOD[32:]  # at a claimed rate of 1 Hz it is 3 GB at 16 kHz
 NO_TEXT = "no text left that the tokenizer covers"
 NO_NUMBER = "undecodable audio .*not numbers"
@@ -95,39 +79,6 @@ def make_clips():
     return clips
 
 
-# ---------------------------------------------------------------- the kinds of sources
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def write_table(path, rows):
-    text = io.StringIO()
-    if path.suffix == ".jsonl":
-        text.writelines(json.dumps(row) + "\n" for row in rows)
-    else:
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    write(path, text.getvalue())
-
-
-def read_rows(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as tar:
-        for name, audio in members:
-            info = tarfile.TarInfo(f"data/data/intron/{name}")
-            info.size = len(audio)
-            tar.addfile(info, io.BytesIO(audio))
-
-
 def write_archives(folder, clips):
     """AfriSpeech-200's layout; its training clips in two archives."""
     parts = {}
@@ -140,9 +91,9 @@ def write_archives(folder, clips):
             for clip in part if clip["text"] is not None
         ]  # fmt: skip
         write_table(folder / f"transcripts/{accent}/{split}.csv", rows)
-        members = [(clip["name"], clip["audio"]) for clip in part if clip["audio"] is not None]
+        members = [(f"data/data/intron/{clip['name']}", clip["audio"]) for clip in part if clip["audio"] is not None]
         for number in range(count := 2 if split == "train" else 1):
-            write_tar(folder / f"audio/{accent}/{split}/{split}_{accent}_{number}.tar.gz", members[number::count])
+            write(folder / f"audio/{accent}/{split}/{split}_{accent}_{number}.tar.gz", tar(members[number::count]))
     return folder
 
 
@@ -168,8 +119,6 @@ def write_audio_folder(folder, clips):
 
 def write_parquet(folder, clips):
     """What `datasets` pushes to the Hub, with two files for training."""
-    from datasets import Audio, ClassLabel, Features, Value
-
     columns = dict.fromkeys(other_row(clips[0]), Value("string"))
     columns["domain"] = ClassLabel(names=["general", "clinical"])
     features = Features(audio=Audio(sampling_rate=RATE, decode=False), **columns)
@@ -205,8 +154,6 @@ def clip_file(name):
 
 def prepared(data_dir):
     """{(split, file): row} of all prepared files."""
-    from datasets import Dataset
-
     files = [Dataset.from_file(str(path)) for path in sorted(data_dir.rglob("*.arrow"))]
     return {(row["split"], clip_file(row["clip"])): row for rows in files for row in rows}
 
@@ -217,37 +164,13 @@ def digests(data_dir):
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
-def modified(data_dir):
-    return {path: path.stat().st_mtime_ns for path in data_dir.rglob("*.arrow")}
-
-
-def skipped(folder):
-    """[(split, clip, reason)] of skipped_clips.csv."""
-    rows = read_rows(folder / "results/skipped_clips.csv")
-    return [(row["split"], row["clip"], row["reason"]) for row in rows]
-
-
-def run(folder, dataset, *flags):
-    """The exit status of the program in this process."""
-    paths = ["--model", MODEL, "--dataset", dataset, "--data_dir", folder / "audio", "--output_dir", folder / "out"]
-    return script.main([*map(str, [*paths, "--num_proc", 1, "--disable_tqdm", "true", "--use_cpu", "true", *flags])])
-
-
-def assert_refused(done, status, *words):
-    """That a run ended with `status` and one line of an error that holds each of `words`, patterns."""
-    retries = re.compile(r"HTTP Error|Rate limited|Retrying|thrown while requesting|warning:")
-    line = error_line("\n".join(line for line in done.stderr.splitlines() if not retries.search(line)))
-    assert done.returncode == status and "unexpected" not in line, done.stderr
-    for word in words:
-        assert re.search(word, line), line
-
-
 TRAINING = """--max_steps 1 --eval_steps 1 --save_steps 1 --per_device_train_batch_size 4 --max_train_seconds 20
-    --gradient_accumulation_steps 1 --dataloader_num_workers 0 --num_proc 1 --use_cpu true""".split()
+    --gradient_accumulation_steps 1 --dataloader_num_workers 0""".split()
 
 
 def flags_of(dataset, *flags):
-    return ["--model", MODEL, "--dataset", dataset, "--data_dir", "audio", "--output_dir", "out", *flags]
+    folders = "--data_dir audio --output_dir out --num_proc 1 --use_cpu true".split()
+    return ["--model", MODEL, "--dataset", dataset, *folders, *flags]
 
 
 @pytest.fixture(scope="module")
@@ -258,12 +181,11 @@ def runs(corpora, warm, tmp_path_factory):
     def run_once(kind):
         if kind not in done:
             folder = tmp_path_factory.mktemp(kind)
-            ended = warm.run(*flags_of(corpora[kind], *TRAINING), cwd=folder)
-            assert ended.returncode == 0, ended.stderr[-2000:]
+            succeeded(warm.run(*flags_of(corpora[kind], *TRAINING), cwd=folder))
             done[kind] = SimpleNamespace(
-                folder=folder, clips=prepared(folder / "audio"), skipped=skipped(folder / "out"), ended=ended,
+                folder=folder, clips=prepared(folder / "audio"), skipped=skipped(folder / "out"),
                 metrics=load_json(folder / "out/results/metrics.json"),
-                texts={clip_file(row["audio_filepath"]): row for row in load_predictions(folder / "out/results")},
+                texts={clip_file(row["audio_filepath"]): row for row in scored_clips(folder / "out/results")},
             )  # fmt: skip
         return done[kind]
 
@@ -322,9 +244,6 @@ def test_prepared_audio_is_the_corpus_in_16_khz_mono_flac(runs):
     assert np.abs(eight - tone())[500:-500].max() < 1e-3, "resampled"
 
 
-# ---------------------------------------------------------------- a Hub that misbehaves
-
-
 @pytest.fixture(scope="module")
 def the_hub(corpora, tmp_path_factory):
     """A Hub with each kind of source, and AfriSpeech-200 in part: four archives of 2 to 11 MB."""
@@ -350,8 +269,7 @@ def online(the_hub, tmp_path_factory):
 @pytest.fixture
 def hub(the_hub):
     """The Hub as it is at first."""
-    the_hub.clear_faults()
-    the_hub.requests.clear()
+    the_hub.clear()
     return the_hub
 
 
@@ -382,22 +300,20 @@ def test_a_source_on_a_bad_hub_is_prepared_as_from_a_folder_and_then_needs_no_hu
                 place, wait = path.relative_to(corpora[kind]).as_posix(), {"Retry-After": "0"} if value == 429 else {}
                 hub.fault(f"*/resolve/*/{place}", fault, value, times=1, headers=wait)
     dataset = f"clinic/{kind}"
-    done = online.run(*PREPARE, "--dataset", dataset, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(online.run(*PREPARE, "--dataset", dataset, cwd=tmp_path))
     assert not any(fault.times > 0 for fault in hub._faults), "a fault was not met"
     assert digests(tmp_path / "audio") == digests(runs(kind).folder / "audio")
     assert left_behind(tmp_path / "audio") == []
 
-    made = modified(tmp_path / "audio")
+    made = modified(tmp_path / "audio", "*.arrow")
     hub.requests.clear()
-    done = online.run(*PREPARE, "--dataset", dataset, cwd=tmp_path)
-    assert done.returncode == 0 and "preparing audio" not in done.stderr
+    done = succeeded(online.run(*PREPARE, "--dataset", dataset, cwd=tmp_path))
+    assert "preparing audio" not in done.stderr
     assert [request.path for request in hub.requests] == [f"/api/datasets/{dataset}/tree/main"]  # "main" may change
-    done = warm.run(*flags_of(dataset, "--eval_only", "--use_cpu", "true"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    texts = {clip_file(row["audio_filepath"]): row["pred_text"] for row in load_predictions(tmp_path / "out/results")}
+    succeeded(warm.run(*flags_of(dataset, "--eval_only"), cwd=tmp_path))
+    texts = {clip_file(row["audio_filepath"]): row["pred_text"] for row in scored_clips(tmp_path / "out/results")}
     assert texts == {name: row["baseline_text"] for name, row in runs(kind).texts.items()}
-    assert modified(tmp_path / "audio") == made
+    assert modified(tmp_path / "audio", "*.arrow") == made
 
 
 def archive_requests(hub):
@@ -412,12 +328,10 @@ def archive_requests(hub):
 
 def test_a_download_goes_on_at_the_byte_reached_however_often_it_drops(hub, online, tmp_path):
     hub.fault("*/test_damara_0.tar.gz", "drop_after", 700_000)
-    done = online.run(*PREPARE, "--accents", "damara", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    requests = archive_requests(hub)["test_damara_0"]
-    assert len(requests) == 5
-    for (before, sent), (start, _) in zip(requests, requests[1:]):
-        assert before + sent - 70_000 <= start <= before + sent, "bytes were fetched again"
+    succeeded(online.run(*PREPARE, "--accents", "damara", cwd=tmp_path))
+    starts, sent = zip(*archive_requests(hub)["test_damara_0"])
+    assert len(starts) == 5
+    assert all(sum(sent[:n]) - n * 70_000 <= start <= sum(sent[:n]) for n, start in enumerate(starts))
 
 
 def test_archives_that_cannot_be_had_do_not_stop_the_others(hub, online, runs, tmp_path):
@@ -430,44 +344,17 @@ def test_archives_that_cannot_be_had_do_not_stop_the_others(hub, online, runs, t
     assert len(archive_requests(hub)["test_damara_0"]) == 2, "a corrupt archive is fetched once more"
     good = digests(tmp_path / "audio")
     assert len(good) == 3 and good.items() < digests(runs("archives").folder / "audio").items()
-    hub.clear_faults()
-    hub.requests.clear()
-    assert online.run(*prepare_all, cwd=tmp_path).returncode == 0
+    hub.clear()
+    succeeded(online.run(*prepare_all, cwd=tmp_path))
     assert digests(tmp_path / "audio") == digests(runs("archives").folder / "audio")
     assert archive_requests(hub).keys() == {"test_damara_0", "dev_damara_0"}
 
 
-# ---------------------------------------------------------------- kills
-
-
 def wait_until(condition, seconds=60):
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while not condition():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.01)
-    return found
-
-
-def sizes(data_dir, pattern):
-    """{name: bytes} of files that may vanish meanwhile."""
-    found = {}
-    for path in data_dir.rglob(pattern):
-        with contextlib.suppress(FileNotFoundError):
-            found[path.name] = path.stat().st_size
-    return found
-
-
-def group_ends(group, seconds=10):
-    """Whether every process of a group ends by itself within so many seconds; those that do not are killed."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.02)
-    os.killpg(group, signal.SIGKILL)
-    return False
 
 
 def workers_of(group):
@@ -484,15 +371,19 @@ def workers_of(group):
 def test_a_preparation_that_was_ended_goes_on_and_a_finished_one_needs_no_hub(hub, online, warm, tmp_path):
     audio, flags = tmp_path / "audio", [*PREPARE, "--accents", "damara"]
 
-    def start_and_end(number, whom, sizes_of_files=lambda: sum(sizes(audio, "*.partial").values()), grown=1_000_000):
-        """Send a signal to the processes whom(pid) of a new start when its files have `grown`; what it ended with."""
-        before = sizes_of_files()
+    def start_and_end(number, whom, is_converting=False):
+        """Send a signal to the processes whom(pid) of a new start in the midst of work; what it ended with."""
+        before = sum(log.sent for log in hub.requests)
         pid = online.start(*flags, cwd=tmp_path)
-        wait_until(lambda: sizes_of_files() > before + grown)
+        if is_converting:
+            wait_until(lambda: list(audio.rglob("*.arrow.*.tmp")))
+        else:
+            wait_until(lambda: sum(log.sent for log in hub.requests) > before + 1_500_000)
         for process in whom(pid):
             os.kill(process, number)
         ended = online.wait()
-        assert group_ends(pid), "a process outlived the program"
+        with contextlib.suppress(ProcessLookupError):  # none of its processes outlives the program for long
+            wait_until(lambda: os.killpg(pid, 0), 10)
         return ended
 
     hub.fault("*.tar.gz", "slow", 4_000_000)  # so that they are ended in a download
@@ -502,27 +393,24 @@ def test_a_preparation_that_was_ended_goes_on_and_a_finished_one_needs_no_hub(hu
     assert "stopped by SIGINT: the same command goes on" in stopped.stderr.splitlines()[-1]
     killed = start_and_end(signal.SIGKILL, workers_of)  # as the kernel does for want of memory
     assert killed.returncode == 1 and "--num_proc" in killed.stderr.splitlines()[-1]
-    hub.clear_faults()
-    start_and_end(signal.SIGKILL, lambda pid: [-pid], lambda: len(sizes(audio, "*.arrow.*.tmp")), 0)  # in a conversion
-    assert online.run(*flags, cwd=tmp_path).returncode == 0
+    hub._faults.clear()
+    start_and_end(signal.SIGKILL, lambda pid: [-pid], is_converting=True)
+    succeeded(online.run(*flags, cwd=tmp_path))
     for requests in archive_requests(hub).values():
         for (before, sent), (start, _) in zip(requests, requests[1:]):
             # What was sent and did not reach the disk before a kill is asked for again.
             assert before + sent - 2_000_000 <= start <= before + sent, "a download started anew"
     assert left_behind(audio) == []
 
-    made = modified(audio)
+    made = modified(audio, "*.arrow")
     hub.requests.clear()
     for more in ([], ["--accents", "Damara", "--domains", "clinical", "--seed", 7, "--max_train_seconds", 5]):
-        done = online.run(*flags, *more, cwd=tmp_path)
-        assert done.returncode == 0 and "preparing audio" not in done.stderr
-    assert hub.requests == [] and modified(audio) == made
+        assert "preparing audio" not in succeeded(online.run(*flags, *more, cwd=tmp_path)).stderr
+    assert hub.requests == [] and modified(audio, "*.arrow") == made
     folder = [*PREPARE, "--dataset", hub.folders["datasets", DATASET], "--accents", "damara", "--data_dir", "other"]
-    assert warm.run(*folder, cwd=tmp_path).returncode == 0
+    succeeded(warm.run(*folder, cwd=tmp_path))
     assert digests(audio) == digests(tmp_path / "other")
 
-
-# ---------------------------------------------------------------- streaming
 
 WATCHED = """
 import sys, zlib
@@ -539,14 +427,12 @@ def watched(batch, extractor, device):
 
 if __name__ == "__main__":  # not in a process that converts audio
     script.model_inputs = watched
-    sys.exit(script.main(sys.argv[1:]))
-"""
+    sys.exit(script.main(sys.argv[1:]))"""
 
 
 def seen(done):
     """[(clip, checksum of its masked log-mels)] of what a run of WATCHED was trained on, in its order."""
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = re.findall(r"^SEEN (.*) (\d+)$", done.stdout, re.MULTILINE)
+    found = re.findall(r"^SEEN (.*) (\d+)$", succeeded(done).stdout, re.MULTILINE)
     return [(clip_file(clip), int(checksum)) for clip, checksum in found]
 
 
@@ -573,18 +459,13 @@ def test_a_stream_gives_each_clip_once_a_pass_and_other_ones_after_a_resumption(
     assert not [path for path in tmp_path.rglob("*") if "train" in path.name and path.suffix in (".arrow", ".gz")]
 
 
-# ---------------------------------------------------------------- a run from nothing, and what a Hub may refuse
-
 FIRST = "--max_steps 2 --gradient_accumulation_steps 1 --num_proc 1 --data_dir audio --output_dir out".split()
 FIRST += ["--accents", "damara", "akan (fante)", "--push_to_hub", "--hub_model_id", "clinic/medasr-accents"]
 
 
 def test_the_main_command_goes_from_nothing_to_a_final_model_on_the_hub(hub, online, tmp_path):
-    from transformers import AutoModelForCTC, AutoProcessor
-
     logged_in = {"HF_TOKEN": "hf_good"}
-    done = online.run(*FIRST, cwd=tmp_path, env=logged_in)
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeeded(online.run(*FIRST, cwd=tmp_path, env=logged_in))
     final, results = tmp_path / "out/final", tmp_path / "out/results"
     assert AutoProcessor.from_pretrained(final).tokenizer and AutoModelForCTC.from_pretrained(final).config.vocab_size
     card = (final / "README.md").read_text()
@@ -593,7 +474,7 @@ def test_the_main_command_goes_from_nothing_to_a_final_model_on_the_hub(hub, onl
     assert (config["model"], config["dataset"]) == (HUB_MODEL, DATASET)
     rows = corpus_rows("test")
     test = {name for name in corpus_audio("test") if rows[name]["accent"] in config["accents"]}
-    assert {row["audio_filepath"].replace(".wav", ".ogg") for row in load_predictions(results)} == test
+    assert {row["audio_filepath"].replace(".wav", ".ogg") for row in scored_clips(results)} == test
 
     fetched = Counter(log.path for log in hub.requests if log.method == "GET" and f"{DATASET}/resolve/" in log.path)
     assert set(fetched.values()) == {1} and all(f"/resolve/{hub.commit(DATASET)}/" in path for path in fetched)
@@ -606,59 +487,48 @@ def test_the_main_command_goes_from_nothing_to_a_final_model_on_the_hub(hub, onl
     assert name == "clinic/medasr-accents" and {"README.md", "model.safetensors", "tokenizer.json"} <= set(files)
     whole = {path.relative_to(final).as_posix(): path.read_bytes() for path in final.rglob("*") if path.is_file()}
     assert files == whole
-    done = online.run(*FIRST, cwd=tmp_path, env=logged_in)
-    assert done.returncode == 0 and "finished" in done.stdout and "uploaded to" in done.stdout
+    done = succeeded(online.run(*FIRST, cwd=tmp_path, env=logged_in))
+    assert "finished" in done.stdout and "uploaded to" in done.stdout
     assert len(hub.uploads) == 2 and hub.uploads[1] == hub.uploads[0]
 
     # On a machine that is offline, with the cache that the model went to.
     offline = {**hub.env(online.home, HF_HUB_OFFLINE="1"), "OMP_NUM_THREADS": "1"}
     flags = "--eval_only --max_test_samples 3 --accents damara --data_dir audio --output_dir again".split()
-    done = run_script(*flags, cwd=tmp_path, env=offline)
-    assert done.returncode == 0 and "preparing audio" not in done.stderr, done.stderr
-    assert len(load_predictions(tmp_path / "again/results")) == 3
+    assert "preparing audio" not in succeeded(run_script(*flags, cwd=tmp_path, env=offline)).stderr
+    assert len(scored_clips(tmp_path / "again/results")) == 3
 
 
-GATED = ["--model", "clinic/gated-model"]
-NOT_THERE = ["--dataset", "clinic/no"]
-REFUSED = {  # what a Hub refuses: (flags, token, words of the message)
-    "no token": (
-        GATED,
-        "",
-        ["clinic/gated-model is gated and you are not logged in", "http.*/clinic/gated-model", "hf auth"],
-    ),
-    "no access": (GATED, "hf_denied", ["clinic/gated-model is gated and your account has no access", "terms at http"]),
-    "invalid token": (GATED, "hf_bad", ["clinic/gated-model", "token is not valid", "hf auth login", "HF_TOKEN"]),
-    "unknown model": (["--model", "a/b"], "hf_good", ["a/b is not on the Hub, or is private", "--model"]),
-    "not an id": (["--model", "google/medasr/large"], "", ["google/medasr/large", "owner/name", "--model"]),
-    "model revision": ([*GATED, "--model_revision", "v9"], "hf_good", ["no such revision", "--model_revision"]),
-    "unknown dataset": (NOT_THERE, "hf_good", ["dataset clinic/no is not on the Hub", "--dataset"]),
-    "private dataset": (NOT_THERE, "", ["dataset clinic/no is not on the Hub, or is private"]),
-    "gated dataset": (["--dataset", "clinic/gated"], "", ["dataset clinic/gated is gated", "/datasets/clinic/gated"]),
-    "dataset revision": (["--dataset_revision", "v9"], "", [f"{DATASET} has no such revision", "--dataset_revision"]),
-    "answers of 503": ([], "", [f"dataset {DATASET} could not be read", "503", "run the same command again"]),
-    "upload": (["--push_to_hub"], "hf_denied", ["--push_to_hub: out cannot be written", "hf auth login"]),
+GATED, NO_DATA = "--model clinic/gated-model", "--dataset clinic/no"
+REFUSED = {  # what a Hub refuses: (flags, token, pattern of the message)
+    "no token": (GATED, "", "gated-model is gated and you are not logged in.*hf auth login.*http.*/clinic/gated-model"),
+    "no access": (GATED, "hf_denied", "clinic/gated-model is gated and your account has no access.*terms at http"),
+    "invalid token": (GATED, "hf_bad", "clinic/gated-model.*token is not valid.*hf auth login.*HF_TOKEN"),
+    "unknown model": ("--model a/b", "hf_good", "a/b is not on the Hub, or is private.*--model"),
+    "not an id": ("--model google/medasr/large", "", "google/medasr/large.*owner/name.*--model"),
+    "model revision": (f"{GATED} --model_revision v9", "hf_good", "no such revision.*--model_revision"),
+    "unknown dataset": (NO_DATA, "hf_good", "dataset clinic/no is not on the Hub.*--dataset"),
+    "private dataset": (NO_DATA, "", "dataset clinic/no is not on the Hub, or is private"),
+    "gated dataset": ("--dataset clinic/gated", "", "dataset clinic/gated is gated.*/datasets/clinic/gated"),
+    "dataset revision": ("--dataset_revision v9", "", f"{DATASET} has no such revision.*--dataset_revision"),
+    "answers of 503": ("", "", f"dataset {DATASET} could not be read.*503.*run the same command again"),
+    "upload": ("--push_to_hub", "hf_denied", "--push_to_hub: out cannot be written.*hf auth login"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_the_hub_refuses_is_one_line_before_any_audio_is_fetched(case, hub, online, tmp_path):
-    flags, token, words = REFUSED[case]
-    flags = flags if "--model" in flags else ["--model", MODEL, *flags]
+    flags, token, message = REFUSED[case]
+    flags = f"{flags} --data_dir audio --output_dir out" + ("" if "--model " in flags else f" --model {MODEL}")
     if case == "answers of 503":
         hub.fault("/api/datasets/*", "status", 503, headers={"Retry-After": "0"})
-    env = {"HF_TOKEN": token} if token else {}
-    done = online.run(*flags, "--data_dir", "audio", "--output_dir", "out", cwd=tmp_path, env=env)
-    assert_refused(done, 1, *words)
+    refused(online.run(*flags.split(), cwd=tmp_path, env={"HF_TOKEN": token} if token else {}), 1, message)
     assert not list(tmp_path.rglob("*.arrow")) and not (tmp_path / "out").exists()
-    assert hub.count("*.tar.gz") == 0 and (MODEL in flags or hub.count("*datasets*") == 0)
+    assert hub.count("*.tar.gz") == 0 and (str(MODEL) in flags or hub.count("*datasets*") == 0)
 
 
 def test_without_a_network_one_line_says_what_is_missing(warm, tmp_path):
     for kind, flags in (("model", ["--model", "nobody/nothing"]), ("dataset", flags_of("nobody/nothing"))):
-        assert_refused(warm.run(*flags, cwd=tmp_path), 1, f"{kind} nobody/nothing is not on this machine", "reached")
-
-
-# ---------------------------------------------------------------- one --data_dir for all
+        refused(warm.run(*flags, cwd=tmp_path), 1, f"{kind} nobody/nothing is not on this machine", "reached")
 
 
 def some_clips(count=6, splits=SPLITS):
@@ -673,10 +543,9 @@ def test_a_data_folder_holds_several_corpora_and_only_what_changed_is_made_again
 
     def prepare(kind, *flags):
         """(prepared files that are gone, new ones, those that stayed) after a run."""
-        before = modified(audio)
-        done = warm.run(*flags_of(tmp_path / kind, "--num_proc", 1, "--use_cpu", "true", *flags), cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        after = modified(audio)
+        before = modified(audio, "*.arrow")
+        succeeded(warm.run(*flags_of(tmp_path / kind, *flags), cwd=tmp_path))
+        after = modified(audio, "*.arrow")
         return before.keys() - after.keys(), after.keys() - before.keys(), dict(before.items() & after.items())
 
     total = 0
@@ -689,24 +558,21 @@ def test_a_data_folder_holds_several_corpora_and_only_what_changed_is_made_again
     (folder,) = {path.parent for path in made}
     write(folder / f"{min(made).name}.1.tmp", "half a file")
 
-    changes = {"audio": GOOD, "text": "Another text."}
-    for change in "archives text", "audio-folder text", "audio-folder audio", "parquet audio":
-        kind, column = change.split()
-        # Of the test split alone, as --eval_only then asks for.
-        changed = [clip | {column: changes[column]} for clip in clips if clip["split"] == "test"]
-        KINDS[kind](tmp_path / "new", changed)
-        for path in (tmp_path / "new").rglob("*.*"):
-            target = tmp_path / kind / path.relative_to(tmp_path / "new")
-            if target.read_bytes() != path.read_bytes() and (column == "audio" or "tar" not in path.name):
-                shutil.copy(path, target)
-        shutil.rmtree(tmp_path / "new")
-        gone, made, stayed = prepare(kind, "--eval_only")
-        assert len(gone) == len(made) == 1 and len(stayed) == total - 1, (kind, gone, made)
-        from datasets import Dataset
-
-        rows = Dataset.from_file(str(*made)).to_list()
-        assert {row["split"] for row in rows} == {"test"}
-        assert {row["text"] for row in rows} == {"Another text."} or len({row["audio"] for row in rows}) == 1
+    test = [clip for clip in clips if clip["split"] == "test"]
+    changed, file = test[2], clip_file(test[2]["name"])
+    texts = [tmp_path / "archives/transcripts/damara/test.csv", tmp_path / "audio-folder/test/metadata.jsonl"]
+    for path in [*texts, tmp_path / "audio-folder/test" / changed["name"], tmp_path / "parquet/data"]:
+        kind = path.relative_to(tmp_path).parts[0]
+        if path in texts:
+            write(path, path.read_text(encoding="utf-8").replace(changed["text"], "Another text."))
+        elif path.is_dir():
+            write_parquet(tmp_path / kind, [clip | {"audio": GOOD} for clip in test])
+        else:
+            write(path, GOOD)
+        gone, made, stayed = prepare(kind, "--eval_only")  # of the test split alone
+        assert len(gone) == len(made) == 1 and len(stayed) == total - 1, (path, gone, made)
+        (row,) = [row for row in Dataset.from_file(str(*made)) if clip_file(row["clip"]) == file]
+        assert row["text"] == "Another text." if path in texts else row["num_samples"] == 3 * RATE
     assert (audio / "notes/letter.tmp").exists() and not list(folder.glob("*.tmp"))
 
 
@@ -727,21 +593,17 @@ def test_a_full_disk_is_foreseen(online, hub, tmp_path):
     write(tmp_path / "full.py", patched)
     # The largest archive has 11 MB, and the audio at 16 kHz 3 MB.
     done = online.run(*PREPARE, "--accents", "damara", program=tmp_path / "full.py", cwd=tmp_path)
-    assert_refused(done, 1, r"needs 0\.0 GB in audio/.* and 0\.0 GB are free", "--data_dir")
+    refused(done, 1, r"needs 0\.0 GB in audio/.* and 0\.0 GB are free", "--data_dir")
     assert hub.count("*.tar.gz") == 0
 
 
-def test_a_damaged_prepared_file_is_named_and_made_again_when_deleted(runs, corpora, tmp_path, capfd):
+def test_a_damaged_prepared_file_is_named(runs, corpora, tmp_path):
     shutil.copytree(runs("parquet").folder / "audio", tmp_path / "audio")
     file = next(path for path in (tmp_path / "audio").rglob("*.arrow") if "test" in path.name)
     for content in (b"", file.read_bytes()[:-2_000]):
         file.write_bytes(content)
-        capfd.readouterr()
-        assert run(tmp_path, corpora["parquet"], "--eval_only") == 1
-        assert re.search(f"{re.escape(str(file))} is damaged .*: delete it", error_line(capfd.readouterr().err))
-
-
-# ---------------------------------------------------------------- splits
+        done = run_main(tmp_path, *flags_of(corpora["parquet"], "--eval_only"))
+        refused(done, 1, f"audio/.*{re.escape(file.name)} is damaged .*: delete it")
 
 
 def one_table(folder, rows):
@@ -752,32 +614,31 @@ def one_table(folder, rows):
     return folder
 
 
-def splits_used(folder, dataset, *flags):
-    """{split: (clips, speakers)} of a run's tables."""
-    folders = ["--dataset", dataset, "--data_dir", folder / "audio", "--output_dir", folder / "out"]
-    settings = script.parse_settings([*map(str, [*folders, "--num_proc", 1, *flags])])
-    source = script.Source(str(dataset), settings, SPLITS)
-    script.prepare(source, SPLITS, settings)
-    _, table = script.load_clips(source, SPLITS)
-    return {split: (set(part["clip"]), set(part["speaker"])) for split, part in table.groupby("split")}
+def splits_of(folder, dataset, *flags):
+    """({split: [clips, speakers]} by a dry run, what it printed)"""
+    done = succeeded(run_main(folder, *flags_of(dataset, "--dry_run", *flags)))
+    found = re.findall(r"^ *(train|dev|test) +(\d+) clips? .* (\d+) speakers?", done.stdout, re.MULTILINE)
+    return {split: [int(clips), int(speakers)] for split, clips, speakers in found}, done.stdout + done.stderr
 
 
-def test_missing_splits_are_made_by_speaker(tmp_path, capfd):
+def test_missing_splits_are_made_by_speaker(tmp_path):
+    """So that the speakers of all splits are as many as there are."""
     rows = [{"file_name": f"{number}.wav", "text": TEXT, "speaker_id": f"s{number // 2}"} for number in range(40)]
-    folder = one_table(tmp_path / "own", rows)
-    used = splits_used(tmp_path, folder)
-    assert "dev and test made of the train split by speaker, by --seed 42" in capfd.readouterr().out
-    assert {split: len(clips) for split, (clips, _) in used.items()} == {"train": 32, "dev": 4, "test": 4}
-    people = [speakers for _, speakers in used.values()]
-    assert sum(map(len, people)) == len(set.union(*people)) == 20
-    made = modified(tmp_path / "audio")
-    assert splits_used(tmp_path, folder) == used
-    assert splits_used(tmp_path, folder, "--seed", 7)["test"] != used["test"]
+    folder, test = one_table(tmp_path / "own", rows), {}
+    found, said = splits_of(tmp_path, folder)
+    assert found == {"train": [32, 16], "dev": [4, 2], "test": [4, 2]}
+    assert "dev and test made of the train split by speaker, by --seed 42" in said
+    for seed in (42, 7, 42):
+        succeeded(run_main(tmp_path, *flags_of(folder, "--eval_only", "--seed", seed)))
+        made = modified(tmp_path / "audio", "*.arrow")
+        assert len(scored_files(tmp_path)) == 4 and scored_files(tmp_path) == test.setdefault(
+            seed, scored_files(tmp_path)
+        )
+    assert test[42] != test[7]
     one_table(folder, [row | {"split": "test" if number < 10 else "train"} for number, row in enumerate(rows)])
-    used = splits_used(tmp_path / "given", folder)
-    assert {split: len(clips) for split, (clips, _) in used.items()} == {"train": 28, "dev": 2, "test": 10}
-    assert not used["dev"][1] & used["train"][1] and "  dev made of the train split" in capfd.readouterr().out
-    assert modified(tmp_path / "audio") == made, "audio is converted once for all splits"
+    found, said = splits_of(tmp_path, folder)
+    assert found == {"train": [28, 14], "dev": [2, 1], "test": [10, 5]} and "  dev made of the train split" in said
+    assert modified(tmp_path / "audio", "*.arrow") == made, "audio is converted once for all splits"
 
 
 def test_a_run_on_made_splits_says_so_in_its_results_and_card(tmp_path, warm):
@@ -787,8 +648,7 @@ def test_a_run_on_made_splits_says_so_in_its_results_and_card(tmp_path, warm):
     folder = one_table(tmp_path / "own", rows)
     for clip in clips:
         write(folder / clip["name"], clip["audio"])
-    done = warm.run(*flags_of(folder, *TRAINING, "--skip_baseline"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(warm.run(*flags_of(folder, *TRAINING, "--skip_baseline"), cwd=tmp_path))
     data = load_json(tmp_path / "out/results/metrics.json")["data"]
     assert data["made_splits"] == ["dev", "test"] and data["speakers_in_train_too"] == {}
     assert "dev and test made of the train split by speaker" in (tmp_path / "out/results/report.md").read_text()
@@ -802,52 +662,47 @@ def test_speakers_of_two_given_splits_are_counted(tmp_path, warm):
     rows = [{"file_name": f"{name}.wav", "text": TEXT, "split": split, "client_id": who} for name, split, who in people]
     done = warm.run(*flags_of(one_table(tmp_path / "own", rows), *TRAINING, "--skip_baseline"), cwd=tmp_path)
     note = "2 speakers of test in train too: its scores are not those of new speakers."
-    assert done.returncode == 0 and f"warning: {note}" in done.stderr
+    assert f"warning: {note}" in succeeded(done).stderr
     assert load_json(tmp_path / "out/results/metrics.json")["data"]["speakers_in_train_too"] == {"dev": 2, "test": 2}
     assert note in (tmp_path / "out/results/report.md").read_text()
     assert "whose speakers are not in training" not in (tmp_path / "out/final/README.md").read_text()
 
 
-def test_splits_come_from_columns_and_folders_under_many_names(tmp_path, capfd):
+def test_splits_come_from_columns_and_folders_under_many_names(tmp_path):
     """A "stress-test" is a word of a file's name and no split; what has none, where others have, is left out."""
-    names = {"training": "train", "Valid": "dev", "eval": "test", "": "", "invalidated": ""}
+    names = ["training", *["Valid"] * 2, *["eval"] * 4, "", "invalidated"]
     files = [*(f"ada/{number}-stress-test.wav" for number in range(len(names))), "eval/train.wav"]
     rows = [{"file_name": file, "text": TEXT, "split": name} for file, name in zip(files, [*names, ""])]
-    used = splits_used(tmp_path, one_table(tmp_path / "own", rows))
-    found = {clip: split for split, (clips, _) in used.items() for clip in clips}
-    assert found == {file: split for file, split in zip(files, [*names.values(), "test"]) if split}
-    assert "2 clips, such as ada/3-stress-test.wav, of no split that is named: left out" in capfd.readouterr().err
-
-
-# ---------------------------------------------------------------- selections
+    found, said = splits_of(tmp_path, one_table(tmp_path / "own", rows))
+    assert {split: clips for split, (clips, _) in found.items()} == {"train": 1, "dev": 2, "test": 5}
+    assert "2 clips, such as ada/7-stress-test.wav, of no split that is named: left out" in said
 
 
 def scored_files(folder):
-    return {clip_file(row["audio_filepath"]) for row in load_predictions(folder / "out/results")}
+    return {clip_file(row["audio_filepath"]) for row in scored_clips(folder / "out/results")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_accents_countries_and_domains_choose_however_they_are_written(kind, runs, corpora, tmp_path):
+def test_flags_choose_clips_and_a_limit_draws_them_by_the_seed(kind, runs, corpora, tmp_path):
     bad = {f"{name}.wav" for name, row in BAD_CLIPS.items() if row[3]}
     test = [clip for clip in make_clips() if clip["split"] == "test" and clip_file(clip["name"]) not in bad]
-    for flags, chosen in (
-        (["--accents", "Akan (Fante)"], [clip for clip in test if clip["accent"] == "akan (fante)"]),
-        (["--countries", "na"], [clip for clip in test if clip["country"] == "NA"]),
-        (["--domains", "Clinical"], [clip for clip in test if clip["domain"] == "clinical"]),
+
+    def scored(*flags):
+        paths = ["--eval_only", "--data_dir", runs(kind).folder / "audio"]
+        succeeded(run_main(tmp_path, *flags_of(corpora[kind], *paths, *flags)))
+        return scored_files(tmp_path)
+
+    for flag, value, column, name in (
+        ("--accents", "Akan (Fante)", "accent", "akan (fante)"),
+        ("--countries", "na", "country", "NA"),
+        ("--domains", "Clinical", "domain", "clinical"),
     ):
-        assert run(tmp_path, corpora[kind], "--eval_only", "--data_dir", runs(kind).folder / "audio", *flags) == 0
-        assert 0 < len(chosen) < len(test) and scored_files(tmp_path) == {clip_file(clip["name"]) for clip in chosen}
-
-
-def test_a_limit_draws_clips_by_the_seed(runs, corpora, tmp_path):
-    whole, drawn = [clip_file(row["audio_filepath"]) for row in runs("archives").texts.values()], {}
-    folder = ["--eval_only", "--data_dir", runs("archives").folder / "audio"]
-    for seed in (1, 2, 1):
-        assert run(tmp_path, corpora["archives"], *folder, "--max_test_samples", 5, "--seed", seed) == 0
-        found = scored_files(tmp_path)
-        assert len(found) == 5 and found == drawn.setdefault(seed, found), "another start draws others"
-    assert drawn[1] != drawn[2]
-    assert all(found not in (set(whole[:5]), set(whole[-5:])) for found in drawn.values())
+        chosen = {clip_file(clip["name"]) for clip in test if clip[column] == name}
+        assert 0 < len(chosen) < len(test) and scored(flag, value) == chosen
+    first, second, again = (scored("--max_test_samples", 5, "--seed", seed) for seed in (1, 2, 1))
+    whole = [clip_file(row["audio_filepath"]) for row in runs(kind).texts.values()]
+    assert len(first) == len(second) == 5 and first == again != second, "another start draws others"
+    assert all(drawn not in (set(whole[:5]), set(whole[-5:])) for drawn in (first, second))
 
 
 def test_a_clip_in_two_archives_is_used_once_the_first_and_listed(tmp_path):
@@ -856,27 +711,26 @@ def test_a_clip_in_two_archives_is_used_once_the_first_and_listed(tmp_path):
     folder = write_archives(tmp_path / "own", [clip | {"text": TEXT, "audio": first}])
     for number, members in enumerate(("a 2", "a 3 b 3", "b 2")):
         words = members.split()
-        audio = [
-            (f"x/{name}.wav", first if seconds == "2" else second) for name, seconds in zip(words[::2], words[1::2])
-        ]
-        write_tar(folder / f"audio/zulu/test/test_zulu_{number}.tar.gz", audio)
+        clips = zip(words[::2], words[1::2])
+        members = [(f"data/data/intron/x/{name}.wav", first if length == "2" else second) for name, length in clips]
+        write(folder / f"audio/zulu/test/test_zulu_{number}.tar.gz", tar(members))
     table = folder / "transcripts/zulu/test.csv"
-    write_table(table, [row | {"audio_paths": f"/x/{name}.wav"} for name in "ab" for row in read_rows(table)])
-    assert run(tmp_path, folder, "--eval_only") == 0
-    lengths = {row["audio_filepath"]: row["duration"] for row in load_predictions(tmp_path / "out/results")}
+    write_table(table, [row | {"audio_paths": f"/x/{name}.wav"} for name in "ab" for row in read_csv(table)])
+    succeeded(run_main(tmp_path, *flags_of(folder, "--eval_only")))
+    lengths = {row["audio_filepath"]: row["duration"] for row in scored_clips(tmp_path / "out/results")}
     assert lengths == {"x/a.wav": 2, "x/b.wav": 3}
     assert skipped(tmp_path / "out") == [("test", f"x/{name}.wav", "a second copy") for name in "ab"]
 
 
 def test_a_dry_run_counts_without_fetching_audio(hub, online, tmp_path):
     flags = ["--dry_run", "--accents", "damara", "akan-fante", "--output_dir", "out", "--max_train_samples", 20]
-    done = online.run(*flags, cwd=tmp_path)
-    assert done.returncode == 0 and hub.count("*.tar.gz") == 0
+    done = succeeded(online.run(*flags, cwd=tmp_path))
+    assert hub.count("*.tar.gz") == 0
     corpus = hub.folders["datasets", DATASET]
     size = sum(path.stat().st_size for path in corpus.rglob("*.tar.gz"))
     assert f"to fetch {size / 1e9:.2f} GB in 4 archives" in done.stdout
     for split, count in (("train", 30), ("dev", 6), ("test", 18)):
-        seconds = sum(float(row["duration"]) for path in corpus.rglob(f"*/{split}.csv") for row in read_rows(path))
+        seconds = sum(float(row["duration"]) for path in corpus.rglob(f"*/{split}.csv") for row in read_csv(path))
         assert re.search(rf"{split} +{count} clips +{seconds / 3600:.2f} h", done.stdout), done.stdout
     assert re.search("akan .fante. +10 clips", done.stdout)
     assert re.search("10 updates, 1 an epoch, of 8 clips x 4 accumulation steps x 1 device", done.stdout)

@@ -1,7 +1,7 @@
 """What becomes of a transcript: labels that the model can emit, and the texts that are compared."""
 
 import pytest
-from helpers import label_encoder, small_processor
+from small_model import label_encoder, processor
 
 from finetune_medasr import LabelEncoder, normalize_paper, normalize_wer
 
@@ -46,7 +46,7 @@ def spelled(encoder, text):
 
 @pytest.mark.parametrize("text", [*FOLDED, *MORE_TEXTS.split("|")])
 def test_labels_spell_the_transcript_in_what_the_model_can_emit(text):
-    encoder, tokenizer = label_encoder(), small_processor().tokenizer
+    encoder, tokenizer = label_encoder(), processor().tokenizer
     labels, spelling = set(encoder([text])[0]), spelled(encoder, text)
     special = {tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     assert not special & labels and all(0 <= label < encoder.vocab_size for label in labels)
@@ -79,48 +79,48 @@ def test_target_text_words_trains_on_lower_case_words_alone():
     assert spelled(label_encoder("words"), text) == "the patient's bp give 20 mcg then rest findings cafe"
 
 
-@pytest.mark.parametrize(
-    "text, normal",
-    {
-        " . {period}": "",
-        "The PATIENT has a fever.": "the patient has a fever",
-        "fever {comma} cough {period} {new paragraph} [FINDINGS] {colon} clear": "fever cough findings clear",
-        "<s>fever<epsilon> </s>": "fever",
-        "no fever full stop. fever koma, cough": "no fever full stop fever koma cough",  # spoken, and transcribed
-        "one\ntwo\tthree  four\u00a0mg mightincrease": "one two three four mg mightincrease",
-        "don’t don't donʼt don`t ‘the dogs’ bone’, 'twas “x”": "don't don't don't don't the dogs bone twas x",
-        "the patient&apos;s R&amp;D": "the patient's r and d",
-        "20 µg at 38° or 37 ℃, R＆D Acme™": "20 mcg at 38 degrees or 37 degrees c r and d acmetm",
-        "1½ tablets, 10⁹/L, 200 mg, 2.5, 120/80": "1 1 2 tablets 10 9 l 200 mg 2 5 120 80",
-        "x-ray 2–3 (paired) [x] a_b": "x ray 2 3 paired x a b",
-        "50% >5 & <3": "50 greater than 5 and less than 3",
-        "Ọlọ́run café cafe\u0301 ɔkyɛ": "olorun cafe cafe okye",
-        "ﬁnding m² soft\u00adhyphen zero\u200bwidth": "finding m2 softhyphen zerowidth",
-    }.items(),
-)
-def test_normalize_wer_leaves_lower_case_words(text, normal):
-    assert normalize_wer(text) == normal
+NORMAL = {
+    " . {period}": "",
+    "The PATIENT has a fever.": "the patient has a fever",
+    "fever {comma} cough {period} {new paragraph} [FINDINGS] {colon} clear": "fever cough findings clear",
+    "<s>fever<epsilon> </s>": "fever",
+    "no fever full stop. fever koma, cough": "no fever full stop fever koma cough",  # spoken, and transcribed
+    "one\ntwo\tthree  four\u00a0mg mightincrease": "one two three four mg mightincrease",
+    "don’t don't donʼt don`t ‘the dogs’ bone’, 'twas “x”": "don't don't don't don't the dogs bone twas x",
+    "the patient&apos;s R&amp;D": "the patient's r and d",
+    "20 µg at 38° or 37 ℃, R＆D Acme™": "20 mcg at 38 degrees or 37 degrees c r and d acmetm",
+    "1½ tablets, 10⁹/L, 200 mg, 2.5, 120/80": "1 1 2 tablets 10 9 l 200 mg 2 5 120 80",
+    "x-ray 2–3 (paired) [x] a_b": "x ray 2 3 paired x a b",
+    "50% >5 & <3": "50 greater than 5 and less than 3",
+    "Ọlọ́run café cafe\u0301 ɔkyɛ": "olorun cafe cafe okye",
+    "ﬁnding m² soft\u00adhyphen zero\u200bwidth": "finding m2 softhyphen zerowidth",
+}
 
 
-@pytest.mark.parametrize(
-    "text, normal",
-    {
-        "The PATIENT has a fever.": "the patient has a fever.",
-        "full stop.": "full stop.",  # only after a space
-        "\nfull stop": "full stop",
-        "No fever full stop. Next Full stop": "no fever. next.",
-        "no fever full stop, next": "no fever., next",
-        "fever Comma, cough comma b": "fever, cough comma b",
-        "fever koma, cough coma, b koma c": "fever cough b koma c",
-        "fever comma,. Next,, x": "fever. next, x",
-        "one\ntwo \nthree\n\nfour\n": "onetwo three four",
-        "one \t two\tthree   four ": "one two three four",
-        "a > b >5 a>b": "a b 5 ab",
-        "200\u00a0mg don’t don't the patient&apos;s": "200 mg dont don't the patientaposs",
-        "50% (2-3) [x] a+b: c? 'd' 2.5, 120/80": "50% (2-3) [x] a+b: c? 'd' 2.5, 120/80",
-        '{period} "a"; b! c_d = #1 & @': "period a b cd  1  ",  # characters go last: what they leave behind stays
-        "20 µg 38° 2–3 café": "20 g 38 23 caf",
-    }.items(),
-)
-def test_normalize_paper_follows_the_authors_steps_in_their_order(text, normal):
-    assert normalize_paper(text) == normal
+@pytest.mark.parametrize("text", NORMAL)
+def test_normalize_wer_leaves_lower_case_words(text):
+    assert normalize_wer(text) == NORMAL[text]
+
+
+PAPER = {
+    "The PATIENT has a fever.": "the patient has a fever.",
+    "full stop.": "full stop.",  # only after a space
+    "\nfull stop": "full stop",
+    "No fever full stop. Next Full stop": "no fever. next.",
+    "no fever full stop, next": "no fever., next",
+    "fever Comma, cough comma b": "fever, cough comma b",
+    "fever koma, cough coma, b koma c": "fever cough b koma c",
+    "fever comma,. Next,, x": "fever. next, x",
+    "one\ntwo \nthree\n\nfour\n": "onetwo three four",
+    "one \t two\tthree   four ": "one two three four",
+    "a > b >5 a>b": "a b 5 ab",
+    "200\u00a0mg don’t don't the patient&apos;s": "200 mg dont don't the patientaposs",
+    "50% (2-3) [x] a+b: c? 'd' 2.5, 120/80": "50% (2-3) [x] a+b: c? 'd' 2.5, 120/80",
+    '{period} "a"; b! c_d = #1 & @': "period a b cd  1  ",  # characters go last: what they leave behind stays
+    "20 µg 38° 2–3 café": "20 g 38 23 caf",
+}
+
+
+@pytest.mark.parametrize("text", PAPER)
+def test_normalize_paper_follows_the_authors_steps_in_their_order(text):
+    assert normalize_paper(text) == PAPER[text]

@@ -1,16 +1,14 @@
 """The program in a process of its own each time, without the five seconds that a process takes to import libraries.
 
 One process imports them, and forks for each run. A run ends as it does by itself: with its exit status or a signal, and
-with what it does at exit. Tests of a start itself, and of launchers, start Python anew.
-"""
+with what it does at exit. Tests of a start itself, and of launchers, start Python anew."""
 
-import fcntl
-import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parent.parent / "finetune_medasr.py"
@@ -53,20 +51,6 @@ while True:
 """
 
 
-def open_pipe():
-    """(read end, write end) of a pipe that holds all that a run prints: nobody reads it meanwhile."""
-    ends = os.pipe()
-    fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 1 << 20)
-    os.set_blocking(ends[0], False)  # a worker that outlives its program keeps the pipe open
-    return ends
-
-
-def read_now(pipe):
-    """What is in a pipe, as subprocess gives text."""
-    with io.FileIO(pipe) as file:
-        return (file.readall() or b"").decode().replace("\r\n", "\n").replace("\r", "\n")
-
-
 class WarmStarts:
     """Starts one run after the other, each in a new process and process group."""
 
@@ -87,19 +71,20 @@ class WarmStarts:
     def start(self, *arguments, program=SCRIPT, cwd=".", env=()):
         """The process id of `python PROGRAM ARGUMENTS`, which is its group's too."""
         self.command = list(map(str, [program, *arguments]))
-        pipes = [open_pipe() for _ in ("stdout", "stderr")]
-        self.outputs, inputs = zip(*pipes)
+        self.outputs = [tempfile.TemporaryFile("w+") for _ in ("stdout", "stderr")]
         variables = {name: str(value) for name, value in dict(env).items()}
         message = json.dumps([os.path.abspath(cwd), variables, *self.command])
-        socket.send_fds(self.channel, [message.encode()], inputs)
-        for end in inputs:
-            os.close(end)
+        socket.send_fds(self.channel, [message.encode()], [output.fileno() for output in self.outputs])
         return int(self.channel.recv(32))
 
     def wait(self):
         """The CompletedProcess of what was started."""
-        status = int(self.channel.recv(32))
-        return subprocess.CompletedProcess(self.command, status, *map(read_now, self.outputs))
+        status, texts = int(self.channel.recv(32)), []
+        for output in self.outputs:
+            with output:
+                output.seek(0)
+                texts.append(output.read())
+        return subprocess.CompletedProcess(self.command, status, *texts)
 
     def run(self, *arguments, **options):
         self.start(*arguments, **options)
@@ -107,13 +92,14 @@ class WarmStarts:
 
 
 def run_ranks(starts, *arguments, **options):
-    """The CompletedProcesses of a run in several processes, as a cluster starts them: one for each of `starts`."""
-    env = dict(options.pop("env", ()))
+    """The CompletedProcesses of a run in several processes, as a cluster starts them: one for each of `starts`, in the
+    folder `cwd`, in which {rank} stands for their numbers."""
+    env, folder = dict(options.pop("env", ())), str(options.pop("cwd", "."))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for rank, start in enumerate(starts):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(starts), "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": port}  # fmt: skip
-        start.start(*arguments, **options, env=env | place)
+        start.start(*arguments, **options, env=place | env, cwd=folder.replace("{rank}", str(rank)))
     return [start.wait() for start in starts]
