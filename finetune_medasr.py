@@ -37,7 +37,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -84,8 +83,7 @@ PROGRAM = "finetune_medasr.py"
 FIXTURES = Path(__file__).resolve().parent / "tests" / "fixtures"
 DEFAULT_MODEL = "google/medasr"
 DEFAULT_DATASET = "intronhealth/afrispeech-200"
-# Earlier revisions of the repository leave out the transcripts of dev and test.
-DEFAULT_DATASET_REVISION = "b538c6e111914a812af28ff677f8cffc9b404b7d"
+DEFAULT_DATASET_REVISION = "b538c6e111914a812af28ff677f8cffc9b404b7d"  # earlier ones lack texts of dev and test
 LM_FILE = "lm_6.kenlm"  # in MedASR's repository: a 6-gram of its tokenizer's pieces
 SAMPLE_RATE = 16_000  # Hz, what MedASR's feature extractor expects
 MEDASR_KIND = f"lasr_ctc with a LasrFeatureExtractor of {SAMPLE_RATE:,} Hz"
@@ -94,12 +92,12 @@ WINDOW_OVERLAP_SECONDS = 2.0  # a side, as in the model card's pipeline call (ch
 ROOM_ADVICE = "free some disk; the same command goes on"
 
 
-class UsageError(Exception):
-    """A flag or combination that cannot work: exit status 2."""
-
-
 class RunError(Exception):
-    """Something that went wrong while running: exit status 1."""
+    """Something that went wrong, in words for the user: exit status 1."""
+
+
+class UsageError(RunError):
+    """A flag or combination that cannot work: exit status 2."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -132,20 +130,14 @@ LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|remote process exi
 
 
 @contextlib.contextmanager
-def explained(what, errors=OSError, advice="", kind=RunError):
-    """Turn exceptions of the kinds `errors` into a `kind` in one line: `what`, the exception, and `advice` if any."""
+def explained(what, advice="", kind=RunError):
+    """Turn exceptions that are not explained yet into a `kind` in one line: `what`, the exception, `advice` if any."""
     try:
         yield
-    except errors as error:
-        if LOST_PROCESS.search(str(error)):
+    except Exception as error:
+        if isinstance(error, RunError) or LOST_PROCESS.search(str(error)):
             raise
         raise kind(f"{what} ({one_line(error)}){advice and ': '}{advice}") from error
-
-
-def checkpoint_errors():
-    """What the libraries raise for models and checkpoints that they cannot read or write."""
-    damaged = EOFError, pickle.UnpicklingError, Lazy("safetensors").SafetensorError
-    return OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, *damaged
 
 
 def is_full_disk(error):
@@ -203,7 +195,7 @@ def complete(target):
 
 
 def write_text(path, text):
-    with explained(f"{path} cannot be written", advice=ROOM_ADVICE), complete(Path(path)) as partial:
+    with explained(f"{path} cannot be written", ROOM_ADVICE), complete(Path(path)) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -319,8 +311,7 @@ class TrainingFlags:
 @dataclass
 class ScriptFlags:
     """The script's own flags; with the bases `TrainingFlags` and `TrainingArguments`, all settings of a run, checked.
-    Beside its fields it has `auto_train_batch` and `auto_eval_batch` (is the size "auto"), `upload` (of --push_to_hub),
-    `is_first` (of the processes, which writes what is written once), and `command`, fit to be published."""
+    It has `is_first` (of the processes, which writes what is written once) and `command`, fit to be published, too."""
 
     _argument_group_name = "this script"
 
@@ -442,15 +433,11 @@ class ScriptFlags:
 
 def make_parser(show_all):
     """An argparse parser of every flag, whose --help shows the script's own and what people change, or all of them."""
-
-    class Parser(transformers.HfArgumentParser):
-        def error(self, message):
-            raise UsageError(message)
-
-    layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=150)
     texts = {"prog": PROGRAM, "usage": "%(prog)s [FILE.yaml] [flags]", "description": __doc__.split("\n\n")[0]}
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=150)
+    options = dict(allow_abbrev=False, exit_on_error=False, formatter_class=layout, **texts)
     training = dataclass(mixed(TrainingFlags, transformers.TrainingArguments))
-    parser = Parser([ScriptFlags, training], allow_abbrev=False, formatter_class=layout, **texts)
+    parser = transformers.HfArgumentParser([ScriptFlags, training], **options)
     parser.add_argument("--help_all", action="help", help="show every flag, those of TrainingArguments included")
     parser.set_defaults(**TRAINING_DEFAULTS)
     shown = {"help", "help_all", *vars(ScriptFlags), *vars(TrainingFlags)}
@@ -476,33 +463,30 @@ def parse_settings(argv):
     """The settings of a command line; raises UsageError."""
     command = redact(shlex.join(["python", PROGRAM, *map(public, argv)]))
     if argv and not argv[0].startswith("-"):
-        errors = OSError, ValueError, TypeError, yaml.YAMLError
-        with explained(f"{argv[0]} is no YAML file of lines 'flag: value'", errors, kind=UsageError):
+        with explained(f"{argv[0]} is no YAML file of lines 'flag: value'", kind=UsageError):
             argv = as_flags(dict(yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {})) + argv[1:]
     # The libraries' advice stays off the screen: the script says itself what a user needs to know.
     quiet = "TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1"
     warnings.simplefilter("ignore")
     # TensorBoard writes in a thread, and raises the same in the program itself.
     threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
-    # OpenMP's threads spin while they wait for each other: small steps take many times as long where another process
-    # wants a core too. A model as small as the demo's gains nothing from a second thread at all.
+    # OpenMP's waiting threads spin: many times slower where another process wants the core. The demo's needs but one.
     threads = "OMP_WAIT_POLICY=PASSIVE" + " OMP_NUM_THREADS=1" * ("--demo" in argv)
     for variable in f"{quiet} {threads}".split():
         os.environ.setdefault(*variable.split("="))
     transformers.logging.disable_progress_bar()
     argv = DEMO_FLAGS * ("--demo" in argv) + argv
     parser = make_parser("--help_all" in argv)
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        found = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(found, parser._option_string_actions)
-        raise UsageError(f"unknown flag or stray value {found}; try {' or '.join(near) or '--help'}")
-    made = Path(values.output_dir).expanduser() / "final"
-    if values.transcribe and (made / "config.json").is_file() and not re.search("--model(=| |$)", " ".join(argv)):
-        values.model = str(made)
-        say(f"transcribing with {made}; --model chooses another", sys.stderr)
-    with explained("these flags cannot be used", (ValueError, TypeError, ImportError, OSError), kind=UsageError):
-        # The one object of settings: this script's flags over transformers' own.
+    with explained("these flags cannot be used", kind=UsageError):
+        values, unknown = parser.parse_known_args(argv)
+        if unknown:
+            found = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(found, parser._option_string_actions)
+            raise UsageError(f"unknown flag or stray value {found}; try {' or '.join(near) or '--help'}")
+        made = Path(values.output_dir).expanduser() / "final"
+        if values.transcribe and (made / "config.json").is_file() and not re.search("--model(=| |$)", " ".join(argv)):
+            values.model = str(made)
+            say(f"transcribing with {made}; --model chooses another", sys.stderr)
         settings = dataclass(mixed(*parser.dataclass_types), repr=False)(**vars(values))
         transformers.integrations.get_reporting_integration_callbacks(settings.report_to)  # raises for unknown names
     settings.command = command
@@ -513,7 +497,7 @@ def parse_settings(argv):
 
 
 @contextlib.contextmanager
-def explained_hub_errors(repo, kind):
+def explained_hub_errors(repo, kind, advice=""):
     """Turn the Hub client's exceptions about `repo` (a "model" or "dataset") into one line that says what to do."""
     try:
         yield
@@ -532,12 +516,11 @@ def explained_hub_errors(repo, kind):
             "if your token is not valid, 'hf auth login' first, or unset HF_TOKEN",
         }
         meaning = next(meaning for kinds, meaning in meanings.items() if isinstance(error, kinds))
-        raise RunError(f"{kind} {repo} {meaning}") from error
+        raise RunError(f"{kind} {repo} {meaning}{advice}") from error
 
 
 class HubStream(io.RawIOBase):
-    """A file of a `Repository` on the Hub as a stream from `position` on, through dropped connections. The Hub client
-    waits out answers of 5xx and 429 by itself."""
+    """A Hub file as a stream from `position` on, through dropped connections; the client waits out 5xx and 429."""
 
     drops = 6  # of the connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
 
@@ -567,14 +550,13 @@ class HubStream(io.RawIOBase):
 
 @dataclass
 class Repository:
-    """A dataset on the Hub or in a local `folder`. `files` are {path: [bytes, sha256 on the Hub, or time of change]}.
-    `cache` is the folder for what is downloaded of it."""
+    """A dataset on the Hub or in a local `folder`."""
 
     name: str
     revision: str | None
     folder: Path | None
-    cache: Path
-    files: dict[str, list] = field(default_factory=dict)
+    cache: Path  # of what is downloaded
+    files: dict[str, list] = field(default_factory=dict)  # {path: [bytes, sha256 on the Hub, or time of change]}
 
     def list(self):
         """Have `files`, from the Hub once for each commit; raises RunError."""
@@ -653,16 +635,15 @@ def files_below(folder):
 
 def load_model(settings):
     """The processor and the float32 LasrForCTC that --model names; raises RunError that says what to do."""
-    name, what = settings.model, f"model {settings.model} cannot be loaded"
-    folder = Path(name).expanduser()
-    place = str(folder) if folder.is_dir() else name
+    name, folder = settings.model, Path(settings.model).expanduser()
+    what, place = f"model {name} cannot be loaded", str(folder) if folder.is_dir() else name
     # trust_remote_code: by default it asks on the terminal. use_safetensors: a pickle runs what it holds.
     options = dict(revision=settings.model_revision, trust_remote_code=False)
     weights = dict(dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     if not folder.is_dir():
         with explained_hub_errors(name, "model"):  # a gated model shows at its first file
             hub.hf_hub_download(name, "config.json", revision=settings.model_revision)
-    with explained(what, checkpoint_errors(), "give a folder or Hub id with config.json, *.safetensors and processor"):
+    with explained(what, "give a folder or Hub id with config.json, *.safetensors and processor"):
         kind = transformers.AutoConfig.from_pretrained(place, **options).model_type
         processor = transformers.AutoProcessor.from_pretrained(place, **options)
         extractor = processor.feature_extractor
@@ -693,8 +674,7 @@ def push_to_hub(settings, final=None):
     """Make the repository that --push_to_hub means, and upload the folder `final`, if given, in one commit."""
     name = settings.hub_model_id or Path(settings.output_dir).resolve().name
     advice = f"the model is complete in {final}, 'hf upload' sends it" if final else "run 'hf auth login' to write"
-    failures = httpx2.HTTPError, OSError, ValueError
-    with explained(f"--push_to_hub: {name} cannot be written on the Hub", failures, advice):
+    with explained(f"--push_to_hub: {name} cannot be written on the Hub", advice):
         repo = hub.create_repo(name, private=settings.hub_private_repo, exist_ok=True)
         if final:
             hub.upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message="Upload the final model")
@@ -751,7 +731,7 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
         except csv.Error:
             notes.append(f"an unclosed quote in row {number}: look at the rows after it, its text may have taken some")
     else:
-        with explained(f"{name} is not lines of JSON", (ValueError, RecursionError)):
+        with explained(f"{name} is not lines of JSON"):
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         if wrong := [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
             raise RunError(f"{name}: row {wrong[0]} is not an object with keys such as {' and '.join(needed)}")
@@ -927,11 +907,9 @@ class Source:
         repository, place = self.repository, str(self.repository.folder or self.repository.name)
         noted = self.folder / f"parquet-{digest(repository.files)[:12]}.json"
         if not (named := read_json(noted) or {}):
-            try:
+            with explained(f"--dataset {self.dataset} cannot be used", kind=UsageError):
                 builder = datasets.load_dataset_builder(place, self.config or None, revision=repository.revision)
-                found = builder.config.data_files
-            except (ValueError, OSError, yaml.YAMLError) as error:
-                raise UsageError(f"--dataset {self.dataset}: {one_line(error)}") from error
+            found = builder.config.data_files
             for split, file in [(split, str(file)) for split, files in found.items() for file in files]:
                 path = os.path.relpath(file, place) if repository.folder else re.sub("^hf://([^/]+/){3}", "", file)
                 if path in repository.files:  # what names no split is "train" for datasets
@@ -948,8 +926,7 @@ class Source:
     def open_parquet(self, path):
         """(a pyarrow ParquetFile, the name of its column of audio, structs of bytes and path); raises RunError."""
         local = self.repository.local(path)
-        # pyarrow's own exceptions are kinds of these.
-        with explained(f"{path} cannot be read as parquet", (OSError, ValueError, NotImplementedError)):
+        with explained(f"{path} cannot be read as parquet"):
             with open(local, "rb") if local else self.repository.on_hub(path) as stream:
                 file = parquet.ParquetFile(stream)
                 names = [item.name for item in file.schema_arrow if re.match(r"struct<(.*, )?bytes: ", str(item.type))]
@@ -1301,9 +1278,9 @@ class Clips:
 
 def load_prepared(paths):
     """(Dataset of the clips in prepared files, their table): memory-mapped, no audio is read; raises RunError."""
-    prepared, damage = [datasets.Dataset(clip_features().arrow_schema.empty_table())], Lazy("pyarrow").ArrowInvalid
+    prepared = [datasets.Dataset(clip_features().arrow_schema.empty_table())]
     for path in paths:
-        with explained(f"{path} is damaged", (OSError, damage), "delete it, the same command makes it again"):
+        with explained(f"{path} is damaged", "delete it, the same command makes it again"):
             prepared.append(datasets.Dataset.from_file(str(path)))
     audio = datasets.concatenate_datasets(prepared)
     return audio, audio.data.select([*CLIP_COLUMNS, "num_samples"]).to_pandas()
@@ -1461,7 +1438,7 @@ class TrainingStream:
                     yield clip
                 elif reason != NOT_WANTED:
                     line = csv_lines(table.assign(reason=reason))
-                    with explained(f"{self.skipped_file} cannot be written", advice=ROOM_ADVICE):
+                    with explained(f"{self.skipped_file} cannot be written", ROOM_ADVICE):
                         with open(self.skipped_file, "a+", encoding="utf-8") as file:
                             file.seek(0)
                             file.write(line if line not in file.read() else "")  # at once, as other workers do
@@ -1921,14 +1898,13 @@ def load_lm(settings, processor, vocab_size):
     if settings.lm == "auto" and not (path := folder / LM_FILE).is_file():
         # A fine-tuned model's folder has none: MedASR's serves it too.
         repo, revision = (DEFAULT_MODEL, None) if folder.is_dir() else (settings.model, settings.model_revision)
-        what = f"--lm auto looks for {LM_FILE} of {repo}; give --lm a file instead"
-        with explained(what, RunError), explained_hub_errors(repo, "model"):
+        with explained_hub_errors(repo, "model", f"; --lm auto needs its {LM_FILE}: give --lm a file instead"):
             path = Path(hub.hf_hub_download(repo, LM_FILE, revision=revision))
     names = enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size)))
     pieces = {id: name for id, name in names if name not in (None, *tokenizer.all_special_tokens)}
     spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in LM_WORD_MARKS]
     words = [LM_NONSENSE, *{*spellings[0].values(), *spellings[1].values()}]
-    with explained(f"--lm {path} cannot be loaded", checkpoint_errors(), "it must be ARPA's or KenLM's binary format"):
+    with explained(f"--lm {path} cannot be loaded", "it must be ARPA's or KenLM's binary format"):
         dictionary = Lazy("flashlight.lib.text.dictionary").Dictionary(words)
         kenlm = Lazy("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
 
@@ -2745,7 +2721,7 @@ class CTCTrainer:
             self.refuse(f"the model is not finite, in {broken},")
         if self.args.should_save:
             (folder / "trainer_state.json").unlink(missing_ok=True)
-        with explained(f"{folder} cannot be written", checkpoint_errors(), ROOM_ADVICE):
+        with explained(f"{folder} cannot be written", ROOM_ADVICE):
             try:
                 super()._save_checkpoint(model, trial)
             except BaseException:  # what is half-written takes the room that is asked for
@@ -3011,7 +2987,7 @@ class Run:
             seed, settings.ignore_data_skip = seed + self.done, True
             train = mixed(TrainingStream, torch.utils.data.IterableDataset)(self.source, settings, self.check, seed)
         greedy, advice = Decoder(self.decoder.model, self.decoder.processor, settings), "an older one is taken then"
-        loading = explained(f"{checkpoint} cannot be loaded", checkpoint_errors(), f"delete it: {advice}")
+        loading = explained(f"{checkpoint} cannot be loaded", f"delete it: {advice}")
         try:
             limit = self.notes["batch_limit"]
             trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], limit)
@@ -3030,8 +3006,8 @@ class Run:
                 self.save(batch_limit=batch // 2)
             advice = f"try {less}, --gradient_checkpointing, or a lower --max_train_seconds"
             raise RunError(f"the GPU's memory is full with {plural(batch, 'clip')} a step: {advice}") from error
-        except checkpoint_errors() as error:
-            if (trainer and trainer.started) or LOST_PROCESS.search(str(error)):
+        except Exception as error:
+            if isinstance(error, RunError) or (trainer and trainer.started) or LOST_PROCESS.search(str(error)):
                 raise
             # Before the first batch: of flags such as --optim.
             raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
@@ -3062,8 +3038,7 @@ class Run:
         if not self.settings.is_first:
             return
         metrics = self.write_results(texts, trainer.state.log_history)
-        what = f"{self.final} cannot be written"
-        with explained(what, checkpoint_errors(), ROOM_ADVICE), complete(self.final) as final:
+        with explained(f"{self.final} cannot be written", ROOM_ADVICE), complete(self.final) as final:
             trainer.save_model(str(final))
             write_model_card(final, self.results, self.settings, metrics)
         # The test scores and the picture by accent go to TensorBoard, beside the curves of the training.
