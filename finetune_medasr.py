@@ -762,8 +762,8 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
     # The csv module's key for cells beyond the columns is None. Their row may have lost its order before them.
     surplus = [number for number, row in enumerate(rows) if any(map(str.strip, row.get(None, ())))]
     table.loc[surplus, [*GROUP_COLUMNS, "split"]] = ""
-    for number in surplus:
-        table.loc[number, "problem"] = f"more cells than columns (row {number + 1}): its text needs quotes"
+    advice = "more cells than columns (row {}): its text needs quotes".format
+    table.loc[surplus, "problem"] = [advice(number + 1) for number in surplus]
     notes += [f"{plural(len(surplus), 'row')} with more cells than columns: not used"] * bool(surplus)
     return table, notes
 
@@ -801,31 +801,21 @@ def clip_table(cells, split=""):
 # ---------------------------------------------------------------- sources
 
 
-@dataclass
-class Shard:
-    """An archive, a group of audio files, or a parquet file, which becomes one prepared file, `path`. `files` are what
-    it is made of, `part` is the number of the table that tells of its clips, `splits` are theirs."""
-
-    name: str
-    path: Path
-    files: list[str]
-    part: int
-    splits: set[str]
-
-
+# An archive, a group of audio files, or a parquet file, which becomes one prepared file, `path`. `files` is a list of
+# what it is made of, `part` the number of the table that tells of its clips, `splits` the set of theirs.
+Shard = namedtuple("Shard", "name path files part splits")
 LAYOUTS = {  # of a corpus, the first one of whose files it has
     "archives": re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz"),
     "parquet": re.compile(r".*\.parquet"),
     "tables": re.compile(r"(.*/)?metadata\.(csv|jsonl)"),
 }
-GROUP_CLIPS = 256  # recordings of a folder that are converted to one prepared file
 
 
 class Source:
-    """A corpus as `shards` of clips, its tables read as far as `splits` need them; raises RunError or UsageError.
-    `is_extra` is one of --also_score, to which the flags on the corpus and its parts do not apply. `rows` is the table
-    of the clips that the tables tell of, each with its `part`, `announced` the same with the splits as planned: those
-    `made`, which it lacks, are taken from train. `accents` are the slugs of all its accents."""
+    """A corpus as `shards`, its tables read as far as `splits` need them; raises RunError or UsageError. To one of
+    --also_score (`is_extra`) the flags on the corpus and its parts do not apply. `rows` is the table of all clips with
+    their `part`, `announced` the same with the splits as planned: those `made`, which it lacks, are taken from train.
+    `accents` are the slugs of all its accents."""
 
     def __init__(self, dataset, settings, splits, is_extra=False):
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
@@ -860,7 +850,7 @@ class Source:
             self.accents = set(map(slugify, self.rows["accent"].unique())) - {""}
             self.plan_splits(splits, settings.seed, "test" if is_extra else "train")
             for part, found in self.announced.groupby("part")["split"]:
-                self.shards[part].splits = set(found)
+                self.shards[part].splits.update(found)
 
     def add_shard(self, name, files, part, listed="", splits=()):
         """A `Shard` whose prepared file is another one where what is `listed` for it, or one of its files, changes."""
@@ -899,7 +889,7 @@ class Source:
             yield table
 
     def add_tables(self, paths, splits):
-        """Audio files in folders, with tables beside or above them. Yields the table of each group of files."""
+        """Audio files in folders, with tables beside or above them. Yields the table of each 256 of them."""
         files, tables = list(self.repository.files), []
         for path in paths:
             table, (folder, file) = self.read(path), os.path.split(path)
@@ -917,7 +907,7 @@ class Source:
         # "stress-test.wav" is of no test split.
         of_folders = [split_in(f"{os.path.dirname(clip)}/") for clip in table["clip"]]
         table["split"] = table["split"].mask(table["split"] == "", of_folders)
-        for (split, number), group in table.groupby(["split", table.groupby("split").cumcount() // GROUP_CLIPS]):
+        for (split, number), group in table.groupby(["split", table.groupby("split").cumcount() // 256]):
             present = group["clip"][group["problem"] == ""].tolist()
             self.add_shard(f"{split or 'clips'}-{number:05d}", present, len(self.shards), group.to_csv(index=False))
             yield group
@@ -989,9 +979,7 @@ class Source:
         self.made = tuple(split for split in SPLITS if split not in found)
         sizes = Counter(filter(None, table["speaker"][is_train]))
         if "train" in self.made or len(sizes) <= len(self.made):
-            lacking = (
-                f"no {' and no '.join(self.made)} split, and {plural(len(sizes), 'speaker')} of train to make it of"
-            )
+            lacking = f"no {' and no '.join(self.made)} split, and {plural(len(sizes), 'speaker')} of train for it"
             raise RunError(f"{self.dataset} has {lacking}: name a speaker, such as speaker, or a split in a column")
         # The order is one of checksums, so that more recordings later move few speakers.
         left = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
@@ -1009,7 +997,6 @@ class Source:
         say(f"  {' and '.join(self.made)} made of the train split by speaker, by --seed {seed}")
 
     def needed(self, splits):
-        """The shards that have clips of `splits`."""
         return [shard for shard in self.shards if shard.splits & set(splits)]
 
     def part(self, shards):
@@ -1149,8 +1136,6 @@ def archive_members(stream):
 
 # ---------------------------------------------------------------- preparation
 
-FLAC_BYTES_AN_HOUR = 59e6  # of 16 kHz mono speech
-
 
 def clip_features():
     texts = dict.fromkeys(CLIP_COLUMNS, datasets.Value("string"))
@@ -1229,24 +1214,23 @@ def disk_needed(source, todo, num_proc):
     """(bytes that preparing the shards `todo` needs at its peak, bytes that stay), from the durations in the tables."""
     sizes = sorted((source.repository.size(shard.files) for shard in todo), reverse=True)
     share = sum(sizes) / max(1, sum(source.repository.size(shard.files) for shard in source.shards))
-    stays = share * hours_of(source.announced) * FLAC_BYTES_AN_HOUR or sum(sizes)  # where nobody noted durations down
+    # FLAC of 16 kHz mono speech is 59 MB an hour. Not everybody notes durations down.
+    stays = share * sizes_of(source.announced)["hours"] * 59e6 or sum(sizes)
     fetched = 0 if source.repository.folder else sum(sizes if source.keep else sizes[:num_proc])
     return stays + fetched, stays + fetched * source.keep
-
-
-def hours_of(table):
-    return float(table["num_samples"].sum()) / SAMPLE_RATE / 3600
 
 
 def sizes_of(table):
     """How much a table of clips is, for metrics.json."""
     people, spoken = (table[name][table[name] != ""].nunique() for name in ("speaker", "accent"))
-    return {"clips": len(table), "hours": round(hours_of(table), 4), "speakers": people, "accents": spoken}
+    hours = round(float(table["num_samples"].sum()) / SAMPLE_RATE / 3600, 4)
+    return {"clips": len(table), "hours": hours, "speakers": people, "accents": spoken}
 
 
 def size_line(table):
     """How much a table of clips is, in columns; own tables may not tell the hours before the audio is converted."""
-    hours, sizes = f"{hours_of(table):.2f}" if not len(table) or table["num_samples"].any() else "?", sizes_of(table)
+    sizes = sizes_of(table)
+    hours = f"{sizes['hours']:.2f}" if sizes["hours"] or not sizes["clips"] else "?"
     counts = [plural(sizes[f"{noun}s"], noun) for noun in ("clip", "speaker", "accent")]
     return f"{counts[0]:>14}{hours:>9} h{counts[1]:>16}{counts[2]:>12}"
 
@@ -1276,7 +1260,6 @@ def dry_run(source, settings):
 
 # ---------------------------------------------------------------- clips
 
-SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
 SKIPPED_FILE = "results/skipped_clips.csv"
 SKIPPED_COLUMNS = ["split", "clip", "reason", "accent", "seconds", "text"]
 NOT_WANTED = "not asked for"  # the problem of a stream's clips that are of none of the --accents, ... asked for
@@ -1313,8 +1296,7 @@ FILTERS = {"accents": ("accent", slugify), "domains": ("domain", str.lower), "co
 
 
 def is_wanted(table, settings):
-    """Which clips are of the --accents, --domains and --countries asked for, a bool Series. A damaged archive or a file
-    without a transcript has none to ask for, and counts as wanted."""
+    """Which clips are of the --accents, --domains and --countries asked for, or of none and with a problem anyway."""
     wanted = pandas.Series(True, table.index)
     for flag_name, (column, fold) in FILTERS.items():
         if asked := getattr(settings, flag_name):
@@ -1368,22 +1350,10 @@ def load_clips(source, splits):
     return audio, table if is_asked.all() else table[is_asked]
 
 
-def select_clips(audio, table, settings, check, limit=None):
-    """The `Clips` of a table of `load_clips` that `check(table)` gives no reason against, a random choice of `limit` if
-    given, the longest first."""
-    reasons = pandas.Series(check(table), table.index, "str")
-    copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
-    reasons = reasons.mask(copies, "a second copy")
-    skipped = table.assign(reason=reasons)[reasons != ""]
-    kept = table.loc[reasons == "", ["num_samples", "clip"]]
-    kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[:limit]]
-    kept = table.loc[kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index].reset_index(drop=True)
-    return Clips(audio.select(kept.pop("row").tolist(), keep_in_memory=True), kept, skipped)
-
-
 def select_all(sources, settings, check):
-    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set of --also_score}. Says what
-    was left out and writes skipped_clips.csv. Raises RunError for an empty part."""
+    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set}, the longest first; those
+    that `check(table)` has a reason against are said and written to skipped_clips.csv. Raises RunError if none is left.
+    """
     limits = dict(zip(SPLITS, (settings.max_train_samples, settings.max_eval_samples, settings.max_test_samples)))
     selected, path = {}, Path(settings.output_dir, SKIPPED_FILE)
     for extra, source in sources.items():
@@ -1397,8 +1367,17 @@ def select_all(sources, settings, check):
         if not settings.streaming:
             source.rows = source.announced = table = None  # a million clips are some hundred megabytes
         for split in splits:
-            clips = selected[extra or split] = select_clips(audio, parts.pop(0), settings, check, limits[split])
-            clips.skipped["split"] = extra or split
+            table = parts.pop(0)
+            reasons = pandas.Series(check(table), table.index, "str")
+            copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
+            reasons = reasons.mask(copies, "a second copy")
+            skipped = table.assign(reason=reasons, split=extra or split)[reasons != ""]
+            kept = table.loc[reasons == "", ["num_samples", "clip"]]
+            kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[: limits[split]]]
+            kept = kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index
+            kept = table.loc[kept].reset_index(drop=True)
+            chosen = audio.select(kept.pop("row").tolist(), keep_in_memory=True)
+            selected[extra or split] = Clips(chosen, kept, skipped)
     skipped = pandas.concat([clips.skipped for clips in selected.values()])
     if settings.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
         write_text(path, ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
@@ -1408,7 +1387,7 @@ def select_all(sources, settings, check):
             say(f"    left out of {name}: {count:,} x {reason}")
     if len(skipped):
         say(f"  each one is named in {path}")
-    for note in shared_speaker_notes(selected):
+    for note in shared_speakers(selected)[1]:
         warn(note)
     for name, clips in sorted(selected.items(), key=lambda item: not len(item[1].skipped)):  # what is known first
         # Not every accent has every split: what is only prepared may lack one.
@@ -1418,20 +1397,16 @@ def select_all(sources, settings, check):
 
 
 def shared_speakers(selected):
-    """{split: speakers of it who are in train too}"""
+    """({split: speakers of it who are in train too}, a note on each)"""
     people = {split: set(selected[split].table["speaker"]) - {""} for split in SPLITS if split in selected}
     trained = people.pop("train", set())
-    return {split: len(found & trained) for split, found in people.items() if found & trained}
-
-
-def shared_speaker_notes(selected):
+    counts = {split: len(found & trained) for split, found in people.items() if found & trained}
     note = "{} of {} in train too: its scores are not those of new speakers.".format
-    return [note(plural(count, "speaker"), split) for split, count in shared_speakers(selected).items()]
+    return counts, [note(plural(count, "speaker"), split) for split, count in counts.items()]
 
 
 def csv_lines(skipped):
-    """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it. csv
-    puts no quotes around a carriage return, at which a spreadsheet begins another row."""
+    """Lines of skipped_clips.csv, where a spreadsheet finds no formula, and no row that begins at a carriage return."""
     cells = skipped.assign(seconds=(skipped["num_samples"] / SAMPLE_RATE).round(2))[SKIPPED_COLUMNS].astype("str")
     cells = cells.map(lambda cell: re.sub(r"^(?=[=+\-@\t\r\n＝＋－＠])", "'", cell).replace("\r", " "))
     return cells.to_csv(header=False, index=False, lineterminator="\n")
@@ -1469,7 +1444,7 @@ class TrainingStream:
     def __iter__(self):
         for epoch in itertools.count():
             batch, self.loader_options["collate_fn"].epoch = None, epoch
-            clips = self.clips.shuffle(self.seed + epoch, buffer_size=SHUFFLE_CLIPS)
+            clips = self.clips.shuffle(self.seed + epoch, buffer_size=1_000)  # about 100 MB a worker
             for batch in torch.utils.data.DataLoader(clips, num_workers=self.workers, **self.loader_options):
                 yield batch
             if batch is None:
@@ -2571,7 +2546,7 @@ def score_file(settings):
     for note in notes:
         warn(note)
     content = {"config": public({"command": settings.command, "score_file": settings.score_file})}
-    content["data"] = {"test": {"clips": len(table), "hours": round(hours_of(table), 4), "left_out": len(bad)}}
+    content["data"] = {"test": {"clips": len(table), "hours": sizes_of(table)["hours"], "left_out": len(bad)}}
     write_results(folder, content, {"test": Scores(table, texts)}, f"Scores of {path.name}", notes)
     say(f"\nresults: {folder}")
     return 0
@@ -2979,12 +2954,13 @@ class Run:
         training = settings.to_dict()
         config = {name: training.pop(name) for name in ScriptFlags.__annotations__}
         data = {name: {**sizes_of(part.table), "skipped": part.reasons} for name, part in clips.items()}
-        data |= {"made_splits": made, "speakers_in_train_too": shared_speakers(clips)}
+        shared, notes = shared_speakers(clips)
+        data |= {"made_splits": made, "speakers_in_train_too": shared}
         data |= {"layout": self.source.layout, "characters_dropped_from_labels": self.encoder.dropped}
         content = {"config": {**config, "command": settings.command, "training": training}, "data": data}
         longer = int((clips["test"].table["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum())
         windows = f"{plural(longer, 'clip')} over {settings.window_seconds:g} s scored in overlapping windows"
-        notes = [f"{windows}; none left out for its length.", *shared_speaker_notes(clips)]
+        notes = [f"{windows}; none left out for its length.", *notes]
         notes += [f"{' and '.join(made)} made of the train split by speaker."] * bool(made)
         if lm:
             before = (self.notes["baseline"] or {}).get("lm") or lm.settings  # each model is tuned by itself
