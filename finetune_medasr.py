@@ -762,8 +762,7 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
     # The csv module's key for cells beyond the columns is None. Their row may have lost its order before them.
     surplus = [number for number, row in enumerate(rows) if any(map(str.strip, row.get(None, ())))]
     table.loc[surplus, [*GROUP_COLUMNS, "split"]] = ""
-    advice = "more cells than columns (row {}): its text needs quotes".format
-    table.loc[surplus, "problem"] = [advice(number + 1) for number in surplus]
+    table.loc[surplus, "problem"] = [f"more cells than columns (row {row + 1}): quote its text" for row in surplus]
     notes += [f"{plural(len(surplus), 'row')} with more cells than columns: not used"] * bool(surplus)
     return table, notes
 
@@ -814,8 +813,7 @@ LAYOUTS = {  # of a corpus, the first one of whose files it has
 class Source:
     """A corpus as `shards`, its tables read as far as `splits` need them; raises RunError or UsageError. To one of
     --also_score (`is_extra`) the flags on the corpus and its parts do not apply. `rows` is the table of all clips with
-    their `part`, `announced` the same with the splits as planned: those `made`, which it lacks, are taken from train.
-    `accents` are the slugs of all its accents."""
+    their `part`, `announced` the same with the splits as planned: those `made`, which it lacks, come from train."""
 
     def __init__(self, dataset, settings, splits, is_extra=False):
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
@@ -823,7 +821,7 @@ class Source:
         revision = None if is_extra else settings.dataset_revision
         revision = DEFAULT_DATASET_REVISION if name == DEFAULT_DATASET and not revision else revision
         self.text_column, self.asked = (None, None) if is_extra else (settings.text_column, settings.accents)
-        self.dataset, self.keep, self.made, self.shards = dataset, settings.keep_archives, (), []
+        self.dataset, self.keep, self.made, self.shards, self.accents = dataset, settings.keep_archives, (), [], set()
         place = Path(name).expanduser()
         place = place.resolve() if place.is_dir() else None
         identity = digest([str(place or name), revision, self.config, self.text_column])
@@ -847,7 +845,6 @@ class Source:
         self.announced = self.rows = pandas.concat(tables or [clip_table({}).assign(part=0)], ignore_index=True)
         self.names = {*found[self.kind], *(shard.name for shard in self.shards)}  # also of those that are not needed
         if self.kind != "archives":
-            self.accents = set(map(slugify, self.rows["accent"].unique())) - {""}
             self.plan_splits(splits, settings.seed, "test" if is_extra else "train")
             for part, found in self.announced.groupby("part")["split"]:
                 self.shards[part].splits.update(found)
@@ -917,11 +914,10 @@ class Source:
         repository, place = self.repository, str(self.repository.folder or self.repository.name)
         noted = self.folder / f"parquet-{digest(repository.files)[:12]}.json"
         if not (named := read_json(noted) or {}):
-            try:
+            errors = ValueError, OSError, yaml.YAMLError
+            with explained(f"--dataset {self.dataset} cannot be read", errors, kind=UsageError):
                 builder = datasets.load_dataset_builder(place, self.config or None, revision=repository.revision)
-                found = builder.config.data_files
-            except (ValueError, OSError, yaml.YAMLError) as error:
-                raise UsageError(f"--dataset {self.dataset}: {one_line(error)}") from error
+            found = builder.config.data_files
             for split, file in [(split, str(file)) for split, files in found.items() for file in files]:
                 path = os.path.relpath(file, place) if repository.folder else re.sub("^hf://([^/]+/){3}", "", file)
                 if path in repository.files:  # what names no split is "train" for datasets
@@ -938,7 +934,6 @@ class Source:
     def open_parquet(self, path):
         """(a pyarrow ParquetFile, the name of its column of audio, structs of bytes and path); raises RunError."""
         local = self.repository.local(path)
-        # pyarrow's own exceptions are kinds of these.
         with explained(f"{path} cannot be read as parquet", (OSError, ValueError, NotImplementedError)):
             with open(local, "rb") if local else self.repository.on_hub(path) as stream:
                 file = parquet.ParquetFile(stream)
@@ -1028,7 +1023,8 @@ class Source:
                         problem = problem or row["problem"] or ("a second copy" if key in seen else "")
                         yield make_clip({**row, "problem": problem}, audio)
                         seen.add(key)
-                except DAMAGE as error:
+                # Numbers in headers that are none are a ValueError or an OverflowError of tarfile's.
+                except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
                     problem = f"damaged archive ({one_line(error)}): {plural(len(seen), 'clip')} of it kept"
                     yield make_clip({**nothing, "clip": shard.name, "problem": problem}, None)
 
@@ -1050,7 +1046,6 @@ MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov
 
 
 def is_audio_name(path):
-    """Whether a file is taken for audio where a folder is searched."""
     name, suffixes = os.path.basename(path), {*map(str.lower, soundfile.available_formats()), *MORE_SUFFIXES} - {"raw"}
     return os.path.splitext(name)[1][1:].lower() in suffixes and not name.startswith(".")
 
@@ -1111,16 +1106,11 @@ def make_clip(row, audio):
     return {**row, "audio": flac.getvalue(), "num_samples": len(samples), "problem": problem}
 
 
-# tarfile raises the last two for numbers in headers that are none.
-DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
-
-
 def archive_members(stream):
-    """Yield (name, bytes, problem) for each member of a tar.gz read as a stream; raises DAMAGE if it is corrupt. gzip
-    under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end."""
+    """Yield (name, bytes, problem) for each member of a tar.gz read as a stream; raises gzip's and tarfile's errors."""
     if stream.peek(64).startswith(b"version https://git-lfs"):
         raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
-    # "replace": other names could not be written anywhere.
+    # Not tarfile's own "r|gz": only gzip checks the checksum at the end. "replace": names have to be writable as UTF-8.
     with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", errors="replace") as tar:
         for member in (member for member in tar if not member.isdir()):
             problem = "" if member.isreg() else "refused: it is a link or a device"
@@ -1182,7 +1172,7 @@ def prepare(source, splits, settings):
         for path in source.folder.glob("*.arrow"):
             if (stem := path.name.partition(".")[0]) in made or stem not in known:
                 path.unlink()
-        need, free = disk_needed(source, todo, settings.num_proc)[0], shutil.disk_usage(source.folder).free
+        need, free = disk_needed(source, todo, settings.num_proc)[1], shutil.disk_usage(source.folder).free
         if need > free:
             what = f"preparing needs {need / 1e9:.1f} GB in {source.folder} and {free / 1e9:.1f} GB are free"
             raise RunError(f"{what}: choose another --data_dir, fewer --accents, or a lower --num_proc")
@@ -1191,7 +1181,6 @@ def prepare(source, splits, settings):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker, (theirs,))
-        # However this ends, the workers end with it.
         with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool, contextlib.closing(ours):
             # The largest first, so that none is left alone at the end.
             todo.sort(key=lambda shard: -source.repository.size(shard.files))
@@ -1211,13 +1200,13 @@ def prepare(source, splits, settings):
 
 
 def disk_needed(source, todo, num_proc):
-    """(bytes that preparing the shards `todo` needs at its peak, bytes that stay), from the durations in the tables."""
+    """The bytes that preparing the shards `todo` fetches, needs at its peak and leaves, by the tables' durations."""
     sizes = sorted((source.repository.size(shard.files) for shard in todo), reverse=True)
     share = sum(sizes) / max(1, sum(source.repository.size(shard.files) for shard in source.shards))
     # FLAC of 16 kHz mono speech is 59 MB an hour. Not everybody notes durations down.
     stays = share * sizes_of(source.announced)["hours"] * 59e6 or sum(sizes)
-    fetched = 0 if source.repository.folder else sum(sizes if source.keep else sizes[:num_proc])
-    return stays + fetched, stays + fetched * source.keep
+    fetched = sizes if not source.repository.folder else []
+    return sum(fetched), stays + sum(fetched if source.keep else fetched[:num_proc]), stays + sum(fetched) * source.keep
 
 
 def sizes_of(table):
@@ -1247,10 +1236,9 @@ def dry_run(source, settings):
         for accent in table["accent"].value_counts().index:
             say(f"    {accent:<24}{size_line(table[table['accent'] == accent])[:-12]}")
     todo = [shard for shard in source.needed(settings.splits(on_disk=True)) if not shard.path.exists()]
-    fetched = 0 if source.repository.folder else sum(source.repository.size(shard.files) for shard in todo)
-    peak, kept = (size / 1e9 for size in disk_needed(source, todo, settings.num_proc))
+    fetched, peak, kept = (size / 1e9 for size in disk_needed(source, todo, settings.num_proc))
     disk = f"to keep {kept:.2f} GB in {settings.data_dir}, at the peak {peak:.2f} GB"
-    say(f"  to fetch {fetched / 1e9:.2f} GB in {plural(len(todo), 'archive')}; {disk}")
+    say(f"  to fetch {fetched:.2f} GB in {plural(len(todo), 'archive')}; {disk}")
     updates, an_epoch = planned_updates(settings, train)
     batch, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     steps = f"{plural(batch, 'clip')} x {plural(accumulation, 'accumulation step')}"
@@ -1309,7 +1297,7 @@ def check_announced(source, settings):
     """Refuse, before any audio is converted, what the tables show to be without a clip."""
     announced = source.announced
     for flag_name, (column, fold) in FILTERS.items():
-        known = source.accents if column == "accent" else set(map(fold, announced[column].unique())) - {""}
+        known = (column == "accent" and source.accents) or set(map(fold, announced[column].unique())) - {""}
         for asked in [asked for asked in getattr(settings, flag_name) or () if known and fold(asked) not in known]:
             near = difflib.get_close_matches(fold(asked), sorted(known), n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"they are {', '.join(sorted(known))}"
@@ -1351,9 +1339,8 @@ def load_clips(source, splits):
 
 
 def select_all(sources, settings, check):
-    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set}, the longest first; those
-    that `check(table)` has a reason against are said and written to skipped_clips.csv. Raises RunError if none is left.
-    """
+    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set}, the longest first. Writes
+    those that `check(table)` has a reason against to skipped_clips.csv. Raises RunError if none is left."""
     limits = dict(zip(SPLITS, (settings.max_train_samples, settings.max_eval_samples, settings.max_test_samples)))
     selected, path = {}, Path(settings.output_dir, SKIPPED_FILE)
     for extra, source in sources.items():
@@ -1413,8 +1400,7 @@ def csv_lines(skipped):
 
 
 class TrainingStream:
-    """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset. The
-    processes, and by datasets their DataLoaders' workers (with `loader_options`), have shards of their own."""
+    """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset."""
 
     def __init__(self, source, settings, check, seed):
         shards = sorted(source.needed(["train"]), key=lambda shard: -source.repository.size(shard.files))
