@@ -742,8 +742,7 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
     # The csv module's key for cells beyond the columns is None. Their row may have lost its order before them.
     surplus = [number for number, row in enumerate(rows) if any(map(str.strip, row.get(None, ())))]
     table.loc[surplus, [*GROUP_COLUMNS, "split"]] = ""
-    for number in surplus:
-        table.loc[number, "problem"] = f"more cells than columns (row {number + 1}): its text needs quotes"
+    table.loc[surplus, "problem"] = [f"more cells than columns (row {row + 1}): quote its text" for row in surplus]
     notes += [f"{plural(len(surplus), 'row')} with more cells than columns: not used"] * bool(surplus)
     return table, notes
 
@@ -781,31 +780,20 @@ def clip_table(cells, split=""):
 # ---------------------------------------------------------------- sources
 
 
-@dataclass
-class Shard:
-    """An archive, a group of audio files, or a parquet file, which becomes one prepared file, `path`. `files` are what
-    it is made of, `part` is the number of the table that tells of its clips, `splits` are theirs."""
-
-    name: str
-    path: Path
-    files: list[str]
-    part: int
-    splits: set[str]
-
-
+# An archive, a group of audio files, or a parquet file, which becomes one prepared file, `path`. `files` is a list of
+# what it is made of, `part` the number of the table that tells of its clips, `splits` the set of theirs.
+Shard = namedtuple("Shard", "name path files part splits")
 LAYOUTS = {  # of a corpus, the first one of whose files it has
     "archives": re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz"),
     "parquet": re.compile(r".*\.parquet"),
     "tables": re.compile(r"(.*/)?metadata\.(csv|jsonl)"),
 }
-GROUP_CLIPS = 256  # recordings of a folder that are converted to one prepared file
 
 
 class Source:
-    """A corpus as `shards` of clips, its tables read as far as `splits` need them; raises RunError or UsageError.
-    `is_extra` is one of --also_score, to which the flags on the corpus and its parts do not apply. `rows` is the table
-    of the clips that the tables tell of, each with its `part`, `announced` the same with the splits as planned: those
-    `made`, which it lacks, are taken from train. `accents` are the slugs of all its accents."""
+    """A corpus as `shards`, its tables read as far as `splits` need them; raises RunError or UsageError. To one of
+    --also_score (`is_extra`) the flags on the corpus and its parts do not apply. `rows` is the table of all clips with
+    their `part`, `announced` the same with the splits as planned: those `made`, which it lacks, come from train."""
 
     def __init__(self, dataset, settings, splits, is_extra=False):
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
@@ -813,7 +801,7 @@ class Source:
         revision = None if is_extra else settings.dataset_revision
         revision = DEFAULT_DATASET_REVISION if name == DEFAULT_DATASET and not revision else revision
         self.text_column, self.asked = (None, None) if is_extra else (settings.text_column, settings.accents)
-        self.dataset, self.keep, self.made, self.shards = dataset, settings.keep_archives, (), []
+        self.dataset, self.keep, self.made, self.shards, self.accents = dataset, settings.keep_archives, (), [], set()
         place = Path(name).expanduser()
         place = place.resolve() if place.is_dir() else None
         identity = digest([str(place or name), revision, self.config, self.text_column])
@@ -837,10 +825,9 @@ class Source:
         self.announced = self.rows = pandas.concat(tables or [clip_table({}).assign(part=0)], ignore_index=True)
         self.names = {*found[self.kind], *(shard.name for shard in self.shards)}  # also of those that are not needed
         if self.kind != "archives":
-            self.accents = set(map(slugify, self.rows["accent"].unique())) - {""}
             self.plan_splits(splits, settings.seed, "test" if is_extra else "train")
             for part, found in self.announced.groupby("part")["split"]:
-                self.shards[part].splits = set(found)
+                self.shards[part].splits.update(found)
 
     def add_shard(self, name, files, part, listed="", splits=()):
         """A `Shard` whose prepared file is another one where what is `listed` for it, or one of its files, changes."""
@@ -879,7 +866,7 @@ class Source:
             yield table
 
     def add_tables(self, paths, splits):
-        """Audio files in folders, with tables beside or above them. Yields the table of each group of files."""
+        """Audio files in folders, with tables beside or above them. Yields the table of each 256 of them."""
         files, tables = list(self.repository.files), []
         for path in paths:
             table, (folder, file) = self.read(path), os.path.split(path)
@@ -897,7 +884,7 @@ class Source:
         # "stress-test.wav" is of no test split.
         of_folders = [split_in(f"{os.path.dirname(clip)}/") for clip in table["clip"]]
         table["split"] = table["split"].mask(table["split"] == "", of_folders)
-        for (split, number), group in table.groupby(["split", table.groupby("split").cumcount() // GROUP_CLIPS]):
+        for (split, number), group in table.groupby(["split", table.groupby("split").cumcount() // 256]):
             present = group["clip"][group["problem"] == ""].tolist()
             self.add_shard(f"{split or 'clips'}-{number:05d}", present, len(self.shards), group.to_csv(index=False))
             yield group
@@ -966,9 +953,7 @@ class Source:
         self.made = tuple(split for split in SPLITS if split not in found)
         sizes = Counter(filter(None, table["speaker"][is_train]))
         if "train" in self.made or len(sizes) <= len(self.made):
-            lacking = (
-                f"no {' and no '.join(self.made)} split, and {plural(len(sizes), 'speaker')} of train to make it of"
-            )
+            lacking = f"no {' and no '.join(self.made)} split, and {plural(len(sizes), 'speaker')} of train for it"
             raise RunError(f"{self.dataset} has {lacking}: name a speaker, such as speaker, or a split in a column")
         # The order is one of checksums, so that more recordings later move few speakers.
         left = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
@@ -986,7 +971,6 @@ class Source:
         say(f"  {' and '.join(self.made)} made of the train split by speaker, by --seed {seed}")
 
     def needed(self, splits):
-        """The shards that have clips of `splits`."""
         return [shard for shard in self.shards if shard.splits & set(splits)]
 
     def part(self, shards):
@@ -1018,7 +1002,8 @@ class Source:
                         problem = problem or row["problem"] or ("a second copy" if key in seen else "")
                         yield make_clip({**row, "problem": problem}, audio)
                         seen.add(key)
-                except DAMAGE as error:
+                # Numbers in headers that are none are a ValueError or an OverflowError of tarfile's.
+                except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
                     problem = f"damaged archive ({one_line(error)}): {plural(len(seen), 'clip')} of it kept"
                     yield make_clip({**nothing, "clip": shard.name, "problem": problem}, None)
 
@@ -1040,7 +1025,6 @@ MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov
 
 
 def is_audio_name(path):
-    """Whether a file is taken for audio where a folder is searched."""
     name, suffixes = os.path.basename(path), {*map(str.lower, soundfile.available_formats()), *MORE_SUFFIXES} - {"raw"}
     return os.path.splitext(name)[1][1:].lower() in suffixes and not name.startswith(".")
 
@@ -1101,16 +1085,11 @@ def make_clip(row, audio):
     return {**row, "audio": flac.getvalue(), "num_samples": len(samples), "problem": problem}
 
 
-# tarfile raises the last two for numbers in headers that are none.
-DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
-
-
 def archive_members(stream):
-    """Yield (name, bytes, problem) for each member of a tar.gz read as a stream; raises DAMAGE if it is corrupt. gzip
-    under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end."""
+    """Yield (name, bytes, problem) for each member of a tar.gz read as a stream; raises gzip's and tarfile's errors."""
     if stream.peek(64).startswith(b"version https://git-lfs"):
         raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
-    # "replace": other names could not be written anywhere.
+    # Not tarfile's own "r|gz": only gzip checks the checksum at the end. "replace": names have to be writable as UTF-8.
     with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", errors="replace") as tar:
         for member in (member for member in tar if not member.isdir()):
             problem = "" if member.isreg() else "refused: it is a link or a device"
@@ -1125,8 +1104,6 @@ def archive_members(stream):
 
 
 # ---------------------------------------------------------------- preparation
-
-FLAC_BYTES_AN_HOUR = 59e6  # of 16 kHz mono speech
 
 
 def clip_features():
@@ -1174,7 +1151,7 @@ def prepare(source, splits, settings):
         for path in source.folder.glob("*.arrow"):
             if (stem := path.name.partition(".")[0]) in made or stem not in known:
                 path.unlink()
-        need, free = disk_needed(source, todo, settings.num_proc)[0], shutil.disk_usage(source.folder).free
+        need, free = disk_needed(source, todo, settings.num_proc)[1], shutil.disk_usage(source.folder).free
         if need > free:
             what = f"preparing needs {need / 1e9:.1f} GB in {source.folder} and {free / 1e9:.1f} GB are free"
             raise RunError(f"{what}: choose another --data_dir, fewer --accents, or a lower --num_proc")
@@ -1183,7 +1160,6 @@ def prepare(source, splits, settings):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker, (theirs,))
-        # However this ends, the workers end with it.
         with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool, contextlib.closing(ours):
             # The largest first, so that none is left alone at the end.
             todo.sort(key=lambda shard: -source.repository.size(shard.files))
@@ -1203,27 +1179,26 @@ def prepare(source, splits, settings):
 
 
 def disk_needed(source, todo, num_proc):
-    """(bytes that preparing the shards `todo` needs at its peak, bytes that stay), from the durations in the tables."""
+    """The bytes that preparing the shards `todo` fetches, needs at its peak and leaves, by the tables' durations."""
     sizes = sorted((source.repository.size(shard.files) for shard in todo), reverse=True)
     share = sum(sizes) / max(1, sum(source.repository.size(shard.files) for shard in source.shards))
-    stays = share * hours_of(source.announced) * FLAC_BYTES_AN_HOUR or sum(sizes)  # where nobody noted durations down
-    fetched = 0 if source.repository.folder else sum(sizes if source.keep else sizes[:num_proc])
-    return stays + fetched, stays + fetched * source.keep
-
-
-def hours_of(table):
-    return float(table["num_samples"].sum()) / SAMPLE_RATE / 3600
+    # FLAC of 16 kHz mono speech is 59 MB an hour. Not everybody notes durations down.
+    stays = share * sizes_of(source.announced)["hours"] * 59e6 or sum(sizes)
+    fetched = sizes if not source.repository.folder else []
+    return sum(fetched), stays + sum(fetched if source.keep else fetched[:num_proc]), stays + sum(fetched) * source.keep
 
 
 def sizes_of(table):
     """How much a table of clips is, for metrics.json."""
     people, spoken = (table[name][table[name] != ""].nunique() for name in ("speaker", "accent"))
-    return {"clips": len(table), "hours": round(hours_of(table), 4), "speakers": people, "accents": spoken}
+    hours = round(float(table["num_samples"].sum()) / SAMPLE_RATE / 3600, 4)
+    return {"clips": len(table), "hours": hours, "speakers": people, "accents": spoken}
 
 
 def size_line(table):
     """How much a table of clips is, in columns; own tables may not tell the hours before the audio is converted."""
-    hours, sizes = f"{hours_of(table):.2f}" if not len(table) or table["num_samples"].any() else "?", sizes_of(table)
+    sizes = sizes_of(table)
+    hours = f"{sizes['hours']:.2f}" if sizes["hours"] or not sizes["clips"] else "?"
     counts = [plural(sizes[f"{noun}s"], noun) for noun in ("clip", "speaker", "accent")]
     return f"{counts[0]:>14}{hours:>9} h{counts[1]:>16}{counts[2]:>12}"
 
@@ -1240,10 +1215,9 @@ def dry_run(source, settings):
         for accent in table["accent"].value_counts().index:
             say(f"    {accent:<24}{size_line(table[table['accent'] == accent])[:-12]}")
     todo = [shard for shard in source.needed(settings.splits(on_disk=True)) if not shard.path.exists()]
-    fetched = 0 if source.repository.folder else sum(source.repository.size(shard.files) for shard in todo)
-    peak, kept = (size / 1e9 for size in disk_needed(source, todo, settings.num_proc))
+    fetched, peak, kept = (size / 1e9 for size in disk_needed(source, todo, settings.num_proc))
     disk = f"to keep {kept:.2f} GB in {settings.data_dir}, at the peak {peak:.2f} GB"
-    say(f"  to fetch {fetched / 1e9:.2f} GB in {plural(len(todo), 'archive')}; {disk}")
+    say(f"  to fetch {fetched:.2f} GB in {plural(len(todo), 'archive')}; {disk}")
     updates, an_epoch = planned_updates(settings, train)
     batch, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     steps = f"{plural(batch, 'clip')} x {plural(accumulation, 'accumulation step')}"
@@ -1253,7 +1227,6 @@ def dry_run(source, settings):
 
 # ---------------------------------------------------------------- clips
 
-SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
 SKIPPED_FILE = "results/skipped_clips.csv"
 SKIPPED_COLUMNS = ["split", "clip", "reason", "accent", "seconds", "text"]
 NOT_WANTED = "not asked for"  # the problem of a stream's clips that are of none of the --accents, ... asked for
@@ -1290,8 +1263,7 @@ FILTERS = {"accents": ("accent", slugify), "domains": ("domain", str.lower), "co
 
 
 def is_wanted(table, settings):
-    """Which clips are of the --accents, --domains and --countries asked for, a bool Series. A damaged archive or a file
-    without a transcript has none to ask for, and counts as wanted."""
+    """Which clips are of the --accents, --domains and --countries asked for, or of none and with a problem anyway."""
     wanted = pandas.Series(True, table.index)
     for flag_name, (column, fold) in FILTERS.items():
         if asked := getattr(settings, flag_name):
@@ -1304,7 +1276,7 @@ def check_announced(source, settings):
     """Refuse, before any audio is converted, what the tables show to be without a clip."""
     announced = source.announced
     for flag_name, (column, fold) in FILTERS.items():
-        known = source.accents if column == "accent" else set(map(fold, announced[column].unique())) - {""}
+        known = (column == "accent" and source.accents) or set(map(fold, announced[column].unique())) - {""}
         for asked in [asked for asked in getattr(settings, flag_name) or () if known and fold(asked) not in known]:
             near = difflib.get_close_matches(fold(asked), sorted(known), n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"they are {', '.join(sorted(known))}"
@@ -1345,22 +1317,9 @@ def load_clips(source, splits):
     return audio, table if is_asked.all() else table[is_asked]
 
 
-def select_clips(audio, table, settings, check, limit=None):
-    """The `Clips` of a table of `load_clips` that `check(table)` gives no reason against, a random choice of `limit` if
-    given, the longest first."""
-    reasons = pandas.Series(check(table), table.index, "str")
-    copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
-    reasons = reasons.mask(copies, "a second copy")
-    skipped = table.assign(reason=reasons)[reasons != ""]
-    kept = table.loc[reasons == "", ["num_samples", "clip"]]
-    kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[:limit]]
-    kept = table.loc[kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index].reset_index(drop=True)
-    return Clips(audio.select(kept.pop("row").tolist(), keep_in_memory=True), kept, skipped)
-
-
 def select_all(sources, settings, check):
-    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set of --also_score}. Says what
-    was left out and writes skipped_clips.csv. Raises RunError for an empty part."""
+    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set}, the longest first. Writes
+    those that `check(table)` has a reason against to skipped_clips.csv. Raises RunError if none is left."""
     limits = dict(zip(SPLITS, (settings.max_train_samples, settings.max_eval_samples, settings.max_test_samples)))
     selected, path = {}, Path(settings.output_dir, SKIPPED_FILE)
     for extra, source in sources.items():
@@ -1374,8 +1333,17 @@ def select_all(sources, settings, check):
         if not settings.streaming:
             source.rows = source.announced = table = None  # a million clips are some hundred megabytes
         for split in splits:
-            clips = selected[extra or split] = select_clips(audio, parts.pop(0), settings, check, limits[split])
-            clips.skipped["split"] = extra or split
+            table = parts.pop(0)
+            reasons = pandas.Series(check(table), table.index, "str")
+            copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
+            reasons = reasons.mask(copies, "a second copy")
+            skipped = table.assign(reason=reasons, split=extra or split)[reasons != ""]
+            kept = table.loc[reasons == "", ["num_samples", "clip"]]
+            kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[: limits[split]]]
+            kept = kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index
+            kept = table.loc[kept].reset_index(drop=True)
+            chosen = audio.select(kept.pop("row").tolist(), keep_in_memory=True)
+            selected[extra or split] = Clips(chosen, kept, skipped)
     skipped = pandas.concat([clips.skipped for clips in selected.values()])
     if settings.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
         write_text(path, ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
@@ -1385,7 +1353,7 @@ def select_all(sources, settings, check):
             say(f"    left out of {name}: {count:,} x {reason}")
     if len(skipped):
         say(f"  each one is named in {path}")
-    for note in shared_speaker_notes(selected):
+    for note in shared_speakers(selected)[1]:
         warn(note)
     for name, clips in sorted(selected.items(), key=lambda item: not len(item[1].skipped)):  # what is known first
         # Not every accent has every split: what is only prepared may lack one.
@@ -1395,28 +1363,23 @@ def select_all(sources, settings, check):
 
 
 def shared_speakers(selected):
-    """{split: speakers of it who are in train too}"""
+    """({split: speakers of it who are in train too}, a note on each)"""
     people = {split: set(selected[split].table["speaker"]) - {""} for split in SPLITS if split in selected}
     trained = people.pop("train", set())
-    return {split: len(found & trained) for split, found in people.items() if found & trained}
-
-
-def shared_speaker_notes(selected):
+    counts = {split: len(found & trained) for split, found in people.items() if found & trained}
     note = "{} of {} in train too: its scores are not those of new speakers.".format
-    return [note(plural(count, "speaker"), split) for split, count in shared_speakers(selected).items()]
+    return counts, [note(plural(count, "speaker"), split) for split, count in counts.items()]
 
 
 def csv_lines(skipped):
-    """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it. csv
-    puts no quotes around a carriage return, at which a spreadsheet begins another row."""
+    """Lines of skipped_clips.csv, where a spreadsheet finds no formula, and no row that begins at a carriage return."""
     cells = skipped.assign(seconds=(skipped["num_samples"] / SAMPLE_RATE).round(2))[SKIPPED_COLUMNS].astype("str")
     cells = cells.map(lambda cell: re.sub(r"^(?=[=+\-@\t\r\n＝＋－＠])", "'", cell).replace("\r", " "))
     return cells.to_csv(header=False, index=False, lineterminator="\n")
 
 
 class TrainingStream:
-    """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset. The
-    processes, and by datasets their DataLoaders' workers (with `loader_options`), have shards of their own."""
+    """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset."""
 
     def __init__(self, source, settings, check, seed):
         shards = sorted(source.needed(["train"]), key=lambda shard: -source.repository.size(shard.files))
@@ -1446,7 +1409,7 @@ class TrainingStream:
     def __iter__(self):
         for epoch in itertools.count():
             batch, self.loader_options["collate_fn"].epoch = None, epoch
-            clips = self.clips.shuffle(self.seed + epoch, buffer_size=SHUFFLE_CLIPS)
+            clips = self.clips.shuffle(self.seed + epoch, buffer_size=1_000)  # about 100 MB a worker
             for batch in torch.utils.data.DataLoader(clips, num_workers=self.workers, **self.loader_options):
                 yield batch
             if batch is None:
@@ -2547,7 +2510,7 @@ def score_file(settings):
     for note in notes:
         warn(note)
     content = {"config": public({"command": settings.command, "score_file": settings.score_file})}
-    content["data"] = {"test": {"clips": len(table), "hours": round(hours_of(table), 4), "left_out": len(bad)}}
+    content["data"] = {"test": {"clips": len(table), "hours": sizes_of(table)["hours"], "left_out": len(bad)}}
     write_results(folder, content, {"test": Scores(table, texts)}, f"Scores of {path.name}", notes)
     say(f"\nresults: {folder}")
     return 0
@@ -2955,12 +2918,13 @@ class Run:
         training = settings.to_dict()
         config = {name: training.pop(name) for name in ScriptFlags.__annotations__}
         data = {name: {**sizes_of(part.table), "skipped": part.reasons} for name, part in clips.items()}
-        data |= {"made_splits": made, "speakers_in_train_too": shared_speakers(clips)}
+        shared, notes = shared_speakers(clips)
+        data |= {"made_splits": made, "speakers_in_train_too": shared}
         data |= {"layout": self.source.layout, "characters_dropped_from_labels": self.encoder.dropped}
         content = {"config": {**config, "command": settings.command, "training": training}, "data": data}
         longer = int((clips["test"].table["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum())
         windows = f"{plural(longer, 'clip')} over {settings.window_seconds:g} s scored in overlapping windows"
-        notes = [f"{windows}; none left out for its length.", *shared_speaker_notes(clips)]
+        notes = [f"{windows}; none left out for its length.", *notes]
         notes += [f"{' and '.join(made)} made of the train split by speaker."] * bool(made)
         if lm:
             before = (self.notes["baseline"] or {}).get("lm") or lm.settings  # each model is tuned by itself
