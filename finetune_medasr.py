@@ -1730,7 +1730,7 @@ class Windows:
 
 
 class Decoder:
-    """One way from audio to text, for test sets and files, in all processes together; `texts` decodes with `lm`."""
+    """One way from audio to text, for test sets and files, in all processes together."""
 
     def __init__(self, model, processor, settings, lm=None):
         self.model, self.processor, self.settings, self.lm = model, processor, settings, lm
@@ -1805,7 +1805,7 @@ class Decoder:
                 inputs = model_inputs(batch, self.extractor, self.settings.device)
                 with torch.autocast(self.settings.device.type, torch.bfloat16, enabled=self.in_bfloat16):
                     output = self.model(**inputs)
-            count = min(LM_CANDIDATES if self.lm else 1, output.logits.shape[-1])
+            count = min(16 if self.lm else 1, output.logits.shape[-1])  # the search takes less probable ids too
             best = output.logits.float().log_softmax(-1).topk(count)
             ids, log_probs = best.indices.int().cpu().numpy(), best.values.cpu().numpy()
             return list(map(Emissions, ids, log_probs)), float(output.loss) * size if "labels" in batch else 0.0
@@ -1817,28 +1817,17 @@ class Decoder:
         (first, loss), (second, more) = (self.run({name: batch[name][half] for name in batch}) for half in halves)
         return first + second, loss + more
 
-    def path(self, emissions):
-        """The id of each frame of a clip, blanks and repeats included: the most probable, or with `lm` the search's."""
-        return beam_search(emissions, self.lm)[0] if self.lm else emissions.ids[:, 0].tolist()
-
-    def greedy(self, emissions):
-        return [decode_ids(self.processor, found.ids[:, 0].tolist()) for found in emissions]
-
-    def texts(self, emissions):
-        """The text of each clip with `lm`, of which each process searches its share: it takes longer than the model."""
+    def texts(self, emissions, lm=None):
+        """The text of each clip: greedy, or that of the search with `lm`, of which each process makes its share."""
+        if not lm:
+            return [decode_ids(self.processor, found.ids[:, 0].tolist()) for found in emissions]
         mine = range(self.settings.process_index, len(emissions), self.settings.world_size)
         bar = tqdm.tqdm(mine, desc="language model", unit="clip", disable=self.is_silent)
-        texts = [(index, decode_ids(self.processor, self.path(emissions[index]))) for index in bar]
+        texts = [(index, decode_ids(self.processor, beam_search(emissions[index], lm)[0])) for index in bar]
         return [text for _, text in sorted(accelerate.utils.gather_object(texts))]
 
 
 # ---------------------------------------------------------------- language model
-
-LM_CANDIDATES = 16  # the most probable ids of a frame, which the search chooses from
-# What stands for "▁" in an n-gram's file: itself, or what pyctcdecode's users have to write (MedASR's lm_6.kenlm).
-LM_WORD_MARKS, LM_NONSENSE = "▁#", "no/such/piece"
-TUNING_CLIPS = 500  # of dev at the most: the search is run some thirty times
-TUNING_GRID = list(itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)))
 
 
 @dataclass(eq=False, slots=True)
@@ -1926,8 +1915,10 @@ def load_lm(settings, processor, vocab_size):
             path = Path(hub.hf_hub_download(repo, LM_FILE, revision=revision))
     names = enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size)))
     pieces = {id: name for id, name in names if name not in (None, *tokenizer.all_special_tokens)}
-    spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in LM_WORD_MARKS]
-    words = [LM_NONSENSE, *{*spellings[0].values(), *spellings[1].values()}]
+    # "▁" is written as itself, or as pyctcdecode's users have to (MedASR's lm_6.kenlm).
+    spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in "▁#"]
+    nonsense = "no/such/piece"
+    words = [nonsense, *{*spellings[0].values(), *spellings[1].values()}]
     with explained(f"--lm {path} cannot be loaded", checkpoint_errors(), "it must be ARPA's or KenLM's binary format"):
         dictionary = Lazy("flashlight.lib.text.dictionary").Dictionary(words)
         kenlm = Lazy("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
@@ -1942,7 +1933,7 @@ def load_lm(settings, processor, vocab_size):
         raise RunError(f"--lm {path} knows {share}: it must be an n-gram of the tokens of this model, not of words")
     if len(found) < 0.9 * len(pieces):
         warn(f"--lm {path} knows only {share}")
-    numbers = [dictionary.get_index(spelling.get(id, LM_NONSENSE)) for id in range(vocab_size)]
+    numbers = [dictionary.get_index(spelling.get(id, nonsense)) for id in range(vocab_size)]
     counts_as = np.array([id if id in pieces else tokenizer.pad_token_id for id in range(vocab_size)])
     weights = settings.lm_weight, settings.lm_word_score, settings.lm_beam
     return LanguageModel(path.name, kenlm, numbers, counts_as, tokenizer.pad_token_id, *weights)
@@ -1950,16 +1941,16 @@ def load_lm(settings, processor, vocab_size):
 
 def tune_lm(decoder, dev):
     """Give the decoder's `lm` the weight and word score of the lowest WER on `dev`; returns what was tried."""
-    chosen = range(0, len(dev), math.ceil(len(dev) / TUNING_CLIPS))
+    chosen = range(0, len(dev), math.ceil(len(dev) / 500))  # some 500 clips: the search is run thirty times
     clips = Clips(dev.audio.select(chosen), dev.table.iloc[list(chosen)])
     say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
     emissions, tried = decoder.emissions(clips)[0], []
-    for weight, word_score in TUNING_GRID:
-        decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
-        tried.append([weight, word_score, corpus_rate(clips.table["text"], decoder.texts(emissions))])
+    for weight, word_score in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)):
+        lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
+        tried.append([weight, word_score, corpus_rate(clips.table["text"], decoder.texts(emissions, lm))])
     weight, word_score, wer = min(tried, key=lambda entry: entry[-1])  # the first of equals
     decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
-    greedy = corpus_rate(clips.table["text"], decoder.greedy(emissions))
+    greedy = corpus_rate(clips.table["text"], decoder.texts(emissions))
     say(f"  --lm_weight {weight:g} --lm_word_score {word_score:g}: dev WER {percent(wer)}, greedy {percent(greedy)}")
     return {**decoder.lm.settings, "clips": len(clips), "wer": wer, "wer_greedy": greedy, "tried": tried}
 
@@ -1972,7 +1963,8 @@ Word = namedtuple("Word", "text start end probability")
 
 def clip_words(decoder, emissions):
     """The `Word`s of a clip, whose texts, joined by spaces, are its text."""
-    tokenizer, path = decoder.processor.tokenizer, decoder.path(emissions)
+    tokenizer, lm = decoder.processor.tokenizer, decoder.lm
+    path = beam_search(emissions, lm)[0] if lm else emissions.ids[:, 0].tolist()
     pieces, before, words = tokenizer.convert_ids_to_tokens(path), [None, *path], []
     frames = np.flatnonzero(np.isin(path, tokenizer.all_special_ids, invert=True))
     begins = [pieces[frame].startswith("▁") and path[frame] != before[frame] for frame in frames]
@@ -2579,11 +2571,6 @@ def score_file(settings):
 
 # ---------------------------------------------------------------- half precision
 
-# float16 ends at 65,504. A module within a factor of 8 of that is run in float32: activations grow in training.
-HALF_PRECISION_LIMIT = 65_504 / 8
-# The gradient scaler halves its scale at each skipped update, so a run starts with a few; so many are overflow.
-MAX_SKIPPED_UPDATES = 10
-
 
 def in_float32(forward, *inputs, **options):
     """A forward in float32 where autocast would use half precision."""
@@ -2606,7 +2593,7 @@ def guard_half_precision(model, batches, device):
     """Make `model` safe under float16 autocast, by measuring it on `batches`: MedASR's subsampler reaches about 1.1e5
     and other activations more, plain float16 gives inf, then NaN. Raises RunError if its outputs stay so."""
     watched = {module: name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
-    watched[model.encoder.subsampler], peaks = "encoder.subsampler", Counter()
+    peaks = Counter()
 
     def watch(module, inputs, output):
         if name := watched.get(module):
@@ -2618,7 +2605,8 @@ def guard_half_precision(model, batches, device):
         for batch in batches:
             model(**batch)
     for name, module in model.named_modules():
-        if peaks[name] > HALF_PRECISION_LIMIT or name == "encoder.subsampler":
+        # float16 ends at 65,504, and activations grow in training.
+        if peaks[name] > 65_504 / 8 or name == "encoder.subsampler":
             module.forward = functools.partial(in_float32, module.forward)
         if isinstance(module, torch.nn.BatchNorm1d):
             module.forward = functools.partial(with_finite_statistics, module, module.forward)
@@ -2705,7 +2693,8 @@ class CTCTrainer:
         """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped.
         accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default."""
         norm = super()._get_grad_norm(model, grad_norm)
-        is_finite, most = bool(np.isfinite(float(norm))), MAX_SKIPPED_UPDATES if self.args.fp16 else 1
+        # The gradient scaler halves its scale at each skipped update, so a run starts with a few; ten are overflow.
+        is_finite, most = bool(np.isfinite(float(norm))), 10 if self.args.fp16 else 1
         self.skipped += not is_finite
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == most:
@@ -2760,7 +2749,7 @@ class CTCTrainer:
         emissions, _, loss = self.decoder.emissions(self.dev, self.encoder)
         if not np.isfinite(loss):
             self.refuse("the dev loss is not finite")
-        table = self.dev.table.assign(hypothesis=self.decoder.greedy(emissions))
+        table = self.dev.table.assign(hypothesis=self.decoder.texts(emissions))
         pairs = {"references": table["text"].map(normalize_wer), "predictions": table["hypothesis"].map(normalize_wer)}
         scores = mixed(ErrorRates, evaluate.Metric)(keep_in_memory=True).compute(**pairs)
         for domain, part in table[table["domain"] != ""].groupby("domain"):
@@ -2802,17 +2791,13 @@ def planned_updates(settings, clips):
     return settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * an_epoch), an_epoch
 
 
-TRIED_BATCH_SIZES = (32, 16, 8, 4, 2, 1)
-SPARE_MEMORY = 0.05  # of the GPU's, left over in a trial for what batches of other lengths leave in pieces
-
-
 def choose_batch_size(model, collator, train, settings, limit):
     """Split the clips of an update into the largest steps, up to `limit` if given, that fit the GPU if all clips are as
     long as the longest, beside what optimizer and processes keep in memory."""
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
-    sizes = iter([size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= largest])
+    sizes = iter([size for size in (32, 16, 8, 4, 2, 1) if clips % size == 0 and size <= largest])
     seconds = settings.max_train_seconds if settings.streaming else train[0]["num_samples"] / SAMPLE_RATE  # sorted
     longest = {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": "the " * int(2 * seconds)}
 
@@ -2824,7 +2809,8 @@ def choose_batch_size(model, collator, train, settings, limit):
         trial, copies = copy.deepcopy(model).train(), 1 + (settings.world_size > 1)
         trial.encoder.layerdrop = 0.0
         kept = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
-        spare = int(SPARE_MEMORY * torch.cuda.get_device_properties(device).total_memory)
+        # Batches of other lengths leave some memory in pieces.
+        spare = int(0.05 * torch.cuda.get_device_properties(device).total_memory)
         kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
         with torch.autocast(device.type, half, enabled=settings.fp16 or settings.bf16):
             loss = trial(**model_inputs(collator([longest] * size), collator.extractor, device)).loss
@@ -2857,10 +2843,9 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
         choose_batch_size(model.to(device), plain, train, settings, batch_limit)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.output_dir) / "runs")
     collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed)
-    options = {"data_collator": collator, "train_dataset": train, "eval_dataset": dev.audio}
-    options["processing_class"] = decoder.processor  # whole: its feature extractor alone has no tokenizer to save
     kind = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)
-    trainer = kind(model, settings, **options)
+    # The whole processor: its feature extractor alone has no tokenizer to save.
+    trainer = kind(model, settings, collator, train, dev.audio, decoder.processor)
     trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()
     trainer.model_accepts_loss_kwargs = False  # concluded from the **kwargs of LasrForCTC.forward, which ignores them
     trainer.remove_callback(transformers.PrinterCallback if settings.disable_tqdm else transformers.ProgressCallback)
@@ -2966,9 +2951,9 @@ class Run:
                 write_text(self.results / "lm.json", json.dumps(record, indent=1))
         for name, clips in self.tests.items():
             emissions = decoder.emissions(clips)[0]
-            texts[name] = {system: decoder.greedy(emissions)}
+            texts[name] = {system: decoder.texts(emissions)}
             if decoder.lm:
-                texts[name][f"{system}_lm"] = decoder.texts(emissions)
+                texts[name][f"{system}_lm"] = decoder.texts(emissions, decoder.lm)
         return texts
 
     def write_results(self, texts, history=()):
