@@ -1479,8 +1479,7 @@ class TrainingStream:
 # ---------------------------------------------------------------- text
 
 GREEK = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩαβγδεζηθικλμνξοπρςστυφχψω"
-# What a character becomes that the tokenizer lacks and Unicode does not decompose; symbols become words, as a reader
-# voices them. Labels and scored texts share it: the model can only write what its labels had.
+# What a character becomes that the tokenizer lacks and Unicode does not decompose, in labels and in scored texts alike.
 FOLDS = str.maketrans({
     **dict.fromkeys("‘’‚‛`´ʼ′", "'"), **dict.fromkeys("“”„″«»", '"'), **dict.fromkeys("~−—", "-"), "·": ".", "…": "...",
     **dict.fromkeys("÷⁄\\|", "/"), "×": "x", "±": "+/-", "&": " and ", "@": " at ", "=": " equals ", "°": " degrees ",
@@ -1497,8 +1496,7 @@ CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")  # MedASR writes {per
 
 
 def tidy(text):
-    """The text with HTML entities resolved, without arrows and bullets, whitespace (NBSP, newline) as single spaces,
-    fractions and powers parted from the digit before them: 1½ is not 11/2, and 10⁹ is not 109."""
+    """Resolve HTML entities, drop arrows and bullets, make whitespace single spaces; part 1½, not to become 11/2."""
     text = ENTITY.sub(lambda it: html.unescape(it[0]) if it[1] else html.entities.html5.get(it[0][1:], it[0]), text)
     text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", text))
     return " ".join(re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text).split())
@@ -1579,8 +1577,6 @@ def decode_ids(processor, ids):
 
 # ---------------------------------------------------------------- batches
 
-SILENCE = float(np.log(1e-5))  # LasrFeatureExtractor floors its mel energies at 1e-5, so a frame of 0.0 would be loud
-
 
 def logit_count(config, extractor, samples):
     """Logits of clips of so many samples, a number or an array; below 1 for those that the model cannot be run on."""
@@ -1626,19 +1622,17 @@ class ClipCheck:
 
 
 def spec_augment(mels, seed):
-    """SpecAugment (Park et al. 2019, arXiv 1904.08779) of the log-mels (frames, bins) of a clip, in place: up to 2 x 20
-    bins and, in every 2.5 s, a stretch of up to 0.3 s (less than most words) become silence. The seed alone decides
-    where: a resumed run masks the same."""
+    """SpecAugment (Park et al. 2019, arXiv 1904.08779) of a clip's log-mels (frames, bins), in place: up to 2 x 20 bins
+    and, in every 2.5 s, up to 0.3 s (less than most words) become silence. The seed alone decides where."""
     generator, (frames, bins) = np.random.default_rng(seed), mels.shape
     for axis, size, longest in [(1, bins, 20)] * 2 + [(0, frames, min(30, frames // 5))] * math.ceil(frames / 250):
         width = int(generator.integers(min(longest, size) + 1))
-        mels.narrow(axis, int(generator.integers(size - width + 1)), width).fill_(SILENCE)
+        mels.narrow(axis, int(generator.integers(size - width + 1)), width).fill_(math.log(1e-5))  # as in `log_mels`
 
 
 @functools.cache
 def mel_bands(extractor, device):
-    """The mel filters of a LasrFeatureExtractor in bands: (slice of the spectrum that a band spans, real and imaginary
-    parts side by side; weights (that many, bins)), on `device`."""
+    """The mel filters in bands: [(slice of the spectrum, real and imaginary parts side by side; weights)]."""
     # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
     exact, bands = torch.float64 if torch.device(device).type == "cuda" else torch.float32, []
     filters = extractor.mel_filters.float().repeat_interleave(2, 0)
@@ -1677,9 +1671,9 @@ def model_inputs(batch, extractor, device):
 
 @dataclass
 class CTCCollator:
-    """Rows of a prepared split -> a padded batch for `model_inputs`, in the DataLoader's workers: waveforms (clips,
-    samples), num_samples (clips,); counts, samples without and with padding; clips, their names, and problems; with an
-    `encoder` labels (clips, longest) padded with -100; with `augment` the seed of each clip's masks."""
+    """Rows of a prepared split -> a padded batch for `model_inputs`: waveforms (clips, samples), num_samples (clips,);
+    counts, samples without and with padding; clips, their names, and problems; with an `encoder` labels (clips,
+    longest) padded with -100; with `augment` the seed of each clip's masks."""
 
     extractor: object
     encoder: LabelEncoder | None = None
@@ -1743,8 +1737,7 @@ class Decoder:
 
     def batches(self, lengths):
         """`Span`s of clips of so many samples, in batches: --per_device_eval_batch_size of them, or, if that is auto,
-        as many seconds with their padding as the device takes. Clips over --window_seconds are in overlapping windows,
-        batched apart, whose logits are kept from the middle of the overlap."""
+        some seconds. Windows of clips over --window_seconds are batched apart, and meet in the middle of overlaps."""
         overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / self.step)  # in logits, as the next
         window = round(self.settings.window_seconds * SAMPLE_RATE / self.step)
         spans, size, stride = [], window * self.step, (window - 2 * overlap) * self.step
@@ -1766,15 +1759,14 @@ class Decoder:
         return batches
 
     def emissions(self, clips, encoder=None, doing="scoring"):
-        """(the `Emissions` of each clip of a `Clips`, {clip's place: why it cannot be read}, the mean CTC loss). Of
-        each frame the most probable id is kept, or as many as a search with `lm` needs. With an `encoder` of the clips'
-        labels there is a loss, of those that need no windows; otherwise it is 0."""
+        """(the `Emissions` of each clip of a `Clips`, {clip's place: why it cannot be read}, the mean CTC loss of clips
+        that need no windows: 0 without an `encoder` of their labels)."""
         settings, self.model = self.settings, self.model.to(self.settings.device).eval()
         mine = self.batches(clips.table["num_samples"].tolist())[settings.process_index :: settings.world_size]
         collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), [], 0.0
         options = {"batch_sampler": mine, "collate_fn": collator, "pin_memory": settings.device.type == "cuda"}
-        options["num_workers"] = min(settings.dataloader_num_workers, len(mine))
-        options["generator"] = torch.Generator()  # its own: scoring must not move what training draws next
+        # A generator of its own: scoring must not move what training draws next.
+        options |= {"num_workers": min(settings.dataloader_num_workers, len(mine)), "generator": torch.Generator()}
         bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent)
         with bar, STOP_SIGNALS:
             for spans, batch in zip(mine, torch.utils.data.DataLoader(Windows(clips.audio), **options)):
@@ -1985,16 +1977,11 @@ DICTATED = {
     "exclamation mark": "! ", "exclamation point": "! ", "new line": "\n", "next line": "\n", "new paragraph": "\n\n",
     "next paragraph": "\n\n", "hyphen": "-", "slash": "/", "open parenthesis": " (", "close parenthesis": ") ",
 }  # fmt: skip
-# One of these, however often in a row, with the whitespace around it.
-DICTATED_TOKEN = re.compile(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*")
-LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0  # of subtitles, as usual in television
-LINGER_SECONDS = 0.5  # that a subtitle stays after its last word's last frame, where there is room
-PAUSE_SECONDS = 1.0  # between the written frames of two words, at which a sentence is taken to end
 PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
 
 
 def text_of(words, formatted):
-    """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for, as far as known."""
+    """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for."""
     text = " ".join(word.text for word in words)
     if not formatted:
         return text
@@ -2004,35 +1991,28 @@ def text_of(words, formatted):
         is_there = sign[-1] == " " and text[: match.start()].endswith(sign[0])  # "5. {period}"
         return " " if is_there else sign
 
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +(?=\n)", "", DICTATED_TOKEN.sub(sign_of, text))).strip()
+    # A token however often in a row, with the whitespace around it.
+    formatted = re.sub(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*", sign_of, text)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +(?=\n)", "", formatted)).strip()
 
 
 def subtitle_lines(words, formatted):
-    """The lines of a subtitle, none longer than LINE_CHARACTERS but of a single word."""
+    """The lines of a subtitle, of 42 characters, as usual in television, or of a single longer word."""
     text = " ".join(text_of(words, formatted).split())
-    return textwrap.wrap(text, LINE_CHARACTERS, break_long_words=False, break_on_hyphens=False)
-
-
-def split_words(words, formatted):
-    """The words in lists, each of a subtitle, parted at pauses and dictated line breaks and where one is full."""
-    parts = []
-    for word in words:
-        ends = not parts or word.start - parts[-1][-1].end >= PAUSE_SECONDS
-        ends = ends or word.end - parts[-1][0].start > CUE_SECONDS
-        ends = ends or (formatted and parts[-1][-1].text in ("line}", "paragraph}"))
-        if ends or len(subtitle_lines([*parts[-1], word], formatted)) > CUE_LINES:
-            parts.append([])
-        parts[-1].append(word)
-    return parts
+    return textwrap.wrap(text, 42, break_long_words=False, break_on_hyphens=False)
 
 
 def transcript(kind, words, formatted, name=""):
-    """The words of a recording, their texts `formatted` or not, as the content of a file of --transcript_format `kind`,
-    with the `name` if given. json has Whisper's keys, in one line."""
-    text = text_of(words, formatted)
+    """The words of a recording as a file of --transcript_format `kind`, with `name` if given; json as of Whisper."""
+    text, parts, segments, cues = text_of(words, formatted), [], [], []
     if kind == "text":
         return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
-    parts, segments, cues = split_words(words, formatted), [], []
+    for word in words:  # each part is a subtitle: 7 s and two lines at most, parted at pauses and dictated line breaks
+        ends = not parts or word.start - parts[-1][-1].end >= 1.0 or word.end - parts[-1][0].start > 7.0
+        ends = ends or (formatted and parts[-1][-1].text in ("line}", "paragraph}"))
+        if ends or len(subtitle_lines([*parts[-1], word], formatted)) > 2:
+            parts.append([])
+        parts[-1].append(word)
     if kind == "json":
         for number, part in enumerate(parts):
             entries = [
@@ -2044,7 +2024,8 @@ def transcript(kind, words, formatted, name=""):
         content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
         return json.dumps(content, ensure_ascii=False) + "\n"
     for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
-        end, times = min(part[-1].end + LINGER_SECONDS, following[0].start if following else np.inf), []
+        # A subtitle stays for half a second where there is room.
+        end, times = min(part[-1].end + 0.5, following[0].start if following else np.inf), []
         for seconds in (part[0].start, end):
             minutes, thousandths = divmod(round(seconds * 1000), 60_000)
             times.append(f"{minutes // 60:02}:{minutes % 60:02}:{thousandths / 1000:06.3f}")
@@ -2061,10 +2042,9 @@ def find_recordings(settings):
     Raises UsageError, also where two would be one file, OSError for a folder that cannot be read."""
     found, keeps = {}, settings.transcript_dir is not None
     for path in settings.transcribe:
-        files = []
-        for match in [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True)):
-            inside = filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match]
-            files += sorted(map(str, inside))
+        matches = [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        parts = [filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match] for match in matches]
+        files = [file for part in parts for file in sorted(map(str, part))]
         if not files:
             raise UsageError(f"--transcribe is {path}: there is no such file, or no audio file in this folder")
         # What is below the fixed part of a pattern tells files of one name apart.
@@ -2580,8 +2560,7 @@ def in_float32(forward, *inputs, **options):
 
 
 def with_finite_statistics(module, forward, *inputs, **options):
-    """A forward of a BatchNorm that keeps what overflows out of its running statistics, which it moves before the
-    gradient scaler skips the update: from one infinity on, evaluations would give blank text."""
+    """A BatchNorm's forward that keeps out of its running statistics what overflows: evaluations would stay blank."""
     before = [values.clone() for values in module.buffers()]
     output = forward(*inputs, **options)
     for values, kept in zip(module.buffers(), before):
@@ -2590,8 +2569,8 @@ def with_finite_statistics(module, forward, *inputs, **options):
 
 
 def guard_half_precision(model, batches, device):
-    """Make `model` safe under float16 autocast, by measuring it on `batches`: MedASR's subsampler reaches about 1.1e5
-    and other activations more, plain float16 gives inf, then NaN. Raises RunError if its outputs stay so."""
+    """Make `model` safe under float16 autocast, as measured on `batches`: MedASR's subsampler reaches about 1.1e5,
+    other activations more. Raises RunError if it still overflows."""
     watched = {module: name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
     peaks = Counter()
 
@@ -2620,8 +2599,7 @@ def guard_half_precision(model, batches, device):
 
 
 class CTCTrainer:
-    """Mixed with the Trainer and with TrainerCallback, because it is its own callback. `dev` are the dev `Clips`,
-    `decoder` transcribes them, `encoder` makes labels, `order` is the generator of the order of clips."""
+    """Mixed with the Trainer and TrainerCallback: it is its own callback. `make_trainer` sets its other attributes."""
 
     loss_is_scaled_for_ga = True  # compute_loss has divided it among an update's batches
     clips, bar = (), None  # of the update under way; of the progress
@@ -2668,15 +2646,14 @@ class CTCTrainer:
             say(f"  stopped early: {plural(late, 'evaluation')} without a better dev WER; {more}")
 
     def _run_epoch(self, epoch, **options):
-        """Order and masks come from the seed and the epoch alone: the Trainer restores its random state only after the
-        first batch has been drawn. It would also make one more update of a run that is at its end."""
+        # From seed and epoch alone: the Trainer restores its random state only after the first batch has been drawn.
         self.order.manual_seed(self.args.seed + epoch)
         self.data_collator.epoch = epoch
+        # The Trainer would make one more update of a run that is at its end.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(epoch=epoch, **options)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of an update, timed."""
         start = time.monotonic()
         self.started = self.started or start
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -2690,8 +2667,7 @@ class CTCTrainer:
         return super().compute_loss(model, inputs, **options) * (len(inputs["labels"]) / len(self.clips))
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped.
-        accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default."""
+        """Here a gradient that is not finite shows; accelerate sees no skipped update of the default, fused AdamW."""
         norm = super()._get_grad_norm(model, grad_norm)
         # The gradient scaler halves its scale at each skipped update, so a run starts with a few; ten are overflow.
         is_finite, most = bool(np.isfinite(float(norm))), 10 if self.args.fp16 else 1
@@ -2743,8 +2719,7 @@ class CTCTrainer:
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The dev scores, made as the test scores are: Trainer.evaluate would gather logits, and cut no windows. A few
-        texts are among them, for TensorBoard."""
+        """The dev scores, made as the test scores are, and a few texts for TensorBoard."""
         start = time.monotonic()
         emissions, _, loss = self.decoder.emissions(self.dev, self.encoder)
         if not np.isfinite(loss):
@@ -2766,7 +2741,6 @@ class CTCTrainer:
         return metrics
 
     def log(self, logs, start_time=None):
-        """Log the speed beside a training loss, and show readable figures instead of a dict."""
         if "loss" in logs:
             heard = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device)
             real, padded = self.accelerator.reduce(heard, "sum").tolist()
@@ -2775,8 +2749,8 @@ class CTCTrainer:
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
             logs["data_wait_percent"] = round(100 * self.waited / seconds, 1)
             self.heard, self.started, self.waited = np.zeros(2), now, 0.0
-            speed = f"{logs['audio_seconds_per_second']:.0f} audio s/s"
-            shown = f"loss {logs['loss']:.3f}, {speed}, {logs['data_wait_percent']:.0f} % waiting for data"
+            shown = f"loss {logs['loss']:.3f}, {logs['audio_seconds_per_second']:.0f} audio s/s, "
+            shown += f"{logs['data_wait_percent']:.0f} % waiting for data"
             if self.args.fp16:
                 logs["skipped_updates"] = self.skipped
                 shown += f", {plural(self.skipped, 'update')} skipped" * bool(self.skipped)
@@ -2792,8 +2766,7 @@ def planned_updates(settings, clips):
 
 
 def choose_batch_size(model, collator, train, settings, limit):
-    """Split the clips of an update into the largest steps, up to `limit` if given, that fit the GPU if all clips are as
-    long as the longest, beside what optimizer and processes keep in memory."""
+    """Split an update's clips into the largest steps, up to `limit` if given, that fit the GPU at the longest clip."""
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
@@ -2854,8 +2827,7 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
 
 
 def checkpoint_to_resume(settings):
-    """(the complete checkpoint to go on from, None for none; its updates): the newest, or --resume_from_checkpoint's.
-    Raises UsageError if the one asked for is not complete, RunError if the processes find different ones."""
+    """(the complete checkpoint to go on from or None, its updates); raises UsageError and RunError."""
     asked, checkpoint, updates = settings.resume_from_checkpoint, None, 0
     found = Lazy("transformers.trainer_utils").sort_checkpoints(settings.output_dir)[::-1]
     for path in found if not asked or asked.lower() in ("true", "false") else [asked]:
