@@ -1671,9 +1671,9 @@ def model_inputs(batch, extractor, device):
 
 @dataclass
 class CTCCollator:
-    """Rows of a prepared split -> a padded batch for `model_inputs`: waveforms (clips, samples), num_samples (clips,);
-    counts, samples without and with padding; clips, their names, and problems; with an `encoder` labels (clips,
-    longest) padded with -100; with `augment` the seed of each clip's masks."""
+    """Rows of a prepared split -> a padded batch for `model_inputs`, in the DataLoader's workers: waveforms (clips,
+    samples), num_samples (clips,); counts, samples without and with padding; clips, their names, and problems; with an
+    `encoder` labels (clips, longest) padded with -100; with `augment` the seed of each clip's masks."""
 
     extractor: object
     encoder: LabelEncoder | None = None
@@ -1759,8 +1759,9 @@ class Decoder:
         return batches
 
     def emissions(self, clips, encoder=None, doing="scoring"):
-        """(the `Emissions` of each clip of a `Clips`, {clip's place: why it cannot be read}, the mean CTC loss of clips
-        that need no windows: 0 without an `encoder` of their labels)."""
+        """(the `Emissions` of each clip of a `Clips`, {clip's place: why it cannot be read}, the mean CTC loss). Of
+        each frame the most probable id is kept, or as many as a search with `lm` needs. With an `encoder` of the clips'
+        labels there is a loss, of those that need no windows; otherwise it is 0."""
         settings, self.model = self.settings, self.model.to(self.settings.device).eval()
         mine = self.batches(clips.table["num_samples"].tolist())[settings.process_index :: settings.world_size]
         collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), [], 0.0
@@ -1820,6 +1821,8 @@ class Decoder:
 
 
 # ---------------------------------------------------------------- language model
+
+LM_NONSENSE = "no/such/piece"
 
 
 @dataclass(eq=False, slots=True)
@@ -1909,8 +1912,7 @@ def load_lm(settings, processor, vocab_size):
     pieces = {id: name for id, name in names if name not in (None, *tokenizer.all_special_tokens)}
     # "▁" is written as itself, or as pyctcdecode's users have to (MedASR's lm_6.kenlm).
     spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in "▁#"]
-    nonsense = "no/such/piece"
-    words = [nonsense, *{*spellings[0].values(), *spellings[1].values()}]
+    words = [LM_NONSENSE, *{*spellings[0].values(), *spellings[1].values()}]
     with explained(f"--lm {path} cannot be loaded", checkpoint_errors(), "it must be ARPA's or KenLM's binary format"):
         dictionary = Lazy("flashlight.lib.text.dictionary").Dictionary(words)
         kenlm = Lazy("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
@@ -1925,7 +1927,7 @@ def load_lm(settings, processor, vocab_size):
         raise RunError(f"--lm {path} knows {share}: it must be an n-gram of the tokens of this model, not of words")
     if len(found) < 0.9 * len(pieces):
         warn(f"--lm {path} knows only {share}")
-    numbers = [dictionary.get_index(spelling.get(id, nonsense)) for id in range(vocab_size)]
+    numbers = [dictionary.get_index(spelling.get(id, LM_NONSENSE)) for id in range(vocab_size)]
     counts_as = np.array([id if id in pieces else tokenizer.pad_token_id for id in range(vocab_size)])
     weights = settings.lm_weight, settings.lm_word_score, settings.lm_beam
     return LanguageModel(path.name, kenlm, numbers, counts_as, tokenizer.pad_token_id, *weights)
