@@ -2573,13 +2573,12 @@ def with_finite_statistics(module, forward, *inputs, **options):
 def guard_half_precision(model, batches, device):
     """Make `model` safe under float16 autocast, as measured on `batches`: MedASR's subsampler reaches about 1.1e5,
     other activations more. Raises RunError if it still overflows."""
-    watched = {module: name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
-    peaks = Counter()
+    peaks = {module: 0.0 for module in model.modules() if list(module.parameters(recurse=False))}
 
     def watch(module, inputs, output):
-        if name := watched.get(module):
+        if module in peaks:
             tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
-            peaks[name] = max([peaks[name], *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())])
+            peaks[module] = max([peaks[module], *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())])
 
     model.to(device).eval()
     with torch.nn.modules.module.register_module_forward_hook(watch), torch.no_grad():
@@ -2587,7 +2586,7 @@ def guard_half_precision(model, batches, device):
             model(**batch)
     for name, module in model.named_modules():
         # float16 ends at 65,504, and activations grow in training.
-        if peaks[name] > 65_504 / 8 or name == "encoder.subsampler":
+        if peaks.get(module, 0) > 65_504 / 8 or name == "encoder.subsampler":
             module.forward = functools.partial(in_float32, module.forward)
         if isinstance(module, torch.nn.BatchNorm1d):
             module.forward = functools.partial(with_finite_statistics, module, module.forward)
@@ -2784,7 +2783,7 @@ def choose_batch_size(model, collator, train, settings, limit):
         trial, copies = copy.deepcopy(model).train(), 1 + (settings.world_size > 1)
         trial.encoder.layerdrop = 0.0
         kept = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
-        # Batches of other lengths leave some memory in pieces.
+        # As much as batches of other lengths leave in pieces.
         spare = int(0.05 * torch.cuda.get_device_properties(device).total_memory)
         kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
         with torch.autocast(device.type, half, enabled=settings.fp16 or settings.bf16):
@@ -2828,23 +2827,6 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
     return trainer
 
 
-def checkpoint_to_resume(settings):
-    """(the complete checkpoint to go on from or None, its updates); raises UsageError and RunError."""
-    asked, checkpoint, updates = settings.resume_from_checkpoint, None, 0
-    found = Lazy("transformers.trainer_utils").sort_checkpoints(settings.output_dir)[::-1]
-    for path in found if not asked or asked.lower() in ("true", "false") else [asked]:
-        if state := read_json(Path(path, "trainer_state.json")):  # the Trainer writes it last
-            checkpoint, updates = path, state["global_step"]
-            break
-        if path == asked:
-            raise UsageError(f"--resume_from_checkpoint is {asked}: no checkpoint that was finished; choose another")
-        warn(f"{path} is left aside: it was not finished")
-    if agreed(updates) != agreed(updates, max):
-        what = f"the processes find different checkpoints in {settings.output_dir}, which nodes have to share"
-        raise RunError(f"{what}; --overwrite_output_dir starts anew")
-    return checkpoint, updates
-
-
 # ---------------------------------------------------------------- the run
 
 # What a run is of: with another of these, what is in --output_dir is of no use.
@@ -2875,8 +2857,8 @@ class Run:
         self.notes = {"identity": identity, "baseline": None, "reached": None, "batch_limit": None}
 
     def open(self):
-        """Take up what an earlier start of the run has left; returns its metrics if it has finished, otherwise None.
-        Raises UsageError for what is of another run."""
+        """Take up what an earlier start of the run has left; returns its metrics if it has finished. Otherwise
+        `checkpoint` is the complete one to go on from, if any, with `done` updates. Raises UsageError and RunError."""
         output, anew = self.output, self.settings.overwrite_output_dir
         for path in [*self.results.glob("*.tmp"), *output.glob("*")] if self.settings.is_first else ():
             if path.suffix == ".tmp" or (anew and MADE_BY_A_RUN.match(path.name)):  # half-written by a killed start
@@ -2895,7 +2877,21 @@ class Run:
                 what = f"holds a run with {NO_FLAGS.get(name, f'--{name}')} {found}, not {value}"
                 raise UsageError(f"--output_dir {output} {what}; {advice}")
         self.notes |= notes or {}
-        return metrics if self.notes["reached"] == self.goal else None
+        if metrics and self.notes["reached"] == self.goal:
+            return metrics
+        asked, self.checkpoint, self.done = self.settings.resume_from_checkpoint, None, 0
+        found = Lazy("transformers.trainer_utils").sort_checkpoints(str(output))[::-1]
+        for path in found if not asked or asked.lower() in ("true", "false") else [asked]:
+            if state := read_json(Path(path, "trainer_state.json")):  # the Trainer writes it last
+                self.checkpoint, self.done = path, state["global_step"]
+                break
+            if path == asked:
+                what = "no checkpoint that was finished; choose another"
+                raise UsageError(f"--resume_from_checkpoint is {asked}: {what}")
+            warn(f"{path} is left aside: it was not finished")
+        if agreed(self.done) != agreed(self.done, max):
+            what = f"the processes find different checkpoints in {output}, which nodes have to share"
+            raise RunError(f"{what}; --overwrite_output_dir starts anew")
 
     def save(self, **notes):
         self.notes |= notes
@@ -3055,7 +3051,6 @@ def run(settings):
             show_scores(metrics)
             this.finish()
             return 0
-        this.checkpoint, this.done = checkpoint_to_resume(settings)
     say(f"corpus: {settings.dataset}")
     if trains or settings.eval_only:
         # Before the audio: what cannot be used should not be found out after hours of preparation.
