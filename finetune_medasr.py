@@ -1419,8 +1419,7 @@ class TrainingStream:
 # ---------------------------------------------------------------- text
 
 GREEK = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩαβγδεζηθικλμνξοπρςστυφχψω"
-# What a character becomes that the tokenizer lacks and Unicode does not decompose; symbols become words, as a reader
-# voices them. Labels and scored texts share it: the model can only write what its labels had.
+# What a character becomes that the tokenizer lacks and Unicode does not decompose, in labels and in scored texts alike.
 FOLDS = str.maketrans({
     **dict.fromkeys("‘’‚‛`´ʼ′", "'"), **dict.fromkeys("“”„″«»", '"'), **dict.fromkeys("~−—", "-"), "·": ".", "…": "...",
     **dict.fromkeys("÷⁄\\|", "/"), "×": "x", "±": "+/-", "&": " and ", "@": " at ", "=": " equals ", "°": " degrees ",
@@ -1437,8 +1436,7 @@ CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")  # MedASR writes {per
 
 
 def tidy(text):
-    """The text with HTML entities resolved, without arrows and bullets, whitespace (NBSP, newline) as single spaces,
-    fractions and powers parted from the digit before them: 1½ is not 11/2, and 10⁹ is not 109."""
+    """Resolve HTML entities, drop arrows and bullets, make whitespace single spaces; part 1½, not to become 11/2."""
     text = ENTITY.sub(lambda it: html.unescape(it[0]) if it[1] else html.entities.html5.get(it[0][1:], it[0]), text)
     text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", text))
     return " ".join(re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text).split())
@@ -1519,8 +1517,6 @@ def decode_ids(processor, ids):
 
 # ---------------------------------------------------------------- batches
 
-SILENCE = float(np.log(1e-5))  # LasrFeatureExtractor floors its mel energies at 1e-5, so a frame of 0.0 would be loud
-
 
 def logit_count(config, extractor, samples):
     """Logits of clips of so many samples, a number or an array; below 1 for those that the model cannot be run on."""
@@ -1566,19 +1562,17 @@ class ClipCheck:
 
 
 def spec_augment(mels, seed):
-    """SpecAugment (Park et al. 2019, arXiv 1904.08779) of the log-mels (frames, bins) of a clip, in place: up to 2 x 20
-    bins and, in every 2.5 s, a stretch of up to 0.3 s (less than most words) become silence. The seed alone decides
-    where: a resumed run masks the same."""
+    """SpecAugment (Park et al. 2019, arXiv 1904.08779) of a clip's log-mels (frames, bins), in place: up to 2 x 20 bins
+    and, in every 2.5 s, up to 0.3 s (less than most words) become silence. The seed alone decides where."""
     generator, (frames, bins) = np.random.default_rng(seed), mels.shape
     for axis, size, longest in [(1, bins, 20)] * 2 + [(0, frames, min(30, frames // 5))] * math.ceil(frames / 250):
         width = int(generator.integers(min(longest, size) + 1))
-        mels.narrow(axis, int(generator.integers(size - width + 1)), width).fill_(SILENCE)
+        mels.narrow(axis, int(generator.integers(size - width + 1)), width).fill_(math.log(1e-5))  # as in `log_mels`
 
 
 @functools.cache
 def mel_bands(extractor, device):
-    """The mel filters of a LasrFeatureExtractor in bands: (slice of the spectrum that a band spans, real and imaginary
-    parts side by side; weights (that many, bins)), on `device`."""
+    """The mel filters in bands: [(slice of the spectrum, real and imaginary parts side by side; weights)]."""
     # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
     exact, bands = torch.float64 if torch.device(device).type == "cuda" else torch.float32, []
     filters = extractor.mel_filters.float().repeat_interleave(2, 0)
@@ -1670,7 +1664,7 @@ class Windows:
 
 
 class Decoder:
-    """One way from audio to text, for test sets and files, in all processes together; `texts` decodes with `lm`."""
+    """One way from audio to text, for test sets and files, in all processes together."""
 
     def __init__(self, model, processor, settings, lm=None):
         self.model, self.processor, self.settings, self.lm = model, processor, settings, lm
@@ -1683,8 +1677,7 @@ class Decoder:
 
     def batches(self, lengths):
         """`Span`s of clips of so many samples, in batches: --per_device_eval_batch_size of them, or, if that is auto,
-        as many seconds with their padding as the device takes. Clips over --window_seconds are in overlapping windows,
-        batched apart, whose logits are kept from the middle of the overlap."""
+        some seconds. Windows of clips over --window_seconds are batched apart, and meet in the middle of overlaps."""
         overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / self.step)  # in logits, as the next
         window = round(self.settings.window_seconds * SAMPLE_RATE / self.step)
         spans, size, stride = [], window * self.step, (window - 2 * overlap) * self.step
@@ -1713,8 +1706,8 @@ class Decoder:
         mine = self.batches(clips.table["num_samples"].tolist())[settings.process_index :: settings.world_size]
         collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), [], 0.0
         options = {"batch_sampler": mine, "collate_fn": collator, "pin_memory": settings.device.type == "cuda"}
-        options["num_workers"] = min(settings.dataloader_num_workers, len(mine))
-        options["generator"] = torch.Generator()  # its own: scoring must not move what training draws next
+        # A generator of its own: scoring must not move what training draws next.
+        options |= {"num_workers": min(settings.dataloader_num_workers, len(mine)), "generator": torch.Generator()}
         bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent)
         with bar, STOP_SIGNALS:
             for spans, batch in zip(mine, torch.utils.data.DataLoader(Windows(clips.audio), **options)):
@@ -1745,7 +1738,7 @@ class Decoder:
                 inputs = model_inputs(batch, self.extractor, self.settings.device)
                 with torch.autocast(self.settings.device.type, torch.bfloat16, enabled=self.in_bfloat16):
                     output = self.model(**inputs)
-            count = min(LM_CANDIDATES if self.lm else 1, output.logits.shape[-1])
+            count = min(16 if self.lm else 1, output.logits.shape[-1])  # the search takes less probable ids too
             best = output.logits.float().log_softmax(-1).topk(count)
             ids, log_probs = best.indices.int().cpu().numpy(), best.values.cpu().numpy()
             return list(map(Emissions, ids, log_probs)), float(output.loss) * size if "labels" in batch else 0.0
@@ -1757,28 +1750,19 @@ class Decoder:
         (first, loss), (second, more) = (self.run({name: batch[name][half] for name in batch}) for half in halves)
         return first + second, loss + more
 
-    def path(self, emissions):
-        """The id of each frame of a clip, blanks and repeats included: the most probable, or with `lm` the search's."""
-        return beam_search(emissions, self.lm)[0] if self.lm else emissions.ids[:, 0].tolist()
-
-    def greedy(self, emissions):
-        return [decode_ids(self.processor, found.ids[:, 0].tolist()) for found in emissions]
-
-    def texts(self, emissions):
-        """The text of each clip with `lm`, of which each process searches its share: it takes longer than the model."""
+    def texts(self, emissions, lm=None):
+        """The text of each clip: greedy, or that of the search with `lm`, of which each process makes its share."""
+        if not lm:
+            return [decode_ids(self.processor, found.ids[:, 0].tolist()) for found in emissions]
         mine = range(self.settings.process_index, len(emissions), self.settings.world_size)
         bar = tqdm.tqdm(mine, desc="language model", unit="clip", disable=self.is_silent)
-        texts = [(index, decode_ids(self.processor, self.path(emissions[index]))) for index in bar]
+        texts = [(index, decode_ids(self.processor, beam_search(emissions[index], lm)[0])) for index in bar]
         return [text for _, text in sorted(accelerate.utils.gather_object(texts))]
 
 
 # ---------------------------------------------------------------- language model
 
-LM_CANDIDATES = 16  # the most probable ids of a frame, which the search chooses from
-# What stands for "▁" in an n-gram's file: itself, or what pyctcdecode's users have to write (MedASR's lm_6.kenlm).
-LM_WORD_MARKS, LM_NONSENSE = "▁#", "no/such/piece"
-TUNING_CLIPS = 500  # of dev at the most: the search is run some thirty times
-TUNING_GRID = list(itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)))
+LM_NONSENSE = "no/such/piece"
 
 
 @dataclass(eq=False, slots=True)
@@ -1865,7 +1849,8 @@ def load_lm(settings, processor, vocab_size):
             path = Path(hub.hf_hub_download(repo, LM_FILE, revision=revision))
     names = enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size)))
     pieces = {id: name for id, name in names if name not in (None, *tokenizer.all_special_tokens)}
-    spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in LM_WORD_MARKS]
+    # "▁" is written as itself, or as pyctcdecode's users have to (MedASR's lm_6.kenlm).
+    spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in "▁#"]
     words = [LM_NONSENSE, *{*spellings[0].values(), *spellings[1].values()}]
     with explained(f"--lm {path} cannot be loaded", "it must be ARPA's or KenLM's binary format"):
         dictionary = Lazy("flashlight.lib.text.dictionary").Dictionary(words)
@@ -1889,16 +1874,16 @@ def load_lm(settings, processor, vocab_size):
 
 def tune_lm(decoder, dev):
     """Give the decoder's `lm` the weight and word score of the lowest WER on `dev`; returns what was tried."""
-    chosen = range(0, len(dev), math.ceil(len(dev) / TUNING_CLIPS))
+    chosen = range(0, len(dev), math.ceil(len(dev) / 500))  # some 500 clips: the search is run thirty times
     clips = Clips(dev.audio.select(chosen), dev.table.iloc[list(chosen)])
     say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
     emissions, tried = decoder.emissions(clips)[0], []
-    for weight, word_score in TUNING_GRID:
-        decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
-        tried.append([weight, word_score, corpus_rate(clips.table["text"], decoder.texts(emissions))])
+    for weight, word_score in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)):
+        lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
+        tried.append([weight, word_score, corpus_rate(clips.table["text"], decoder.texts(emissions, lm))])
     weight, word_score, wer = min(tried, key=lambda entry: entry[-1])  # the first of equals
     decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
-    greedy = corpus_rate(clips.table["text"], decoder.greedy(emissions))
+    greedy = corpus_rate(clips.table["text"], decoder.texts(emissions))
     say(f"  --lm_weight {weight:g} --lm_word_score {word_score:g}: dev WER {percent(wer)}, greedy {percent(greedy)}")
     return {**decoder.lm.settings, "clips": len(clips), "wer": wer, "wer_greedy": greedy, "tried": tried}
 
@@ -1911,7 +1896,8 @@ Word = namedtuple("Word", "text start end probability")
 
 def clip_words(decoder, emissions):
     """The `Word`s of a clip, whose texts, joined by spaces, are its text."""
-    tokenizer, path = decoder.processor.tokenizer, decoder.path(emissions)
+    tokenizer, lm = decoder.processor.tokenizer, decoder.lm
+    path = beam_search(emissions, lm)[0] if lm else emissions.ids[:, 0].tolist()
     pieces, before, words = tokenizer.convert_ids_to_tokens(path), [None, *path], []
     frames = np.flatnonzero(np.isin(path, tokenizer.all_special_ids, invert=True))
     begins = [pieces[frame].startswith("▁") and path[frame] != before[frame] for frame in frames]
@@ -1932,16 +1918,11 @@ DICTATED = {
     "exclamation mark": "! ", "exclamation point": "! ", "new line": "\n", "next line": "\n", "new paragraph": "\n\n",
     "next paragraph": "\n\n", "hyphen": "-", "slash": "/", "open parenthesis": " (", "close parenthesis": ") ",
 }  # fmt: skip
-# One of these, however often in a row, with the whitespace around it.
-DICTATED_TOKEN = re.compile(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*")
-LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0  # of subtitles, as usual in television
-LINGER_SECONDS = 0.5  # that a subtitle stays after its last word's last frame, where there is room
-PAUSE_SECONDS = 1.0  # between the written frames of two words, at which a sentence is taken to end
 PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
 
 
 def text_of(words, formatted):
-    """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for, as far as known."""
+    """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for."""
     text = " ".join(word.text for word in words)
     if not formatted:
         return text
@@ -1951,35 +1932,28 @@ def text_of(words, formatted):
         is_there = sign[-1] == " " and text[: match.start()].endswith(sign[0])  # "5. {period}"
         return " " if is_there else sign
 
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +(?=\n)", "", DICTATED_TOKEN.sub(sign_of, text))).strip()
+    # A token however often in a row, with the whitespace around it.
+    formatted = re.sub(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*", sign_of, text)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +(?=\n)", "", formatted)).strip()
 
 
 def subtitle_lines(words, formatted):
-    """The lines of a subtitle, none longer than LINE_CHARACTERS but of a single word."""
+    """The lines of a subtitle, of 42 characters, as usual in television, or of a single longer word."""
     text = " ".join(text_of(words, formatted).split())
-    return textwrap.wrap(text, LINE_CHARACTERS, break_long_words=False, break_on_hyphens=False)
-
-
-def split_words(words, formatted):
-    """The words in lists, each of a subtitle, parted at pauses and dictated line breaks and where one is full."""
-    parts = []
-    for word in words:
-        ends = not parts or word.start - parts[-1][-1].end >= PAUSE_SECONDS
-        ends = ends or word.end - parts[-1][0].start > CUE_SECONDS
-        ends = ends or (formatted and parts[-1][-1].text in ("line}", "paragraph}"))
-        if ends or len(subtitle_lines([*parts[-1], word], formatted)) > CUE_LINES:
-            parts.append([])
-        parts[-1].append(word)
-    return parts
+    return textwrap.wrap(text, 42, break_long_words=False, break_on_hyphens=False)
 
 
 def transcript(kind, words, formatted, name=""):
-    """The words of a recording, their texts `formatted` or not, as the content of a file of --transcript_format `kind`,
-    with the `name` if given. json has Whisper's keys, in one line."""
-    text = text_of(words, formatted)
+    """The words of a recording as a file of --transcript_format `kind`, with `name` if given; json as of Whisper."""
+    text, parts, segments, cues = text_of(words, formatted), [], [], []
     if kind == "text":
         return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
-    parts, segments, cues = split_words(words, formatted), [], []
+    for word in words:  # each part is a subtitle: 7 s and two lines at most, parted at pauses and dictated line breaks
+        ends = not parts or word.start - parts[-1][-1].end >= 1.0 or word.end - parts[-1][0].start > 7.0
+        ends = ends or (formatted and parts[-1][-1].text in ("line}", "paragraph}"))
+        if ends or len(subtitle_lines([*parts[-1], word], formatted)) > 2:
+            parts.append([])
+        parts[-1].append(word)
     if kind == "json":
         for number, part in enumerate(parts):
             entries = [
@@ -1991,7 +1965,8 @@ def transcript(kind, words, formatted, name=""):
         content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
         return json.dumps(content, ensure_ascii=False) + "\n"
     for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
-        end, times = min(part[-1].end + LINGER_SECONDS, following[0].start if following else np.inf), []
+        # A subtitle stays for half a second where there is room.
+        end, times = min(part[-1].end + 0.5, following[0].start if following else np.inf), []
         for seconds in (part[0].start, end):
             minutes, thousandths = divmod(round(seconds * 1000), 60_000)
             times.append(f"{minutes // 60:02}:{minutes % 60:02}:{thousandths / 1000:06.3f}")
@@ -2008,10 +1983,9 @@ def find_recordings(settings):
     Raises UsageError, also where two would be one file, OSError for a folder that cannot be read."""
     found, keeps = {}, settings.transcript_dir is not None
     for path in settings.transcribe:
-        files = []
-        for match in [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True)):
-            inside = filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match]
-            files += sorted(map(str, inside))
+        matches = [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        parts = [filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match] for match in matches]
+        files = [file for part in parts for file in sorted(map(str, part))]
         if not files:
             raise UsageError(f"--transcribe is {path}: there is no such file, or no audio file in this folder")
         # What is below the fixed part of a pattern tells files of one name apart.
@@ -2518,11 +2492,6 @@ def score_file(settings):
 
 # ---------------------------------------------------------------- half precision
 
-# float16 ends at 65,504. A module within a factor of 8 of that is run in float32: activations grow in training.
-HALF_PRECISION_LIMIT = 65_504 / 8
-# The gradient scaler halves its scale at each skipped update, so a run starts with a few; so many are overflow.
-MAX_SKIPPED_UPDATES = 10
-
 
 def in_float32(forward, *inputs, **options):
     """A forward in float32 where autocast would use half precision."""
@@ -2532,8 +2501,7 @@ def in_float32(forward, *inputs, **options):
 
 
 def with_finite_statistics(module, forward, *inputs, **options):
-    """A forward of a BatchNorm that keeps what overflows out of its running statistics, which it moves before the
-    gradient scaler skips the update: from one infinity on, evaluations would give blank text."""
+    """A BatchNorm's forward that keeps out of its running statistics what overflows: evaluations would stay blank."""
     before = [values.clone() for values in module.buffers()]
     output = forward(*inputs, **options)
     for values, kept in zip(module.buffers(), before):
@@ -2542,22 +2510,22 @@ def with_finite_statistics(module, forward, *inputs, **options):
 
 
 def guard_half_precision(model, batches, device):
-    """Make `model` safe under float16 autocast, by measuring it on `batches`: MedASR's subsampler reaches about 1.1e5
-    and other activations more, plain float16 gives inf, then NaN. Raises RunError if its outputs stay so."""
-    watched = {module: name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
-    watched[model.encoder.subsampler], peaks = "encoder.subsampler", Counter()
+    """Make `model` safe under float16 autocast, as measured on `batches`: MedASR's subsampler reaches about 1.1e5,
+    other activations more. Raises RunError if it still overflows."""
+    peaks = {module: 0.0 for module in model.modules() if list(module.parameters(recurse=False))}
 
     def watch(module, inputs, output):
-        if name := watched.get(module):
+        if module in peaks:
             tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
-            peaks[name] = max([peaks[name], *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())])
+            peaks[module] = max([peaks[module], *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())])
 
     model.to(device).eval()
     with torch.nn.modules.module.register_module_forward_hook(watch), torch.no_grad():
         for batch in batches:
             model(**batch)
     for name, module in model.named_modules():
-        if peaks[name] > HALF_PRECISION_LIMIT or name == "encoder.subsampler":
+        # float16 ends at 65,504, and activations grow in training.
+        if peaks.get(module, 0) > 65_504 / 8 or name == "encoder.subsampler":
             module.forward = functools.partial(in_float32, module.forward)
         if isinstance(module, torch.nn.BatchNorm1d):
             module.forward = functools.partial(with_finite_statistics, module, module.forward)
@@ -2571,8 +2539,7 @@ def guard_half_precision(model, batches, device):
 
 
 class CTCTrainer:
-    """Mixed with the Trainer and with TrainerCallback, because it is its own callback. `dev` are the dev `Clips`,
-    `decoder` transcribes them, `encoder` makes labels, `order` is the generator of the order of clips."""
+    """Mixed with the Trainer and TrainerCallback: it is its own callback. `make_trainer` sets its other attributes."""
 
     loss_is_scaled_for_ga = True  # compute_loss has divided it among an update's batches
     clips, bar = (), None  # of the update under way; of the progress
@@ -2619,15 +2586,14 @@ class CTCTrainer:
             say(f"  stopped early: {plural(late, 'evaluation')} without a better dev WER; {more}")
 
     def _run_epoch(self, epoch, **options):
-        """Order and masks come from the seed and the epoch alone: the Trainer restores its random state only after the
-        first batch has been drawn. It would also make one more update of a run that is at its end."""
+        # From seed and epoch alone: the Trainer restores its random state only after the first batch has been drawn.
         self.order.manual_seed(self.args.seed + epoch)
         self.data_collator.epoch = epoch
+        # The Trainer would make one more update of a run that is at its end.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(epoch=epoch, **options)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of an update, timed."""
         start = time.monotonic()
         self.started = self.started or start
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -2641,10 +2607,10 @@ class CTCTrainer:
         return super().compute_loss(model, inputs, **options) * (len(inputs["labels"]) / len(self.clips))
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped.
-        accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default."""
+        """Here a gradient that is not finite shows; accelerate sees no skipped update of the default, fused AdamW."""
         norm = super()._get_grad_norm(model, grad_norm)
-        is_finite, most = bool(np.isfinite(float(norm))), MAX_SKIPPED_UPDATES if self.args.fp16 else 1
+        # The gradient scaler halves its scale at each skipped update, so a run starts with a few; ten are overflow.
+        is_finite, most = bool(np.isfinite(float(norm))), 10 if self.args.fp16 else 1
         self.skipped += not is_finite
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == most:
@@ -2693,13 +2659,12 @@ class CTCTrainer:
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The dev scores, made as the test scores are: Trainer.evaluate would gather logits, and cut no windows. A few
-        texts are among them, for TensorBoard."""
+        """The dev scores, made as the test scores are, and a few texts for TensorBoard."""
         start = time.monotonic()
         emissions, _, loss = self.decoder.emissions(self.dev, self.encoder)
         if not np.isfinite(loss):
             self.refuse("the dev loss is not finite")
-        table = self.dev.table.assign(hypothesis=self.decoder.greedy(emissions))
+        table = self.dev.table.assign(hypothesis=self.decoder.texts(emissions))
         pairs = {"references": table["text"].map(normalize_wer), "predictions": table["hypothesis"].map(normalize_wer)}
         scores = mixed(ErrorRates, evaluate.Metric)(keep_in_memory=True).compute(**pairs)
         for domain, part in table[table["domain"] != ""].groupby("domain"):
@@ -2716,7 +2681,6 @@ class CTCTrainer:
         return metrics
 
     def log(self, logs, start_time=None):
-        """Log the speed beside a training loss, and show readable figures instead of a dict."""
         if "loss" in logs:
             heard = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device)
             real, padded = self.accelerator.reduce(heard, "sum").tolist()
@@ -2725,8 +2689,8 @@ class CTCTrainer:
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
             logs["data_wait_percent"] = round(100 * self.waited / seconds, 1)
             self.heard, self.started, self.waited = np.zeros(2), now, 0.0
-            speed = f"{logs['audio_seconds_per_second']:.0f} audio s/s"
-            shown = f"loss {logs['loss']:.3f}, {speed}, {logs['data_wait_percent']:.0f} % waiting for data"
+            shown = f"loss {logs['loss']:.3f}, {logs['audio_seconds_per_second']:.0f} audio s/s, "
+            shown += f"{logs['data_wait_percent']:.0f} % waiting for data"
             if self.args.fp16:
                 logs["skipped_updates"] = self.skipped
                 shown += f", {plural(self.skipped, 'update')} skipped" * bool(self.skipped)
@@ -2741,17 +2705,12 @@ def planned_updates(settings, clips):
     return settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * an_epoch), an_epoch
 
 
-TRIED_BATCH_SIZES = (32, 16, 8, 4, 2, 1)
-SPARE_MEMORY = 0.05  # of the GPU's, left over in a trial for what batches of other lengths leave in pieces
-
-
 def choose_batch_size(model, collator, train, settings, limit):
-    """Split the clips of an update into the largest steps, up to `limit` if given, that fit the GPU if all clips are as
-    long as the longest, beside what optimizer and processes keep in memory."""
+    """Split an update's clips into the largest steps, up to `limit` if given, that fit the GPU at the longest clip."""
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
-    sizes = iter([size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= largest])
+    sizes = iter([size for size in (32, 16, 8, 4, 2, 1) if clips % size == 0 and size <= largest])
     seconds = settings.max_train_seconds if settings.streaming else train[0]["num_samples"] / SAMPLE_RATE  # sorted
     longest = {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": "the " * int(2 * seconds)}
 
@@ -2763,7 +2722,8 @@ def choose_batch_size(model, collator, train, settings, limit):
         trial, copies = copy.deepcopy(model).train(), 1 + (settings.world_size > 1)
         trial.encoder.layerdrop = 0.0
         kept = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
-        spare = int(SPARE_MEMORY * torch.cuda.get_device_properties(device).total_memory)
+        # As much as batches of other lengths leave in pieces.
+        spare = int(0.05 * torch.cuda.get_device_properties(device).total_memory)
         kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
         with torch.autocast(device.type, half, enabled=settings.fp16 or settings.bf16):
             loss = trial(**model_inputs(collator([longest] * size), collator.extractor, device)).loss
@@ -2796,33 +2756,14 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
         choose_batch_size(model.to(device), plain, train, settings, batch_limit)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.output_dir) / "runs")
     collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed)
-    options = {"data_collator": collator, "train_dataset": train, "eval_dataset": dev.audio}
-    options["processing_class"] = decoder.processor  # whole: its feature extractor alone has no tokenizer to save
     kind = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)
-    trainer = kind(model, settings, **options)
+    # The whole processor: its feature extractor alone has no tokenizer to save.
+    trainer = kind(model, settings, collator, train, dev.audio, decoder.processor)
     trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()
     trainer.model_accepts_loss_kwargs = False  # concluded from the **kwargs of LasrForCTC.forward, which ignores them
     trainer.remove_callback(transformers.PrinterCallback if settings.disable_tqdm else transformers.ProgressCallback)
     trainer.add_callback(trainer)
     return trainer
-
-
-def checkpoint_to_resume(settings):
-    """(the complete checkpoint to go on from, None for none; its updates): the newest, or --resume_from_checkpoint's.
-    Raises UsageError if the one asked for is not complete, RunError if the processes find different ones."""
-    asked, checkpoint, updates = settings.resume_from_checkpoint, None, 0
-    found = Lazy("transformers.trainer_utils").sort_checkpoints(settings.output_dir)[::-1]
-    for path in found if not asked or asked.lower() in ("true", "false") else [asked]:
-        if state := read_json(Path(path, "trainer_state.json")):  # the Trainer writes it last
-            checkpoint, updates = path, state["global_step"]
-            break
-        if path == asked:
-            raise UsageError(f"--resume_from_checkpoint is {asked}: no checkpoint that was finished; choose another")
-        warn(f"{path} is left aside: it was not finished")
-    if agreed(updates) != agreed(updates, max):
-        what = f"the processes find different checkpoints in {settings.output_dir}, which nodes have to share"
-        raise RunError(f"{what}; --overwrite_output_dir starts anew")
-    return checkpoint, updates
 
 
 # ---------------------------------------------------------------- the run
@@ -2855,8 +2796,8 @@ class Run:
         self.notes = {"identity": identity, "baseline": None, "reached": None, "batch_limit": None}
 
     def open(self):
-        """Take up what an earlier start of the run has left; returns its metrics if it has finished, otherwise None.
-        Raises UsageError for what is of another run."""
+        """Take up what an earlier start of the run has left; returns its metrics if it has finished. Otherwise
+        `checkpoint` is the complete one to go on from, if any, with `done` updates. Raises UsageError and RunError."""
         output, anew = self.output, self.settings.overwrite_output_dir
         for path in [*self.results.glob("*.tmp"), *output.glob("*")] if self.settings.is_first else ():
             if path.suffix == ".tmp" or (anew and MADE_BY_A_RUN.match(path.name)):  # half-written by a killed start
@@ -2875,7 +2816,21 @@ class Run:
                 what = f"holds a run with {NO_FLAGS.get(name, f'--{name}')} {found}, not {value}"
                 raise UsageError(f"--output_dir {output} {what}; {advice}")
         self.notes |= notes or {}
-        return metrics if self.notes["reached"] == self.goal else None
+        if metrics and self.notes["reached"] == self.goal:
+            return metrics
+        asked, self.checkpoint, self.done = self.settings.resume_from_checkpoint, None, 0
+        found = Lazy("transformers.trainer_utils").sort_checkpoints(str(output))[::-1]
+        for path in found if not asked or asked.lower() in ("true", "false") else [asked]:
+            if state := read_json(Path(path, "trainer_state.json")):  # the Trainer writes it last
+                self.checkpoint, self.done = path, state["global_step"]
+                break
+            if path == asked:
+                what = "no checkpoint that was finished; choose another"
+                raise UsageError(f"--resume_from_checkpoint is {asked}: {what}")
+            warn(f"{path} is left aside: it was not finished")
+        if agreed(self.done) != agreed(self.done, max):
+            what = f"the processes find different checkpoints in {output}, which nodes have to share"
+            raise RunError(f"{what}; --overwrite_output_dir starts anew")
 
     def save(self, **notes):
         self.notes |= notes
@@ -2905,9 +2860,9 @@ class Run:
                 write_text(self.results / "lm.json", json.dumps(record, indent=1))
         for name, clips in self.tests.items():
             emissions = decoder.emissions(clips)[0]
-            texts[name] = {system: decoder.greedy(emissions)}
+            texts[name] = {system: decoder.texts(emissions)}
             if decoder.lm:
-                texts[name][f"{system}_lm"] = decoder.texts(emissions)
+                texts[name][f"{system}_lm"] = decoder.texts(emissions, decoder.lm)
         return texts
 
     def write_results(self, texts, history=()):
@@ -3035,7 +2990,6 @@ def run(settings):
             show_scores(metrics)
             this.finish()
             return 0
-        this.checkpoint, this.done = checkpoint_to_resume(settings)
     say(f"corpus: {settings.dataset}")
     if trains or settings.eval_only:
         # Before the audio: what cannot be used should not be found out after hours of preparation.
