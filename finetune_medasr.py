@@ -465,7 +465,7 @@ def parse_settings(argv):
     if argv and not argv[0].startswith("-"):
         with explained(f"{argv[0]} is no YAML file of lines 'flag: value'", kind=UsageError):
             argv = as_flags(dict(yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {})) + argv[1:]
-    # The libraries' advice stays off the screen: the script says itself what a user needs to know.
+    # The script says itself what a user needs to know of the libraries' advice.
     quiet = "TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1"
     warnings.simplefilter("ignore")
     # TensorBoard writes in a thread, and raises the same in the program itself.
@@ -522,8 +522,6 @@ def explained_hub_errors(repo, kind, advice=""):
 class HubStream(io.RawIOBase):
     """A Hub file as a stream from `position` on, through dropped connections; the client waits out 5xx and 429."""
 
-    drops = 6  # of the connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
-
     def __init__(self, repository, path, position=0):
         self.file, self.size = repository.on_hub(path, block_size=0), repository.files[path][0]
         self.file.loc = position
@@ -532,20 +530,17 @@ class HubStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        for attempt in range(self.drops):
-            if self.file.loc >= self.size:
-                return 0
-            if attempt:
+        if self.file.loc >= self.size:
+            return 0
+        for seconds in (0, 1, 2, 4, 8, 16):  # to wait, while the connection drops without a byte of progress
+            if seconds:
                 self.file.response = None  # it connects again, and goes on from the byte reached
-                time.sleep(2 ** (attempt - 1))
-            try:
+                time.sleep(seconds)
+            with contextlib.suppress(httpx2.TransportError):
                 if data := self.file.read(min(len(buffer), 1 << 16)):
                     buffer[: len(data)] = data
                     return len(data)
-            except httpx2.TransportError:
-                if attempt == self.drops - 1:
-                    raise
-        raise OSError(f"it ends after {self.file.loc:,} of {self.size:,} bytes")
+        raise OSError(f"the connection ends after {self.file.loc:,} of {self.size:,} bytes")
 
 
 @dataclass
