@@ -41,8 +41,6 @@ import re
 import shlex
 import shutil
 import signal
-import stat
-import string
 import tarfile
 import tempfile
 import textwrap
@@ -431,25 +429,6 @@ class ScriptFlags:
             find_recordings(self)
 
 
-def make_parser(show_all):
-    """An argparse parser of every flag, whose --help shows the script's own and what people change, or all of them."""
-    texts = {"prog": PROGRAM, "usage": "%(prog)s [FILE.yaml] [flags]", "description": __doc__.split("\n\n")[0]}
-    layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=150)
-    options = dict(allow_abbrev=False, exit_on_error=False, formatter_class=layout, **texts)
-    training = dataclass(mixed(TrainingFlags, transformers.TrainingArguments))
-    parser = transformers.HfArgumentParser([ScriptFlags, training], **options)
-    parser.add_argument("--help_all", action="help", help="show every flag, those of TrainingArguments included")
-    parser.set_defaults(**TRAINING_DEFAULTS)
-    shown = {"help", "help_all", *vars(ScriptFlags), *vars(TrainingFlags)}
-    for action in parser._actions:
-        action.option_strings = [max(action.option_strings, key=len)]
-        if not show_all and action.dest not in shown:
-            action.help = argparse.SUPPRESS
-        elif action.default not in (None, False, argparse.SUPPRESS):
-            action.help = f"{action.help} (default: {action.default})"
-    return parser
-
-
 def as_flags(settings):
     """The command line that a dict stands for: {"learning_rate": 1e-5} is --learning_rate 1e-5."""
     flags = []
@@ -460,7 +439,7 @@ def as_flags(settings):
 
 
 def parse_settings(argv):
-    """The settings of a command line; raises UsageError."""
+    """The settings of a command line, one object over transformers' own; raises UsageError."""
     command = redact(shlex.join(["python", PROGRAM, *map(public, argv)]))
     if argv and not argv[0].startswith("-"):
         with explained(f"{argv[0]} is no YAML file of lines 'flag: value'", kind=UsageError):
@@ -476,7 +455,20 @@ def parse_settings(argv):
         os.environ.setdefault(*variable.split("="))
     transformers.logging.disable_progress_bar()
     argv = DEMO_FLAGS * ("--demo" in argv) + argv
-    parser = make_parser("--help_all" in argv)
+    texts = {"prog": PROGRAM, "usage": "%(prog)s [FILE.yaml] [flags]", "description": __doc__.split("\n\n")[0]}
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=150)
+    training = dataclass(mixed(TrainingFlags, transformers.TrainingArguments))
+    options = dict(allow_abbrev=False, exit_on_error=False, formatter_class=layout, **texts)
+    parser = transformers.HfArgumentParser([ScriptFlags, training], **options)
+    parser.add_argument("--help_all", action="help", help="show every flag, those of TrainingArguments included")
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    shown = {"help", "help_all", *vars(ScriptFlags), *vars(TrainingFlags)}
+    for action in parser._actions:
+        action.option_strings = [max(action.option_strings, key=len)]
+        if "--help_all" not in argv and action.dest not in shown:
+            action.help = argparse.SUPPRESS
+        elif action.default not in (None, False, argparse.SUPPRESS):
+            action.help = f"{action.help} (default: {action.default})"
     with explained("these flags cannot be used", kind=UsageError):
         values, unknown = parser.parse_known_args(argv)
         if unknown:
@@ -1444,7 +1436,9 @@ class LabelEncoder:
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
         self.opens, self.dropped = self.covered("("), Counter()
         self.table = {}  # code point -> what it becomes, for str.translate
-        plain = "".join(filter(self.covered, string.ascii_letters + string.digits + ".,'-"))
+        plain = "".join(
+            sign for sign in map(chr, range(128)) if (sign.isalnum() or sign in ".,'-") and self.covered(sign)
+        )
         self.plain = re.compile(f"[ {re.escape(plain)}]*")  # most transcripts: nothing in them is folded
 
     def covered(self, character):
@@ -2005,7 +1999,7 @@ def open_recording(name, spool):
     """A recording as a row of `Clips`; raises ValueError or OSError. libsndfile seeks, so standard input and pipes are
     copied into the folder `spool`."""
     path, given = name, 0 if name == "-" else name
-    if given == 0 or stat.S_ISFIFO(os.stat(name).st_mode):
+    if given == 0 or Path(name).is_fifo():
         path = os.path.join(spool, str(len(os.listdir(spool))))
         with open(given, "rb", closefd=given != 0) as source, open(path, "wb") as file:
             shutil.copyfileobj(source, file)
@@ -2563,13 +2557,8 @@ class CTCTrainer:
         looks = {"desc": "training", "unit": "update", "disable": self.decoder.is_silent}
         self.bar = tqdm.tqdm(total=state.max_steps, initial=state.global_step, **looks)
         self.skipped = max((entry.get("skipped_updates", 0) for entry in state.log_history), default=0)
-        # What a resumption lacks: the best checkpoint's new place if the folder was moved, and a stopped evaluation.
-        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"  # the folder may have been moved
         state.best_model_checkpoint = str(best) if best.exists() else state.best_model_checkpoint
-        evaluated = {0, *(entry["step"] for entry in state.log_history if "eval_wer" in entry)}
-        is_due = args.eval_strategy == "steps" and state.global_step % state.eval_steps == 0
-        if is_due and state.global_step not in evaluated:
-            self._determine_best_metric(self._evaluate(None, None), None)
         self.stop_early()
 
     def stop_early(self):
@@ -2623,7 +2612,7 @@ class CTCTrainer:
         try:
             if not stopped:
                 super()._maybe_log_save_evaluate(*inputs, **options)
-        except Stopped as error:  # in the evaluation, which the next start makes up for
+        except Stopped as error:  # in the evaluation
             stopped = error.args[0]
         if stopped:
             self.control.should_save, self.control.should_evaluate = True, False
@@ -3024,13 +3013,6 @@ def main(argv=None):
     try:
         STOP_SIGNALS.install()
         return run(parse_settings(argv))
-    except UsageError as error:
-        status, message = 2, str(error)
-        if rank != "0":
-            return status  # each process refuses the same flags
-    except RunError as error:
-        # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
-        message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
     except Stopped as error:
         status = 128 + error.args[0]
         message = f"stopped by {signal.Signals(error.args[0]).name}: {error.advice}"
@@ -3040,10 +3022,17 @@ def main(argv=None):
         if os.environ.get("MEDASR_TRACEBACK"):
             raise
         message = f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
-        if is_full_disk(error):
+        if isinstance(error, RunError):
+            # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
+            message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
+        elif is_full_disk(error):
             message = f"a file cannot be written ({one_line(error)}): {ROOM_ADVICE}"
         elif LOST_PROCESS.search(str(error)):
             message = "another process has ended; its own message says why, the same command goes on from here"
+        if isinstance(error, UsageError):
+            status = 2
+            if rank != "0":
+                return status  # each process refuses the same flags
     finally:
         for number, handler in handlers.items():
             with contextlib.suppress(ValueError, TypeError):  # another thread, or a handler that is not Python's
