@@ -37,13 +37,10 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import shlex
 import shutil
 import signal
-import stat
-import string
 import tarfile
 import tempfile
 import textwrap
@@ -84,8 +81,7 @@ PROGRAM = "finetune_medasr.py"
 FIXTURES = Path(__file__).resolve().parent / "tests" / "fixtures"
 DEFAULT_MODEL = "google/medasr"
 DEFAULT_DATASET = "intronhealth/afrispeech-200"
-# Earlier revisions of the repository leave out the transcripts of dev and test.
-DEFAULT_DATASET_REVISION = "b538c6e111914a812af28ff677f8cffc9b404b7d"
+DEFAULT_DATASET_REVISION = "b538c6e111914a812af28ff677f8cffc9b404b7d"  # earlier ones lack texts of dev and test
 LM_FILE = "lm_6.kenlm"  # in MedASR's repository: a 6-gram of its tokenizer's pieces
 SAMPLE_RATE = 16_000  # Hz, what MedASR's feature extractor expects
 MEDASR_KIND = f"lasr_ctc with a LasrFeatureExtractor of {SAMPLE_RATE:,} Hz"
@@ -94,12 +90,12 @@ WINDOW_OVERLAP_SECONDS = 2.0  # a side, as in the model card's pipeline call (ch
 ROOM_ADVICE = "free some disk; the same command goes on"
 
 
-class UsageError(Exception):
-    """A flag or combination that cannot work: exit status 2."""
-
-
 class RunError(Exception):
-    """Something that went wrong while running: exit status 1."""
+    """Something that went wrong, in words for the user: exit status 1."""
+
+
+class UsageError(RunError):
+    """A flag or combination that cannot work: exit status 2."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -132,20 +128,14 @@ LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|remote process exi
 
 
 @contextlib.contextmanager
-def explained(what, errors=OSError, advice="", kind=RunError):
-    """Turn exceptions of the kinds `errors` into a `kind` in one line: `what`, the exception, and `advice` if any."""
+def explained(what, advice="", kind=RunError):
+    """Turn exceptions that are not explained yet into a `kind` in one line: `what`, the exception, `advice` if any."""
     try:
         yield
-    except errors as error:
-        if LOST_PROCESS.search(str(error)):
+    except Exception as error:
+        if isinstance(error, RunError) or LOST_PROCESS.search(str(error)):
             raise
         raise kind(f"{what} ({one_line(error)}){advice and ': '}{advice}") from error
-
-
-def checkpoint_errors():
-    """What the libraries raise for models and checkpoints that they cannot read or write."""
-    damaged = EOFError, pickle.UnpicklingError, Lazy("safetensors").SafetensorError
-    return OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, *damaged
 
 
 def is_full_disk(error):
@@ -203,7 +193,7 @@ def complete(target):
 
 
 def write_text(path, text):
-    with explained(f"{path} cannot be written", advice=ROOM_ADVICE), complete(Path(path)) as partial:
+    with explained(f"{path} cannot be written", ROOM_ADVICE), complete(Path(path)) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -319,8 +309,7 @@ class TrainingFlags:
 @dataclass
 class ScriptFlags:
     """The script's own flags; with the bases `TrainingFlags` and `TrainingArguments`, all settings of a run, checked.
-    Beside its fields it has `auto_train_batch` and `auto_eval_batch` (is the size "auto"), `upload` (of --push_to_hub),
-    `is_first` (of the processes, which writes what is written once), and `command`, fit to be published."""
+    It has `is_first` (of the processes, which writes what is written once) and `command`, fit to be published, too."""
 
     _argument_group_name = "this script"
 
@@ -440,29 +429,6 @@ class ScriptFlags:
             find_recordings(self)
 
 
-def make_parser(show_all):
-    """An argparse parser of every flag, whose --help shows the script's own and what people change, or all of them."""
-
-    class Parser(transformers.HfArgumentParser):
-        def error(self, message):
-            raise UsageError(message)
-
-    layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=150)
-    texts = {"prog": PROGRAM, "usage": "%(prog)s [FILE.yaml] [flags]", "description": __doc__.split("\n\n")[0]}
-    training = dataclass(mixed(TrainingFlags, transformers.TrainingArguments))
-    parser = Parser([ScriptFlags, training], allow_abbrev=False, formatter_class=layout, **texts)
-    parser.add_argument("--help_all", action="help", help="show every flag, those of TrainingArguments included")
-    parser.set_defaults(**TRAINING_DEFAULTS)
-    shown = {"help", "help_all", *vars(ScriptFlags), *vars(TrainingFlags)}
-    for action in parser._actions:
-        action.option_strings = [max(action.option_strings, key=len)]
-        if not show_all and action.dest not in shown:
-            action.help = argparse.SUPPRESS
-        elif action.default not in (None, False, argparse.SUPPRESS):
-            action.help = f"{action.help} (default: {action.default})"
-    return parser
-
-
 def as_flags(settings):
     """The command line that a dict stands for: {"learning_rate": 1e-5} is --learning_rate 1e-5."""
     flags = []
@@ -473,36 +439,46 @@ def as_flags(settings):
 
 
 def parse_settings(argv):
-    """The settings of a command line; raises UsageError."""
+    """The settings of a command line, one object over transformers' own; raises UsageError."""
     command = redact(shlex.join(["python", PROGRAM, *map(public, argv)]))
     if argv and not argv[0].startswith("-"):
-        errors = OSError, ValueError, TypeError, yaml.YAMLError
-        with explained(f"{argv[0]} is no YAML file of lines 'flag: value'", errors, kind=UsageError):
+        with explained(f"{argv[0]} is no YAML file of lines 'flag: value'", kind=UsageError):
             argv = as_flags(dict(yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {})) + argv[1:]
-    # The libraries' advice stays off the screen: the script says itself what a user needs to know.
+    # The script says itself what a user needs to know of the libraries' advice.
     quiet = "TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1"
     warnings.simplefilter("ignore")
     # TensorBoard writes in a thread, and raises the same in the program itself.
     threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
-    # OpenMP's threads spin while they wait for each other: small steps take many times as long where another process
-    # wants a core too. A model as small as the demo's gains nothing from a second thread at all.
+    # OpenMP's waiting threads spin: many times slower where another process wants the core. The demo's needs but one.
     threads = "OMP_WAIT_POLICY=PASSIVE" + " OMP_NUM_THREADS=1" * ("--demo" in argv)
     for variable in f"{quiet} {threads}".split():
         os.environ.setdefault(*variable.split("="))
     transformers.logging.disable_progress_bar()
     argv = DEMO_FLAGS * ("--demo" in argv) + argv
-    parser = make_parser("--help_all" in argv)
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        found = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(found, parser._option_string_actions)
-        raise UsageError(f"unknown flag or stray value {found}; try {' or '.join(near) or '--help'}")
-    made = Path(values.output_dir).expanduser() / "final"
-    if values.transcribe and (made / "config.json").is_file() and not re.search("--model(=| |$)", " ".join(argv)):
-        values.model = str(made)
-        say(f"transcribing with {made}; --model chooses another", sys.stderr)
-    with explained("these flags cannot be used", (ValueError, TypeError, ImportError, OSError), kind=UsageError):
-        # The one object of settings: this script's flags over transformers' own.
+    texts = {"prog": PROGRAM, "usage": "%(prog)s [FILE.yaml] [flags]", "description": __doc__.split("\n\n")[0]}
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=150)
+    training = dataclass(mixed(TrainingFlags, transformers.TrainingArguments))
+    options = dict(allow_abbrev=False, exit_on_error=False, formatter_class=layout, **texts)
+    parser = transformers.HfArgumentParser([ScriptFlags, training], **options)
+    parser.add_argument("--help_all", action="help", help="show every flag, those of TrainingArguments included")
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    shown = {"help", "help_all", *vars(ScriptFlags), *vars(TrainingFlags)}
+    for action in parser._actions:
+        action.option_strings = [max(action.option_strings, key=len)]
+        if "--help_all" not in argv and action.dest not in shown:
+            action.help = argparse.SUPPRESS
+        elif action.default not in (None, False, argparse.SUPPRESS):
+            action.help = f"{action.help} (default: {action.default})"
+    with explained("these flags cannot be used", kind=UsageError):
+        values, unknown = parser.parse_known_args(argv)
+        if unknown:
+            found = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(found, parser._option_string_actions)
+            raise UsageError(f"unknown flag or stray value {found}; try {' or '.join(near) or '--help'}")
+        made = Path(values.output_dir).expanduser() / "final"
+        if values.transcribe and (made / "config.json").is_file() and not re.search("--model(=| |$)", " ".join(argv)):
+            values.model = str(made)
+            say(f"transcribing with {made}; --model chooses another", sys.stderr)
         settings = dataclass(mixed(*parser.dataclass_types), repr=False)(**vars(values))
         transformers.integrations.get_reporting_integration_callbacks(settings.report_to)  # raises for unknown names
     settings.command = command
@@ -513,7 +489,7 @@ def parse_settings(argv):
 
 
 @contextlib.contextmanager
-def explained_hub_errors(repo, kind):
+def explained_hub_errors(repo, kind, advice=""):
     """Turn the Hub client's exceptions about `repo` (a "model" or "dataset") into one line that says what to do."""
     try:
         yield
@@ -532,14 +508,11 @@ def explained_hub_errors(repo, kind):
             "if your token is not valid, 'hf auth login' first, or unset HF_TOKEN",
         }
         meaning = next(meaning for kinds, meaning in meanings.items() if isinstance(error, kinds))
-        raise RunError(f"{kind} {repo} {meaning}") from error
+        raise RunError(f"{kind} {repo} {meaning}{advice}") from error
 
 
 class HubStream(io.RawIOBase):
-    """A file of a `Repository` on the Hub as a stream from `position` on, through dropped connections. The Hub client
-    waits out answers of 5xx and 429 by itself."""
-
-    drops = 6  # of the connection in a row without a byte of progress, waited for 1, 2, 4, ... seconds
+    """A Hub file as a stream from `position` on, through dropped connections; the client waits out 5xx and 429."""
 
     def __init__(self, repository, path, position=0):
         self.file, self.size = repository.on_hub(path, block_size=0), repository.files[path][0]
@@ -549,32 +522,28 @@ class HubStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        for attempt in range(self.drops):
-            if self.file.loc >= self.size:
-                return 0
-            if attempt:
+        if self.file.loc >= self.size:
+            return 0
+        for seconds in (0, 1, 2, 4, 8, 16):  # to wait, while the connection drops without a byte of progress
+            if seconds:
                 self.file.response = None  # it connects again, and goes on from the byte reached
-                time.sleep(2 ** (attempt - 1))
-            try:
+                time.sleep(seconds)
+            with contextlib.suppress(httpx2.TransportError):
                 if data := self.file.read(min(len(buffer), 1 << 16)):
                     buffer[: len(data)] = data
                     return len(data)
-            except httpx2.TransportError:
-                if attempt == self.drops - 1:
-                    raise
-        raise OSError(f"it ends after {self.file.loc:,} of {self.size:,} bytes")
+        raise OSError(f"the connection ends after {self.file.loc:,} of {self.size:,} bytes")
 
 
 @dataclass
 class Repository:
-    """A dataset on the Hub or in a local `folder`. `files` are {path: [bytes, sha256 on the Hub, or time of change]}.
-    `cache` is the folder for what is downloaded of it."""
+    """A dataset on the Hub or in a local `folder`."""
 
     name: str
     revision: str | None
     folder: Path | None
-    cache: Path
-    files: dict[str, list] = field(default_factory=dict)
+    cache: Path  # of what is downloaded
+    files: dict[str, list] = field(default_factory=dict)  # {path: [bytes, sha256 on the Hub, or time of change]}
 
     def list(self):
         """Have `files`, from the Hub once for each commit; raises RunError."""
@@ -653,16 +622,15 @@ def files_below(folder):
 
 def load_model(settings):
     """The processor and the float32 LasrForCTC that --model names; raises RunError that says what to do."""
-    name, what = settings.model, f"model {settings.model} cannot be loaded"
-    folder = Path(name).expanduser()
-    place = str(folder) if folder.is_dir() else name
+    name, folder = settings.model, Path(settings.model).expanduser()
+    what, place = f"model {name} cannot be loaded", str(folder) if folder.is_dir() else name
     # trust_remote_code: by default it asks on the terminal. use_safetensors: a pickle runs what it holds.
     options = dict(revision=settings.model_revision, trust_remote_code=False)
     weights = dict(dtype="float32", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     if not folder.is_dir():
         with explained_hub_errors(name, "model"):  # a gated model shows at its first file
             hub.hf_hub_download(name, "config.json", revision=settings.model_revision)
-    with explained(what, checkpoint_errors(), "give a folder or Hub id with config.json, *.safetensors and processor"):
+    with explained(what, "give a folder or Hub id with config.json, *.safetensors and processor"):
         kind = transformers.AutoConfig.from_pretrained(place, **options).model_type
         processor = transformers.AutoProcessor.from_pretrained(place, **options)
         extractor = processor.feature_extractor
@@ -693,8 +661,7 @@ def push_to_hub(settings, final=None):
     """Make the repository that --push_to_hub means, and upload the folder `final`, if given, in one commit."""
     name = settings.hub_model_id or Path(settings.output_dir).resolve().name
     advice = f"the model is complete in {final}, 'hf upload' sends it" if final else "run 'hf auth login' to write"
-    failures = httpx2.HTTPError, OSError, ValueError
-    with explained(f"--push_to_hub: {name} cannot be written on the Hub", failures, advice):
+    with explained(f"--push_to_hub: {name} cannot be written on the Hub", advice):
         repo = hub.create_repo(name, private=settings.hub_private_repo, exist_ok=True)
         if final:
             hub.upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message="Upload the final model")
@@ -751,7 +718,7 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
         except csv.Error:
             notes.append(f"an unclosed quote in row {number}: look at the rows after it, its text may have taken some")
     else:
-        with explained(f"{name} is not lines of JSON", (ValueError, RecursionError)):
+        with explained(f"{name} is not lines of JSON"):
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         if wrong := [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
             raise RunError(f"{name}: row {wrong[0]} is not an object with keys such as {' and '.join(needed)}")
@@ -762,8 +729,7 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
     # The csv module's key for cells beyond the columns is None. Their row may have lost its order before them.
     surplus = [number for number, row in enumerate(rows) if any(map(str.strip, row.get(None, ())))]
     table.loc[surplus, [*GROUP_COLUMNS, "split"]] = ""
-    for number in surplus:
-        table.loc[number, "problem"] = f"more cells than columns (row {number + 1}): its text needs quotes"
+    table.loc[surplus, "problem"] = [f"more cells than columns (row {row + 1}): quote its text" for row in surplus]
     notes += [f"{plural(len(surplus), 'row')} with more cells than columns: not used"] * bool(surplus)
     return table, notes
 
@@ -801,31 +767,20 @@ def clip_table(cells, split=""):
 # ---------------------------------------------------------------- sources
 
 
-@dataclass
-class Shard:
-    """An archive, a group of audio files, or a parquet file, which becomes one prepared file, `path`. `files` are what
-    it is made of, `part` is the number of the table that tells of its clips, `splits` are theirs."""
-
-    name: str
-    path: Path
-    files: list[str]
-    part: int
-    splits: set[str]
-
-
+# An archive, a group of audio files, or a parquet file, which becomes one prepared file, `path`. `files` is a list of
+# what it is made of, `part` the number of the table that tells of its clips, `splits` the set of theirs.
+Shard = namedtuple("Shard", "name path files part splits")
 LAYOUTS = {  # of a corpus, the first one of whose files it has
     "archives": re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz"),
     "parquet": re.compile(r".*\.parquet"),
     "tables": re.compile(r"(.*/)?metadata\.(csv|jsonl)"),
 }
-GROUP_CLIPS = 256  # recordings of a folder that are converted to one prepared file
 
 
 class Source:
-    """A corpus as `shards` of clips, its tables read as far as `splits` need them; raises RunError or UsageError.
-    `is_extra` is one of --also_score, to which the flags on the corpus and its parts do not apply. `rows` is the table
-    of the clips that the tables tell of, each with its `part`, `announced` the same with the splits as planned: those
-    `made`, which it lacks, are taken from train. `accents` are the slugs of all its accents."""
+    """A corpus as `shards`, its tables read as far as `splits` need them; raises RunError or UsageError. To one of
+    --also_score (`is_extra`) the flags on the corpus and its parts do not apply. `rows` is the table of all clips with
+    their `part`, `announced` the same with the splits as planned: those `made`, which it lacks, come from train."""
 
     def __init__(self, dataset, settings, splits, is_extra=False):
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
@@ -833,7 +788,7 @@ class Source:
         revision = None if is_extra else settings.dataset_revision
         revision = DEFAULT_DATASET_REVISION if name == DEFAULT_DATASET and not revision else revision
         self.text_column, self.asked = (None, None) if is_extra else (settings.text_column, settings.accents)
-        self.dataset, self.keep, self.made, self.shards = dataset, settings.keep_archives, (), []
+        self.dataset, self.keep, self.made, self.shards, self.accents = dataset, settings.keep_archives, (), [], set()
         place = Path(name).expanduser()
         place = place.resolve() if place.is_dir() else None
         identity = digest([str(place or name), revision, self.config, self.text_column])
@@ -857,10 +812,9 @@ class Source:
         self.announced = self.rows = pandas.concat(tables or [clip_table({}).assign(part=0)], ignore_index=True)
         self.names = {*found[self.kind], *(shard.name for shard in self.shards)}  # also of those that are not needed
         if self.kind != "archives":
-            self.accents = set(map(slugify, self.rows["accent"].unique())) - {""}
             self.plan_splits(splits, settings.seed, "test" if is_extra else "train")
             for part, found in self.announced.groupby("part")["split"]:
-                self.shards[part].splits = set(found)
+                self.shards[part].splits.update(found)
 
     def add_shard(self, name, files, part, listed="", splits=()):
         """A `Shard` whose prepared file is another one where what is `listed` for it, or one of its files, changes."""
@@ -899,7 +853,7 @@ class Source:
             yield table
 
     def add_tables(self, paths, splits):
-        """Audio files in folders, with tables beside or above them. Yields the table of each group of files."""
+        """Audio files in folders, with tables beside or above them. Yields the table of each 256 of them."""
         files, tables = list(self.repository.files), []
         for path in paths:
             table, (folder, file) = self.read(path), os.path.split(path)
@@ -917,7 +871,7 @@ class Source:
         # "stress-test.wav" is of no test split.
         of_folders = [split_in(f"{os.path.dirname(clip)}/") for clip in table["clip"]]
         table["split"] = table["split"].mask(table["split"] == "", of_folders)
-        for (split, number), group in table.groupby(["split", table.groupby("split").cumcount() // GROUP_CLIPS]):
+        for (split, number), group in table.groupby(["split", table.groupby("split").cumcount() // 256]):
             present = group["clip"][group["problem"] == ""].tolist()
             self.add_shard(f"{split or 'clips'}-{number:05d}", present, len(self.shards), group.to_csv(index=False))
             yield group
@@ -927,11 +881,9 @@ class Source:
         repository, place = self.repository, str(self.repository.folder or self.repository.name)
         noted = self.folder / f"parquet-{digest(repository.files)[:12]}.json"
         if not (named := read_json(noted) or {}):
-            try:
+            with explained(f"--dataset {self.dataset} cannot be used", kind=UsageError):
                 builder = datasets.load_dataset_builder(place, self.config or None, revision=repository.revision)
-                found = builder.config.data_files
-            except (ValueError, OSError, yaml.YAMLError) as error:
-                raise UsageError(f"--dataset {self.dataset}: {one_line(error)}") from error
+            found = builder.config.data_files
             for split, file in [(split, str(file)) for split, files in found.items() for file in files]:
                 path = os.path.relpath(file, place) if repository.folder else re.sub("^hf://([^/]+/){3}", "", file)
                 if path in repository.files:  # what names no split is "train" for datasets
@@ -948,8 +900,7 @@ class Source:
     def open_parquet(self, path):
         """(a pyarrow ParquetFile, the name of its column of audio, structs of bytes and path); raises RunError."""
         local = self.repository.local(path)
-        # pyarrow's own exceptions are kinds of these.
-        with explained(f"{path} cannot be read as parquet", (OSError, ValueError, NotImplementedError)):
+        with explained(f"{path} cannot be read as parquet"):
             with open(local, "rb") if local else self.repository.on_hub(path) as stream:
                 file = parquet.ParquetFile(stream)
                 names = [item.name for item in file.schema_arrow if re.match(r"struct<(.*, )?bytes: ", str(item.type))]
@@ -989,9 +940,7 @@ class Source:
         self.made = tuple(split for split in SPLITS if split not in found)
         sizes = Counter(filter(None, table["speaker"][is_train]))
         if "train" in self.made or len(sizes) <= len(self.made):
-            lacking = (
-                f"no {' and no '.join(self.made)} split, and {plural(len(sizes), 'speaker')} of train to make it of"
-            )
+            lacking = f"no {' and no '.join(self.made)} split, and {plural(len(sizes), 'speaker')} of train for it"
             raise RunError(f"{self.dataset} has {lacking}: name a speaker, such as speaker, or a split in a column")
         # The order is one of checksums, so that more recordings later move few speakers.
         left = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
@@ -1009,7 +958,6 @@ class Source:
         say(f"  {' and '.join(self.made)} made of the train split by speaker, by --seed {seed}")
 
     def needed(self, splits):
-        """The shards that have clips of `splits`."""
         return [shard for shard in self.shards if shard.splits & set(splits)]
 
     def part(self, shards):
@@ -1041,7 +989,8 @@ class Source:
                         problem = problem or row["problem"] or ("a second copy" if key in seen else "")
                         yield make_clip({**row, "problem": problem}, audio)
                         seen.add(key)
-                except DAMAGE as error:
+                # Numbers in headers that are none are a ValueError or an OverflowError of tarfile's.
+                except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
                     problem = f"damaged archive ({one_line(error)}): {plural(len(seen), 'clip')} of it kept"
                     yield make_clip({**nothing, "clip": shard.name, "problem": problem}, None)
 
@@ -1067,7 +1016,6 @@ MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov
 
 
 def is_audio_name(path):
-    """Whether a file is taken for audio where a folder is searched."""
     name, suffixes = os.path.basename(path), {*map(str.lower, soundfile.available_formats()), *MORE_SUFFIXES} - {"raw"}
     return os.path.splitext(name)[1][1:].lower() in suffixes and not name.startswith(".")
 
@@ -1180,16 +1128,11 @@ def make_clip(row, audio):
     return {**row, "audio": flac.getvalue(), "num_samples": len(samples), "problem": problem}
 
 
-# tarfile raises the last two for numbers in headers that are none.
-DAMAGE = (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
-
-
 def archive_members(stream):
-    """Yield (name, bytes, problem) for each member of a tar.gz read as a stream; raises DAMAGE if it is corrupt. gzip
-    under tarfile, not tarfile's own "r|gz": only gzip checks the checksum at the end."""
+    """Yield (name, bytes, problem) for each member of a tar.gz read as a stream; raises gzip's and tarfile's errors."""
     if stream.peek(64).startswith(b"version https://git-lfs"):
         raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
-    # "replace": other names could not be written anywhere.
+    # Not tarfile's own "r|gz": only gzip checks the checksum at the end. "replace": names have to be writable as UTF-8.
     with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", errors="replace") as tar:
         for member in (member for member in tar if not member.isdir()):
             problem = "" if member.isreg() else "refused: it is a link or a device"
@@ -1204,8 +1147,6 @@ def archive_members(stream):
 
 
 # ---------------------------------------------------------------- preparation
-
-FLAC_BYTES_AN_HOUR = 59e6  # of 16 kHz mono speech
 
 
 def clip_features():
@@ -1253,7 +1194,7 @@ def prepare(source, splits, settings):
         for path in source.folder.glob("*.arrow"):
             if (stem := path.name.partition(".")[0]) in made or stem not in known:
                 path.unlink()
-        need, free = disk_needed(source, todo, settings.num_proc)[0], shutil.disk_usage(source.folder).free
+        need, free = disk_needed(source, todo, settings.num_proc)[1], shutil.disk_usage(source.folder).free
         if need > free:
             what = f"preparing needs {need / 1e9:.1f} GB in {source.folder} and {free / 1e9:.1f} GB are free"
             raise RunError(f"{what}: choose another --data_dir, fewer --accents, or a lower --num_proc")
@@ -1262,7 +1203,6 @@ def prepare(source, splits, settings):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker, (theirs,))
-        # However this ends, the workers end with it.
         with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool, contextlib.closing(ours):
             # The largest first, so that none is left alone at the end.
             todo.sort(key=lambda shard: -source.repository.size(shard.files))
@@ -1282,27 +1222,26 @@ def prepare(source, splits, settings):
 
 
 def disk_needed(source, todo, num_proc):
-    """(bytes that preparing the shards `todo` needs at its peak, bytes that stay), from the durations in the tables."""
+    """The bytes that preparing the shards `todo` fetches, needs at its peak and leaves, by the tables' durations."""
     sizes = sorted((source.repository.size(shard.files) for shard in todo), reverse=True)
     share = sum(sizes) / max(1, sum(source.repository.size(shard.files) for shard in source.shards))
-    stays = share * hours_of(source.announced) * FLAC_BYTES_AN_HOUR or sum(sizes)  # where nobody noted durations down
-    fetched = 0 if source.repository.folder else sum(sizes if source.keep else sizes[:num_proc])
-    return stays + fetched, stays + fetched * source.keep
-
-
-def hours_of(table):
-    return float(table["num_samples"].sum()) / SAMPLE_RATE / 3600
+    # FLAC of 16 kHz mono speech is 59 MB an hour. Not everybody notes durations down.
+    stays = share * sizes_of(source.announced)["hours"] * 59e6 or sum(sizes)
+    fetched = sizes if not source.repository.folder else []
+    return sum(fetched), stays + sum(fetched if source.keep else fetched[:num_proc]), stays + sum(fetched) * source.keep
 
 
 def sizes_of(table):
     """How much a table of clips is, for metrics.json."""
     people, spoken = (table[name][table[name] != ""].nunique() for name in ("speaker", "accent"))
-    return {"clips": len(table), "hours": round(hours_of(table), 4), "speakers": people, "accents": spoken}
+    hours = round(float(table["num_samples"].sum()) / SAMPLE_RATE / 3600, 4)
+    return {"clips": len(table), "hours": hours, "speakers": people, "accents": spoken}
 
 
 def size_line(table):
     """How much a table of clips is, in columns; own tables may not tell the hours before the audio is converted."""
-    hours, sizes = f"{hours_of(table):.2f}" if not len(table) or table["num_samples"].any() else "?", sizes_of(table)
+    sizes = sizes_of(table)
+    hours = f"{sizes['hours']:.2f}" if sizes["hours"] or not sizes["clips"] else "?"
     counts = [plural(sizes[f"{noun}s"], noun) for noun in ("clip", "speaker", "accent")]
     return f"{counts[0]:>14}{hours:>9} h{counts[1]:>16}{counts[2]:>12}"
 
@@ -1319,10 +1258,9 @@ def dry_run(source, settings):
         for accent in table["accent"].value_counts().index:
             say(f"    {accent:<24}{size_line(table[table['accent'] == accent])[:-12]}")
     todo = [shard for shard in source.needed(settings.splits(on_disk=True)) if not shard.path.exists()]
-    fetched = 0 if source.repository.folder else sum(source.repository.size(shard.files) for shard in todo)
-    peak, kept = (size / 1e9 for size in disk_needed(source, todo, settings.num_proc))
+    fetched, peak, kept = (size / 1e9 for size in disk_needed(source, todo, settings.num_proc))
     disk = f"to keep {kept:.2f} GB in {settings.data_dir}, at the peak {peak:.2f} GB"
-    say(f"  to fetch {fetched / 1e9:.2f} GB in {plural(len(todo), 'archive')}; {disk}")
+    say(f"  to fetch {fetched:.2f} GB in {plural(len(todo), 'archive')}; {disk}")
     updates, an_epoch = planned_updates(settings, train)
     batch, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     steps = f"{plural(batch, 'clip')} x {plural(accumulation, 'accumulation step')}"
@@ -1332,7 +1270,6 @@ def dry_run(source, settings):
 
 # ---------------------------------------------------------------- clips
 
-SHUFFLE_CLIPS = 1_000  # clips that wait in the shuffling buffer of each streaming worker, about 100 MB
 SKIPPED_FILE = "results/skipped_clips.csv"
 SKIPPED_COLUMNS = ["split", "clip", "reason", "accent", "seconds", "text"]
 NOT_WANTED = "not asked for"  # the problem of a stream's clips that are of none of the --accents, ... asked for
@@ -1357,9 +1294,9 @@ class Clips:
 
 def load_prepared(paths):
     """(Dataset of the clips in prepared files, their table): memory-mapped, no audio is read; raises RunError."""
-    prepared, damage = [datasets.Dataset(clip_features().arrow_schema.empty_table())], Lazy("pyarrow").ArrowInvalid
+    prepared = [datasets.Dataset(clip_features().arrow_schema.empty_table())]
     for path in paths:
-        with explained(f"{path} is damaged", (OSError, damage), "delete it, the same command makes it again"):
+        with explained(f"{path} is damaged", "delete it, the same command makes it again"):
             prepared.append(datasets.Dataset.from_file(str(path)))
     audio = datasets.concatenate_datasets(prepared)
     return audio, audio.data.select([*CLIP_COLUMNS, "num_samples"]).to_pandas()
@@ -1369,8 +1306,7 @@ FILTERS = {"accents": ("accent", slugify), "domains": ("domain", str.lower), "co
 
 
 def is_wanted(table, settings):
-    """Which clips are of the --accents, --domains and --countries asked for, a bool Series. A damaged archive or a file
-    without a transcript has none to ask for, and counts as wanted."""
+    """Which clips are of the --accents, --domains and --countries asked for, or of none and with a problem anyway."""
     wanted = pandas.Series(True, table.index)
     for flag_name, (column, fold) in FILTERS.items():
         if asked := getattr(settings, flag_name):
@@ -1383,7 +1319,7 @@ def check_announced(source, settings):
     """Refuse, before any audio is converted, what the tables show to be without a clip."""
     announced = source.announced
     for flag_name, (column, fold) in FILTERS.items():
-        known = source.accents if column == "accent" else set(map(fold, announced[column].unique())) - {""}
+        known = (column == "accent" and source.accents) or set(map(fold, announced[column].unique())) - {""}
         for asked in [asked for asked in getattr(settings, flag_name) or () if known and fold(asked) not in known]:
             near = difflib.get_close_matches(fold(asked), sorted(known), n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"they are {', '.join(sorted(known))}"
@@ -1424,22 +1360,9 @@ def load_clips(source, splits):
     return audio, table if is_asked.all() else table[is_asked]
 
 
-def select_clips(audio, table, settings, check, limit=None):
-    """The `Clips` of a table of `load_clips` that `check(table)` gives no reason against, a random choice of `limit` if
-    given, the longest first."""
-    reasons = pandas.Series(check(table), table.index, "str")
-    copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
-    reasons = reasons.mask(copies, "a second copy")
-    skipped = table.assign(reason=reasons)[reasons != ""]
-    kept = table.loc[reasons == "", ["num_samples", "clip"]]
-    kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[:limit]]
-    kept = table.loc[kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index].reset_index(drop=True)
-    return Clips(audio.select(kept.pop("row").tolist(), keep_in_memory=True), kept, skipped)
-
-
 def select_all(sources, settings, check):
-    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set of --also_score}. Says what
-    was left out and writes skipped_clips.csv. Raises RunError for an empty part."""
+    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set}, the longest first. Writes
+    those that `check(table)` has a reason against to skipped_clips.csv. Raises RunError if none is left."""
     limits = dict(zip(SPLITS, (settings.max_train_samples, settings.max_eval_samples, settings.max_test_samples)))
     selected, path = {}, Path(settings.output_dir, SKIPPED_FILE)
     for extra, source in sources.items():
@@ -1453,8 +1376,17 @@ def select_all(sources, settings, check):
         if not settings.streaming:
             source.rows = source.announced = table = None  # a million clips are some hundred megabytes
         for split in splits:
-            clips = selected[extra or split] = select_clips(audio, parts.pop(0), settings, check, limits[split])
-            clips.skipped["split"] = extra or split
+            table = parts.pop(0)
+            reasons = pandas.Series(check(table), table.index, "str")
+            copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
+            reasons = reasons.mask(copies, "a second copy")
+            skipped = table.assign(reason=reasons, split=extra or split)[reasons != ""]
+            kept = table.loc[reasons == "", ["num_samples", "clip"]]
+            kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[: limits[split]]]
+            kept = kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index
+            kept = table.loc[kept].reset_index(drop=True)
+            chosen = audio.select(kept.pop("row").tolist(), keep_in_memory=True)
+            selected[extra or split] = Clips(chosen, kept, skipped)
     skipped = pandas.concat([clips.skipped for clips in selected.values()])
     if settings.local_process_index == 0:  # on each node: streaming workers add to it, and folders need not be shared
         write_text(path, ",".join(SKIPPED_COLUMNS) + "\n" + csv_lines(skipped))
@@ -1464,7 +1396,7 @@ def select_all(sources, settings, check):
             say(f"    left out of {name}: {count:,} x {reason}")
     if len(skipped):
         say(f"  each one is named in {path}")
-    for note in shared_speaker_notes(selected):
+    for note in shared_speakers(selected)[1]:
         warn(note)
     for name, clips in sorted(selected.items(), key=lambda item: not len(item[1].skipped)):  # what is known first
         # Not every accent has every split: what is only prepared may lack one.
@@ -1474,28 +1406,23 @@ def select_all(sources, settings, check):
 
 
 def shared_speakers(selected):
-    """{split: speakers of it who are in train too}"""
+    """({split: speakers of it who are in train too}, a note on each)"""
     people = {split: set(selected[split].table["speaker"]) - {""} for split in SPLITS if split in selected}
     trained = people.pop("train", set())
-    return {split: len(found & trained) for split, found in people.items() if found & trained}
-
-
-def shared_speaker_notes(selected):
+    counts = {split: len(found & trained) for split, found in people.items() if found & trained}
     note = "{} of {} in train too: its scores are not those of new speakers.".format
-    return [note(plural(count, "speaker"), split) for split, count in shared_speakers(selected).items()]
+    return counts, [note(plural(count, "speaker"), split) for split, count in counts.items()]
 
 
 def csv_lines(skipped):
-    """Lines of skipped_clips.csv; a cell that a spreadsheet would take for a formula gets an apostrophe before it. csv
-    puts no quotes around a carriage return, at which a spreadsheet begins another row."""
+    """Lines of skipped_clips.csv, where a spreadsheet finds no formula, and no row that begins at a carriage return."""
     cells = skipped.assign(seconds=(skipped["num_samples"] / SAMPLE_RATE).round(2))[SKIPPED_COLUMNS].astype("str")
     cells = cells.map(lambda cell: re.sub(r"^(?=[=+\-@\t\r\n＝＋－＠])", "'", cell).replace("\r", " "))
     return cells.to_csv(header=False, index=False, lineterminator="\n")
 
 
 class TrainingStream:
-    """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset. The
-    processes, and by datasets their DataLoaders' workers (with `loader_options`), have shards of their own."""
+    """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset."""
 
     def __init__(self, source, settings, check, seed):
         shards = sorted(source.needed(["train"]), key=lambda shard: -source.repository.size(shard.files))
@@ -1517,7 +1444,7 @@ class TrainingStream:
                     yield clip
                 elif reason != NOT_WANTED:
                     line = csv_lines(table.assign(reason=reason))
-                    with explained(f"{self.skipped_file} cannot be written", advice=ROOM_ADVICE):
+                    with explained(f"{self.skipped_file} cannot be written", ROOM_ADVICE):
                         with open(self.skipped_file, "a+", encoding="utf-8") as file:
                             file.seek(0)
                             file.write(line if line not in file.read() else "")  # at once, as other workers do
@@ -1525,7 +1452,7 @@ class TrainingStream:
     def __iter__(self):
         for epoch in itertools.count():
             batch, self.loader_options["collate_fn"].epoch = None, epoch
-            clips = self.clips.shuffle(self.seed + epoch, buffer_size=SHUFFLE_CLIPS)
+            clips = self.clips.shuffle(self.seed + epoch, buffer_size=1_000)  # about 100 MB a worker
             for batch in torch.utils.data.DataLoader(clips, num_workers=self.workers, **self.loader_options):
                 yield batch
             if batch is None:
@@ -1535,8 +1462,7 @@ class TrainingStream:
 # ---------------------------------------------------------------- text
 
 GREEK = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩαβγδεζηθικλμνξοπρςστυφχψω"
-# What a character becomes that the tokenizer lacks and Unicode does not decompose; symbols become words, as a reader
-# voices them. Labels and scored texts share it: the model can only write what its labels had.
+# What a character becomes that the tokenizer lacks and Unicode does not decompose, in labels and in scored texts alike.
 FOLDS = str.maketrans({
     **dict.fromkeys("‘’‚‛`´ʼ′", "'"), **dict.fromkeys("“”„″«»", '"'), **dict.fromkeys("~−—", "-"), "·": ".", "…": "...",
     **dict.fromkeys("÷⁄\\|", "/"), "×": "x", "±": "+/-", "&": " and ", "@": " at ", "=": " equals ", "°": " degrees ",
@@ -1553,8 +1479,7 @@ CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")  # MedASR writes {per
 
 
 def tidy(text):
-    """The text with HTML entities resolved, without arrows and bullets, whitespace (NBSP, newline) as single spaces,
-    fractions and powers parted from the digit before them: 1½ is not 11/2, and 10⁹ is not 109."""
+    """Resolve HTML entities, drop arrows and bullets, make whitespace single spaces; part 1½, not to become 11/2."""
     text = ENTITY.sub(lambda it: html.unescape(it[0]) if it[1] else html.entities.html5.get(it[0][1:], it[0]), text)
     text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", text))
     return " ".join(re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text).split())
@@ -1567,7 +1492,9 @@ class LabelEncoder:
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
         self.opens, self.dropped = self.covered("("), Counter()
         self.table = {}  # code point -> what it becomes, for str.translate
-        plain = "".join(filter(self.covered, string.ascii_letters + string.digits + ".,'-"))
+        plain = "".join(
+            sign for sign in map(chr, range(128)) if (sign.isalnum() or sign in ".,'-") and self.covered(sign)
+        )
         self.plain = re.compile(f"[ {re.escape(plain)}]*")  # most transcripts: nothing in them is folded
 
     def covered(self, character):
@@ -1635,8 +1562,6 @@ def decode_ids(processor, ids):
 
 # ---------------------------------------------------------------- batches
 
-SILENCE = float(np.log(1e-5))  # LasrFeatureExtractor floors its mel energies at 1e-5, so a frame of 0.0 would be loud
-
 
 def logit_count(config, extractor, samples):
     """Logits of clips of so many samples, a number or an array; below 1 for those that the model cannot be run on."""
@@ -1682,19 +1607,17 @@ class ClipCheck:
 
 
 def spec_augment(mels, seed):
-    """SpecAugment (Park et al. 2019, arXiv 1904.08779) of the log-mels (frames, bins) of a clip, in place: up to 2 x 20
-    bins and, in every 2.5 s, a stretch of up to 0.3 s (less than most words) become silence. The seed alone decides
-    where: a resumed run masks the same."""
+    """SpecAugment (Park et al. 2019, arXiv 1904.08779) of a clip's log-mels (frames, bins), in place: up to 2 x 20 bins
+    and, in every 2.5 s, up to 0.3 s (less than most words) become silence. The seed alone decides where."""
     generator, (frames, bins) = np.random.default_rng(seed), mels.shape
     for axis, size, longest in [(1, bins, 20)] * 2 + [(0, frames, min(30, frames // 5))] * math.ceil(frames / 250):
         width = int(generator.integers(min(longest, size) + 1))
-        mels.narrow(axis, int(generator.integers(size - width + 1)), width).fill_(SILENCE)
+        mels.narrow(axis, int(generator.integers(size - width + 1)), width).fill_(math.log(1e-5))  # as in `log_mels`
 
 
 @functools.cache
 def mel_bands(extractor, device):
-    """The mel filters of a LasrFeatureExtractor in bands: (slice of the spectrum that a band spans, real and imaginary
-    parts side by side; weights (that many, bins)), on `device`."""
+    """The mel filters in bands: [(slice of the spectrum, real and imaginary parts side by side; weights)]."""
     # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
     exact, bands = torch.float64 if torch.device(device).type == "cuda" else torch.float32, []
     filters = extractor.mel_filters.float().repeat_interleave(2, 0)
@@ -1787,7 +1710,7 @@ class Windows:
 
 
 class Decoder:
-    """One way from audio to text, for test sets and files, in all processes together; `texts` decodes with `lm`."""
+    """One way from audio to text, for test sets and files, in all processes together."""
 
     def __init__(self, model, processor, settings, lm=None):
         self.model, self.processor, self.settings, self.lm = model, processor, settings, lm
@@ -1800,8 +1723,7 @@ class Decoder:
 
     def batches(self, lengths):
         """`Span`s of clips of so many samples, in batches: --per_device_eval_batch_size of them, or, if that is auto,
-        as many seconds with their padding as the device takes. Clips over --window_seconds are in overlapping windows,
-        batched apart, whose logits are kept from the middle of the overlap."""
+        some seconds. Windows of clips over --window_seconds are batched apart, and meet in the middle of overlaps."""
         overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / self.step)  # in logits, as the next
         window = round(self.settings.window_seconds * SAMPLE_RATE / self.step)
         spans, size, stride = [], window * self.step, (window - 2 * overlap) * self.step
@@ -1830,8 +1752,8 @@ class Decoder:
         mine = self.batches(clips.table["num_samples"].tolist())[settings.process_index :: settings.world_size]
         collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), [], 0.0
         options = {"batch_sampler": mine, "collate_fn": collator, "pin_memory": settings.device.type == "cuda"}
-        options["num_workers"] = min(settings.dataloader_num_workers, len(mine))
-        options["generator"] = torch.Generator()  # its own: scoring must not move what training draws next
+        # A generator of its own: scoring must not move what training draws next.
+        options |= {"num_workers": min(settings.dataloader_num_workers, len(mine)), "generator": torch.Generator()}
         bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent)
         with bar, STOP_SIGNALS:
             for spans, batch in zip(mine, torch.utils.data.DataLoader(Windows(clips.audio), **options)):
@@ -1861,7 +1783,7 @@ class Decoder:
                 inputs = model_inputs(batch, self.extractor, self.settings.device)
                 with torch.autocast(self.settings.device.type, torch.bfloat16, enabled=self.in_bfloat16):
                     output = self.model(**inputs)
-            count = min(LM_CANDIDATES if self.lm else 1, output.logits.shape[-1])
+            count = min(16 if self.lm else 1, output.logits.shape[-1])  # the search takes less probable ids too
             best = output.logits.float().log_softmax(-1).topk(count)
             ids, log_probs = best.indices.int().cpu().numpy(), best.values.cpu().numpy()
             return list(map(Emissions, ids, log_probs)), float(output.loss) * size if "labels" in batch else 0.0
@@ -1873,28 +1795,19 @@ class Decoder:
         (first, loss), (second, more) = (self.run({name: batch[name][half] for name in batch}) for half in halves)
         return first + second, loss + more
 
-    def path(self, emissions):
-        """The id of each frame of a clip, blanks and repeats included: the most probable, or with `lm` the search's."""
-        return beam_search(emissions, self.lm)[0] if self.lm else emissions.ids[:, 0].tolist()
-
-    def greedy(self, emissions):
-        return [decode_ids(self.processor, found.ids[:, 0].tolist()) for found in emissions]
-
-    def texts(self, emissions):
-        """The text of each clip with `lm`, of which each process searches its share: it takes longer than the model."""
+    def texts(self, emissions, lm=None):
+        """The text of each clip: greedy, or that of the search with `lm`, of which each process makes its share."""
+        if not lm:
+            return [decode_ids(self.processor, found.ids[:, 0].tolist()) for found in emissions]
         mine = range(self.settings.process_index, len(emissions), self.settings.world_size)
         bar = tqdm.tqdm(mine, desc="language model", unit="clip", disable=self.is_silent)
-        texts = [(index, decode_ids(self.processor, self.path(emissions[index]))) for index in bar]
+        texts = [(index, decode_ids(self.processor, beam_search(emissions[index], lm)[0])) for index in bar]
         return [text for _, text in sorted(accelerate.utils.gather_object(texts))]
 
 
 # ---------------------------------------------------------------- language model
 
-LM_CANDIDATES = 16  # the most probable ids of a frame, which the search chooses from
-# What stands for "▁" in an n-gram's file: itself, or what pyctcdecode's users have to write (MedASR's lm_6.kenlm).
-LM_WORD_MARKS, LM_NONSENSE = "▁#", "no/such/piece"
-TUNING_CLIPS = 500  # of dev at the most: the search is run some thirty times
-TUNING_GRID = list(itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)))
+LM_NONSENSE = "no/such/piece"
 
 
 @dataclass(eq=False, slots=True)
@@ -1977,14 +1890,14 @@ def load_lm(settings, processor, vocab_size):
     if settings.lm == "auto" and not (path := folder / LM_FILE).is_file():
         # A fine-tuned model's folder has none: MedASR's serves it too.
         repo, revision = (DEFAULT_MODEL, None) if folder.is_dir() else (settings.model, settings.model_revision)
-        what = f"--lm auto looks for {LM_FILE} of {repo}; give --lm a file instead"
-        with explained(what, RunError), explained_hub_errors(repo, "model"):
+        with explained_hub_errors(repo, "model", f"; --lm auto needs its {LM_FILE}: give --lm a file instead"):
             path = Path(hub.hf_hub_download(repo, LM_FILE, revision=revision))
     names = enumerate(tokenizer.convert_ids_to_tokens(range(vocab_size)))
     pieces = {id: name for id, name in names if name not in (None, *tokenizer.all_special_tokens)}
-    spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in LM_WORD_MARKS]
+    # "▁" is written as itself, or as pyctcdecode's users have to (MedASR's lm_6.kenlm).
+    spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in "▁#"]
     words = [LM_NONSENSE, *{*spellings[0].values(), *spellings[1].values()}]
-    with explained(f"--lm {path} cannot be loaded", checkpoint_errors(), "it must be ARPA's or KenLM's binary format"):
+    with explained(f"--lm {path} cannot be loaded", "it must be ARPA's or KenLM's binary format"):
         dictionary = Lazy("flashlight.lib.text.dictionary").Dictionary(words)
         kenlm = Lazy("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
 
@@ -2006,16 +1919,16 @@ def load_lm(settings, processor, vocab_size):
 
 def tune_lm(decoder, dev):
     """Give the decoder's `lm` the weight and word score of the lowest WER on `dev`; returns what was tried."""
-    chosen = range(0, len(dev), math.ceil(len(dev) / TUNING_CLIPS))
+    chosen = range(0, len(dev), math.ceil(len(dev) / 500))  # some 500 clips: the search is run thirty times
     clips = Clips(dev.audio.select(chosen), dev.table.iloc[list(chosen)])
     say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
     emissions, tried = decoder.emissions(clips)[0], []
-    for weight, word_score in TUNING_GRID:
-        decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
-        tried.append([weight, word_score, corpus_rate(clips.table["text"], decoder.texts(emissions))])
+    for weight, word_score in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)):
+        lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
+        tried.append([weight, word_score, corpus_rate(clips.table["text"], decoder.texts(emissions, lm))])
     weight, word_score, wer = min(tried, key=lambda entry: entry[-1])  # the first of equals
     decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
-    greedy = corpus_rate(clips.table["text"], decoder.greedy(emissions))
+    greedy = corpus_rate(clips.table["text"], decoder.texts(emissions))
     say(f"  --lm_weight {weight:g} --lm_word_score {word_score:g}: dev WER {percent(wer)}, greedy {percent(greedy)}")
     return {**decoder.lm.settings, "clips": len(clips), "wer": wer, "wer_greedy": greedy, "tried": tried}
 
@@ -2028,7 +1941,8 @@ Word = namedtuple("Word", "text start end probability")
 
 def clip_words(decoder, emissions):
     """The `Word`s of a clip, whose texts, joined by spaces, are its text."""
-    tokenizer, path = decoder.processor.tokenizer, decoder.path(emissions)
+    tokenizer, lm = decoder.processor.tokenizer, decoder.lm
+    path = beam_search(emissions, lm)[0] if lm else emissions.ids[:, 0].tolist()
     pieces, before, words = tokenizer.convert_ids_to_tokens(path), [None, *path], []
     frames = np.flatnonzero(np.isin(path, tokenizer.all_special_ids, invert=True))
     begins = [pieces[frame].startswith("▁") and path[frame] != before[frame] for frame in frames]
@@ -2049,16 +1963,11 @@ DICTATED = {
     "exclamation mark": "! ", "exclamation point": "! ", "new line": "\n", "next line": "\n", "new paragraph": "\n\n",
     "next paragraph": "\n\n", "hyphen": "-", "slash": "/", "open parenthesis": " (", "close parenthesis": ") ",
 }  # fmt: skip
-# One of these, however often in a row, with the whitespace around it.
-DICTATED_TOKEN = re.compile(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*")
-LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0  # of subtitles, as usual in television
-LINGER_SECONDS = 0.5  # that a subtitle stays after its last word's last frame, where there is room
-PAUSE_SECONDS = 1.0  # between the written frames of two words, at which a sentence is taken to end
 PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
 
 
 def text_of(words, formatted):
-    """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for, as far as known."""
+    """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for."""
     text = " ".join(word.text for word in words)
     if not formatted:
         return text
@@ -2068,35 +1977,28 @@ def text_of(words, formatted):
         is_there = sign[-1] == " " and text[: match.start()].endswith(sign[0])  # "5. {period}"
         return " " if is_there else sign
 
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +(?=\n)", "", DICTATED_TOKEN.sub(sign_of, text))).strip()
+    # A token however often in a row, with the whitespace around it.
+    formatted = re.sub(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*", sign_of, text)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +(?=\n)", "", formatted)).strip()
 
 
 def subtitle_lines(words, formatted):
-    """The lines of a subtitle, none longer than LINE_CHARACTERS but of a single word."""
+    """The lines of a subtitle, of 42 characters, as usual in television, or of a single longer word."""
     text = " ".join(text_of(words, formatted).split())
-    return textwrap.wrap(text, LINE_CHARACTERS, break_long_words=False, break_on_hyphens=False)
-
-
-def split_words(words, formatted):
-    """The words in lists, each of a subtitle, parted at pauses and dictated line breaks and where one is full."""
-    parts = []
-    for word in words:
-        ends = not parts or word.start - parts[-1][-1].end >= PAUSE_SECONDS
-        ends = ends or word.end - parts[-1][0].start > CUE_SECONDS
-        ends = ends or (formatted and parts[-1][-1].text in ("line}", "paragraph}"))
-        if ends or len(subtitle_lines([*parts[-1], word], formatted)) > CUE_LINES:
-            parts.append([])
-        parts[-1].append(word)
-    return parts
+    return textwrap.wrap(text, 42, break_long_words=False, break_on_hyphens=False)
 
 
 def transcript(kind, words, formatted, name=""):
-    """The words of a recording, their texts `formatted` or not, as the content of a file of --transcript_format `kind`,
-    with the `name` if given. json has Whisper's keys, in one line."""
-    text = text_of(words, formatted)
+    """The words of a recording as a file of --transcript_format `kind`, with `name` if given; json as of Whisper."""
+    text, parts, segments, cues = text_of(words, formatted), [], [], []
     if kind == "text":
         return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
-    parts, segments, cues = split_words(words, formatted), [], []
+    for word in words:  # each part is a subtitle: 7 s and two lines at most, parted at pauses and dictated line breaks
+        ends = not parts or word.start - parts[-1][-1].end >= 1.0 or word.end - parts[-1][0].start > 7.0
+        ends = ends or (formatted and parts[-1][-1].text in ("line}", "paragraph}"))
+        if ends or len(subtitle_lines([*parts[-1], word], formatted)) > 2:
+            parts.append([])
+        parts[-1].append(word)
     if kind == "json":
         for number, part in enumerate(parts):
             entries = [
@@ -2108,7 +2010,8 @@ def transcript(kind, words, formatted, name=""):
         content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
         return json.dumps(content, ensure_ascii=False) + "\n"
     for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
-        end, times = min(part[-1].end + LINGER_SECONDS, following[0].start if following else np.inf), []
+        # A subtitle stays for half a second where there is room.
+        end, times = min(part[-1].end + 0.5, following[0].start if following else np.inf), []
         for seconds in (part[0].start, end):
             minutes, thousandths = divmod(round(seconds * 1000), 60_000)
             times.append(f"{minutes // 60:02}:{minutes % 60:02}:{thousandths / 1000:06.3f}")
@@ -2125,10 +2028,9 @@ def find_recordings(settings):
     Raises UsageError, also where two would be one file, OSError for a folder that cannot be read."""
     found, keeps = {}, settings.transcript_dir is not None
     for path in settings.transcribe:
-        files = []
-        for match in [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True)):
-            inside = filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match]
-            files += sorted(map(str, inside))
+        matches = [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        parts = [filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match] for match in matches]
+        files = [file for part in parts for file in sorted(map(str, part))]
         if not files:
             raise UsageError(f"--transcribe is {path}: there is no such file, or no audio file in this folder")
         # What is below the fixed part of a pattern tells files of one name apart.
@@ -2153,11 +2055,11 @@ def decode_recording(name, spool):
     """Decode a recording into a file of the folder `spool`: (a row of `Clips`, why it cannot be read or "")."""
     raw, source, notes, problem = os.path.join(spool, digest(name)), name, [], ""
     try:
-        if name == "-" or stat.S_ISFIFO(os.stat(name).st_mode):  # libsndfile reads headers back and forth
-            source = f"{raw}.encoded"
-            with open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe, open(source, "wb") as file:
-                shutil.copyfileobj(pipe, file)
         with open(raw, "wb") as file:
+            if name == "-" or Path(name).is_fifo():  # libsndfile reads headers back and forth
+                source = f"{raw}.encoded"
+                with open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe, open(source, "wb") as kept:
+                    shutil.copyfileobj(pipe, kept)
             for samples in read_audio(source, notes):
                 samples.tofile(file)
     except (ValueError, OSError) as error:
@@ -2630,18 +2532,13 @@ def score_file(settings):
     for note in notes:
         warn(note)
     content = {"config": public({"command": settings.command, "score_file": settings.score_file})}
-    content["data"] = {"test": {"clips": len(table), "hours": round(hours_of(table), 4), "left_out": len(bad)}}
+    content["data"] = {"test": {"clips": len(table), "hours": sizes_of(table)["hours"], "left_out": len(bad)}}
     write_results(folder, content, {"test": Scores(table, texts)}, f"Scores of {path.name}", notes)
     say(f"\nresults: {folder}")
     return 0
 
 
 # ---------------------------------------------------------------- half precision
-
-# float16 ends at 65,504. A module within a factor of 8 of that is run in float32: activations grow in training.
-HALF_PRECISION_LIMIT = 65_504 / 8
-# The gradient scaler halves its scale at each skipped update, so a run starts with a few; so many are overflow.
-MAX_SKIPPED_UPDATES = 10
 
 
 def in_float32(forward, *inputs, **options):
@@ -2652,8 +2549,7 @@ def in_float32(forward, *inputs, **options):
 
 
 def with_finite_statistics(module, forward, *inputs, **options):
-    """A forward of a BatchNorm that keeps what overflows out of its running statistics, which it moves before the
-    gradient scaler skips the update: from one infinity on, evaluations would give blank text."""
+    """A BatchNorm's forward that keeps out of its running statistics what overflows: evaluations would stay blank."""
     before = [values.clone() for values in module.buffers()]
     output = forward(*inputs, **options)
     for values, kept in zip(module.buffers(), before):
@@ -2662,22 +2558,22 @@ def with_finite_statistics(module, forward, *inputs, **options):
 
 
 def guard_half_precision(model, batches, device):
-    """Make `model` safe under float16 autocast, by measuring it on `batches`: MedASR's subsampler reaches about 1.1e5
-    and other activations more, plain float16 gives inf, then NaN. Raises RunError if its outputs stay so."""
-    watched = {module: name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
-    watched[model.encoder.subsampler], peaks = "encoder.subsampler", Counter()
+    """Make `model` safe under float16 autocast, as measured on `batches`: MedASR's subsampler reaches about 1.1e5,
+    other activations more. Raises RunError if it still overflows."""
+    peaks = {module: 0.0 for module in model.modules() if list(module.parameters(recurse=False))}
 
     def watch(module, inputs, output):
-        if name := watched.get(module):
+        if module in peaks:
             tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
-            peaks[name] = max([peaks[name], *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())])
+            peaks[module] = max([peaks[module], *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())])
 
     model.to(device).eval()
     with torch.nn.modules.module.register_module_forward_hook(watch), torch.no_grad():
         for batch in batches:
             model(**batch)
     for name, module in model.named_modules():
-        if peaks[name] > HALF_PRECISION_LIMIT or name == "encoder.subsampler":
+        # float16 ends at 65,504, and activations grow in training.
+        if peaks.get(module, 0) > 65_504 / 8 or name == "encoder.subsampler":
             module.forward = functools.partial(in_float32, module.forward)
         if isinstance(module, torch.nn.BatchNorm1d):
             module.forward = functools.partial(with_finite_statistics, module, module.forward)
@@ -2691,8 +2587,7 @@ def guard_half_precision(model, batches, device):
 
 
 class CTCTrainer:
-    """Mixed with the Trainer and with TrainerCallback, because it is its own callback. `dev` are the dev `Clips`,
-    `decoder` transcribes them, `encoder` makes labels, `order` is the generator of the order of clips."""
+    """Mixed with the Trainer and TrainerCallback: it is its own callback. `make_trainer` sets its other attributes."""
 
     loss_is_scaled_for_ga = True  # compute_loss has divided it among an update's batches
     clips, bar = (), None  # of the update under way; of the progress
@@ -2721,13 +2616,8 @@ class CTCTrainer:
         looks = {"desc": "training", "unit": "update", "disable": self.decoder.is_silent}
         self.bar = tqdm.tqdm(total=state.max_steps, initial=state.global_step, **looks)
         self.skipped = max((entry.get("skipped_updates", 0) for entry in state.log_history), default=0)
-        # What a resumption lacks: the best checkpoint's new place if the folder was moved, and a stopped evaluation.
-        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"  # the folder may have been moved
         state.best_model_checkpoint = str(best) if best.exists() else state.best_model_checkpoint
-        evaluated = {0, *(entry["step"] for entry in state.log_history if "eval_wer" in entry)}
-        is_due = args.eval_strategy == "steps" and state.global_step % state.eval_steps == 0
-        if is_due and state.global_step not in evaluated:
-            self._determine_best_metric(self._evaluate(None, None), None)
         self.stop_early()
 
     def stop_early(self):
@@ -2739,15 +2629,14 @@ class CTCTrainer:
             say(f"  stopped early: {plural(late, 'evaluation')} without a better dev WER; {more}")
 
     def _run_epoch(self, epoch, **options):
-        """Order and masks come from the seed and the epoch alone: the Trainer restores its random state only after the
-        first batch has been drawn. It would also make one more update of a run that is at its end."""
+        # From seed and epoch alone: the Trainer restores its random state only after the first batch has been drawn.
         self.order.manual_seed(self.args.seed + epoch)
         self.data_collator.epoch = epoch
+        # The Trainer would make one more update of a run that is at its end.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(epoch=epoch, **options)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of an update, timed."""
         start = time.monotonic()
         self.started = self.started or start
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -2761,10 +2650,10 @@ class CTCTrainer:
         return super().compute_loss(model, inputs, **options) * (len(inputs["labels"]) / len(self.clips))
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Where a gradient that is not finite shows, before the optimizer sees it: in float16 the update is skipped.
-        accelerate's own account of skipped updates sees none of them with the fused AdamW, the Trainer's default."""
+        """Here a gradient that is not finite shows; accelerate sees no skipped update of the default, fused AdamW."""
         norm = super()._get_grad_norm(model, grad_norm)
-        is_finite, most = bool(np.isfinite(float(norm))), MAX_SKIPPED_UPDATES if self.args.fp16 else 1
+        # The gradient scaler halves its scale at each skipped update, so a run starts with a few; ten are overflow.
+        is_finite, most = bool(np.isfinite(float(norm))), 10 if self.args.fp16 else 1
         self.skipped += not is_finite
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == most:
@@ -2782,7 +2671,7 @@ class CTCTrainer:
         try:
             if not stopped:
                 super()._maybe_log_save_evaluate(*inputs, **options)
-        except Stopped as error:  # in the evaluation, which the next start makes up for
+        except Stopped as error:  # in the evaluation
             stopped = error.args[0]
         if stopped:
             self.control.should_save, self.control.should_evaluate = True, False
@@ -2804,7 +2693,7 @@ class CTCTrainer:
             self.refuse(f"the model is not finite, in {broken},")
         if self.args.should_save:
             (folder / "trainer_state.json").unlink(missing_ok=True)
-        with explained(f"{folder} cannot be written", checkpoint_errors(), ROOM_ADVICE):
+        with explained(f"{folder} cannot be written", ROOM_ADVICE):
             try:
                 super()._save_checkpoint(model, trial)
             except BaseException:  # what is half-written takes the room that is asked for
@@ -2813,13 +2702,12 @@ class CTCTrainer:
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The dev scores, made as the test scores are: Trainer.evaluate would gather logits, and cut no windows. A few
-        texts are among them, for TensorBoard."""
+        """The dev scores, made as the test scores are, and a few texts for TensorBoard."""
         start = time.monotonic()
         emissions, loss = self.decoder.emissions(self.dev, self.encoder)
         if not np.isfinite(loss):
             self.refuse("the dev loss is not finite")
-        table = self.dev.table.assign(hypothesis=self.decoder.greedy(emissions))
+        table = self.dev.table.assign(hypothesis=self.decoder.texts(emissions))
         pairs = {"references": table["text"].map(normalize_wer), "predictions": table["hypothesis"].map(normalize_wer)}
         scores = mixed(ErrorRates, evaluate.Metric)(keep_in_memory=True).compute(**pairs)
         for domain, part in table[table["domain"] != ""].groupby("domain"):
@@ -2836,7 +2724,6 @@ class CTCTrainer:
         return metrics
 
     def log(self, logs, start_time=None):
-        """Log the speed beside a training loss, and show readable figures instead of a dict."""
         if "loss" in logs:
             heard = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device)
             real, padded = self.accelerator.reduce(heard, "sum").tolist()
@@ -2845,8 +2732,8 @@ class CTCTrainer:
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
             logs["data_wait_percent"] = round(100 * self.waited / seconds, 1)
             self.heard, self.started, self.waited = np.zeros(2), now, 0.0
-            speed = f"{logs['audio_seconds_per_second']:.0f} audio s/s"
-            shown = f"loss {logs['loss']:.3f}, {speed}, {logs['data_wait_percent']:.0f} % waiting for data"
+            shown = f"loss {logs['loss']:.3f}, {logs['audio_seconds_per_second']:.0f} audio s/s, "
+            shown += f"{logs['data_wait_percent']:.0f} % waiting for data"
             if self.args.fp16:
                 logs["skipped_updates"] = self.skipped
                 shown += f", {plural(self.skipped, 'update')} skipped" * bool(self.skipped)
@@ -2861,17 +2748,12 @@ def planned_updates(settings, clips):
     return settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * an_epoch), an_epoch
 
 
-TRIED_BATCH_SIZES = (32, 16, 8, 4, 2, 1)
-SPARE_MEMORY = 0.05  # of the GPU's, left over in a trial for what batches of other lengths leave in pieces
-
-
 def choose_batch_size(model, collator, train, settings, limit):
-    """Split the clips of an update into the largest steps, up to `limit` if given, that fit the GPU if all clips are as
-    long as the longest, beside what optimizer and processes keep in memory."""
+    """Split an update's clips into the largest steps, up to `limit` if given, that fit the GPU at the longest clip."""
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
-    sizes = iter([size for size in TRIED_BATCH_SIZES if clips % size == 0 and size <= largest])
+    sizes = iter([size for size in (32, 16, 8, 4, 2, 1) if clips % size == 0 and size <= largest])
     seconds = settings.max_train_seconds if settings.streaming else train[0]["num_samples"] / SAMPLE_RATE  # sorted
     longest = {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": "the " * int(2 * seconds)}
 
@@ -2883,7 +2765,8 @@ def choose_batch_size(model, collator, train, settings, limit):
         trial, copies = copy.deepcopy(model).train(), 1 + (settings.world_size > 1)
         trial.encoder.layerdrop = 0.0
         kept = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
-        spare = int(SPARE_MEMORY * torch.cuda.get_device_properties(device).total_memory)
+        # As much as batches of other lengths leave in pieces.
+        spare = int(0.05 * torch.cuda.get_device_properties(device).total_memory)
         kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
         with torch.autocast(device.type, half, enabled=settings.fp16 or settings.bf16):
             loss = trial(**model_inputs(collator([longest] * size), collator.extractor, device)).loss
@@ -2916,33 +2799,14 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
         choose_batch_size(model.to(device), plain, train, settings, batch_limit)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.output_dir) / "runs")
     collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed)
-    options = {"data_collator": collator, "train_dataset": train, "eval_dataset": dev.audio}
-    options["processing_class"] = decoder.processor  # whole: its feature extractor alone has no tokenizer to save
     kind = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)
-    trainer = kind(model, settings, **options)
+    # The whole processor: its feature extractor alone has no tokenizer to save.
+    trainer = kind(model, settings, collator, train, dev.audio, decoder.processor)
     trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()
     trainer.model_accepts_loss_kwargs = False  # concluded from the **kwargs of LasrForCTC.forward, which ignores them
     trainer.remove_callback(transformers.PrinterCallback if settings.disable_tqdm else transformers.ProgressCallback)
     trainer.add_callback(trainer)
     return trainer
-
-
-def checkpoint_to_resume(settings):
-    """(the complete checkpoint to go on from, None for none; its updates): the newest, or --resume_from_checkpoint's.
-    Raises UsageError if the one asked for is not complete, RunError if the processes find different ones."""
-    asked, checkpoint, updates = settings.resume_from_checkpoint, None, 0
-    found = Lazy("transformers.trainer_utils").sort_checkpoints(settings.output_dir)[::-1]
-    for path in found if not asked or asked.lower() in ("true", "false") else [asked]:
-        if state := read_json(Path(path, "trainer_state.json")):  # the Trainer writes it last
-            checkpoint, updates = path, state["global_step"]
-            break
-        if path == asked:
-            raise UsageError(f"--resume_from_checkpoint is {asked}: no checkpoint that was finished; choose another")
-        warn(f"{path} is left aside: it was not finished")
-    if agreed(updates) != agreed(updates, max):
-        what = f"the processes find different checkpoints in {settings.output_dir}, which nodes have to share"
-        raise RunError(f"{what}; --overwrite_output_dir starts anew")
-    return checkpoint, updates
 
 
 # ---------------------------------------------------------------- the run
@@ -2975,8 +2839,8 @@ class Run:
         self.notes = {"identity": identity, "baseline": None, "reached": None, "batch_limit": None}
 
     def open(self):
-        """Take up what an earlier start of the run has left; returns its metrics if it has finished, otherwise None.
-        Raises UsageError for what is of another run."""
+        """Take up what an earlier start of the run has left; returns its metrics if it has finished. Otherwise
+        `checkpoint` is the complete one to go on from, if any, with `done` updates. Raises UsageError and RunError."""
         output, anew = self.output, self.settings.overwrite_output_dir
         for path in [*self.results.glob("*.tmp"), *output.glob("*")] if self.settings.is_first else ():
             if path.suffix == ".tmp" or (anew and MADE_BY_A_RUN.match(path.name)):  # half-written by a killed start
@@ -2995,7 +2859,21 @@ class Run:
                 what = f"holds a run with {NO_FLAGS.get(name, f'--{name}')} {found}, not {value}"
                 raise UsageError(f"--output_dir {output} {what}; {advice}")
         self.notes |= notes or {}
-        return metrics if self.notes["reached"] == self.goal else None
+        if metrics and self.notes["reached"] == self.goal:
+            return metrics
+        asked, self.checkpoint, self.done = self.settings.resume_from_checkpoint, None, 0
+        found = Lazy("transformers.trainer_utils").sort_checkpoints(str(output))[::-1]
+        for path in found if not asked or asked.lower() in ("true", "false") else [asked]:
+            if state := read_json(Path(path, "trainer_state.json")):  # the Trainer writes it last
+                self.checkpoint, self.done = path, state["global_step"]
+                break
+            if path == asked:
+                what = "no checkpoint that was finished; choose another"
+                raise UsageError(f"--resume_from_checkpoint is {asked}: {what}")
+            warn(f"{path} is left aside: it was not finished")
+        if agreed(self.done) != agreed(self.done, max):
+            what = f"the processes find different checkpoints in {output}, which nodes have to share"
+            raise RunError(f"{what}; --overwrite_output_dir starts anew")
 
     def save(self, **notes):
         self.notes |= notes
@@ -3025,9 +2903,9 @@ class Run:
                 write_text(self.results / "lm.json", json.dumps(record, indent=1))
         for name, clips in self.tests.items():
             emissions = decoder.emissions(clips)[0]
-            texts[name] = {system: decoder.greedy(emissions)}
+            texts[name] = {system: decoder.texts(emissions)}
             if decoder.lm:
-                texts[name][f"{system}_lm"] = decoder.texts(emissions)
+                texts[name][f"{system}_lm"] = decoder.texts(emissions, decoder.lm)
         return texts
 
     def write_results(self, texts, history=()):
@@ -3038,12 +2916,13 @@ class Run:
         training = settings.to_dict()
         config = {name: training.pop(name) for name in ScriptFlags.__annotations__}
         data = {name: {**sizes_of(part.table), "skipped": part.reasons} for name, part in clips.items()}
-        data |= {"made_splits": made, "speakers_in_train_too": shared_speakers(clips)}
+        shared, notes = shared_speakers(clips)
+        data |= {"made_splits": made, "speakers_in_train_too": shared}
         data |= {"layout": self.source.layout, "characters_dropped_from_labels": self.encoder.dropped}
         content = {"config": {**config, "command": settings.command, "training": training}, "data": data}
         longer = int((clips["test"].table["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum())
         windows = f"{plural(longer, 'clip')} over {settings.window_seconds:g} s scored in overlapping windows"
-        notes = [f"{windows}; none left out for its length.", *shared_speaker_notes(clips)]
+        notes = [f"{windows}; none left out for its length.", *notes]
         notes += [f"{' and '.join(made)} made of the train split by speaker."] * bool(made)
         if lm:
             before = (self.notes["baseline"] or {}).get("lm") or lm.settings  # each model is tuned by itself
@@ -3070,7 +2949,7 @@ class Run:
             seed, settings.ignore_data_skip = seed + self.done, True
             train = mixed(TrainingStream, torch.utils.data.IterableDataset)(self.source, settings, self.check, seed)
         greedy, advice = Decoder(self.decoder.model, self.decoder.processor, settings), "an older one is taken then"
-        loading = explained(f"{checkpoint} cannot be loaded", checkpoint_errors(), f"delete it: {advice}")
+        loading = explained(f"{checkpoint} cannot be loaded", f"delete it: {advice}")
         try:
             limit = self.notes["batch_limit"]
             trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], limit)
@@ -3089,8 +2968,8 @@ class Run:
                 self.save(batch_limit=batch // 2)
             advice = f"try {less}, --gradient_checkpointing, or a lower --max_train_seconds"
             raise RunError(f"the GPU's memory is full with {plural(batch, 'clip')} a step: {advice}") from error
-        except checkpoint_errors() as error:
-            if (trainer and trainer.started) or LOST_PROCESS.search(str(error)):
+        except Exception as error:
+            if isinstance(error, RunError) or (trainer and trainer.started) or LOST_PROCESS.search(str(error)):
                 raise
             # Before the first batch: of flags such as --optim.
             raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
@@ -3121,8 +3000,7 @@ class Run:
         if not self.settings.is_first:
             return
         metrics = self.write_results(texts, trainer.state.log_history)
-        what = f"{self.final} cannot be written"
-        with explained(what, checkpoint_errors(), ROOM_ADVICE), complete(self.final) as final:
+        with explained(f"{self.final} cannot be written", ROOM_ADVICE), complete(self.final) as final:
             trainer.save_model(str(final))
             write_model_card(final, self.results, self.settings, metrics)
         # The test scores and the picture by accent go to TensorBoard, beside the curves of the training.
@@ -3155,7 +3033,6 @@ def run(settings):
             show_scores(metrics)
             this.finish()
             return 0
-        this.checkpoint, this.done = checkpoint_to_resume(settings)
     say(f"corpus: {settings.dataset}")
     if trains or settings.eval_only:
         # Before the audio: what cannot be used should not be found out after hours of preparation.
@@ -3195,13 +3072,6 @@ def main(argv=None):
     try:
         STOP_SIGNALS.install()
         return run(parse_settings(argv))
-    except UsageError as error:
-        status, message = 2, str(error)
-        if rank != "0":
-            return status  # each process refuses the same flags
-    except RunError as error:
-        # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
-        message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
     except Stopped as error:
         status = 128 + error.args[0]
         message = f"stopped by {signal.Signals(error.args[0]).name}: {error.advice}"
@@ -3211,10 +3081,17 @@ def main(argv=None):
         if os.environ.get("MEDASR_TRACEBACK"):
             raise
         message = f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
-        if is_full_disk(error):
+        if isinstance(error, RunError):
+            # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
+            message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
+        elif is_full_disk(error):
             message = f"a file cannot be written ({one_line(error)}): {ROOM_ADVICE}"
         elif LOST_PROCESS.search(str(error)):
             message = "another process has ended; its own message says why, the same command goes on from here"
+        if isinstance(error, UsageError):
+            status = 2
+            if rank != "0":
+                return status  # each process refuses the same flags
     finally:
         for number, handler in handlers.items():
             with contextlib.suppress(ValueError, TypeError):  # another thread, or a handler that is not Python's

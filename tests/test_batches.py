@@ -103,10 +103,10 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_clips_and_padding_is_silence()
 def test_neither_other_clips_nor_padding_change_the_text_of_a_clip(tmp_path, flags):
     sounds = [("", noise(seconds, seed)) for seed, seconds in enumerate((0.9, 8.0, 0.01, 7.0, 2.2))]
     decoder = make_decoder(tmp_path, "--window_seconds", 6, *flags.split())
-    alone = [decoder.greedy(decoder.emissions(make_clips("test", sound))[0])[0] for sound in sounds]
+    alone = [decoder.texts(decoder.emissions(make_clips("test", sound))[0])[0] for sound in sounds]
     together = make_clips("test", *sounds)
     order = together.table["clip"].str.removeprefix("session/test-").astype(int)
-    assert decoder.greedy(decoder.emissions(together)[0]) == [alone[number] for number in order]
+    assert decoder.texts(decoder.emissions(together)[0]) == [alone[number] for number in order]
     assert len(set(alone)) == 5 and len(alone[1]) > 50
 
 
@@ -322,7 +322,7 @@ def test_dev_scores_are_those_of_the_clips_and_of_each_domain(tmp_path, clips):
     dev = make_clips("dev", *zip(texts, (noise(0.9), noise(0.8), noise(0.7))))
     dev.table["domain"] = ["clinical", "general", ""]
     trainer = make_trainer(tmp_path, (clips[0], dev))
-    trainer.decoder.greedy = lambda emissions: ["Give 20 mg", "a good good book", "the patient's 1100 books"]
+    trainer.decoder.texts = lambda emissions: ["Give 20 mg", "a good good book", "the patient's 1100 books"]
     scores = trainer.evaluate()
     assert np.isfinite(scores["eval_loss"]) and scores["eval_wer"] == pytest.approx(2 / 10)
     assert scores["eval_wer_by_domain/clinical"] == scores["eval_wer_by_domain/general"] == pytest.approx(1 / 3)

@@ -271,7 +271,7 @@ def test_a_finished_run_scores_another_set_without_training(forgetting, tmp_path
     write(tmp_path / "arabic/00.flac", (US_ENGLISH / "test/00.flac").read_bytes())
     write(tmp_path / "arabic/metadata.csv", "file_name,text\n00.flac,المريض بخير\n")
     assert "finished" in succeeded(run_main(tmp_path, *flags, "--output_dir", "out")).stdout
-    done = succeeded(run_main(tmp_path, *flags[:-1], "./arabic", "--output_dir", "out"))
+    done = succeeded(run_main(tmp_path, *flags[:-1], tmp_path / "arabic", "--output_dir", "out"))
     assert "update 2 of 2" in done.stdout
     again = load_json(tmp_path / "out/results/metrics.json")
     assert list(again["also"]) == ["us_english", "arabic"]

@@ -76,10 +76,13 @@ def test_no_message_of_a_refused_run_holds_a_token(tmp_path, with_tokens, flags)
     assert found_tokens(tmp_path, done.stdout, done.stderr) == []
 
 
-@pytest.mark.parametrize("line", ["token: {}: wrong", "token: '{}", "[token: {}", "token:\n  - {}\n  x"])
+BAD_YAML = ["hub_token: {}: wrong", "hub_token: '{}", "[hub_token: {}", "hub_token:\n  - {}\n  x"]
+
+
+@pytest.mark.parametrize("line", BAD_YAML)
 @pytest.mark.parametrize("token", ["hub", "yaml"])
 def test_no_message_about_a_yaml_file_holds_its_token(tmp_path, line, token):
-    write(tmp_path / "run.yaml", "hub_" + line.format(TOKENS[token]) + "\n")
+    write(tmp_path / "run.yaml", line.format(TOKENS[token]) + "\n")
     assert TOKENS[token] not in refused(run_main(tmp_path, "run.yaml"), 2)
 
 
@@ -130,7 +133,7 @@ def test_no_code_of_a_model_is_run(tmp_path, name, known, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\ny\n"))
     done = run_main(tmp_path, "--transcribe", "clip.wav", "--model", model)
     assert not (model / "canary").exists() and "[y/N]" not in done.stdout
-    assert "unexpected" not in done.stderr
+    assert "report it" not in done.stderr
     assert done.returncode == 0 or refused(done, 1, "cannot be loaded")
 
 

@@ -84,7 +84,7 @@ def scores(run, model):
     """{set: WER in %} of a model."""
     run.decoder.model, accents, found = model, set(run.clips["train"].table["accent"]), {}
     for name in ("dev", "test", "us"):
-        texts = {"finetuned": run.decoder.greedy(run.decoder.emissions(run.clips[name])[0])}
+        texts = {"finetuned": run.decoder.texts(run.decoder.emissions(run.clips[name])[0])}
         metrics = script.Scores(run.clips[name].table, texts, accents).metrics()["finetuned"]
         found |= metrics["groups"]["seen_accent"] if name == "test" else {name: metrics}
     return {name: 100 * found[name]["wer"] for name in SETS}

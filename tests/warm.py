@@ -1,14 +1,16 @@
 """The program in a process of its own each time, without the five seconds that a process takes to import libraries.
 
 One process imports them, and forks for each run. A run ends as it does by itself: with its exit status or a signal, and
-with what it does at exit. Tests of a start itself, and of launchers, start Python anew."""
+with what it does at exit. Tests of a start itself, and of launchers, start Python anew.
+"""
 
+import fcntl
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parent.parent / "finetune_medasr.py"
@@ -51,6 +53,21 @@ while True:
 """
 
 
+def open_pipe():
+    """(read end, write end) of a pipe that holds all that a run prints: nobody reads it meanwhile. No file: one could
+    not grow where a test lets the disk be full."""
+    ends = os.pipe()
+    fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 1 << 20)
+    os.set_blocking(ends[0], False)  # a worker that outlives its program keeps the pipe open
+    return ends
+
+
+def read_now(pipe):
+    """What is in a pipe, as subprocess gives text."""
+    with io.FileIO(pipe) as file:
+        return (file.readall() or b"").decode().replace("\r\n", "\n").replace("\r", "\n")
+
+
 class WarmStarts:
     """Starts one run after the other, each in a new process and process group."""
 
@@ -71,20 +88,19 @@ class WarmStarts:
     def start(self, *arguments, program=SCRIPT, cwd=".", env=()):
         """The process id of `python PROGRAM ARGUMENTS`, which is its group's too."""
         self.command = list(map(str, [program, *arguments]))
-        self.outputs = [tempfile.TemporaryFile("w+") for _ in ("stdout", "stderr")]
+        pipes = [open_pipe() for _ in ("stdout", "stderr")]
+        self.outputs, inputs = zip(*pipes)
         variables = {name: str(value) for name, value in dict(env).items()}
         message = json.dumps([os.path.abspath(cwd), variables, *self.command])
-        socket.send_fds(self.channel, [message.encode()], [output.fileno() for output in self.outputs])
+        socket.send_fds(self.channel, [message.encode()], inputs)
+        for end in inputs:
+            os.close(end)
         return int(self.channel.recv(32))
 
     def wait(self):
         """The CompletedProcess of what was started."""
-        status, texts = int(self.channel.recv(32)), []
-        for output in self.outputs:
-            with output:
-                output.seek(0)
-                texts.append(output.read())
-        return subprocess.CompletedProcess(self.command, status, *texts)
+        status = int(self.channel.recv(32))
+        return subprocess.CompletedProcess(self.command, status, *map(read_now, self.outputs))
 
     def run(self, *arguments, **options):
         self.start(*arguments, **options)
