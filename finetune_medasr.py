@@ -789,6 +789,7 @@ class Source:
         revision = DEFAULT_DATASET_REVISION if name == DEFAULT_DATASET and not revision else revision
         self.text_column, self.asked = (None, None) if is_extra else (settings.text_column, settings.accents)
         self.dataset, self.keep, self.made, self.shards, self.accents = dataset, settings.keep_archives, (), [], set()
+        self.notes = {}  # what should be said of clips that are converted: their names
         place = Path(name).expanduser()
         place = place.resolve() if place.is_dir() else None
         identity = digest([str(place or name), revision, self.config, self.text_column])
@@ -973,12 +974,13 @@ class Source:
         """Yield the clips of a shard as rows of its prepared file; damage to an archive ends it with a row too."""
         rows = self.rows[self.rows["part"] == shard.part].drop(columns="part").to_dict("records")
         if self.kind == "tables":
-            yield from (make_clip(row, self.repository.local(row["clip"])) for row in rows)
+            yield from (make_clip(row, self.repository.local(row["clip"]), self.notes) for row in rows)
         elif self.kind == "parquet":
             with self.open_parquet(shard.name) as (file, audio):
                 batches = file.iter_batches(batch_size=50, columns=[audio])
                 cells = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-                yield from (make_clip(row, (cell or {}).get("bytes")) for row, cell in zip(rows, cells))
+                for row, cell in zip(rows, cells):
+                    yield make_clip(row, (cell or {}).get("bytes"), self.notes)
         else:
             rows, seen = {row["clip"]: row for row in rows}, set()
             nothing = dict.fromkeys(CLIP_COLUMNS, "") | LAYOUTS["archives"].fullmatch(shard.name).groupdict()
@@ -987,12 +989,12 @@ class Source:
                     for name, audio, problem in archive_members(stream):
                         row = rows.get(key := clip_key(name)) or {**nothing, "clip": key, "problem": "no transcript"}
                         problem = problem or row["problem"] or ("a second copy" if key in seen else "")
-                        yield make_clip({**row, "problem": problem}, audio)
+                        yield make_clip({**row, "problem": problem}, audio, self.notes)
                         seen.add(key)
                 # Numbers in headers that are none are a ValueError or an OverflowError of tarfile's.
                 except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
                     problem = f"damaged archive ({one_line(error)}): {plural(len(seen), 'clip')} of it kept"
-                    yield make_clip({**nothing, "clip": shard.name, "problem": problem}, None)
+                    yield make_clip({**nothing, "clip": shard.name, "problem": problem}, None, self.notes)
 
 
 def clip_key(path):
@@ -1113,16 +1115,19 @@ def decode_audio(source, notes=None):
     return np.concatenate(blocks)
 
 
-def make_clip(row, audio):
-    """A row of a prepared file: that of a table of clips, with its `audio` as FLAC, and the audio's own length."""
-    samples, notes, flac, problem = (), [], io.BytesIO(), row["problem"] or ("" if audio else "no audio")
+def make_clip(row, audio, notes):
+    """A row of a prepared file: that of a table of clips, with its `audio` as FLAC, and the audio's own length. `notes`
+    {what should be said of a clip: names} grow."""
+    samples, found, flac, problem = (), [], io.BytesIO(), row["problem"] or ("" if audio else "no audio")
     try:
-        samples = () if problem else decode_audio(audio, notes)
+        samples = () if problem else decode_audio(audio, found)
     except ValueError as error:
         problem = f"undecodable audio ({error})"
-    for note in notes:
+    for note in found:
         if note.startswith(CUT_OFF):  # its text says more than its audio
             samples, problem = (), f"cut off ({note})"
+        else:
+            notes.setdefault(note, []).append(row["clip"])
     if len(samples):
         soundfile.write(flac, np.clip(samples, -1.0, 1.0), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return {**row, "audio": flac.getvalue(), "num_samples": len(samples), "problem": problem}
@@ -1155,7 +1160,7 @@ def clip_features():
 
 
 def prepare_shard(source, shard):
-    """Convert a shard to its prepared file, complete or absent; returns (clips, hours) of it. Raises RunError."""
+    """Convert a shard to its prepared file, complete or absent; returns its clips and hours, and notes. Raises RunError."""
     lengths, writer_of = [], Lazy("datasets.arrow_writer").ArrowWriter
     with explained(f"{shard.name} cannot be prepared"):
         for path in shard.files:
@@ -1168,7 +1173,7 @@ def prepare_shard(source, shard):
                 writer.finalize()
         for path in () if source.keep else shard.files:
             source.repository.release(path)
-    return len(lengths), sum(lengths) / SAMPLE_RATE / 3600
+    return np.array([len(lengths), sum(lengths) / SAMPLE_RATE / 3600]), source.notes
 
 
 def start_worker(connection):
@@ -1198,7 +1203,7 @@ def prepare(source, splits, settings):
         if need > free:
             what = f"preparing needs {need / 1e9:.1f} GB in {source.folder} and {free / 1e9:.1f} GB are free"
             raise RunError(f"{what}: choose another --data_dir, fewer --accents, or a lower --num_proc")
-        done, failures = np.zeros(2), []
+        done, failures, notes = np.zeros(2), [], {}
         # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -1208,7 +1213,10 @@ def prepare(source, splits, settings):
             todo.sort(key=lambda shard: -source.repository.size(shard.files))
             for job in as_completed([pool.submit(prepare_shard, source.part([shard]), shard) for shard in todo]):
                 try:
-                    done += job.result()
+                    sizes, found = job.result()
+                    done += sizes
+                    for note, names in found.items():
+                        notes.setdefault(note, []).extend(names)
                 except RunError as error:
                     failures.append(error)
                 except BrokenProcessPool as error:
@@ -1216,6 +1224,8 @@ def prepare(source, splits, settings):
                     raise RunError(f"a process was killed, most likely for want of memory: {advice}") from error
                 bar.set_postfix_str("{:,.0f} clips, {:.2f} h".format(*done))
                 bar.update()
+        for note, names in notes.items():
+            warn(f"{plural(len(names), 'clip')}, such as {names[0]}: {note}")
         if failures:
             failed = f"{len(failures)} of {len(todo)} archives could not be prepared"
             raise RunError(f"{failed}, the others are ready; the first: {failures[0]}")
