@@ -1160,7 +1160,7 @@ def clip_features():
 
 
 def prepare_shard(source, shard):
-    """Convert a shard to its prepared file, complete or absent; returns its clips and hours, and notes. Raises RunError."""
+    """Convert a shard to its prepared file, complete or absent; returns its size, and notes. Raises RunError."""
     lengths, writer_of = [], Lazy("datasets.arrow_writer").ArrowWriter
     with explained(f"{shard.name} cannot be prepared"):
         for path in shard.files:
