@@ -2638,7 +2638,7 @@ class CTCTrainer:
             try:
                 super()._save_checkpoint(model, trial)
             except BaseException:  # what is half-written takes the room that is asked for
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder if self.args.should_save else "", ignore_errors=True)
                 raise
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
