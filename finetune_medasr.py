@@ -436,9 +436,8 @@ def parse_settings(argv):
     if argv and not argv[0].startswith("-"):
         with explained(f"{argv[0]} is no YAML file of lines 'flag: value'", kind=UsageError):
             argv = as_flags(dict(yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {})) + argv[1:]
-    # The script says itself what a user needs to know of the libraries' advice.
     quiet = "TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1"
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # the script says itself what a user needs to know
     # TensorBoard writes in a thread, and raises the same in the program itself.
     threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
     # OpenMP's waiting threads spin: many times slower where another process wants the core. The demo's needs but one.
@@ -1129,8 +1128,7 @@ def prepare(source, splits, settings):
         ours, theirs = context.Pipe()
         pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker, (theirs,))
         with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool, contextlib.closing(ours):
-            # The largest first, so that none is left alone at the end.
-            todo.sort(key=lambda shard: -source.repository.size(shard.files))
+            todo.sort(key=lambda shard: -source.repository.size(shard.files))  # none is left alone at the end
             for job in as_completed([pool.submit(prepare_shard, source.part([shard]), shard) for shard in todo]):
                 try:
                     with explained("a process was killed, most likely for want of memory", "try a lower --num_proc"):
@@ -1155,7 +1153,6 @@ def disk_needed(source, todo, num_proc):
 
 
 def sizes_of(table):
-    """How much a table of clips is, for metrics.json."""
     people, spoken = (table[name][table[name] != ""].nunique() for name in ("speaker", "accent"))
     hours = round(float(table["num_samples"].sum()) / SAMPLE_RATE / 3600, 4)
     return {"clips": len(table), "hours": hours, "speakers": people, "accents": spoken}
@@ -1259,8 +1256,7 @@ def refuse_empty(split, texts, reasons=None):
 
 
 def load_clips(source, splits):
-    """(Dataset of all prepared clips of the shards of `splits`, table of these splits). `row` of the table is the
-    clip's place in the Dataset, -1 for those that are announced and have no audio."""
+    """(Dataset of all prepared clips, table of those of `splits`; its `row` is the place in it, -1 without audio)"""
     shards = source.needed(splits)
     audio, table = load_prepared(shard.path for shard in shards)
     table["row"], announced = np.arange(len(table)), source.announced
@@ -1281,8 +1277,7 @@ def load_clips(source, splits):
 
 
 def select_all(sources, settings, check):
-    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set}, the longest first. Writes
-    those that `check(table)` has a reason against to skipped_clips.csv. Raises RunError if none is left."""
+    """{split or test set: Clips, longest first} of {"" or test set: Source}; raises RunError. `check` gives reasons."""
     limits = dict(zip(SPLITS, (settings.max_train_samples, settings.max_eval_samples, settings.max_test_samples)))
     selected, path = {}, Path(settings.output_dir, SKIPPED_FILE)
     for extra, source in sources.items():
