@@ -51,7 +51,6 @@ import warnings
 import zlib
 from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_type_hints
@@ -88,6 +87,8 @@ MEDASR_KIND = f"lasr_ctc with a LasrFeatureExtractor of {SAMPLE_RATE:,} Hz"
 SPLITS = ("train", "dev", "test")
 WINDOW_OVERLAP_SECONDS = 2.0  # a side, as in the model card's pipeline call (chunk_length_s=20, stride_length_s=2)
 ROOM_ADVICE = "free some disk; the same command goes on"
+# What gloo and NCCL say in the processes that are left.
+LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|remote process exited|NCCL communicator was aborted")
 
 
 class RunError(Exception):
@@ -111,7 +112,6 @@ def say(text="", stream=None):
 
 
 def warn(text):
-    """A warning on stderr, in one line."""
     say(f"{PROGRAM}: warning: {' '.join(redact(text).split())}", sys.stderr)
 
 
@@ -121,10 +121,6 @@ def one_line(error):
 
 def plural(count, noun):
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-# What gloo and NCCL say in the processes that are left.
-LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|remote process exited|NCCL communicator was aborted")
 
 
 @contextlib.contextmanager
@@ -400,9 +396,8 @@ class ScriptFlags:
         for name in ("fsdp", "deepspeed"):
             is_on = getattr(self, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
             yield is_on and f"--{name} is not supported: this model needs no sharding; torchrun gives each GPU a copy"
-        sets = [file_stem(public(name)) for name in self.also_score or ()]
-        is_clear = len({*sets, *SPLITS}) == len(sets) + len(SPLITS)
-        yield not is_clear and f"--also_score has {', '.join(sets)}: two alike, or one like a split; give another path"
+        name, count = Counter([*SPLITS, *map(file_stem, map(public, self.also_score or ()))]).most_common(1)[0]
+        yield count > 1 and f"--also_score has {name} twice, or it is the name of a split; give another path"
 
         output, written = Path(self.output_dir).expanduser().resolve(), ("output_dir", "data_dir", "transcript_dir")
         read = ("model", "dataset", "resume_from_checkpoint") if self.overwrite_output_dir else ()
@@ -419,12 +414,9 @@ class ScriptFlags:
             yield len(together) > 1 and f"{' and '.join(together)} cannot be used together; choose one"
         for name, needed in NEEDS.items():
             yield name in given and needed not in given and f"--{name} needs --{needed}: give both, or neither"
-        if self.lm not in (None, "auto") and not Path(self.lm).is_file():
-            yield f"--lm is {self.lm}: there is no such file"
-        if self.lm and not importlib.util.find_spec("flashlight"):
-            yield "--lm needs a package that is not installed: pip install flashlight-text"
-        if self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
-            yield "--fp16 needs a CUDA GPU, and there is none; leave it out"
+        yield self.lm not in (None, "auto") and not Path(self.lm).is_file() and f"--lm is {self.lm}: no such file"
+        yield self.lm and not importlib.util.find_spec("flashlight") and "--lm needs: pip install flashlight-text"
+        yield self.fp16 and (self.use_cpu or not torch.cuda.is_available()) and "--fp16 needs a CUDA GPU; leave it out"
         if self.transcribe:
             find_recordings(self)
 
@@ -444,9 +436,8 @@ def parse_settings(argv):
     if argv and not argv[0].startswith("-"):
         with explained(f"{argv[0]} is no YAML file of lines 'flag: value'", kind=UsageError):
             argv = as_flags(dict(yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {})) + argv[1:]
-    # The script says itself what a user needs to know of the libraries' advice.
     quiet = "TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1"
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # the script says itself what a user needs to know
     # TensorBoard writes in a thread, and raises the same in the program itself.
     threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
     # OpenMP's waiting threads spin: many times slower where another process wants the core. The demo's needs but one.
@@ -559,14 +550,13 @@ class Repository:
             return  # a commit never changes: no network is needed to go on
         with explained_hub_errors(self.name, "dataset"):
             try:
-                tree = list(hub.list_repo_tree(self.name, recursive=True, revision=self.revision, repo_type="dataset"))
+                tree = hub.list_repo_tree(self.name, recursive=True, revision=self.revision, repo_type="dataset")
+                self.files = {one.path: [one.size, one.lfs and one.lfs.sha256] for one in tree if hasattr(one, "size")}
+                write_text(listing, json.dumps(self.files, indent=1))
             except (hub_errors.OfflineModeIsEnabled, httpx2.ConnectError):
                 if not self.files:
                     raise
                 say("  the Hub cannot be reached: taken as it was when it was listed last")
-                return
-        self.files = {file.path: [file.size, file.lfs and file.lfs.sha256] for file in tree if hasattr(file, "size")}
-        write_text(listing, json.dumps(self.files, indent=1))
 
     def size(self, paths):
         return sum(self.files[path][0] for path in paths)
@@ -641,8 +631,7 @@ def load_model(settings):
         silence = CTCCollator(extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
         model.eval()(**model_inputs(silence, extractor, "cpu"))  # shows what does not fit together
         labels = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")(["patient PATIENT"])[0]
-    unfit = [key for key, *_ in loading["mismatched_keys"]] + sorted(loading["missing_keys"])  # filled with noise
-    if unfit:
+    if unfit := [key for key, *_ in loading["mismatched_keys"]] + sorted(loading["missing_keys"]):  # filled with noise
         raise RunError(f"{what}: it lacks weights of its config.json, such as {unfit[:1]}")
     if broken := not_finite(model):
         raise RunError(f"{what}: it holds weights that are not finite, in {broken}")
@@ -694,8 +683,7 @@ def split_in(path):
 
 
 def read_table(path, text_column=None, needed=("clip", "text"), name=None):
-    """(`clip_table` of a CSV or of lines of JSON, notes on its defects); raises RunError or UsageError. `name` is what
-    messages call it. csv, not pandas: NA is Namibia, and after an unclosed quote pandas loses most rows."""
+    """(`clip_table` of a CSV or of lines of JSON, notes on its defects); raises RunError or UsageError."""
     notes, name = [], name or path
     with explained(f"{name} cannot be read"):
         data = Path(path).read_bytes()
@@ -710,7 +698,7 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
         number, lines = 0, list(io.StringIO(text.replace("\0", ""), newline=""))
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows
-        reader = csv.DictReader(lines, delimiter=delimiter)
+        reader = csv.DictReader(lines, delimiter=delimiter)  # pandas takes NA, Namibia, for an empty cell
         names, rows = reader.fieldnames or [], list(reader)
         try:
             for _ in csv.reader(lines, delimiter=delimiter, strict=True):
@@ -766,9 +754,7 @@ def clip_table(cells, split=""):
 
 # ---------------------------------------------------------------- sources
 
-
-# An archive, a group of audio files, or a parquet file, which becomes one prepared file, `path`. `files` is a list of
-# what it is made of, `part` the number of the table that tells of its clips, `splits` the set of theirs.
+# What becomes one prepared file, `path`: `files` with the clips, of `splits`, that table number `part` tells of.
 Shard = namedtuple("Shard", "name path files part splits")
 LAYOUTS = {  # of a corpus, the first one of whose files it has
     "archives": re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz"),
@@ -778,9 +764,9 @@ LAYOUTS = {  # of a corpus, the first one of whose files it has
 
 
 class Source:
-    """A corpus as `shards`, its tables read as far as `splits` need them; raises RunError or UsageError. To one of
-    --also_score (`is_extra`) the flags on the corpus and its parts do not apply. `rows` is the table of all clips with
-    their `part`, `announced` the same with the splits as planned: those `made`, which it lacks, come from train."""
+    """A corpus as `shards`; raises RunError or UsageError. `rows` is the table of all clips with their `part`,
+    `announced` the same with the splits as planned: those `made`, which it lacks, come from train. To one of
+    --also_score (`is_extra`) the flags on the corpus and its parts do not apply."""
 
     def __init__(self, dataset, settings, splits, is_extra=False):
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
@@ -824,7 +810,6 @@ class Source:
 
     @staticmethod
     def stem(name):
-        """What the names of all prepared files of a shard begin with."""
         return f"{slugify(name)[-80:]}-{digest(name)[:6]}"
 
     def read(self, path):
@@ -928,8 +913,7 @@ class Source:
         return clip_table(cells, split)[[*CLIP_COLUMNS, "num_samples"]]
 
     def plan_splits(self, splits, seed, unnamed):
-        """Draw speakers of train for dev and test, a tenth of the clips each, where `splits` lack one; raises RunError.
-        Where no clip names a split, all are of `unnamed`. Prepared files know nothing of it."""
+        """Draw speakers of train, a tenth of the clips each, for a dev or test that `splits` lack; raises RunError."""
         table = self.announced = self.rows.copy(deep=False)
         if not (table["split"] != "").any():
             table["split"] = unnamed
@@ -1183,21 +1167,17 @@ def start_worker(connection):
 
 
 def prepare(source, splits, settings):
-    """Convert every shard of `splits` that is not converted yet, with a progress bar; raises RunError if one cannot be.
-    Several programs may call this at once: one works, the others wait at the lock, without a time-out."""
+    """Convert the shards of `splits` that are not converted yet; raises RunError. Other programs wait at the lock."""
     source.folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(source.folder / "prepare.lock"):
-        # What was left: half-written files, archives of finished shards, and what the corpus was made into before.
-        for stale in source.folder.glob("*.arrow.*.tmp"):
-            stale.unlink()
         shards = source.needed(splits)
         for path in [path for shard in shards if shard.path.exists() and not source.keep for path in shard.files]:
             source.repository.release(path)
         if not (todo := [shard for shard in shards if not shard.path.exists()]):
             return
         known, made = set(map(source.stem, source.names)), {source.stem(shard.name) for shard in todo}
-        for path in source.folder.glob("*.arrow"):
-            if (stem := path.name.partition(".")[0]) in made or stem not in known:
+        for path in source.folder.glob("*.arrow*"):  # what is half-written, or made of the corpus as it was before
+            if path.suffix == ".tmp" or (stem := path.name.partition(".")[0]) in made or stem not in known:
                 path.unlink()
         need, free = disk_needed(source, todo, settings.num_proc)[1], shutil.disk_usage(source.folder).free
         if need > free:
@@ -1209,19 +1189,16 @@ def prepare(source, splits, settings):
         ours, theirs = context.Pipe()
         pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker, (theirs,))
         with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool, contextlib.closing(ours):
-            # The largest first, so that none is left alone at the end.
-            todo.sort(key=lambda shard: -source.repository.size(shard.files))
+            todo.sort(key=lambda shard: -source.repository.size(shard.files))  # none is left alone at the end
             for job in as_completed([pool.submit(prepare_shard, source.part([shard]), shard) for shard in todo]):
                 try:
-                    sizes, found = job.result()
+                    with explained("a process was killed, most likely for want of memory", "try a lower --num_proc"):
+                        sizes, found = job.result()
                     done += sizes
                     for note, names in found.items():
                         notes.setdefault(note, []).extend(names)
                 except RunError as error:
                     failures.append(error)
-                except BrokenProcessPool as error:
-                    advice = "run the same command again with a lower --num_proc"
-                    raise RunError(f"a process was killed, most likely for want of memory: {advice}") from error
                 bar.set_postfix_str("{:,.0f} clips, {:.2f} h".format(*done))
                 bar.update()
         for note, names in notes.items():
@@ -1242,7 +1219,6 @@ def disk_needed(source, todo, num_proc):
 
 
 def sizes_of(table):
-    """How much a table of clips is, for metrics.json."""
     people, spoken = (table[name][table[name] != ""].nunique() for name in ("speaker", "accent"))
     hours = round(float(table["num_samples"].sum()) / SAMPLE_RATE / 3600, 4)
     return {"clips": len(table), "hours": hours, "speakers": people, "accents": spoken}
@@ -1250,10 +1226,9 @@ def sizes_of(table):
 
 def size_line(table):
     """How much a table of clips is, in columns; own tables may not tell the hours before the audio is converted."""
-    sizes = sizes_of(table)
-    hours = f"{sizes['hours']:.2f}" if sizes["hours"] or not sizes["clips"] else "?"
-    counts = [plural(sizes[f"{noun}s"], noun) for noun in ("clip", "speaker", "accent")]
-    return f"{counts[0]:>14}{hours:>9} h{counts[1]:>16}{counts[2]:>12}"
+    clips, hours, speakers, accents = sizes_of(table).values()
+    hours = f"{hours:.2f}" if hours or not clips else "?"
+    return f"{plural(clips, 'clip'):>14}{hours:>9} h{plural(speakers, 'speaker'):>16}{plural(accents, 'accent'):>12}"
 
 
 def dry_run(source, settings):
@@ -1282,6 +1257,7 @@ def dry_run(source, settings):
 
 SKIPPED_FILE = "results/skipped_clips.csv"
 SKIPPED_COLUMNS = ["split", "clip", "reason", "accent", "seconds", "text"]
+FILTERS = {"accents": ("accent", slugify), "domains": ("domain", str.lower), "countries": ("country", str.upper)}
 NOT_WANTED = "not asked for"  # the problem of a stream's clips that are of none of the --accents, ... asked for
 
 
@@ -1310,9 +1286,6 @@ def load_prepared(paths):
             prepared.append(datasets.Dataset.from_file(str(path)))
     audio = datasets.concatenate_datasets(prepared)
     return audio, audio.data.select([*CLIP_COLUMNS, "num_samples"]).to_pandas()
-
-
-FILTERS = {"accents": ("accent", slugify), "domains": ("domain", str.lower), "countries": ("country", str.upper)}
 
 
 def is_wanted(table, settings):
@@ -1349,8 +1322,7 @@ def refuse_empty(split, texts, reasons=None):
 
 
 def load_clips(source, splits):
-    """(Dataset of all prepared clips of the shards of `splits`, table of these splits). `row` of the table is the
-    clip's place in the Dataset, -1 for those that are announced and have no audio."""
+    """(Dataset of all prepared clips, table of those of `splits`; its `row` is the place in it, -1 without audio)"""
     shards = source.needed(splits)
     audio, table = load_prepared(shard.path for shard in shards)
     table["row"], announced = np.arange(len(table)), source.announced
@@ -1371,8 +1343,7 @@ def load_clips(source, splits):
 
 
 def select_all(sources, settings, check):
-    """{split, or name of --also_score: Clips} of `sources`, {"": the corpus, name: test set}, the longest first. Writes
-    those that `check(table)` has a reason against to skipped_clips.csv. Raises RunError if none is left."""
+    """{split or test set: Clips, longest first} of {"" or test set: Source}; raises RunError. `check` gives reasons."""
     limits = dict(zip(SPLITS, (settings.max_train_samples, settings.max_eval_samples, settings.max_test_samples)))
     selected, path = {}, Path(settings.output_dir, SKIPPED_FILE)
     for extra, source in sources.items():
@@ -1440,8 +1411,7 @@ class TrainingStream:
             raise UsageError(f"--streaming has {plural(len(shards), 'archive')} for {settings.world_size} processes")
         shards = shards[settings.process_index :: settings.world_size]
         self.source, self.check, self.skipped_file = source.part(shards), check, Path(settings.output_dir, SKIPPED_FILE)
-        rows = self.source.rows
-        self.source.rows = rows.assign(problem=rows["problem"].where(is_wanted(rows, settings), NOT_WANTED))
+        self.source.rows.loc[~is_wanted(self.source.rows, settings), "problem"] = NOT_WANTED
         self.clips = datasets.IterableDataset.from_generator(self.usable, gen_kwargs={"shards": shards})
         self.seed, self.workers = seed, min(settings.dataloader_num_workers, len(shards))
 
@@ -2707,7 +2677,7 @@ class CTCTrainer:
             try:
                 super()._save_checkpoint(model, trial)
             except BaseException:  # what is half-written takes the room that is asked for
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder if self.args.should_save else "", ignore_errors=True)
                 raise
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 

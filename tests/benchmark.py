@@ -393,9 +393,16 @@ def train_usual(run, folder, updates):
     clips = cached_features(run.clips["train"].audio, run.processor, folder)
     trainer = usual_trainer(folder, run, clips, updates, {**precision, "dataloader_num_workers": 2})
     trainer.model_accepts_loss_kwargs = False
-    trainer.train()  # the first time makes memory and kernels ready
-    seconds = trainer.train().metrics["train_runtime"]
-    return 32 * updates * run.clips["train"].table["num_samples"].mean() / RATE / seconds
+    heard, step = [], trainer.training_step
+
+    def timed(model, inputs, *rest):
+        heard.append((time.monotonic(), inputs["attention_mask"].sum().item() * 160 / RATE))
+        return step(model, inputs, *rest)
+
+    trainer.training_step = timed
+    trainer.train()
+    warm = len(heard) // 3
+    return sum(seconds for _, seconds in heard[warm:-1]) / (heard[-1][0] - heard[warm][0])
 
 
 def training(folder, options):
