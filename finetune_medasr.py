@@ -1936,10 +1936,8 @@ def transcript(kind, words, formatted, name=""):
         parts[-1].append(word)
     if kind == "json":
         for number, part in enumerate(parts):
-            entries = [
-                {"word": word, "start": round(start, 3), "end": round(end, 3), "probability": round(probability, 4)}
-                for word, start, end, probability in part
-            ]
+            rows = [(word.text, round(word.start, 3), round(word.end, 3), round(word.probability, 4)) for word in part]
+            entries = [dict(zip(("word", "start", "end", "probability"), row)) for row in rows]
             times = {"start": entries[0]["start"], "end": entries[-1]["end"]}
             segments.append({"id": number, **times, "text": text_of(part, formatted), "words": entries})
         content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
@@ -2480,8 +2478,7 @@ def with_finite_statistics(module, forward, *inputs, **options):
 
 
 def guard_half_precision(model, batches, device):
-    """Make `model` safe under float16 autocast, as measured on `batches`: MedASR's subsampler reaches about 1.1e5,
-    other activations more. Raises RunError if it still overflows."""
+    """Make `model` safe under float16, measured on `batches` (MedASR's subsampler reaches 1.1e5), or raise RunError."""
     peaks = {module: 0.0 for module in model.modules() if list(module.parameters(recurse=False))}
 
     def watch(module, inputs, output):
@@ -2551,8 +2548,7 @@ class CTCTrainer:
             say(f"  stopped early: {plural(late, 'evaluation')} without a better dev WER; {more}")
 
     def _run_epoch(self, epoch, **options):
-        # From seed and epoch alone: the Trainer restores its random state only after the first batch has been drawn.
-        self.order.manual_seed(self.args.seed + epoch)
+        self.order.manual_seed(self.args.seed + epoch)  # the Trainer restores its state only after the first batch
         self.data_collator.epoch = epoch
         # The Trainer would make one more update of a run that is at its end.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
