@@ -40,7 +40,7 @@ BAD_CLIPS = {  # name: (audio, text, why it is left out of training, why out of 
     "nan": (sound(tone() * np.nan, subtype="FLOAT"), TEXT, NO_NUMBER, NO_NUMBER),
     "infinite": (sound(tone() + np.inf, subtype="FLOAT"), TEXT, NO_NUMBER, NO_NUMBER),
     "loud": (sound(tone() * 1e29, subtype="FLOAT"), TEXT, "", ""),
-    "truncated": (GOOD[: len(GOOD) // 2], TEXT, "", ""),
+    "truncated": (GOOD[: len(GOOD) // 2], TEXT, "cut off", "cut off"),
     "8-khz": (sound(tone(rate=8_000), 8_000), TEXT, "", ""),
     "96-khz-8-channels": (sound(np.tile(tone(rate=96_000)[:, None], 8), 96_000), TEXT, "", ""),
     "mp3": (sound(tone(), format="MP3", subtype="MPEG_LAYER_III"), TEXT, "", ""),
