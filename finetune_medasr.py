@@ -1065,6 +1065,8 @@ def read_audio(source, notes):
     with open_audio(source) as file:
         rate, blocks, count, made, weights = file.samplerate, decoded_blocks(file), 0, 0, None
         head = list(itertools.islice(blocks, 2))
+        if not len(head[0]):
+            raise ValueError("no audio samples, or a wrong header: ffmpeg -ignore_length 1 -i FILE new.wav mends that")
         if file.channels > 1 or file.subtype in ("FLOAT", "DOUBLE"):
             with open_audio(source) as again:  # the whole tells how its channels go together
                 weights = channel_weights(decoded_blocks(again) if len(head) == 2 else head, notes)
@@ -1074,8 +1076,6 @@ def read_audio(source, notes):
             samples = samples if rate == SAMPLE_RATE else resampler.resample_chunk(samples)
             count, made = count + len(block), made + len(samples)
             yield samples
-        if not count:
-            raise ValueError("no audio samples, or a wrong header: ffmpeg -ignore_length 1 -i FILE new.wav mends that")
         if rate != SAMPLE_RATE:
             rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
             yield librosa.util.fix_length(rest, size=math.ceil(count * SAMPLE_RATE / rate) - made)
@@ -1721,8 +1721,8 @@ class Decoder:
         return batches
 
     def emissions(self, clips, encoder=None, doing="scoring"):
-        """(the `Emissions` of each clip of a `Clips`, of one id a frame or what a search needs; the mean CTC loss of those
-        without windows, 0 if there is no `encoder` of their labels)."""
+        """(the `Emissions` of each clip of a `Clips`, of one id a frame or what a search needs; the mean CTC loss of
+        those without windows, 0 if there is no `encoder` of their labels)."""
         settings, self.model = self.settings, self.model.to(self.settings.device).eval()
         mine = self.batches(clips.table["num_samples"].tolist())[settings.process_index :: settings.world_size]
         collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), [], 0.0
