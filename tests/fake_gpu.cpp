@@ -20,6 +20,7 @@ std::string setting(const char* name) {
 
 const bool is_mps = setting("FAKE_GPU") == "mps";
 const at::Device gpu(is_mps ? at::kMPS : at::kCUDA, 0);
+const auto key = is_mps ? c10::DispatchKey::MPS : c10::DispatchKey::CUDA;
 
 // ---------------------------------------------------------------- memory
 
@@ -151,9 +152,9 @@ struct Apple : Hooks<at::MPSHooksInterface> {
 // ---------------------------------------------------------------- one kernel for all operators
 
 // A tensor of these bytes without a copy, with the sizes, strides and type of another.
-at::Tensor tensor_of(const at::Storage& storage, const at::Tensor& like) {
-  auto key = storage.device() == gpu ? (is_mps ? c10::DispatchKey::MPS : c10::DispatchKey::CUDA) : c10::DispatchKey::CPU;
-  auto tensor = at::detail::make_tensor<c10::TensorImpl>(at::Storage(storage), c10::DispatchKeySet(key), like.dtype());
+template <typename... Kind>
+at::Tensor tensor_of(at::Storage storage, const at::Tensor& like, c10::DispatchKeySet keys, Kind... kind) {
+  auto tensor = at::detail::make_tensor<c10::TensorImpl>(kind..., std::move(storage), keys, like.dtype());
   tensor.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
   return tensor;
 }
@@ -188,7 +189,7 @@ struct Call {
       if (on_gpu.is_same(tensor)) return on_cpu;
     auto storage = tensor.storage();
     auto same = storage_of(kept(storage, at::kCPU), storage.nbytes(), c10::GetAllocator(at::kCPU));
-    given.emplace_back(tensor, tensor_of(same, tensor));
+    given.emplace_back(tensor, tensor_of(same, tensor, c10::DispatchKeySet(c10::DispatchKey::CPU)));
     return given.back().second;
   }
 
@@ -196,7 +197,8 @@ struct Call {
     if (!tensor.defined()) return tensor;
     for (auto& [on_gpu, on_cpu] : given) {
       if (on_cpu.is_same(tensor)) return on_gpu;
-      if (on_cpu.storage().is_alias_of(tensor.storage())) return tensor_of(on_gpu.storage(), tensor);
+      if (on_cpu.storage().is_alias_of(tensor.storage())) 
+        return tensor_of(on_gpu.storage(), tensor, on_gpu.key_set(), c10::TensorImpl::VIEW);
     }
     auto storage = tensor.storage();
     auto& found = made[storage.unsafeGetStorageImpl()];
@@ -204,7 +206,7 @@ struct Call {
         "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. "
         "Please use float32 instead.");
     if (!found) found = storage_of(counted(kept(storage, at::kCPU), storage.nbytes()), storage.nbytes(), &allocator);
-    return tensor_of(found, tensor);
+    return tensor_of(found, tensor, c10::DispatchKeySet(key));
   }
 
   // Operators that resize what they write, or change its shape.
@@ -298,8 +300,10 @@ at::Tensor& set_whole_storage(at::Tensor& self, at::Storage source) {
 
 void kernels(torch::Library& all, torch::Library& aten) {
   all.fallback(BOXED);
-  // PyTorch has code for any backend for these, which asks for kernels of this one.
-  for (const char* name : {"copy_", "convolution", "convolution_backward"}) aten.impl(name, BOXED);
+  // PyTorch has code for any backend for these, which asks for kernels of this one, or writes into a tensor of its own.
+  for (const char* name : {"copy_", "convolution", "convolution_backward", "_softmax", "_log_softmax",
+           "_softmax_backward_data", "_log_softmax_backward_data"})
+    aten.impl(name, BOXED);
   aten.impl("set_.source_Storage", set_whole_storage);
   aten.impl("set_.source_Storage_storage_offset", set_storage);
 }
@@ -314,7 +318,6 @@ const bool installed = [] {
   static Guard guard;
   c10::impl::registerDeviceGuard(gpu.type(), &guard);
   c10::SetAllocator(gpu.type(), &allocator);
-  auto key = is_mps ? c10::DispatchKey::MPS : c10::DispatchKey::CUDA;
   static torch::Library all(torch::Library::IMPL, "_", key, __FILE__, __LINE__);
   static torch::Library aten(torch::Library::IMPL, "aten", key, __FILE__, __LINE__);
   kernels(all, aten);

@@ -70,14 +70,18 @@ def install(library):
         assert state.device.type == "cpu", "a state is a CPU tensor"
         device.set_random_state(state)
 
-    def storage_to(storage, device="mps", non_blocking=False):
-        # Storages that Python makes are of the devices that this PyTorch was built for.
-        return torch.empty(0, dtype=torch.uint8).set_(storage).to(device).untyped_storage()
+    make_storage = torch.UntypedStorage.__new__
+
+    def new_storage(cls, *sizes, device="cpu", **options):
+        # This PyTorch makes storages of the devices that it was built for.
+        if torch.device(device).type == "cpu":
+            return make_storage(cls, *sizes, **options)
+        return torch.empty(*sizes, dtype=torch.uint8, device=device).untyped_storage()
 
     def nothing(*_, **__):
         pass
 
-    torch.UntypedStorage.to = torch.UntypedStorage.mps = storage_to
+    torch.UntypedStorage.__new__ = new_storage
     common = dict(
         is_available=lambda: True,
         device_count=lambda: 1,
