@@ -2,6 +2,7 @@
 // CPU: one kernel for all operators hands them over as CPU tensors of the same memory, and the results back. It refuses
 // what a GPU refuses: CPU tensors among its own, more memory than FAKE_GPU_BYTES, on Apple's float64 and CTC.
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/detail/MPSHooksInterface.h>
 #include <torch/library.h>
@@ -84,12 +85,15 @@ struct Allocator : c10::Allocator {
 
 std::mutex pinned_lock;
 std::map<const char*, size_t> pinned;  // where each block of pinned memory starts, and its bytes
+c10::Dict<std::string, int64_t> counts;  // of blocks pinned so far, and of products in each precision
+void count(const std::string& what) { counts.insert_or_assign(what, (counts.contains(what) ? counts.at(what) : 0) + 1); }
 
 struct PinnedAllocator : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     std::lock_guard<std::mutex> guard(pinned_lock);
     char* block = static_cast<char*>(std::malloc(bytes + 64));
     pinned[block] = bytes;
+    count("pinned");
     auto free = [](void* block) {
       std::lock_guard<std::mutex> guard(pinned_lock);
       pinned.erase(static_cast<char*>(block));
@@ -244,19 +248,21 @@ struct Call {
 
 // Where a GPU takes a CPU tensor beside its own.
 const std::set<std::string> mixing = {"aten::copy_", "aten::index", "aten::_index_put_impl_"};
-const std::set<std::string> not_apples = {"aten::_ctc_loss", "aten::_ctc_loss_backward"};
+const std::set<std::string> ctc = {"aten::_ctc_loss", "aten::_ctc_loss_backward"};
+const std::set<std::string> products = {"aten::mm", "aten::addmm", "aten::bmm", "aten::convolution"};
 
 void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const auto& name = schema.name();
   auto arguments = torch::jit::last(*stack, schema.arguments().size());
   const size_t first = stack->size() - arguments.size();
-  TORCH_CHECK_NOT_IMPLEMENTED(!is_mps || !not_apples.count(name),
+  TORCH_CHECK_NOT_IMPLEMENTED(!is_mps || !ctc.count(name),
       "The operator '", name, "' is not currently implemented for the MPS device.");
   if (name == "aten::_use_cudnn_ctc_loss" || name == "aten::_use_miopen_ctc_loss") {  // asked on a GPU alone
     torch::jit::drop(*stack, arguments.size());
     return stack->emplace_back(false), void();
   }
+  if (name == "aten::_ctc_loss_backward") at::globalContext().alertNotDeterministic("ctc_loss_backward_gpu");
   Call call;
   for (size_t index = first; index < stack->size(); ++index) call.convert((*stack)[index], true);
   TORCH_CHECK(!call.cpu_joins || call.given.empty() || mixing.count(name), "Expected all tensors to be on the same ",
@@ -278,6 +284,7 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     if (op.hasTag(at::Tag::nondeterministic_seeded)) drawing.emplace();
     op.callBoxed(stack);
   }
+  if (products.count(name)) count(c10::toString(stack->back().toTensor().scalar_type()));
   if (to_half) stack->back() = stack->back().toTensor().to(at::kHalf);
   call.follow();
   for (size_t index = stack->size() - schema.returns().size(); index < stack->size(); ++index)
@@ -328,6 +335,7 @@ const bool installed = [] {
 
 TORCH_LIBRARY(fake_gpu, m) {
   m.def("memory", [] { return std::vector<int64_t>{memory.limit, memory.allocated, memory.peak, memory.reserved}; });
+  m.def("counts", [] { return counts; });
   m.def("limit", [](int64_t bytes) { memory.limit = bytes; });
   m.def("empty_cache", [] { memory.reserved = (memory.allocated + (2 << 20) - 1) >> 21 << 21; });
   m.def("reset_peak", [] { memory.peak = memory.allocated; });

@@ -2,11 +2,15 @@
 
 `install` comes before the first `import torch` of its process. What a run's GPU is, the environment says, when it is
 first used: FAKE_GPU cuda or mps, FAKE_GPU_BYTES its memory, FAKE_GPU_CAPABILITY 8.0 or another, FAKE_GPU_ERROR the text
-of the RuntimeError with which full memory shows instead of torch.OutOfMemoryError.
+of the RuntimeError with which full memory shows instead of torch.OutOfMemoryError. FAKE_GPU_LOG is a file that gets a
+line of JSON whenever the cache is emptied and at the end: the memory taken, the blocks of memory pinned so far, the
+matrix products and convolutions so far in each precision.
 """
 
+import atexit
 import ctypes
 import importlib.util
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -14,10 +18,14 @@ from types import SimpleNamespace
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 LIBRARY = "fake_gpu.so"
+# The first line of a program whose GPU it is.
+INSTALL = f"import os, sys; sys.path.insert(0, {str(SOURCE.parent)!r}); import fake_gpu; "
+INSTALL += "fake_gpu.install(os.environ['FAKE_GPU_LIBRARY'])\n"
 
 
-def build(folder):
+def build_in(folder):
     """Compile the device into a folder; takes half a minute of one core."""
+    folder.mkdir()
     torch = Path(importlib.util.find_spec("torch").origin).parent
     command = f"g++ -std=c++20 -O1 -fPIC -shared {SOURCE} -o {folder / LIBRARY}"
     command += f" -I{torch}/include -L{torch}/lib -ltorch_cpu -lc10 -Wl,-rpath,{torch}/lib"
@@ -36,6 +44,15 @@ def install(library):
 
     def memory(name):
         return lambda *_: dict(zip(names, device.memory()))[name]
+
+    def note_memory():
+        if path := os.environ.get("FAKE_GPU_LOG"):
+            with open(path, "a") as file:
+                print(json.dumps(dict(zip(names, device.memory())) | device.counts()), file=file)
+
+    def empty_cache():
+        device.empty_cache()
+        note_memory()
 
     def capability(*_):
         return tuple(map(int, os.environ.get("FAKE_GPU_CAPABILITY", "8.0").split(".")))
@@ -82,6 +99,7 @@ def install(library):
         pass
 
     torch.UntypedStorage.__new__ = new_storage
+    atexit.register(note_memory)
     common = dict(
         is_available=lambda: True,
         device_count=lambda: 1,
@@ -89,7 +107,7 @@ def install(library):
         manual_seed=manual_seed,
         get_rng_state=rng_state,
         set_rng_state=set_rng_state,
-        empty_cache=lambda: device.empty_cache(),
+        empty_cache=empty_cache,
         synchronize=nothing,
     )
     cuda = dict(
