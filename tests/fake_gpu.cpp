@@ -5,6 +5,7 @@
 #include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/detail/MPSHooksInterface.h>
+#include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <torch/library.h>
 
 #include <cstdlib>
@@ -303,6 +304,15 @@ at::Tensor& set_whole_storage(at::Tensor& self, at::Storage source) {
   return set_storage(self, std::move(source), 0, size, 1);
 }
 
+// PyTorch asks which way a device prefers, and only a build for Apple may ask one of Apple's.
+at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const std::optional<at::Tensor>& mask, double dropout, bool causal, std::optional<double> scale, bool grouped) {
+  auto added = mask;  // what is added to the scores: 0, and minus infinity where the mask is false
+  if (mask && mask->scalar_type() == at::kBool) added = mask->to(query.scalar_type()).log();
+  return std::get<0>(at::_scaled_dot_product_attention_math(
+      query, key, value, added, dropout, causal, std::nullopt, scale, grouped));
+}
+
 #define BOXED torch::CppFunction::makeFromBoxedFunction<&run>()
 
 void kernels(torch::Library& all, torch::Library& aten) {
@@ -327,7 +337,10 @@ const bool installed = [] {
   c10::SetAllocator(gpu.type(), &allocator);
   static torch::Library all(torch::Library::IMPL, "_", key, __FILE__, __LINE__);
   static torch::Library aten(torch::Library::IMPL, "aten", key, __FILE__, __LINE__);
+  static torch::Library autograd(torch::Library::IMPL, "aten", c10::DispatchKey::AutogradMPS, __FILE__, __LINE__);
   kernels(all, aten);
+  if (is_mps)
+    for (auto library : {&aten, &autograd}) library->impl("scaled_dot_product_attention", attention);
   return true;
 }();
 
