@@ -21,6 +21,7 @@ std::string setting(const char* name) {
 
 const bool is_mps = setting("FAKE_GPU") == "mps";
 const at::Device gpu(is_mps ? at::kMPS : at::kCUDA, 0);
+const bool apple_falls_back = setting("PYTORCH_ENABLE_MPS_FALLBACK") == "1";  // read once, as PyTorch does
 const c10::DispatchKeySet gpu_keys(is_mps ? c10::DispatchKey::MPS : c10::DispatchKey::CUDA);
 const c10::DispatchKeySet cpu_keys(c10::DispatchKey::CPU);
 
@@ -228,8 +229,7 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& name = op.schema().name();
   const size_t first = stack->size() - op.schema().arguments().size();
   const auto tensor_at = [&](size_t index) { return (*stack)[index].toTensor(); };
-  const bool is_lacking = is_mps && ctc.count(name) && setting("PYTORCH_ENABLE_MPS_FALLBACK") != "1";
-  TORCH_CHECK_NOT_IMPLEMENTED(!is_lacking, "The operator '", name, "' is not currently implemented ",
+  TORCH_CHECK_NOT_IMPLEMENTED(!is_mps || apple_falls_back || !ctc.count(name), "The operator '", name, "' is not currently implemented ",
       "for the MPS device.");
   if (asked_of_gpus.count(name)) {
     stack->resize(first);

@@ -23,14 +23,14 @@ FEW = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1
 MODEL_ALONE = "--model", MODEL
 WEIGHTS = (MODEL / "model.safetensors").stat().st_size
 UNTESTED = "--eval_strategy no --save_strategy no --load_best_model_at_end false".split()
-# The program with a scale that the small model's steep gradients allow.
+# The program with scales that the small model's steep gradients allow, each update's twice that of the last.
 CALM = """
 import sys, torch
 import finetune_medasr as script
 
-name, scale, *others = torch.amp.GradScaler.__init__.__defaults__
-assert scale == 65_536
-torch.amp.GradScaler.__init__.__defaults__ = (name, 64.0, *others)
+name, scale, growth, backoff, interval, enabled = torch.amp.GradScaler.__init__.__defaults__
+assert (scale, growth, interval) == (65_536, 2, 2_000)
+torch.amp.GradScaler.__init__.__defaults__ = (name, 16.0, growth, backoff, 1, enabled)
 sys.exit(script.main(sys.argv[1:]))
 """
 # From a certain call of a method of the Trainer on, the GPU holds what it holds and no more.
@@ -130,6 +130,7 @@ def test_float16_goes_on_with_its_scaler_and_the_gpus_random_numbers(cuda, calm,
     whole = finished(cuda(*FEW, "--max_steps", "4", program=calm, out=half.out))
     assert f"going on from {checkpoint}" in whole.stdout
     assert losses(half.out, 4) == losses(straight.out, 4)
+    assert torch.load(half.out / "checkpoint-4/scaler.pt")["scale"] == 256
     ours, theirs = (load_file(done.out / "checkpoint-4/model.safetensors") for done in (half, straight))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     before = load_file(MODEL / "model.safetensors")
@@ -170,6 +171,8 @@ def test_the_batch_size_is_the_largest_that_fits_and_nothing_of_its_trial_is_kep
         assert f"16 clips an update and device: {size} a step x {16 // size} accumulation steps" in done.stdout
         for after in done.log[-3:-1]:  # the trial, and as the Trainer starts
             assert after["allocated"] < 1.1 * WEIGHTS and after["reserved"] < 1.1 * WEIGHTS + (2 << 20)
+        learnt = [(out / "final/model.safetensors").read_bytes() for out in (done.out, eight.out)]
+        assert (learnt[0] == learnt[1]) == (size == 8), "a trial moves no random numbers"
     full = cuda(*flags, "--per_device_train_batch_size", "8", FAKE_GPU_BYTES=tight)
     advice = "try --per_device_train_batch_size 4 --gradient_accumulation_steps 4, --gradient_checkpointing"
     assert full.returncode == 1 and f"memory is full with 8 clips a step: {advice}" in error_line(full.stderr)
@@ -278,5 +281,4 @@ def test_flags_that_a_gpu_cannot_follow_are_refused(cuda, flag):
 
 @wrong("CTC's loss has no kernel there")
 def test_apples_gpu_trains(apple):
-    done = apple(*FEW, *UNTESTED)
-    finished(done)
+    finished(apple(*FEW, *UNTESTED))
