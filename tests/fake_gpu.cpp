@@ -229,8 +229,8 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& name = op.schema().name();
   const size_t first = stack->size() - op.schema().arguments().size();
   const auto tensor_at = [&](size_t index) { return (*stack)[index].toTensor(); };
-  TORCH_CHECK_NOT_IMPLEMENTED(!is_mps || apple_falls_back || !ctc.count(name), "The operator '", name, "' is not currently implemented ",
-      "for the MPS device.");
+  TORCH_CHECK_NOT_IMPLEMENTED(!is_mps || apple_falls_back || !ctc.count(name), "The operator '", name,
+      "' is not currently implemented for the MPS device.");
   if (asked_of_gpus.count(name)) {
     stack->resize(first);
     stack->emplace_back(false);
