@@ -25,6 +25,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -129,9 +130,15 @@ def explained(what, advice="", kind=RunError):
     try:
         yield
     except Exception as error:
-        if isinstance(error, RunError) or LOST_PROCESS.search(str(error)):
+        if isinstance(error, RunError) or is_full_memory(error) or LOST_PROCESS.search(str(error)):
             raise
         raise kind(f"{what} ({one_line(error)}){advice and ': '}{advice}") from error
+
+
+def is_full_memory(error):
+    """Whether an exception says, in any library's words, that a GPU's memory is full."""
+    full = r"out of memory|(CUBLAS|CUDNN|CUFFT|CUSOLVER)\w*_ALLOC_FAILED"
+    return isinstance(error, RuntimeError) and bool(re.search(full, str(error)))
 
 
 def is_full_disk(error):
@@ -249,6 +256,7 @@ Updates = Annotated[int, "above 0, or -1 for --num_train_epochs", lambda value: 
 Seed = Annotated[int, "from 0 to 2**32 - 1", range(2**32).__contains__]
 # Of TrainingArguments' other flags: the collator reads columns that are not arguments of the model.
 FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
+FIXED["auto_find_batch_size"] = False  # it would give an update fewer clips
 BEST_METRICS = ("wer", "cer", "loss", "wer_by_domain/clinical", "wer_by_domain/general")
 OTHER_RULES = {name: (f"{value}: leave the flag out", value.__eq__) for name, value in FIXED.items()}
 OTHER_RULES["metric_for_best_model"] = ", ".join(BEST_METRICS), lambda name: name.removeprefix("eval_") in BEST_METRICS
@@ -417,6 +425,8 @@ class ScriptFlags:
         yield self.lm not in (None, "auto") and not Path(self.lm).is_file() and f"--lm is {self.lm}: no such file"
         yield self.lm and not importlib.util.find_spec("flashlight") and "--lm needs: pip install flashlight-text"
         yield self.fp16 and (self.use_cpu or not torch.cuda.is_available()) and "--fp16 needs a CUDA GPU; leave it out"
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        yield self.full_determinism and on_gpu and "--full_determinism: a GPU has none for CTC's loss; leave it out"
         if self.transcribe:
             find_recordings(self)
 
@@ -637,7 +647,15 @@ def load_model(settings):
         raise RunError(f"{what}: it holds weights that are not finite, in {broken}")
     if not decode_ids(processor, labels):
         raise RunError(f"{what}: its tokenizer is not for its vocabulary")
+    if settings.device.type == "mps":
+        model.loss_function = functools.partial(loss_on_cpu, model.loss_function)
     return processor, model
+
+
+def loss_on_cpu(function, logits, **inputs):
+    """A loss for Apple's GPUs, which have no CTC: computed on the CPU, from where its gradients come back."""
+    inputs = {name: value.cpu() if torch.is_tensor(value) else value for name, value in inputs.items()}
+    return function(logits=logits.cpu(), **inputs).to(logits.device)
 
 
 def not_finite(model):
@@ -1431,7 +1449,8 @@ class TrainingStream:
 
     def __iter__(self):
         for epoch in itertools.count():
-            batch, self.loader_options["collate_fn"].epoch = None, epoch
+            batch = None
+            self.loader_options["collate_fn"].epoch.fill_(epoch)
             clips = self.clips.shuffle(self.seed + epoch, buffer_size=1_000)  # about 100 MB a worker
             for batch in torch.utils.data.DataLoader(clips, num_workers=self.workers, **self.loader_options):
                 yield batch
@@ -1622,7 +1641,9 @@ def log_mels(waveforms, lengths, extractor):
 
 def model_inputs(batch, extractor, device):
     """What the model's forward takes, on `device`, of a batch of CTCCollator: the log-mels are computed there."""
-    inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
+    inputs = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    is_pinned = torch.device(device).type == "cuda"
+    inputs = {name: value.to(device, non_blocking=is_pinned) for name, value in inputs.items()}
     with torch.no_grad():
         features, mask = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
         for mels, is_real, seed in zip(features, mask, batch.get("mask_seeds", ())):
@@ -1641,7 +1662,7 @@ class CTCCollator:
     augment: bool = False
     shortest: int = 0
     seed: int = 0
-    epoch: int = 0
+    epoch: object = 0  # an integer, or a tensor that worker processes share
 
     def __call__(self, rows):
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
@@ -1656,7 +1677,7 @@ class CTCCollator:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=-100)
         if self.augment:
-            batch["mask_seeds"] = [(self.seed, self.epoch, zlib.crc32(row["clip"].encode())) for row in rows]
+            batch["mask_seeds"] = [(self.seed, int(self.epoch), zlib.crc32(row["clip"].encode())) for row in rows]
         return batch
 
 
@@ -1762,7 +1783,9 @@ class Decoder:
             best = output.logits.float().log_softmax(-1).topk(count)
             ids, log_probs = best.indices.int().cpu().numpy(), best.values.cpu().numpy()
             return list(map(Emissions, ids, log_probs)), float(output.loss) * size if "labels" in batch else 0.0
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_full_memory(error):
+                raise
             if size == 1:
                 raise RunError("a single clip fills the GPU's memory: lower --window_seconds, or --use_cpu") from error
         torch.cuda.empty_cache()
@@ -2573,6 +2596,7 @@ class CTCTrainer:
     def on_train_begin(self, args, state, control, **kwargs):
         looks = {"desc": "training", "unit": "update", "disable": self.decoder.is_silent}
         self.bar = tqdm.tqdm(total=state.max_steps, initial=state.global_step, **looks)
+        self.begun, self.first_step = time.monotonic(), state.global_step
         self.skipped = max((entry.get("skipped_updates", 0) for entry in state.log_history), default=0)
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"  # the folder may have been moved
         state.best_model_checkpoint = str(best) if best.exists() else state.best_model_checkpoint
@@ -2588,7 +2612,7 @@ class CTCTrainer:
 
     def _run_epoch(self, epoch, **options):
         self.order.manual_seed(self.args.seed + epoch)  # the Trainer restores its state only after the first batch
-        self.data_collator.epoch = epoch
+        self.data_collator.epoch.fill_(epoch)
         # The Trainer would make one more update of a run that is at its end.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(epoch=epoch, **options)
@@ -2637,6 +2661,11 @@ class CTCTrainer:
             raise Stopped(stopped)
         self.started += time.monotonic() - start
         self.bar.update(self.state.global_step - self.bar.n)
+        done, left = self.state.global_step - self.first_step, self.state.max_steps - self.state.global_step
+        hours = (time.monotonic() - self.begun) / max(1, done) * left / 3600
+        if done == 3 and hours > 1 and self.args.device.type == "cpu":
+            shorter = "a GPU, fewer --accents or a lower --max_train_samples is faster"
+            say(f"  training takes this machine about {hours:,.0f} h more; {shorter}")
         self.stop_early()
 
     def _save_rng_state(self, output_dir):
@@ -2661,6 +2690,7 @@ class CTCTrainer:
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The dev scores, made as the test scores are, and a few texts for TensorBoard."""
         start = time.monotonic()
+        accelerate.utils.broadcast(dict(self.model.named_buffers()))  # each process has BatchNorm statistics of its own
         emissions, loss = self.decoder.emissions(self.dev, self.encoder)
         if not np.isfinite(loss):
             self.refuse("the dev loss is not finite")
@@ -2709,27 +2739,31 @@ def choose_batch_size(model, collator, train, settings, limit):
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
-    sizes = iter([size for size in (32, 16, 8, 4, 2, 1) if clips % size == 0 and size <= largest])
+    sizes = [size for size in (32, 16, 8, 4, 2, 1) if clips % size == 0 and size <= largest]
     seconds = settings.max_train_seconds if settings.streaming else train[0]["num_samples"] / SAMPLE_RATE  # sorted
     longest = {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": "the " * int(2 * seconds)}
 
-    @accelerate.utils.find_executable_batch_size(starting_batch_size=next(sizes), reduce_batch_size_fn=sizes.__next__)
-    def try_step(size):
+    def fits(size):
         if size == 1 or device.type != "cuda":
-            return size
+            return True
         # AdamW keeps two averages, one in place of the trial's weights; processes exchange gradients in buckets.
         trial, copies = copy.deepcopy(model).train(), 1 + (settings.world_size > 1)
         trial.encoder.layerdrop = 0.0
-        kept = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
-        spare = int(0.05 * torch.cuda.get_device_properties(device).total_memory)  # other lengths leave pieces
-        kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
-        with torch.autocast(device.type, half, enabled=settings.fp16 or settings.bf16):
-            loss = trial(**model_inputs(collator([longest] * size), collator.extractor, device)).loss
-        loss.backward()
-        return size
+        try:
+            kept = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
+            spare = int(0.05 * torch.cuda.get_device_properties(device).total_memory)  # other lengths leave pieces
+            kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
+            with torch.autocast(device.type, half, enabled=settings.fp16 or settings.bf16):
+                loss = trial(**model_inputs(collator([longest] * size), collator.extractor, device)).loss
+            loss.backward()
+        except RuntimeError as error:
+            if not is_full_memory(error):
+                raise
+            return False
+        return True
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        size = agreed(try_step())
+    size = agreed(next(filter(fits, sizes)))
+    gc.collect()  # the guards of half precision make cycles
     torch.cuda.empty_cache()  # nothing where there is no GPU
     settings.per_device_train_batch_size, settings.gradient_accumulation_steps = size, clips // size
     say(f"  {plural(clips, 'clip')} an update and device: {size} a step x {plural(clips // size, 'accumulation step')}")
@@ -2753,7 +2787,9 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
     if settings.auto_train_batch:
         choose_batch_size(model.to(device), plain, train, settings, batch_limit)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.output_dir) / "runs")
-    collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed)
+    # Shared, because --dataloader_persistent_workers keep a collator of their own.
+    epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+    collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed, epoch=epoch)
     kind = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)
     # The whole processor: its feature extractor alone has no tokenizer to save.
     trainer = kind(model, settings, collator, train, dev.audio, decoder.processor)
@@ -2912,16 +2948,17 @@ class Run:
                 setattr(trainer, name, loading(getattr(trainer, name)))
             with STOP_SIGNALS:
                 trainer.train(resume_from_checkpoint=checkpoint)
-        except torch.OutOfMemoryError as error:
-            batch, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-            less = f"--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps {steps * 2}"
-            if settings.auto_train_batch and batch > 1:
-                less = f"the same command, which goes on with {batch // 2} a step"
-                self.save(batch_limit=batch // 2)
-            advice = f"try {less}, --gradient_checkpointing, or a lower --max_train_seconds"
-            raise RunError(f"the GPU's memory is full with {plural(batch, 'clip')} a step: {advice}") from error
         except Exception as error:
-            if isinstance(error, RunError) or (trainer and trainer.started) or LOST_PROCESS.search(str(error)):
+            has_begun = trainer and trainer.started
+            if has_begun and is_full_memory(error):
+                batch, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+                less = f"--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps {steps * 2}"
+                if settings.auto_train_batch and batch > 1:
+                    less = f"the same command, which goes on with {batch // 2} a step"
+                    self.save(batch_limit=batch // 2)
+                advice = f"try {less}, --gradient_checkpointing, or a lower --max_train_seconds"
+                raise RunError(f"the GPU's memory is full with {plural(batch, 'clip')} a step: {advice}") from error
+            if has_begun or isinstance(error, RunError) or is_full_memory(error) or LOST_PROCESS.search(str(error)):
                 raise
             raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error  # say --optim
         finally:
@@ -2985,6 +3022,11 @@ def run(settings):
         return 0
     say(f"corpus: {settings.dataset}")
     if trains or settings.eval_only:
+        is_cuda, kind = settings.device.type == "cuda", "bfloat16" if settings.bf16 else "float32"
+        name = torch.cuda.get_device_properties(settings.device).name if is_cuda else settings.device.type.upper()
+        say(f"computing on {name}, {'float16' if settings.fp16 else kind}")
+        if settings.bf16 and is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+            warn("this GPU emulates bfloat16, slowly: leave --bf16 out, and it computes in float16")
         # Before the audio: what cannot be used should not be found out after hours of preparation.
         processor, model = load_model(settings)
         lm = load_lm(settings, processor, model.config.vocab_size)
@@ -3034,6 +3076,8 @@ def main(argv=None):
         if isinstance(error, RunError):
             # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
             message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
+        elif is_full_memory(error):
+            message = "the GPU's memory is full: nvidia-smi shows what else uses it, --use_cpu true does without"
         elif is_full_disk(error):
             message = f"a file cannot be written ({one_line(error)}): {ROOM_ADVICE}"
         elif LOST_PROCESS.search(str(error)):

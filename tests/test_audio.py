@@ -20,7 +20,9 @@ import finetune_medasr as script
 SECONDS = 3
 # SD2 keeps its format in a second file and RAW nowhere; XI and 8-bit VOC keep rates of their own.
 CODECS = [(kind, codec) for kind in soundfile.available_formats() for codec in soundfile.available_subtypes(kind)]
-CODECS = [(kind, codec) for kind, codec in CODECS if kind not in ("RAW", "SD2", "XI") and (kind, codec) != ("VOC", "PCM_U8")]
+CODECS = [
+    (kind, codec) for kind, codec in CODECS if kind not in ("RAW", "SD2", "XI") and (kind, codec) != ("VOC", "PCM_U8")
+]
 # What libsndfile cannot open when it is cut, and where no header tells that something is missing.
 UNREADABLE_CUT = {"CAF", "HTK"}
 SILENT_CUT = {"AVR", "MAT4", "MAT5", "MPC2K", "OGG", "PAF", "PVF", "SDS", "IRCAM", "VOC", "NIST", "WVE"}
