@@ -1627,7 +1627,7 @@ def log_mels(waveforms, lengths, extractor):
     """(log-mels (clips, frames, bins), mask (clips, frames)) of padded waveforms (clips, samples), on their device:
     LasrFeatureExtractor's computation in float32 instead of float64, which differs by less than 1e-3."""
     bands, features = mel_bands(extractor, waveforms.device), []
-    window = torch.hann_window(extractor.win_length, False, dtype=torch.float64, device=waveforms.device).float()
+    window = torch.hann_window(extractor.win_length, False, dtype=torch.float64).float().to(waveforms.device)
     # On a CPU clip by clip, whose frames fit into the cache.
     for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):
         frames = part.unfold(-1, extractor.win_length, extractor.hop_length) * window

@@ -126,21 +126,20 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(folder, straigh
 
 
 def test_a_signal_ends_the_program_at_once_where_the_same_command_goes_on(folder, straight, run_at):
-    output = folder / "stopped"
-    for number, moment, written in (
-        (signal.SIGTERM, (DECODE, 1), None),  # the baseline
-        (signal.SIGINT, (STEP, 3), 3),
-        (signal.SIGTERM, (DECODE, 1), 4),  # the evaluation after update 4, which is caught up with
-        (signal.SIGINT, (DECODE, 1), None),  # the same, when it is caught up with
-        (signal.SIGTERM, (DECODE, 4), None),  # the final scoring, after two more
+    for output, number, moment, written in (
+        (folder / "stopped", signal.SIGTERM, (DECODE, 1), None),  # the baseline
+        (folder / "stopped", signal.SIGINT, (STEP, 3), 3),
+        (folder / "stopped", signal.SIGTERM, (DECODE, 4), None),  # the final scoring, after three of dev
+        (folder / "evaluating", signal.SIGTERM, (DECODE, 2), 2),  # after update 2: this evaluation is lost
     ):
         stopped = run_at(output, [*moment, f"os.kill(os.getpid(), {int(number)})"])
         refused(stopped, 128 + number, f"stopped by {number.name}: the same command goes on")
         assert not written or (output / f"checkpoint-{written}/trainer_state.json").exists()
         assert not (output / "final").exists()
-    assert "checkpoint-8, update 8 of 8" in succeeded(run_at(output)).stdout
-    shutil.rmtree(output / "checkpoint-3")
-    assert_same(output, straight)
+    assert "checkpoint-2, update 2 of 8" in succeeded(run_at(folder / "evaluating")).stdout
+    assert "checkpoint-8, update 8 of 8" in succeeded(run_at(folder / "stopped")).stdout
+    shutil.rmtree(folder / "stopped/checkpoint-3")
+    assert_same(folder / "stopped", straight)
 
 
 @pytest.mark.parametrize("rank", [None, 0])
