@@ -1008,13 +1008,7 @@ def clip_key(path):
 
 CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
 BLOCK_SAMPLES = 2**20  # at 16 kHz that are decoded at once, 65 s
-UNKNOWN_FRAMES = 2**40  # more is how libsndfile says that a header tells no length
-PIPED_BYTES = 2**31 - 2**16  # this and more is how programs that write WAV into a pipe say it
 CUT_OFF = "it ends"  # how a note begins of a recording that its header says to be longer
-CUT_SECONDS = 0.1  # missing at the end, more than a codec's padding: the recording was cut off
-LOUDEST = 1e30  # full scale is 1; what comes near float32's limit overflows when it is resampled
-INTEGER_SCALE = 16  # a peak above it is of floats at the scale of 16-bit integers, not of a loud recording
-OPPOSITE_PHASE = 0.01  # the share of the loudest channel's energy below which the mean has lost the signal
 # Taken for audio in a folder beside what libsndfile reads: it should be said that it cannot be read.
 MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov 3gp".split()
 
@@ -1024,20 +1018,14 @@ def is_audio_name(path):
     return os.path.splitext(name)[1][1:].lower() in suffixes and not name.startswith(".")
 
 
-class ReadInOrder:
-    """Mixed with soundfile.SoundFile, which seeks after each read where a file can: some codecs lose the rest by it."""
-
-    def seekable(self):
-        return False
-
-
 @contextlib.contextmanager
 def open_audio(source):
     """A soundfile.SoundFile of encoded audio, bytes or a path; raises ValueError, also for what it raises in use."""
     try:
         # Opened here: of a path that cannot be read libsndfile says "System error".
         stream = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-        with stream, mixed(ReadInOrder, soundfile.SoundFile)(stream) as file:
+        with stream, soundfile.SoundFile(stream) as file:
+            file.seekable = lambda: False  # it seeks after each read where a file can: some codecs lose the rest by it
             yield file
     except (soundfile.SoundFileError, OSError) as error:
         # libsndfile's own words: the exception's text holds a memory address, by which no prepared file may differ.
@@ -1045,8 +1033,7 @@ def open_audio(source):
 
 
 def decoded_blocks(file):
-    """Yield all that decodes of an open file in order, float32 (frames, channels). The length in its header is not
-    believed: it is wrong where a recording was streamed or cut off."""
+    """Yield all that decodes of a file, float32 (frames, channels); its header's length may be wrong."""
     size = count = min(file.frames + 1, max(1, BLOCK_SAMPLES * file.samplerate // SAMPLE_RATE))
     while count == size:
         block = np.full((size, file.channels), np.nan, np.float32)
@@ -1063,23 +1050,22 @@ def channel_weights(blocks, notes):
     products, peak = 0.0, 0.0  # of each channel with each, summed
     for block in filter(len, blocks):
         highest = max(float(block.max()), -float(block.min()))
-        if not highest < LOUDEST:
+        if not highest < 1e30:  # full scale is 1; near float32's limit it overflows when it is resampled
             raise ValueError("it holds samples that are not numbers, or absurdly large")
         products, peak = products + block.T.astype(float) @ block, max(peak, highest)
-    energies, channels = np.diag(np.atleast_2d(products)), len(np.atleast_2d(products))
+    energies, channels = np.diag(products), len(products)
     weights = np.full(channels, 1 / channels, np.float32)
-    if np.sum(products) / channels**2 < OPPOSITE_PHASE * energies.max():
+    if np.sum(products) / channels**2 < 0.01 * energies.max():  # the mean has lost the signal
         notes.append("its channels cancel each other; the loudest was taken")
         weights = np.eye(channels, dtype=np.float32)[energies.argmax()]
-    if peak > INTEGER_SCALE:
+    if peak > 16:  # no loud recording, but floats at the scale of 16-bit integers
         notes.append("its samples are far beyond full scale, and were divided by 32,768")
         weights /= 32_768
     return weights
 
 
 def read_audio(source, notes):
-    """Yield the 16 kHz mono float32 samples of encoded audio, bytes or a path, in blocks: all that decodes, without a
-    seek. Appends to `notes` what should be said of it; raises ValueError."""
+    """Yield the 16 kHz mono float32 samples of audio, bytes or a path, in blocks; `notes` grow; raises ValueError."""
     with open_audio(source) as file:
         rate, blocks, count, made, weights = file.samplerate, decoded_blocks(file), 0, 0, None
         head = list(itertools.islice(blocks, 2))
@@ -1097,29 +1083,28 @@ def read_audio(source, notes):
         if rate != SAMPLE_RATE:
             rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
             yield librosa.util.fix_length(rest, size=math.ceil(count * SAMPLE_RATE / rate) - made)
-        # libsndfile corrects some headers by itself, and says so in its log.
+        # libsndfile corrects some headers by itself, and says so in its log. 2**31 - 2**16 bytes and more are what
+        # programs that write WAV into a pipe claim; over 2**40 frames is how libsndfile says that no length is known.
         corrected = re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info)
         claimed, found = map(int, corrected[-1] if corrected else (0, 1))
-        promised = file.frames if file.frames < UNKNOWN_FRAMES else 0
-        promised = count * claimed / found if 0 < claimed < PIPED_BYTES and found else promised
-        if (missing := (promised - count) / rate) > CUT_SECONDS:
+        promised = file.frames if file.frames < 2**40 else 0
+        promised = count * claimed / found if 0 < claimed < 2**31 - 2**16 and found else promised
+        if (missing := (promised - count) / rate) > 0.1:  # s, more than a codec's padding
             notes.append(f"{CUT_OFF} after {count / rate:,.1f} s, {missing:,.1f} s before what its header says")
 
 
 def decode_audio(source, notes=None):
     """The 16 kHz mono float32 samples of a clip, bytes or a path; raises ValueError."""
-    blocks, size = [], 0
+    blocks = []
     for block in read_audio(source, [] if notes is None else notes):
         blocks.append(block)
-        size += block.nbytes
-        if size > CLIP_BYTES_LIMIT:
+        if sum(block.nbytes for block in blocks) > CLIP_BYTES_LIMIT:
             raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
     return np.concatenate(blocks)
 
 
 def make_clip(row, audio, notes):
-    """A row of a prepared file: that of a table of clips, with its `audio` as FLAC, and the audio's own length. `notes`
-    {what should be said of a clip: names} grow."""
+    """A row of a prepared file: a table's, with `audio` as FLAC; `notes` {what should be said: clips} grow."""
     samples, found, flac, problem = (), [], io.BytesIO(), row["problem"] or ("" if audio else "no audio")
     try:
         samples = () if problem else decode_audio(audio, found)
