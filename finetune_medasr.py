@@ -1041,7 +1041,7 @@ def decoded_blocks(file):
             count = len(file.read(out=block))
         except soundfile.SoundFileError:
             decoded = np.flatnonzero(~np.isnan(block[:, 0]))  # before the damage
-            size, count = 0, decoded[-1] + 1 if len(decoded) else 0
+            size, count = -1, decoded[-1] + 1 if len(decoded) else 0
         yield block[:count]
 
 
