@@ -525,24 +525,21 @@ class HubStream(io.RawIOBase):
     def readinto(self, buffer):
         if self.file.loc >= self.size:
             return 0
-        for seconds in (0, 1, 2, 4, 8, 16):  # to wait, while the connection drops without a byte of progress
-            if seconds:
-                self.file.response = None  # it connects again, and goes on from the byte reached
-                time.sleep(seconds)
+        for seconds in (1, 2, 4, 8, 16, 0):  # to wait, while the connection drops without a byte of progress
             with contextlib.suppress(httpx2.TransportError):
                 if data := self.file.read(min(len(buffer), 1 << 16)):
                     buffer[: len(data)] = data
                     return len(data)
+            self.file.response = None  # it connects again, and goes on from the byte reached
+            time.sleep(seconds)
         raise OSError(f"the connection ends after {self.file.loc:,} of {self.size:,} bytes")
 
 
 @dataclass
 class Repository:
-    """A dataset on the Hub or in a local `folder`."""
-
-    name: str
+    name: str  # of a dataset on the Hub
     revision: str | None
-    folder: Path | None
+    folder: Path | None  # that holds it instead
     cache: Path  # of what is downloaded
     files: dict[str, list] = field(default_factory=dict)  # {path: [bytes, sha256 on the Hub, or time of change]}
 
@@ -591,26 +588,26 @@ class Repository:
         """The local path of a file, downloaded if need be, going on where that stopped; raises RunError."""
         if local := self.local(path):
             return local
-        target, checksum = self.cache / "hub" / path, self.files[path][1]
+        target, (size, checksum) = self.cache / "hub" / path, self.files[path]
         partial = target.with_name(target.name + ".partial")
         target.parent.mkdir(parents=True, exist_ok=True)
         with explained_hub_errors(self.name, "dataset"), filelock.FileLock(f"{partial}.lock"):
             for _ in range(2):
                 if self.local(path):  # by another process, meanwhile
                     return target
-                with open(partial, "ab") as file, HubStream(self, path, file.tell()) as stream:
+                with open(partial, "a+b") as file, HubStream(self, path, file.tell()) as stream:
                     shutil.copyfileobj(stream, file, 1 << 20)
-                with open(partial, "rb") as file:
+                    file.seek(0)
                     found = hashlib.file_digest(file, "sha256").hexdigest()
-                if self.size([path]) == partial.stat().st_size and checksum in (None, found):
+                if size == partial.stat().st_size and checksum in (None, found):
                     os.replace(partial, target)
                     return target
                 partial.unlink()
         raise RunError(f"{path} was fetched twice and is not what the Hub announces: sha256 {checksum}")
 
-    def release(self, path):
-        """Delete what was downloaded of a file; one in the user's folder or Hub cache is never touched."""
-        for ending in () if self.folder else ("", ".partial.lock"):
+    def release(self, paths):
+        """Delete what was downloaded of files; those in the user's folder or Hub cache are never touched."""
+        for path, ending in itertools.product(paths, () if self.folder else ("", ".partial.lock")):
             (self.cache / "hub" / f"{path}{ending}").unlink(missing_ok=True)
 
 
@@ -1008,13 +1005,7 @@ def clip_key(path):
 
 CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
 BLOCK_SAMPLES = 2**20  # at 16 kHz that are decoded at once, 65 s
-UNKNOWN_FRAMES = 2**40  # more is how libsndfile says that a header tells no length
-PIPED_BYTES = 2**31 - 2**16  # this and more is how programs that write WAV into a pipe say it
 CUT_OFF = "it ends"  # how a note begins of a recording that its header says to be longer
-CUT_SECONDS = 0.1  # missing at the end, more than a codec's padding: the recording was cut off
-LOUDEST = 1e30  # full scale is 1; what comes near float32's limit overflows when it is resampled
-INTEGER_SCALE = 16  # a peak above it is of floats at the scale of 16-bit integers, not of a loud recording
-OPPOSITE_PHASE = 0.01  # the share of the loudest channel's energy below which the mean has lost the signal
 # Taken for audio in a folder beside what libsndfile reads: it should be said that it cannot be read.
 MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov 3gp".split()
 
@@ -1024,20 +1015,14 @@ def is_audio_name(path):
     return os.path.splitext(name)[1][1:].lower() in suffixes and not name.startswith(".")
 
 
-class ReadInOrder:
-    """Mixed with soundfile.SoundFile, which seeks after each read where a file can: some codecs lose the rest by it."""
-
-    def seekable(self):
-        return False
-
-
 @contextlib.contextmanager
 def open_audio(source):
     """A soundfile.SoundFile of encoded audio, bytes or a path; raises ValueError, also for what it raises in use."""
     try:
         # Opened here: of a path that cannot be read libsndfile says "System error".
         stream = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-        with stream, mixed(ReadInOrder, soundfile.SoundFile)(stream) as file:
+        with stream, soundfile.SoundFile(stream) as file:
+            file.seekable = lambda: False  # it seeks after each read where a file can: some codecs lose the rest by it
             yield file
     except (soundfile.SoundFileError, OSError) as error:
         # libsndfile's own words: the exception's text holds a memory address, by which no prepared file may differ.
@@ -1045,8 +1030,7 @@ def open_audio(source):
 
 
 def decoded_blocks(file):
-    """Yield all that decodes of an open file in order, float32 (frames, channels). The length in its header is not
-    believed: it is wrong where a recording was streamed or cut off."""
+    """Yield all that decodes of a file, float32 (frames, channels); its header's length may be wrong."""
     size = count = min(file.frames + 1, max(1, BLOCK_SAMPLES * file.samplerate // SAMPLE_RATE))
     while count == size:
         block = np.full((size, file.channels), np.nan, np.float32)
@@ -1054,7 +1038,7 @@ def decoded_blocks(file):
             count = len(file.read(out=block))
         except soundfile.SoundFileError:
             decoded = np.flatnonzero(~np.isnan(block[:, 0]))  # before the damage
-            size, count = 0, decoded[-1] + 1 if len(decoded) else 0
+            size, count = -1, decoded[-1] + 1 if len(decoded) else 0
         yield block[:count]
 
 
@@ -1063,23 +1047,22 @@ def channel_weights(blocks, notes):
     products, peak = 0.0, 0.0  # of each channel with each, summed
     for block in filter(len, blocks):
         highest = max(float(block.max()), -float(block.min()))
-        if not highest < LOUDEST:
+        if not highest < 1e30:  # full scale is 1; near float32's limit it overflows when it is resampled
             raise ValueError("it holds samples that are not numbers, or absurdly large")
         products, peak = products + block.T.astype(float) @ block, max(peak, highest)
-    energies, channels = np.diag(np.atleast_2d(products)), len(np.atleast_2d(products))
+    energies, channels = np.diag(products), len(products)
     weights = np.full(channels, 1 / channels, np.float32)
-    if np.sum(products) / channels**2 < OPPOSITE_PHASE * energies.max():
+    if np.sum(products) / channels**2 < 0.01 * energies.max():  # the mean has lost the signal
         notes.append("its channels cancel each other; the loudest was taken")
         weights = np.eye(channels, dtype=np.float32)[energies.argmax()]
-    if peak > INTEGER_SCALE:
+    if peak > 16:  # no loud recording, but floats at the scale of 16-bit integers
         notes.append("its samples are far beyond full scale, and were divided by 32,768")
         weights /= 32_768
     return weights
 
 
 def read_audio(source, notes):
-    """Yield the 16 kHz mono float32 samples of encoded audio, bytes or a path, in blocks: all that decodes, without a
-    seek. Appends to `notes` what should be said of it; raises ValueError."""
+    """Yield the 16 kHz mono float32 samples of audio, bytes or a path, in blocks; `notes` grow; raises ValueError."""
     with open_audio(source) as file:
         rate, blocks, count, made, weights = file.samplerate, decoded_blocks(file), 0, 0, None
         head = list(itertools.islice(blocks, 2))
@@ -1097,29 +1080,28 @@ def read_audio(source, notes):
         if rate != SAMPLE_RATE:
             rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
             yield librosa.util.fix_length(rest, size=math.ceil(count * SAMPLE_RATE / rate) - made)
-        # libsndfile corrects some headers by itself, and says so in its log.
+        # libsndfile corrects some headers by itself, and says so in its log. 2**31 - 2**16 bytes and more are what
+        # programs that write WAV into a pipe claim; over 2**40 frames is how libsndfile says that no length is known.
         corrected = re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info)
         claimed, found = map(int, corrected[-1] if corrected else (0, 1))
-        promised = file.frames if file.frames < UNKNOWN_FRAMES else 0
-        promised = count * claimed / found if 0 < claimed < PIPED_BYTES and found else promised
-        if (missing := (promised - count) / rate) > CUT_SECONDS:
+        promised = file.frames if file.frames < 2**40 else 0
+        promised = count * claimed / found if 0 < claimed < 2**31 - 2**16 and found else promised
+        if (missing := (promised - count) / rate) > 0.1:  # s, more than a codec's padding
             notes.append(f"{CUT_OFF} after {count / rate:,.1f} s, {missing:,.1f} s before what its header says")
 
 
 def decode_audio(source, notes=None):
     """The 16 kHz mono float32 samples of a clip, bytes or a path; raises ValueError."""
-    blocks, size = [], 0
+    blocks = []
     for block in read_audio(source, [] if notes is None else notes):
         blocks.append(block)
-        size += block.nbytes
-        if size > CLIP_BYTES_LIMIT:
+        if sum(block.nbytes for block in blocks) > CLIP_BYTES_LIMIT:
             raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
     return np.concatenate(blocks)
 
 
 def make_clip(row, audio, notes):
-    """A row of a prepared file: that of a table of clips, with its `audio` as FLAC, and the audio's own length. `notes`
-    {what should be said of a clip: names} grow."""
+    """A row of a prepared file: a table's, with `audio` as FLAC; `notes` {what should be said: clips} grow."""
     samples, found, flac, problem = (), [], io.BytesIO(), row["problem"] or ("" if audio else "no audio")
     try:
         samples = () if problem else decode_audio(audio, found)
@@ -1173,8 +1155,7 @@ def prepare_shard(source, shard):
                     writer.write(clip)
                     lengths.append(clip["num_samples"])
                 writer.finalize()
-        for path in () if source.keep else shard.files:
-            source.repository.release(path)
+        source.repository.release(() if source.keep else shard.files)
     return np.array([len(lengths), sum(lengths) / SAMPLE_RATE / 3600]), source.notes
 
 
@@ -1189,13 +1170,13 @@ def prepare(source, splits, settings):
     source.folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(source.folder / "prepare.lock"):
         shards = source.needed(splits)
-        for path in [path for shard in shards if shard.path.exists() and not source.keep for path in shard.files]:
-            source.repository.release(path)
+        done = [shard for shard in shards if shard.path.exists() and not source.keep]
+        source.repository.release(path for shard in done for path in shard.files)
         if not (todo := [shard for shard in shards if not shard.path.exists()]):
             return
-        known, made = set(map(source.stem, source.names)), {source.stem(shard.name) for shard in todo}
+        good = set(map(source.stem, source.names)) - {source.stem(shard.name) for shard in todo}
         for path in source.folder.glob("*.arrow*"):  # what is half-written, or made of the corpus as it was before
-            if path.suffix == ".tmp" or (stem := path.name.partition(".")[0]) in made or stem not in known:
+            if path.suffix == ".tmp" or path.name.partition(".")[0] not in good:
                 path.unlink()
         need, free = disk_needed(source, todo, settings.num_proc)[1], shutil.disk_usage(source.folder).free
         if need > free:
@@ -1345,7 +1326,6 @@ def load_clips(source, splits):
     audio, table = load_prepared(shard.path for shard in shards)
     table["row"], announced = np.arange(len(table)), source.announced
     if source.kind == "archives":
-        announced = announced[announced["split"].isin(splits)]
         # Series.isin would keep a Python object of each name.
         names = pandas.concat([part["split"] + "/" + part["clip"] for part in (table, announced)], ignore_index=True)
         missing = announced[~names.duplicated().to_numpy()[len(table) :]]
@@ -1374,16 +1354,15 @@ def select_all(sources, settings, check):
         parts = [table[wanted & (table["split"] == split)] for split in splits]
         if not settings.streaming:
             source.rows = source.announced = table = None  # a million clips are some hundred megabytes
-        for split in splits:
-            table = parts.pop(0)
+        for split, table in zip(splits, parts):
             reasons = pandas.Series(check(table), table.index, "str")
             copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
             reasons = reasons.mask(copies, "a second copy")
             skipped = table.assign(reason=reasons, split=extra or split)[reasons != ""]
             kept = table.loc[reasons == "", ["num_samples", "clip"]]
             kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[: limits[split]]]
-            kept = kept.sort_values(["num_samples", "clip"], ascending=[False, True]).index
-            kept = table.loc[kept].reset_index(drop=True)
+            kept = kept.sort_values(["num_samples", "clip"], ascending=[False, True])
+            kept = table.loc[kept.index].reset_index(drop=True)
             chosen = audio.select(kept.pop("row").tolist(), keep_in_memory=True)
             selected[extra or split] = Clips(chosen, kept, skipped)
     skipped = pandas.concat([clips.skipped for clips in selected.values()])
@@ -1442,10 +1421,10 @@ class TrainingStream:
                     yield clip
                 elif reason != NOT_WANTED:
                     line = csv_lines(table.assign(reason=reason))
-                    with explained(f"{self.skipped_file} cannot be written", ROOM_ADVICE):
-                        with open(self.skipped_file, "a+", encoding="utf-8") as file:
-                            file.seek(0)
-                            file.write(line if line not in file.read() else "")  # at once, as other workers do
+                    writing = explained(f"{self.skipped_file} cannot be written", ROOM_ADVICE)
+                    with writing, open(self.skipped_file, "a+", encoding="utf-8") as file:
+                        file.seek(0)
+                        file.write(line if line not in file.read() else "")  # at once, as other workers do
 
     def __iter__(self):
         for epoch in itertools.count():
@@ -1566,39 +1545,30 @@ def logit_count(config, extractor, samples):
     return count
 
 
-@dataclass
-class ClipCheck:
-    """check(table) -> why each clip cannot be used, or "". Dev and test clips are never left out for their length:
-    short ones are padded, long ones scored in windows. It holds no model, because a stream's workers get it too."""
+def skip_reasons(config, extractor, encoder, max_train_seconds, table):
+    """Why each clip of a table cannot be used, or ""; dev and test clips are never left out for their length."""
 
-    config: object
-    extractor: object
-    encoder: LabelEncoder
-    max_train_seconds: float
-
-    def __call__(self, table):
-        rooms = logit_count(self.config, self.extractor, table["num_samples"])
-        return list(map(self.reason, table["problem"], table["split"], table["text"], table["num_samples"], rooms))
-
-    def reason(self, problem, split, text, samples, room):
+    def reason(problem, split, text, samples, room):
         if problem or not (text[:1].isalnum() or tidy(text)):
             return problem or "empty text"
         if split != "train":
             return ""
         if room < 1:
             return f"too short: {samples / SAMPLE_RATE:.2f} s"
-        if samples / SAMPLE_RATE > self.max_train_seconds:
+        if samples / SAMPLE_RATE > max_train_seconds:
             return f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s"
-        folded = self.encoder.fold(text)
-        # CTC puts a blank between two equal labels. Labels are made where there may be too many: each has a character,
-        # the space before a word included.
+        folded = encoder.fold(text)
+        # Each label has a character, the space before a word included, and CTC puts a blank between two equal ones.
         if folded.isascii() and 0 < len(folded) < room - len(re.findall(r"(.)(?=\1)", folded)):
             return ""
-        labels = self.encoder([folded])[0]
+        labels = encoder([folded])[0]
         needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
         if needed > room:
             return f"more labels than frames: {needed} labels, {room} logits"
         return "" if labels else "no text left that the tokenizer covers"
+
+    rooms = logit_count(config, extractor, table["num_samples"])
+    return list(map(reason, table["problem"], table["split"], table["text"], table["num_samples"], rooms))
 
 
 def spec_augment(mels, seed):
@@ -1641,9 +1611,8 @@ def log_mels(waveforms, lengths, extractor):
 
 def model_inputs(batch, extractor, device):
     """What the model's forward takes, on `device`, of a batch of CTCCollator: the log-mels are computed there."""
-    inputs = {name: value for name, value in batch.items() if torch.is_tensor(value)}
     is_pinned = torch.device(device).type == "cuda"
-    inputs = {name: value.to(device, non_blocking=is_pinned) for name, value in inputs.items()}
+    inputs = {name: item.to(device, non_blocking=is_pinned) for name, item in batch.items() if torch.is_tensor(item)}
     with torch.no_grad():
         features, mask = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
         for mels, is_real, seed in zip(features, mask, batch.get("mask_seeds", ())):
@@ -1653,9 +1622,8 @@ def model_inputs(batch, extractor, device):
 
 @dataclass
 class CTCCollator:
-    """Rows of a prepared split -> a padded batch for `model_inputs`, in the DataLoader's workers: waveforms (clips,
-    samples), num_samples (clips,); counts, samples without and with padding; clips, their names; with an
-    `encoder` labels (clips, longest) padded with -100; with `augment` the seed of each clip's masks."""
+    """Rows of a prepared split -> a batch for `model_inputs`: waveforms (clips, samples), num_samples (clips,); counts,
+    samples without and with padding; clips, their names; with an `encoder` labels (clips, longest) padded with -100."""
 
     extractor: object
     encoder: LabelEncoder | None = None
@@ -1671,8 +1639,7 @@ class CTCCollator:
         lengths = [len(samples) for samples in waveforms]
         # Waveforms are padded, not features, so that padded frames come out as silence.
         batch = {"waveforms": pad(list(map(torch.from_numpy, waveforms))), "num_samples": torch.tensor(lengths)}
-        batch["counts"] = sum(lengths), len(lengths) * max(lengths)
-        batch["clips"] = [row.get("clip", "") for row in rows]
+        batch |= {"counts": (sum(lengths), batch["waveforms"].numel()), "clips": [row.get("clip", "") for row in rows]}
         if self.encoder:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=-100)
@@ -1696,14 +1663,12 @@ class Windows:
         self.clips, self.decoded = clips, (None, None)
 
     def __getitem__(self, span):
-        clip = self.clips[span.row]
+        clip, size = self.clips[span.row], span.stop - span.start
         if "raw" in clip:
-            samples = np.fromfile(clip["raw"], np.float32, span.stop - span.start, offset=4 * span.start)
-        else:
-            if span.row != self.decoded[0]:  # windows of one clip follow each other
-                self.decoded = span.row, decode_audio(clip["audio"])
-            samples = self.decoded[1][span.start : span.stop]
-        return {"samples": samples, "text": clip.get("text", "")}
+            return {"samples": np.fromfile(clip["raw"], np.float32, size, offset=4 * span.start)}
+        if span.row != self.decoded[0]:  # windows of one clip follow each other
+            self.decoded = span.row, decode_audio(clip["audio"])
+        return {"samples": self.decoded[1][span.start : span.stop], "text": clip.get("text")}
 
 
 class Decoder:
@@ -1719,8 +1684,7 @@ class Decoder:
         self.shortest = next(count for count in candidates if logit_count(model.config, self.extractor, count) >= 1)
 
     def batches(self, lengths):
-        """`Span`s of clips of so many samples, in batches: --per_device_eval_batch_size of them, or, if that is auto,
-        some seconds. Windows of clips over --window_seconds are batched apart, and meet in the middle of overlaps."""
+        """`Span`s of clips of so many samples, in batches, those of windows apart; windows meet in mid-overlap."""
         overlap = round(WINDOW_OVERLAP_SECONDS * SAMPLE_RATE / self.step)  # in logits, as the next
         window = round(self.settings.window_seconds * SAMPLE_RATE / self.step)
         spans, size, stride = [], window * self.step, (window - 2 * overlap) * self.step
@@ -1742,8 +1706,7 @@ class Decoder:
         return batches
 
     def emissions(self, clips, encoder=None, doing="scoring"):
-        """(the `Emissions` of each clip of a `Clips`, of one id a frame or what a search needs; the mean CTC loss of
-        those without windows, 0 if there is no `encoder` of their labels)."""
+        """(the `Emissions` of each of `clips`, the mean CTC loss of those without windows; 0 without an `encoder`)."""
         settings, self.model = self.settings, self.model.to(self.settings.device).eval()
         mine = self.batches(clips.table["num_samples"].tolist())[settings.process_index :: settings.world_size]
         collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), [], 0.0
@@ -1808,10 +1771,9 @@ class Decoder:
 
 @dataclass(eq=False, slots=True)
 class Prefix:
-    """A text: the n-gram's `state` after it, what its last token `added` to the score, {token: `longer` text}."""
+    """A text: the n-gram's `state` after it, {token: (`longer` text, what the token adds to the score)}."""
 
     state: object
-    added: float = 0.0
     longer: dict = field(default_factory=dict)
 
 
@@ -1861,9 +1823,9 @@ def beam_search(emissions, lm):
                 else:
                     if token not in prefix.longer:
                         state, log10 = lm.kenlm.score(prefix.state, lm.words[token])
-                        prefix.longer[token] = Prefix(state, lm.weight * log10 * math.log(10) + lm.word_score)
-                    longer = prefix.longer[token]
-                    add(grown, (longer, token), score + log_prob + longer.added, (path, token))
+                        prefix.longer[token] = Prefix(state), lm.weight * log10 * math.log(10) + lm.word_score
+                    longer, added = prefix.longer[token]
+                    add(grown, (longer, token), score + log_prob + added, (path, token))
         best = sorted(grown.items(), key=lambda item: -item[1][0])[: lm.beam]
         hypotheses = {key: item for key, item in best if item[0] >= best[0][1][0] - lm.max_behind}
     ended = {}
@@ -2879,7 +2841,8 @@ class Run:
         """Select the clips of `sources`, {"": the corpus, name: test set of --also_score}; raises RunError."""
         settings, self.source = self.settings, sources[""]
         self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, settings.target_text)
-        self.check = ClipCheck(model.config, processor.feature_extractor, self.encoder, settings.max_train_seconds)
+        what = model.config, processor.feature_extractor, self.encoder, settings.max_train_seconds
+        self.check = functools.partial(skip_reasons, *what)  # without the model: a stream's workers get it too
         self.clips = select_all(sources, settings, self.check)
         self.tests = {name or "test": self.clips[name or "test"] for name in sources}
         self.decoder = Decoder(model, processor, settings, lm)

@@ -1,6 +1,7 @@
 """The reader of audio: every container and codec that libsndfile writes, whole and damaged, and what people record."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -172,3 +173,11 @@ def test_blocks_and_windows_of_any_size_are_the_whole(rate, frames, block, cuts,
     windows = script.Windows([{"audio": data}])
     spans = [script.Span(0, start, stop, 0, 0, False) for start, stop in zip(ends, ends[1:])]
     np.testing.assert_allclose(np.concatenate([windows[span]["samples"] for span in spans]), expected, atol=1e-6)
+
+
+def test_damage_where_a_block_begins_ends_the_reading():
+    damaged = bytearray(sound(np.random.default_rng(0).normal(scale=0.1, size=4 * RATE), format="FLAC"))
+    damaged[27_700:27_760] = b"\xff" * 60
+    with mock.patch.object(script, "BLOCK_SAMPLES", 4_096):  # as many as a frame of FLAC
+        blocks = list(itertools.islice(script.read_audio(bytes(damaged), []), 100))
+    assert 0 < sum(map(len, blocks)) < 4 * RATE and len(blocks) < 20
