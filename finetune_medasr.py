@@ -2154,12 +2154,10 @@ SYSTEMS = dict(baseline="before", finetuned="fine-tuned", baseline_lm="before, L
 
 
 def count_errors(rate, references, hypotheses):
-    """(an int array (clips, 4): substitutions, deletions, insertions, length of the reference; {kind of error: Counter
-    of what was taken for what}), in characters for "cer", otherwise in words."""
+    """(ints (clips, 4): substitutions, deletions, insertions, the reference's length; {kind: Counter of them})"""
     normalize, process = RATES[rate][0], jiwer.process_characters if rate == "cer" else jiwer.process_words
     references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
-    for index, reference in enumerate(references if rate == "wer_spoken" else ()):
-        # Spoken punctuation that the reference has not got is no error.
+    for index, reference in enumerate(references if rate == "wer_spoken" else ()):  # what it lacks is no error
         written = set(SPOKEN_PUNCTUATION.findall(reference))
         words = SPOKEN_PUNCTUATION.sub(lambda match, kept=written: match[0] * (match[0] in kept), hypotheses[index])
         hypotheses[index] = " ".join(words.split())
@@ -2175,16 +2173,15 @@ def count_errors(rate, references, hypotheses):
     return counts, errors
 
 
-def corpus_rate(references, hypotheses, rate="wer"):
-    """A rate of all texts together; None where the references have nothing that it compares."""
-    *errors, length = count_errors(rate, references, hypotheses)[0].sum(axis=0)
+def corpus_rate(references, hypotheses):
+    """The WER of all texts together; None where the references have no word."""
+    *errors, length = count_errors("wer", references, hypotheses)[0].sum(axis=0)
     return float(sum(errors) / length) if length else None
 
 
 class Scores:
-    """The `texts` {system: hypotheses} of one test set against its references; systems as in SYSTEMS. `table` has a row
-    a clip, with its groups; `counts` too, with the columns (system, rate or kind of error) and ("of", rate), the
-    reference's length. Every figure is a sum over some of the rows. `train_accents` are those in training, if any."""
+    """The `texts` {one of SYSTEMS: hypotheses} of a test set. `table` has a row a clip, with its groups; `counts` too,
+    with the columns (system, rate or kind of error) and ("of", rate), the reference's length: figures are sums."""
 
     def __init__(self, table, texts, train_accents=None):
         table, columns = table.reset_index(drop=True), {}
@@ -2216,9 +2213,8 @@ class Scores:
         return everything
 
     def metrics_of(self, part):
-        """{system: its rates on some rows; "delta": the fine-tuned's minus the baseline's}. Intervals are of 10,000
-        resamplings of whole speakers, whose clips are not independent (Bisani & Ney 2004, doi
-        10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508), the same for all systems, which pairs them."""
+        """{system or "delta": its rates on some rows}. Intervals are of 10,000 resamplings of whole speakers (Bisani &
+        Ney 2004, doi 10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508), the same for all systems: paired."""
         counts, generator, found = self.counts.loc[part.index], np.random.default_rng(0), {}
         people = counts[[(name, "wer") for name in (*self.texts, "of")]].groupby(part["speaker_or_clip"])
         people, sums = people.sum().to_numpy(float), counts.sum()
@@ -2228,7 +2224,6 @@ class Scores:
         drawn = {system: errors / np.maximum(words, 1) for system, errors in zip(self.texts, drawn)}
         sizes = {"clips": len(part), "speakers": len(people), "words": int(sums["of", "wer"])}
         is_small = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
-
         for ending in self.endings:
             before, after, delta = (f"{name}{ending}" for name in ("baseline", "finetuned", "delta"))
             found |= dict.fromkeys((before, after, delta))
@@ -2286,7 +2281,6 @@ def last_of(found, ending=""):
 
 
 def score_lines(metrics):
-    """Markdown lines on one test set: its size, every rate before and after, the change of the WER."""
     last, delta, header, rows = last_of(metrics), metrics["delta"], ["rate"], [[name] for _, name in RATES.values()]
     for ending in [ending for ending in ("", "_lm") if last_of(metrics, ending)]:
         systems = f"baseline{ending}", f"finetuned{ending}"
@@ -2338,7 +2332,6 @@ def show_scores(metrics):
 
 
 def error_lines(scores):
-    """Markdown lines on what goes wrong: commonest errors, empty and runaway texts, clips that got worse."""
     lines, table, texts = [], scores.table, last_of(scores.texts)
     errors = count_errors("wer", table["text"], texts)[1]
     for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
@@ -2358,7 +2351,7 @@ def error_lines(scores):
 
 
 def draw_pictures(folder, metrics, history):
-    """PNGs beside the report, of what the data allows: {file name: title}."""
+    """PNGs beside the report, of what the data allows; returns the Markdown lines that show them."""
     figure_of, pictures = functools.partial(Lazy("matplotlib.figure").Figure, dpi=110, layout="tight"), {}
     for kind, title in (("accent", "WER by accent"), ("duration", "WER by duration of the clip")):
         groups = last_of(metrics)["groups"][kind]
@@ -2390,12 +2383,11 @@ def draw_pictures(folder, metrics, history):
     for name, axes in pictures.items():
         with complete(folder / name) as partial:
             axes.figure.savefig(partial, format="png")
-    return {name: axes.get_title() for name, axes in pictures.items()}
+    return [f"![{axes.get_title()}]({name})\n" for name, axes in pictures.items()]
 
 
 def write_results(folder, content, scores, title, notes=(), history=()):
-    """Write what a run's results/ has, metrics.json last, of {"test" and names of --also_score: Scores}; returns the
-    metrics, which begin with `content`."""
+    """Write results/, metrics.json last, of {"test" or a name of --also_score: Scores}; returns the metrics."""
     packages = "torch transformers datasets evaluate jiwer librosa soundfile accelerate tensorboard".split()
     versions = {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}}
     parts = {name: part.metrics() for name, part in scores.items()}
@@ -2415,8 +2407,7 @@ def write_results(folder, content, scores, title, notes=(), history=()):
     if (scores["test"].table["speaker"] == "").all():
         notes = [*notes, "No clip names its speaker: each counts as one of its own; the intervals are too narrow."]
     lines = [f"# {markdown_text(title)}\n", *score_lines(metrics), *(markdown_text(note) + "\n" for note in notes)]
-    lines += [f"![{label}]({name})\n" for name, label in draw_pictures(folder, metrics, history).items()]
-    lines += group_lines(metrics)
+    lines += draw_pictures(folder, metrics, history) + group_lines(metrics)
     lines.append(f"\\* under {MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words: neither ranked nor averaged.\n")
     for name, part in parts.items():
         lines += [f"## Also scored: {markdown_text(name)}\n", *score_lines(part), *group_lines(part, "###", fewest=2)]
@@ -2568,7 +2559,7 @@ class CTCTrainer:
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths = (train_dataset or self.train_dataset)[self.args.length_column_name][:]  # a column takes minutes
+        lengths = (train_dataset or self.train_dataset)[self.args.length_column_name][:]  # [:]: a column takes minutes
         sampler = Lazy("transformers.trainer_pt_utils").LengthGroupedSampler
         # The order is the same for any division of an update's clips into batches, steps and processes.
         return sampler(self.args.clips_an_update, lengths=lengths, generator=self.order)
@@ -2600,9 +2591,8 @@ class CTCTrainer:
     def _run_epoch(self, epoch, **options):
         self.order.manual_seed(self.args.seed + epoch)  # the Trainer restores its state only after the first batch
         self.data_collator.epoch.fill_(epoch)
-        # The Trainer would make one more update of a run that is at its end.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            super()._run_epoch(epoch=epoch, **options)
+            super()._run_epoch(epoch=epoch, **options)  # which would make one more update at the end
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         start = time.monotonic()
@@ -2648,9 +2638,8 @@ class CTCTrainer:
             raise Stopped(stopped)
         self.started += time.monotonic() - start
         self.bar.update(self.state.global_step - self.bar.n)
-        done, left = self.state.global_step - self.first_step, self.state.max_steps - self.state.global_step
-        hours = (time.monotonic() - self.begun) / max(1, done) * left / 3600
-        if done == 3 and hours > 1 and self.args.device.type == "cpu":
+        hours = (time.monotonic() - self.begun) / 3 * (self.state.max_steps - self.state.global_step) / 3600
+        if self.state.global_step == self.first_step + 3 and hours > 1 and self.args.device.type == "cpu":
             say(f"  training takes {hours:,.0f} h more; a GPU, fewer --accents or --max_train_samples make it shorter")
         self.stop_early()
 
@@ -2674,7 +2663,6 @@ class CTCTrainer:
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The dev scores, made as the test scores are, and a few texts for TensorBoard."""
         start = time.monotonic()
         accelerate.utils.broadcast(dict(self.model.named_buffers()))  # each process has BatchNorm statistics of its own
         emissions, loss = self.decoder.emissions(self.dev, self.encoder)
@@ -3053,13 +3041,12 @@ def main(argv=None):
         elif LOST_PROCESS.search(str(error)):
             message = "another process has ended; its own message says why, the same command goes on from here"
         status = 2 if isinstance(error, UsageError) else 1
-        if status == 2 and rank != "0":
-            return status  # each process refuses the same flags
     finally:
         for number, handler in handlers.items():
             with contextlib.suppress(ValueError, TypeError):  # another thread, or a handler that is not Python's
                 signal.signal(number, handler)
-    print(f"{PROGRAM}: error{'' if rank == '0' else f' (process {rank})'}: {redact(message)}", file=sys.stderr)
+    if status != 2 or rank == "0":  # each process refuses the same flags
+        print(f"{PROGRAM}: error{'' if rank == '0' else f' (process {rank})'}: {redact(message)}", file=sys.stderr)
     return status
 
 
