@@ -2502,7 +2502,7 @@ def score_file(settings):
     return 0
 
 
-# ---------------------------------------------------------------- half precision
+# ---------------------------------------------------------------- training
 
 
 def in_float32(forward, *inputs, **options):
@@ -2542,9 +2542,6 @@ def guard_half_precision(model, batches, device):
         for batch in batches:
             if not torch.isfinite(model(**batch).logits).all():
                 raise RunError("the model overflows float16 even with its large activations in float32: use --bf16")
-
-
-# ---------------------------------------------------------------- training
 
 
 class CTCTrainer:
@@ -2775,8 +2772,7 @@ IDENTITY = """model model_revision dataset dataset_revision text_column accents 
     max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds
     learning_rate seed weights clips_an_update""".split()
 NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
-# These may change from one start of a run to the next; the texts with a language model are made again.
-GOAL = "max_steps num_train_epochs early_stopping_patience also_score".split()
+GOAL = "max_steps num_train_epochs early_stopping_patience also_score".split()  # these and OF_LM may change
 OF_LM = "lm lm_weight lm_word_score lm_beam tune_lm lm_bytes".split()
 
 
