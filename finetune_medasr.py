@@ -2690,10 +2690,8 @@ class CTCTrainer:
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
             self.heard, self.started, self.waited = np.zeros(2), now, 0.0
             shown = f"loss {logs['loss']:.3f}, {speed:.0f} audio s/s, {wait:.0f} % waiting for data"
-            if self.args.fp16:
-                logs["skipped_updates"] = self.skipped
-                shown += f", {plural(self.skipped, 'update')} skipped" * bool(self.skipped)
-            self.bar.set_postfix_str(shown)
+            logs |= {"skipped_updates": self.skipped} if self.args.fp16 else {}
+            self.bar.set_postfix_str(shown + f", {plural(self.skipped, 'update')} skipped" * bool(self.skipped))
         super().log(logs, start_time)
 
 
@@ -2777,9 +2775,8 @@ OF_LM = "lm lm_weight lm_word_score lm_beam tune_lm lm_bytes".split()
 
 
 class Run:
-    """A run in --output_dir. `notes` is what run.json holds: "identity", what the run is of; "baseline", the untouched
-    model's "texts" {test set: {system: texts}} with the checksum of what they are "of" and the language model "lm";
-    "reached", the `goal` of the start that finished; "batch_limit", the clips a step where more filled the memory."""
+    """A run in --output_dir. `notes`, in run.json: "identity"; "baseline", texts {test set: {system: texts}}, "lm" and
+    a checksum of what they are "of"; "reached", the `goal` of the start that finished; "batch_limit", clips a step."""
 
     def __init__(self, settings):
         self.settings, self.output = settings, Path(settings.output_dir)
