@@ -2096,8 +2096,7 @@ NUMBERS = re.compile(
 )
 
 
-def keep(pattern):
-    """A normaliser that keeps the words of one kind."""
+def words_of(pattern):
     return lambda text: " ".join(filter(pattern.fullmatch, normalize_wer(text).split()))
 
 
@@ -2108,8 +2107,8 @@ RATES = {
     "wer_paper": (normalize_paper, "WER, the AfriSpeech authors' normalisation"),
     "wer_paper_short": (normalize_paper, f"the same, clips under {PAPER_SECONDS} s, as in their tables"),
     "wer_raw": (str.strip, "WER as written"),
-    "wer_numbers": (keep(NUMBERS), "WER of numbers alone"),
-    "wer_negations": (keep(NEGATIONS), "WER of negations alone"),
+    "wer_numbers": (words_of(NUMBERS), "WER of numbers alone"),
+    "wer_negations": (words_of(NEGATIONS), "WER of negations alone"),
     "cer": (normalize_wer, "CER"),
 }
 # What is scored on a set of clips, and its name in tables: texts before and after training, greedy and with the LM.
@@ -2117,12 +2116,10 @@ SYSTEMS = dict(baseline="before", finetuned="fine-tuned", baseline_lm="before, L
 
 
 def count_errors(rate, references, hypotheses):
-    """(an int array (clips, 4): substitutions, deletions, insertions, length of the reference; {kind of error: Counter
-    of what was taken for what}), in characters for "cer", otherwise in words."""
+    """(ints (clips, 4): substitutions, deletions, insertions, the reference's length; {kind: Counter of them})"""
     normalize, process = RATES[rate][0], jiwer.process_characters if rate == "cer" else jiwer.process_words
     references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
-    for index, reference in enumerate(references if rate == "wer_spoken" else ()):
-        # Spoken punctuation that the reference has not got is no error.
+    for index, reference in enumerate(references if rate == "wer_spoken" else ()):  # what it lacks is no error
         written = set(SPOKEN_PUNCTUATION.findall(reference))
         words = SPOKEN_PUNCTUATION.sub(lambda match, kept=written: match[0] * (match[0] in kept), hypotheses[index])
         hypotheses[index] = " ".join(words.split())
@@ -2138,16 +2135,15 @@ def count_errors(rate, references, hypotheses):
     return counts, errors
 
 
-def corpus_rate(references, hypotheses, rate="wer"):
-    """A rate of all texts together; None where the references have nothing that it compares."""
-    *errors, length = count_errors(rate, references, hypotheses)[0].sum(axis=0)
+def corpus_rate(references, hypotheses):
+    """The WER of all texts together; None where the references have no word."""
+    *errors, length = count_errors("wer", references, hypotheses)[0].sum(axis=0)
     return float(sum(errors) / length) if length else None
 
 
 class Scores:
-    """The `texts` {system: hypotheses} of one test set against its references; systems as in SYSTEMS. `table` has a row
-    a clip, with its groups; `counts` too, with the columns (system, rate or kind of error) and ("of", rate), the
-    reference's length. Every figure is a sum over some of the rows. `train_accents` are those in training, if any."""
+    """The `texts` {one of SYSTEMS: hypotheses} of a test set. `table` has a row a clip, with its groups; `counts` too,
+    with the columns (system, rate or kind of error) and ("of", rate), the reference's length: figures are sums."""
 
     def __init__(self, table, texts, train_accents=None):
         table, columns = table.reset_index(drop=True), {}
@@ -2179,20 +2175,17 @@ class Scores:
         return everything
 
     def metrics_of(self, part):
-        """{system: its rates on some rows; "delta": the fine-tuned's minus the baseline's}. Intervals are of 10,000
-        resamplings of whole speakers, whose clips are not independent (Bisani & Ney 2004, doi
-        10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508), the same for all systems, which pairs them."""
-        counts, generator, drawn, found = self.counts.loc[part.index], np.random.default_rng(0), [], {}
+        """{system or "delta": its rates on some rows}. Intervals are of 10,000 resamplings of whole speakers (Bisani &
+        Ney 2004, doi 10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508), the same for all systems: paired."""
+        counts, generator, found = self.counts.loc[part.index], np.random.default_rng(0), {}
         people = counts[[(name, "wer") for name in (*self.texts, "of")]].groupby(part["speaker_or_clip"])
         people, sums = people.sum().to_numpy(float), counts.sum()
-        for _ in range(100):  # 100 at a time: where no clip names its speaker, all together would take gigabytes
-            chosen = generator.integers(len(people), size=(100, len(people)), dtype=np.int32)
-            drawn.append(people[chosen].sum(axis=1))
-        *drawn, words = np.concatenate(drawn).T
+        draw = functools.partial(generator.integers, len(people), size=(100, len(people)), dtype=np.int32)
+        # 100 at a time: where no clip names its speaker, all together would take gigabytes.
+        *drawn, words = np.concatenate([people[draw()].sum(axis=1) for _ in range(100)]).T
         drawn = {system: errors / np.maximum(words, 1) for system, errors in zip(self.texts, drawn)}
         sizes = {"clips": len(part), "speakers": len(people), "words": int(sums["of", "wer"])}
         is_small = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
-
         for ending in self.endings:
             before, after, delta = (f"{name}{ending}" for name in ("baseline", "finetuned", "delta"))
             found |= dict.fromkeys((before, after, delta))
@@ -2228,7 +2221,6 @@ def percent(value):
 
 
 def points(delta, has_interval=True):
-    """A difference of rates in percentage points with its interval."""
     ends = "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in delta["wer_ci95"]))
     return f"{100 * delta['wer']:+.1f} {ends if has_interval else ''}".rstrip()
 
@@ -2239,7 +2231,6 @@ def markdown_text(text):
 
 
 def markdown_table(header, rows):
-    """Lines of a Markdown table, padded so that it reads well in a terminal too."""
     rows = [header, *(list(map(str, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
@@ -2252,7 +2243,6 @@ def last_of(found, ending=""):
 
 
 def score_lines(metrics):
-    """Markdown lines on one test set: its size, every rate before and after, the change of the WER."""
     last, delta, header, rows = last_of(metrics), metrics["delta"], ["rate"], [[name] for _, name in RATES.values()]
     for ending in [ending for ending in ("", "_lm") if last_of(metrics, ending)]:
         systems = f"baseline{ending}", f"finetuned{ending}"
@@ -2270,8 +2260,7 @@ def score_lines(metrics):
 
 
 def group_lines(metrics, heading="##", fewest=1, most=None):
-    """Markdown lines: a table for each kind of which there are at least `fewest` groups, for `most` kinds at the most,
-    and what it comes to. The largest groups come first, small ones have a *; too few speakers make no interval."""
+    """Markdown lines: a table, and what it comes to, for the first `most` kinds of at least `fewest` groups."""
     with_lm, delta, lines = last_of(metrics, "_lm"), metrics["delta"], []
     kinds = [(kind, groups) for kind, groups in last_of(metrics)["groups"].items() if len(groups) >= fewest]
     for kind, groups in kinds[:most]:
@@ -2305,7 +2294,6 @@ def show_scores(metrics):
 
 
 def error_lines(scores):
-    """Markdown lines on what goes wrong: commonest errors, empty and runaway texts, clips that got worse."""
     lines, table, texts = [], scores.table, last_of(scores.texts)
     errors = count_errors("wer", table["text"], texts)[1]
     for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
@@ -2325,7 +2313,7 @@ def error_lines(scores):
 
 
 def draw_pictures(folder, metrics, history):
-    """PNGs beside the report, of what the data allows: {file name: title}."""
+    """PNGs beside the report, of what the data allows; returns the Markdown lines that show them."""
     figure_of, pictures = functools.partial(Lazy("matplotlib.figure").Figure, dpi=110, layout="tight"), {}
     for kind, title in (("accent", "WER by accent"), ("duration", "WER by duration of the clip")):
         groups = last_of(metrics)["groups"][kind]
@@ -2357,12 +2345,11 @@ def draw_pictures(folder, metrics, history):
     for name, axes in pictures.items():
         with complete(folder / name) as partial:
             axes.figure.savefig(partial, format="png")
-    return {name: axes.get_title() for name, axes in pictures.items()}
+    return [f"![{axes.get_title()}]({name})\n" for name, axes in pictures.items()]
 
 
 def write_results(folder, content, scores, title, notes=(), history=()):
-    """metrics.json, predictions_*.jsonl, report.md and its pictures into `folder`, metrics.json last. `scores` are
-    {"test" and the names of --also_score: Scores}; `content` is the beginning of metrics.json. Returns the metrics."""
+    """Write results/, metrics.json last, of {"test" or a name of --also_score: Scores}; returns the metrics."""
     packages = "torch transformers datasets evaluate jiwer librosa soundfile accelerate tensorboard".split()
     versions = {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}}
     parts = {name: part.metrics() for name, part in scores.items()}
@@ -2382,8 +2369,7 @@ def write_results(folder, content, scores, title, notes=(), history=()):
     if (scores["test"].table["speaker"] == "").all():
         notes = [*notes, "No clip names its speaker: each counts as one of its own; the intervals are too narrow."]
     lines = [f"# {markdown_text(title)}\n", *score_lines(metrics), *(markdown_text(note) + "\n" for note in notes)]
-    lines += [f"![{label}]({name})\n" for name, label in draw_pictures(folder, metrics, history).items()]
-    lines += group_lines(metrics)
+    lines += draw_pictures(folder, metrics, history) + group_lines(metrics)
     lines.append(f"\\* under {MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words: neither ranked nor averaged.\n")
     for name, part in parts.items():
         lines += [f"## Also scored: {markdown_text(name)}\n", *score_lines(part), *group_lines(part, "###", fewest=2)]
@@ -2394,16 +2380,14 @@ def write_results(folder, content, scores, title, notes=(), history=()):
 
 
 def write_model_card(final, results, settings, metrics):
-    """README.md of the final model, with the Hub's evaluation metadata, the report and its pictures."""
     model, dataset, data = public(settings.model), public(settings.dataset), metrics["data"]
     is_own, train, task = data["layout"] == "recordings", data["train"], "automatic-speech-recognition"
     found, decoding, is_hub_id = [], "", re.compile(r"[\w.-]+/[\w.-]+").fullmatch
     for name, part in {dataset: metrics, **metrics.get("also", {})}.items():
-        shown = dict(dataset_name="AfriSpeech-200" if name == DEFAULT_DATASET else name, dataset_type=name)
-        shown |= dict(dataset_split="test", task_type=task)
+        label = "AfriSpeech-200" if name == DEFAULT_DATASET else name
         for rate in [rate for rate in RATES if part["finetuned"][rate] is not None]:  # None: of another script
             value = round(100 * part["finetuned"][rate], 2)
-            found.append(hub.EvalResult(metric_type=rate[:3], metric_name=rate, metric_value=value, **shown))
+            found.append(hub.EvalResult(task, name, label, rate[:3], value, metric_name=rate, dataset_split="test"))
     named = settings.model, settings.dataset.partition(":")[0]
     base, corpus = (name if is_hub_id(name) and not Path(name).exists() else None for name in named)
     header = dict(language="en", license="other", license_name="health-ai-developer-foundations")
@@ -2412,7 +2396,6 @@ def write_model_card(final, results, settings, metrics):
     header |= dict(tags=["medical", *([] if is_own else ["african-accents"]), "ctc"], eval_results=found)
     header |= dict(model_name="medasr-own-data" if is_own else "medasr-afrispeech-200")
     new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
-    versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     if lm := metrics.get("lm"):
         greedy, searched = (percent(metrics[system]["wer"]) for system in ("finetuned", "finetuned_lm"))
         flags = {"lm": public(settings.lm), **{f"lm_{name}": lm[name] for name in ("weight", "word_score", "beam")}}
@@ -2441,11 +2424,10 @@ The base model's terms (Health AI Developer Foundations) hold for this derivativ
 {"see where it comes from" if is_own else "AfriSpeech-200 is CC-BY-NC-SA-4.0, for non-commercial use"}.
 Not a medical device: a person checks every transcript that a decision rests on.
 
-Made with `{settings.command}`; {versions}.
+Made with `{settings.command}`; {", ".join(map(" ".join, metrics["versions"].items()))}.
 
 """
-    report = (results / "report.md").read_text(encoding="utf-8")
-    write_text(final / "README.md", card + report.replace("# ", "## ", 1))
+    write_text(final / "README.md", card + (results / "report.md").read_text(encoding="utf-8").replace("# ", "## ", 1))
     for picture in results.glob("*.png"):
         shutil.copy(picture, final)
 
@@ -2482,11 +2464,10 @@ def score_file(settings):
     return 0
 
 
-# ---------------------------------------------------------------- half precision
+# ---------------------------------------------------------------- training
 
 
 def in_float32(forward, *inputs, **options):
-    """A forward in float32 where autocast would use half precision."""
     inputs, options = accelerate.utils.convert_to_fp32((inputs, options))
     with torch.autocast([*inputs, *options.values()][0].device.type, enabled=False):
         return forward(*inputs, **options)
@@ -2515,8 +2496,7 @@ def guard_half_precision(model, batches, device):
         for batch in batches:
             model(**batch)
     for name, module in model.named_modules():
-        # float16 ends at 65,504, and activations grow in training.
-        if peaks.get(module, 0) > 65_504 / 8 or name == "encoder.subsampler":
+        if peaks.get(module, 0) > 65_504 / 8 or name == "encoder.subsampler":  # float16's end, and room to grow
             module.forward = functools.partial(in_float32, module.forward)
         if isinstance(module, torch.nn.BatchNorm1d):
             module.forward = functools.partial(with_finite_statistics, module, module.forward)
@@ -2524,9 +2504,6 @@ def guard_half_precision(model, batches, device):
         for batch in batches:
             if not torch.isfinite(model(**batch).logits).all():
                 raise RunError("the model overflows float16 even with its large activations in float32: use --bf16")
-
-
-# ---------------------------------------------------------------- training
 
 
 class CTCTrainer:
@@ -2541,8 +2518,7 @@ class CTCTrainer:
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        # [:] makes a list: from the column each length is read apart, which takes minutes for the training split.
-        lengths = (train_dataset or self.train_dataset)[self.args.length_column_name][:]
+        lengths = (train_dataset or self.train_dataset)[self.args.length_column_name][:]  # [:]: a column takes minutes
         sampler = Lazy("transformers.trainer_pt_utils").LengthGroupedSampler
         # The order is the same for any division of an update's clips into batches, steps and processes.
         return sampler(self.args.clips_an_update, lengths=lengths, generator=self.order)
@@ -2550,10 +2526,9 @@ class CTCTrainer:
     def get_train_dataloader(self):
         if not isinstance(self.train_dataset, TrainingStream):
             return super().get_train_dataloader()
-        # The stream makes the batches of this process's own share; accelerate would divide it again.
         options = {"batch_size": self.args.train_batch_size, "pin_memory": self.args.dataloader_pin_memory}
         self.train_dataset.loader_options = {**options, "collate_fn": self.data_collator}
-        return torch.utils.data.DataLoader(self.train_dataset, batch_size=None)
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=None)  # accelerate would divide it again
 
     def on_train_begin(self, args, state, control, **kwargs):
         looks = {"desc": "training", "unit": "update", "disable": self.decoder.is_silent}
@@ -2575,9 +2550,8 @@ class CTCTrainer:
     def _run_epoch(self, epoch, **options):
         self.order.manual_seed(self.args.seed + epoch)  # the Trainer restores its state only after the first batch
         self.data_collator.epoch.fill_(epoch)
-        # The Trainer would make one more update of a run that is at its end.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            super()._run_epoch(epoch=epoch, **options)
+            super()._run_epoch(epoch=epoch, **options)  # which would make one more update at the end
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         start = time.monotonic()
@@ -2623,11 +2597,9 @@ class CTCTrainer:
             raise Stopped(stopped)
         self.started += time.monotonic() - start
         self.bar.update(self.state.global_step - self.bar.n)
-        done, left = self.state.global_step - self.first_step, self.state.max_steps - self.state.global_step
-        hours = (time.monotonic() - self.begun) / max(1, done) * left / 3600
-        if done == 3 and hours > 1 and self.args.device.type == "cpu":
-            shorter = "a GPU, fewer --accents or a lower --max_train_samples is faster"
-            say(f"  training takes this machine about {hours:,.0f} h more; {shorter}")
+        hours = (time.monotonic() - self.begun) / 3 * (self.state.max_steps - self.state.global_step) / 3600
+        if self.state.global_step == self.first_step + 3 and hours > 1 and self.args.device.type == "cpu":
+            say(f"  training takes {hours:,.0f} h more; a GPU, fewer --accents or --max_train_samples make it shorter")
         self.stop_early()
 
     def _save_rng_state(self, output_dir):
@@ -2650,7 +2622,6 @@ class CTCTrainer:
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The dev scores, made as the test scores are, and a few texts for TensorBoard."""
         start = time.monotonic()
         accelerate.utils.broadcast(dict(self.model.named_buffers()))  # each process has BatchNorm statistics of its own
         emissions, loss = self.decoder.emissions(self.dev, self.encoder)
@@ -2674,18 +2645,15 @@ class CTCTrainer:
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            heard = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device)
-            real, padded = self.accelerator.reduce(heard, "sum").tolist()
+            real, padded = np.sum(accelerate.utils.gather_object([self.heard]), axis=0).tolist()
             seconds = max((now := time.monotonic()) - self.started, 1e-3)
             speed, wait = round(real / SAMPLE_RATE / seconds, 1), round(100 * self.waited / seconds, 1)
             logs |= {"audio_seconds_per_second": speed, "data_wait_percent": wait}
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
             self.heard, self.started, self.waited = np.zeros(2), now, 0.0
             shown = f"loss {logs['loss']:.3f}, {speed:.0f} audio s/s, {wait:.0f} % waiting for data"
-            if self.args.fp16:
-                logs["skipped_updates"] = self.skipped
-                shown += f", {plural(self.skipped, 'update')} skipped" * bool(self.skipped)
-            self.bar.set_postfix_str(shown)
+            logs |= {"skipped_updates": self.skipped} if self.args.fp16 else {}
+            self.bar.set_postfix_str(shown + f", {plural(self.skipped, 'update')} skipped" * bool(self.skipped))
         super().log(logs, start_time)
 
 
@@ -2706,8 +2674,6 @@ def choose_batch_size(model, collator, train, settings, limit):
     longest = {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": "the " * int(2 * seconds)}
 
     def fits(size):
-        if size == 1 or device.type != "cuda":
-            return True
         # AdamW keeps two averages, one in place of the trial's weights; processes exchange gradients in buckets.
         trial, copies = copy.deepcopy(model).train(), 1 + (settings.world_size > 1)
         trial.encoder.layerdrop = 0.0
@@ -2724,7 +2690,7 @@ def choose_batch_size(model, collator, train, settings, limit):
             return False
         return True
 
-    size = agreed(next(filter(fits, sizes)))
+    size = agreed(next(size for size in sizes if size == 1 or device.type != "cuda" or fits(size)))
     gc.collect()  # the guards of half precision make cycles
     torch.cuda.empty_cache()  # nothing where there is no GPU
     settings.per_device_train_batch_size, settings.gradient_accumulation_steps = size, clips // size
@@ -2736,25 +2702,22 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
     model, extractor, device = decoder.model, decoder.extractor, settings.device
     plain = CTCCollator(extractor, encoder, shortest=decoder.shortest)
     if settings.gradient_checkpointing:
-        # Under DDP checkpointing forbids unused parameters, which a dropped layer would leave.
-        model.encoder.layerdrop = 0.0
+        model.encoder.layerdrop = 0.0  # under DDP it forbids unused parameters, which a dropped layer would leave
         model.activation_checkpointing_enable()  # now, for the trial of batch sizes; the Trainer does when it starts
     if settings.ddp_find_unused_parameters is None:
         settings.ddp_find_unused_parameters = model.encoder.layerdrop > 0
-    if settings.fp16:
-        # Measured on dev clips: a stream has none.
+    if settings.fp16:  # measured on dev clips: a stream has none
         chosen = np.linspace(0, len(dev) - 1, 16).astype(int).reshape(4, 4).tolist()
         batches = [plain([dev.audio[index] for index in indices]) for indices in chosen]
         guard_half_precision(model, [model_inputs(batch, extractor, device) for batch in batches], device)
     if settings.auto_train_batch:
         choose_batch_size(model.to(device), plain, train, settings, batch_limit)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.output_dir) / "runs")
-    # Shared, because --dataloader_persistent_workers keep a collator of their own.
-    epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-    collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=settings.seed, epoch=epoch)
+    epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # --dataloader_persistent_workers keep their collators
+    seed = train.seed if settings.streaming else settings.seed
+    collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=seed, epoch=epoch)
     kind = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)
-    # The whole processor: its feature extractor alone has no tokenizer to save.
-    trainer = kind(model, settings, collator, train, dev.audio, decoder.processor)
+    trainer = kind(model, settings, collator, train, dev.audio, decoder.processor)  # whose tokenizer is saved too
     trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()
     trainer.model_accepts_loss_kwargs = False  # concluded from the **kwargs of LasrForCTC.forward, which ignores them
     trainer.remove_callback(transformers.PrinterCallback if settings.disable_tqdm else transformers.ProgressCallback)
@@ -2769,15 +2732,13 @@ IDENTITY = """model model_revision dataset dataset_revision text_column accents 
     max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds
     learning_rate seed weights clips_an_update""".split()
 NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
-# These may change from one start of a run to the next; the texts with a language model are made again.
-GOAL = "max_steps num_train_epochs early_stopping_patience also_score".split()
+GOAL = "max_steps num_train_epochs early_stopping_patience also_score".split()  # these and OF_LM may change
 OF_LM = "lm lm_weight lm_word_score lm_beam tune_lm lm_bytes".split()
 
 
 class Run:
-    """A run in --output_dir. `notes` is what run.json holds: "identity", what the run is of; "baseline", the untouched
-    model's "texts" {test set: {system: texts}} with the checksum of what they are "of" and the language model "lm";
-    "reached", the `goal` of the start that finished; "batch_limit", the clips a step where more filled the memory."""
+    """A run in --output_dir. `notes`, in run.json: "identity"; "baseline", texts {test set: {system: texts}}, "lm" and
+    a checksum of what they are "of"; "reached", the `goal` of the start that finished; "batch_limit", clips a step."""
 
     def __init__(self, settings):
         self.settings, self.output = settings, Path(settings.output_dir)
@@ -2792,8 +2753,7 @@ class Run:
         self.notes = {"identity": identity, "baseline": None, "reached": None, "batch_limit": None}
 
     def open(self):
-        """Take up what an earlier start of the run has left; returns its metrics if it has finished. Otherwise
-        `checkpoint` is the complete one to go on from, if any, with `done` updates. Raises UsageError and RunError."""
+        """Take up what earlier starts left: returns the metrics of a run that has finished, else finds `checkpoint`."""
         output, anew = self.output, self.settings.overwrite_output_dir
         for path in [*self.results.glob("*.tmp"), *output.glob("*")] if self.settings.is_first else ():
             if path.suffix == ".tmp" or (anew and MADE_BY_A_RUN.match(path.name)):  # half-written by a killed start
@@ -2838,7 +2798,6 @@ class Run:
         say(f"\nmodel: {self.final}\nresults: {self.results}\ncurves: tensorboard --logdir {self.output / 'runs'}")
 
     def select(self, processor, model, lm, sources):
-        """Select the clips of `sources`, {"": the corpus, name: test set of --also_score}; raises RunError."""
         settings, self.source = self.settings, sources[""]
         self.encoder = LabelEncoder(processor.tokenizer, model.config.vocab_size, settings.target_text)
         what = model.config, processor.feature_extractor, self.encoder, settings.max_train_seconds
@@ -2862,7 +2821,6 @@ class Run:
         return texts
 
     def write_results(self, texts, history=()):
-        """The results of `decode_tests`' texts; returns the metrics."""
         settings, made, clips, lm = self.settings, self.source.made, self.clips, self.decoder.lm
         seen = None if settings.eval_only else set(clips["train"].table["accent"])
         scores = {name: Scores(self.tests[name].table, part, seen) for name, part in texts.items()}
@@ -2885,9 +2843,8 @@ class Run:
         return write_results(self.results, content, scores, title, notes, history)
 
     def train(self):
-        """Train, from the `checkpoint` if there is one; returns the trainer with the best model."""
         settings, default, trainer, checkpoint = self.settings, TrainingFlags, None, self.checkpoint
-        train, seed = self.clips["train"].audio, settings.seed
+        train = self.clips["train"].audio
         updates, _ = planned_updates(settings, len(self.clips["train"]))
         say(f"training: {plural(updates, 'update')}")
         if updates < settings.eval_steps == default.eval_steps and settings.save_steps == default.save_steps:
@@ -2897,14 +2854,12 @@ class Run:
             settings.warmup_steps = max(1, updates // 10)
             say(f"  warming up over {settings.warmup_steps}")
         if settings.streaming:
-            # The stream starts anew, and should not with the same clips and masks.
-            seed, settings.ignore_data_skip = seed + self.done, True
+            seed, settings.ignore_data_skip = settings.seed + self.done, True  # it starts anew, with other clips
             train = mixed(TrainingStream, torch.utils.data.IterableDataset)(self.source, settings, self.check, seed)
         greedy, advice = Decoder(self.decoder.model, self.decoder.processor, settings), "an older one is taken then"
         loading = explained(f"{checkpoint} cannot be loaded", f"delete it: {advice}")
         try:
             trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], self.notes["batch_limit"])
-            trainer.data_collator.seed = seed
             if checkpoint:
                 say(f"  going on from {checkpoint}, update {self.done} of {updates}")
             for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
@@ -2954,7 +2909,6 @@ class Run:
         with explained(f"{self.final} cannot be written", ROOM_ADVICE), complete(self.final) as final:
             trainer.save_model(str(final))
             write_model_card(final, self.results, self.settings, metrics)
-        # The test scores and the picture by accent go to TensorBoard, beside the curves of the training.
         with Lazy("torch.utils.tensorboard").SummaryWriter(str(self.output / "runs")) as writer:
             step, parts = trainer.state.global_step, {"test": metrics, **metrics.get("also", {})}
             for (name, part), system, rate in itertools.product(parts.items(), SYSTEMS, RATES):
@@ -2978,8 +2932,7 @@ def run(settings):
     transformers.set_seed(settings.seed)
     this, trains = Run(settings), not any(getattr(settings, mode) for mode in MODES)
     if trains and (metrics := this.open()):
-        more = "--overwrite_output_dir starts anew, more --max_steps or --num_train_epochs go on"
-        say(f"{this.output} holds this run, finished; {more}")
+        say(f"{this.output} holds this run, finished; more --max_steps or epochs, or --overwrite_output_dir, train on")
         show_scores(metrics)
         this.finish()
         return 0
@@ -2990,8 +2943,7 @@ def run(settings):
         say(f"computing on {name}, {'float16' if settings.fp16 else kind}")
         if settings.bf16 and is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
             warn("this GPU emulates bfloat16, slowly: leave --bf16 out, and it computes in float16")
-        # Before the audio: what cannot be used should not be found out after hours of preparation.
-        processor, model = load_model(settings)
+        processor, model = load_model(settings)  # before the audio: if it is of no use, hours of preparation are too
         lm = load_lm(settings, processor, model.config.vocab_size)
     if trains and settings.upload and settings.is_first:
         push_to_hub(settings)
@@ -3036,8 +2988,7 @@ def main(argv=None):
         if os.environ.get("MEDASR_TRACEBACK"):
             raise
         message = f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
-        if isinstance(error, RunError):
-            # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
+        if isinstance(error, RunError):  # a DataLoader's worker adds its traceback, which ends with the message
             message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
         elif is_full_memory(error):
             message = "the GPU's memory is full: nvidia-smi shows what else uses it, --use_cpu true does without"
@@ -3046,13 +2997,12 @@ def main(argv=None):
         elif LOST_PROCESS.search(str(error)):
             message = "another process has ended; its own message says why, the same command goes on from here"
         status = 2 if isinstance(error, UsageError) else 1
-        if status == 2 and rank != "0":
-            return status  # each process refuses the same flags
     finally:
         for number, handler in handlers.items():
             with contextlib.suppress(ValueError, TypeError):  # another thread, or a handler that is not Python's
                 signal.signal(number, handler)
-    print(f"{PROGRAM}: error{'' if rank == '0' else f' (process {rank})'}: {redact(message)}", file=sys.stderr)
+    if status != 2 or rank == "0":  # each process refuses the same flags
+        print(f"{PROGRAM}: error{'' if rank == '0' else f' (process {rank})'}: {redact(message)}", file=sys.stderr)
     return status
 
 
