@@ -2096,7 +2096,7 @@ NUMBERS = re.compile(
 )
 
 
-def words_of(pattern):
+def keep(pattern):
     return lambda text: " ".join(filter(pattern.fullmatch, normalize_wer(text).split()))
 
 
@@ -2107,8 +2107,8 @@ RATES = {
     "wer_paper": (normalize_paper, "WER, the AfriSpeech authors' normalisation"),
     "wer_paper_short": (normalize_paper, f"the same, clips under {PAPER_SECONDS} s, as in their tables"),
     "wer_raw": (str.strip, "WER as written"),
-    "wer_numbers": (words_of(NUMBERS), "WER of numbers alone"),
-    "wer_negations": (words_of(NEGATIONS), "WER of negations alone"),
+    "wer_numbers": (keep(NUMBERS), "WER of numbers alone"),
+    "wer_negations": (keep(NEGATIONS), "WER of negations alone"),
     "cer": (normalize_wer, "CER"),
 }
 # What is scored on a set of clips, and its name in tables: texts before and after training, greedy and with the LM.
