@@ -1576,8 +1576,7 @@ FOLDS = str.maketrans({
     "<": " less than ", ">": " greater than ", "≤": " less than or equal to ", "≥": " greater than or equal to ",
     "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ß": "ss", **dict(zip("øØɛƐɔƆŋŊɓƁɗƊƙƘƴɣłđı", "oOeEoOnNbBdDkKygldi")),
     # Greek letters are read by their names, but for the micro of units.
-    **{letter: unicodedata.name(letter).split()[-1].lower() for letter in GREEK},
-    "µ": "u", "μ": "u",
+    **{letter: unicodedata.name(letter).split()[-1].lower() for letter in GREEK}, "µ": "u", "μ": "u",
 })  # fmt: skip
 ENTITY = re.compile(r"&(?:(#\d+|#[xX][0-9a-fA-F]+)|\w+);")  # only with its semicolon: "patients&notes" holds none
 LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")  # "<-5" and "=> 5" are comparisons
@@ -1599,10 +1598,8 @@ class LabelEncoder:
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
         self.opens, self.dropped = self.covered("("), Counter()
         self.table = {}  # code point -> what it becomes, for str.translate
-        plain = "".join(
-            sign for sign in map(chr, range(128)) if (sign.isalnum() or sign in ".,'-") and self.covered(sign)
-        )
-        self.plain = re.compile(f"[ {re.escape(plain)}]*")  # most transcripts: nothing in them is folded
+        plain = filter(self.covered, filter(re.compile("[a-zA-Z0-9.,'-]").match, map(chr, range(128))))
+        self.plain = re.compile(f"[ {re.escape(''.join(plain))}]*")  # most transcripts: nothing in them is folded
 
     def covered(self, character):
         """Whether the tokenizer has a piece that the head can emit for `character`, inside a word and on its own."""
@@ -1652,9 +1649,8 @@ def normalize_wer(text):
 
 
 def normalize_paper(text):
-    """The text that `wer_paper` compares: the AfriSpeech authors' own steps, in their order. Source: the evaluation
-    code of github.com/intron-innovation/AfriSpeech-200 (Olatunji et al. 2023, arXiv 2310.00274). A lone newline glues
-    two words, and punctuation counts: the published figures depend on both."""
+    """The text that `wer_paper` compares: the steps of the AfriSpeech authors' evaluation code, on which
+    their figures depend (github.com/intron-innovation/AfriSpeech-200; Olatunji et al. 2023, arXiv 2310.00274)."""
     text = re.sub(r"\s{2,}", " ", text).strip().replace(">", "").replace("\t", " ").replace("\n", "").lower()
     spoken = {" comma,": ",", " koma,": " ", " coma,": " ", " full stop.": ".", " full stop": ".", ",.": ".", ",,": ","}
     for words, sign in spoken.items():
@@ -1852,9 +1848,8 @@ class Decoder:
         return batches
 
     def emissions(self, clips, encoder=None, doing="scoring"):
-        """(the `Emissions` of each clip of a `Clips`, the mean CTC loss). Of each frame the most probable id is kept,
-        with `lm` as many as its search needs. Without an `encoder` of the clips' labels the loss is 0; clips in windows
-        have none."""
+        """(the `Emissions` of each clip of a `Clips`, of one id a frame or what a search needs; the mean CTC loss of those
+        without windows, 0 if there is no `encoder` of their labels)."""
         settings, self.model = self.settings, self.model.to(self.settings.device).eval()
         mine = self.batches(clips.table["num_samples"].tolist())[settings.process_index :: settings.world_size]
         collator, pieces, loss = CTCCollator(self.extractor, encoder, shortest=self.shortest), [], 0.0
@@ -1914,8 +1909,6 @@ class Decoder:
 
 # ---------------------------------------------------------------- language model
 
-LM_NONSENSE = "no/such/piece"
-
 
 @dataclass(eq=False, slots=True)
 class Prefix:
@@ -1950,8 +1943,7 @@ class LanguageModel:
 
 def beam_search(emissions, lm):
     """(the id of each frame, the score) of the best text: the log of its alignments' summed probability + lm's part. A
-    prefix beam search (Graves & Jaitly 2014) in Python: flashlight's decoder knows no score for a token and asks a
-    language model that adds one for every id of every frame, which took ten times as long."""
+    prefix beam search (Graves & Jaitly 2014); flashlight's would score every id of every frame, 10 x as long."""
 
     def add(hypotheses, key, score, path):
         # Sums the probabilities of two alignments of one text, and keeps the path of the more probable one.
@@ -2003,7 +1995,7 @@ def load_lm(settings, processor, vocab_size):
     pieces = {id: name for id, name in names if name not in (None, *tokenizer.all_special_tokens)}
     # "▁" is written as itself, or as pyctcdecode's users have to (MedASR's lm_6.kenlm).
     spellings = [{id: piece.replace("▁", mark) for id, piece in pieces.items()} for mark in "▁#"]
-    words = [LM_NONSENSE, *{*spellings[0].values(), *spellings[1].values()}]
+    words = ["no/such/piece", *{*spellings[0].values(), *spellings[1].values()}]
     with explained(f"--lm {path} cannot be loaded", "it must be ARPA's or KenLM's binary format"):
         dictionary = Lazy("flashlight.lib.text.dictionary").Dictionary(words)
         kenlm = Lazy("flashlight.lib.text.decoder.kenlm").KenLM(str(path), dictionary)
@@ -2018,7 +2010,7 @@ def load_lm(settings, processor, vocab_size):
         raise RunError(f"--lm {path} knows {share}: it must be an n-gram of the tokens of this model, not of words")
     if len(found) < 0.9 * len(pieces):
         warn(f"--lm {path} knows only {share}")
-    numbers = [dictionary.get_index(spelling.get(id, LM_NONSENSE)) for id in range(vocab_size)]
+    numbers = [dictionary.get_index(spelling.get(id, words[0])) for id in range(vocab_size)]
     counts_as = np.array([id if id in pieces else tokenizer.pad_token_id for id in range(vocab_size)])
     weights = settings.lm_weight, settings.lm_word_score, settings.lm_beam
     return LanguageModel(path.name, kenlm, numbers, counts_as, tokenizer.pad_token_id, *weights)
@@ -2081,8 +2073,7 @@ def text_of(words, formatted):
 
     def sign_of(match):
         sign = DICTATED[match[1]]
-        is_there = sign[-1] == " " and text[: match.start()].endswith(sign[0])  # "5. {period}"
-        return " " if is_there else sign
+        return " " if sign[-1] == " " and text[: match.start()].endswith(sign[0]) else sign  # "5. {period}"
 
     # A token however often in a row, with the whitespace around it.
     formatted = re.sub(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*", sign_of, text)
@@ -2108,10 +2099,8 @@ def transcript(kind, words, formatted, name=""):
         parts[-1].append(word)
     if kind == "json":
         for number, part in enumerate(parts):
-            entries = [
-                {"word": word, "start": round(start, 3), "end": round(end, 3), "probability": round(probability, 4)}
-                for word, start, end, probability in part
-            ]
+            rows = [(word.text, round(word.start, 3), round(word.end, 3), round(word.probability, 4)) for word in part]
+            entries = [dict(zip(("word", "start", "end", "probability"), row)) for row in rows]
             times = {"start": entries[0]["start"], "end": entries[-1]["end"]}
             segments.append({"id": number, **times, "text": text_of(part, formatted), "words": entries})
         content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
@@ -2131,8 +2120,7 @@ def transcript(kind, words, formatted, name=""):
 
 
 def find_recordings(settings):
-    """{path of a recording of --transcribe: its place under --transcript_dir, without suffix}, each once, in order.
-    Raises UsageError, also where two would be one file, OSError for a folder that cannot be read."""
+    """{path of a recording of --transcribe: its place under --transcript_dir, without suffix}; raises UsageError."""
     found, keeps = {}, settings.transcript_dir is not None
     for path in settings.transcribe:
         matches = [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
@@ -2232,8 +2220,6 @@ def transcribe(settings):
 # ---------------------------------------------------------------- scores
 
 PAPER_SECONDS = 17  # the AfriSpeech authors' tables are of test clips shorter than this
-BOOTSTRAP_DRAWS = 10_000
-DRAWN_AT_ONCE = 100  # all draws of a corpus whose clips name no speaker would take gigabytes
 # A smaller group is shown, and marked, but neither ranked nor averaged: its figure says more about its few speakers.
 MIN_GROUP_SPEAKERS, MIN_GROUP_WORDS = 5, 500
 GROUP_KINDS = ("domain", "accent", "country", "gender", "age_group", "seen_accent", "duration")
@@ -2243,8 +2229,7 @@ DURATIONS = {"0-5 s": 5, "5-10 s": 10, "10-20 s": 20, "over 20 s": float("inf")}
 # What readers say for punctuation and layout. Many AfriSpeech speakers voice it although the prompt has only the sign.
 SPOKEN_PUNCTUATION = re.compile(
     r"\b(?:full stop|period|comma|semi ?colon|colon|question mark|exclamation mark|hyphen|dash|slash|apostrophe|"
-    r"(?:open|close)(?:d)? (?:bracket|brackets|parenthesis|quote|quotes)|"
-    r"next line|new line|next paragraph|new paragraph)\b"
+    r"(?:open|close)d? (?:brackets?|parenthesis|quotes?)|(?:next|new) (?:line|paragraph))\b"
 )
 NEGATIONS = re.compile(r"no|not|nor|none|never|without|negative|denie[sd]|deny|absent|cannot|\w+n't")
 NUMBERS = re.compile(
@@ -2342,8 +2327,8 @@ class Scores:
         counts, generator, drawn, found = self.counts.loc[part.index], np.random.default_rng(0), [], {}
         people = counts[[(name, "wer") for name in (*self.texts, "of")]].groupby(part["speaker_or_clip"])
         people, sums = people.sum().to_numpy(float), counts.sum()
-        for _ in range(BOOTSTRAP_DRAWS // DRAWN_AT_ONCE):
-            chosen = generator.integers(len(people), size=(DRAWN_AT_ONCE, len(people)), dtype=np.int32)
+        for _ in range(100):  # 100 at a time: where no clip names its speaker, all together would take gigabytes
+            chosen = generator.integers(len(people), size=(100, len(people)), dtype=np.int32)
             drawn.append(people[chosen].sum(axis=1))
         *drawn, words = np.concatenate(drawn).T
         drawn = {system: errors / np.maximum(words, 1) for system, errors in zip(self.texts, drawn)}
@@ -2497,8 +2482,7 @@ def draw_pictures(folder, metrics, history):
             rates = 100 * np.array([group["wer"] for group in chosen])
             errors = np.abs(100 * np.array([group["wer_ci95"] for group in chosen]).T - rates)
             errors *= [group["speakers"] >= MIN_GROUP_SPEAKERS for group in chosen]
-            places = np.arange(len(order)) + offset
-            axes.errorbar(rates, places, xerr=errors, fmt="o", capsize=2, label=SYSTEMS[system])
+            axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=SYSTEMS[system])
         labels = [group[:40] + " *" * groups[group]["small"] for group in order]
         axes.set_yticks(range(len(order)), labels, parse_math=False)
         axes.grid(axis="x", alpha=0.3)
@@ -2537,16 +2521,14 @@ def write_results(folder, content, scores, title, notes=(), history=()):
         entries = pandas.DataFrame(entries).astype("object").replace(np.nan, None).to_dict("records")
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
         write_text(folder / f"predictions_{file_stem(name)}.jsonl", "".join(lines))
-    if not (scores["test"].table["speaker"] != "").any():
-        alone = "each one counts as a speaker of its own, which makes the intervals too narrow"
-        notes = [*notes, f"No clip names its speaker: {alone}."]
+    if (scores["test"].table["speaker"] == "").all():
+        notes = [*notes, "No clip names its speaker: each counts as one of its own; the intervals are too narrow."]
     lines = [f"# {markdown_text(title)}\n", *score_lines(metrics), *(markdown_text(note) + "\n" for note in notes)]
     lines += [f"![{label}]({name})\n" for name, label in draw_pictures(folder, metrics, history).items()]
     lines += group_lines(metrics)
     lines.append(f"\\* under {MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words: neither ranked nor averaged.\n")
     for name, part in parts.items():
-        heading = f"## Also scored: {markdown_text(name)}\n"
-        lines += [heading, *score_lines(part), *group_lines(part, "###", fewest=2)]
+        lines += [f"## Also scored: {markdown_text(name)}\n", *score_lines(part), *group_lines(part, "###", fewest=2)]
     write_text(folder / "report.md", "\n".join([*lines, "## What goes wrong\n", *error_lines(scores["test"])]) + "\n")
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
     show_scores(metrics)
@@ -2573,8 +2555,7 @@ def write_model_card(final, results, settings, metrics):
     header |= dict(model_name="medasr-own-data" if is_own else "medasr-afrispeech-200")
     new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-    if metrics.get("finetuned_lm"):
-        lm = metrics["lm"]
+    if lm := metrics.get("lm"):
         greedy, searched = (percent(metrics[system]["wer"]) for system in ("finetuned", "finetuned_lm"))
         flags = {"lm": public(settings.lm), **{f"lm_{name}": lm[name] for name in ("weight", "word_score", "beam")}}
         command = shlex.join(["python", PROGRAM, "--transcribe", "visit.wav", "--model", "final", *as_flags(flags)])
@@ -2615,23 +2596,21 @@ def score_file(settings):
     """The whole report for the texts in --score_file, made by any system; returns the exit status."""
     path, folder = Path(settings.score_file), Path(settings.output_dir) / "results"
     try:
-        cells, defects = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
+        table, defects = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
     except RunError as error:
         raise UsageError(str(error)) from error
-    table, notes = with_one_spelling(cells.copy(), {}), [f"{path.name}: {defect}" for defect in defects]
+    table, notes = with_one_spelling(table, {}), [f"{path.name}: {defect}" for defect in defects]
     table["clip"] = table["clip"].where(table["clip"] != "", [f"row {index + 1}" for index in table.index])
     table["num_samples"] = table["num_samples"].replace(0, np.nan)
-    for lacking, what in ((table["text"].map(tidy) == "", "no text"), (cells["pred_text"].isna(), "no pred_text")):
+    for lacking, what in ((table["text"].map(tidy) == "", "no text"), (table["pred_text"].isna(), "no pred_text")):
         table.loc[lacking & (table["problem"] == ""), "problem"] = what
     bad, table = table[table["problem"] != ""], table[table["problem"] == ""]
     notes += [f"Row {row.Index + 1} ({row.clip}) has {row.problem}: left out." for row in bad.itertuples()]
     if not any(map(normalize_wer, table["text"])):
-        found = f"no text with a word to score and a pred_text among {plural(len(cells), 'row')}"
-        raise UsageError(f"--score_file {path} has {found}")
+        raise UsageError(f"--score_file {path} has no text with a word to score and a pred_text")
     if unknown := int(table["num_samples"].isna().sum()):
         notes.append(f"{plural(unknown, 'row')} without a duration: not among clips under {PAPER_SECONDS} s.")
-    cells = cells.loc[table.index]
-    texts, before = {"baseline": cells["pred_text"].tolist()}, cells.get("baseline_text")
+    texts, before = {"baseline": table["pred_text"].tolist()}, table.get("baseline_text")
     if before is not None and before.notna().all():
         texts = {"baseline": before.tolist(), "finetuned": texts["baseline"]}
     elif before is not None and before.fillna("").any():
@@ -2665,8 +2644,7 @@ def with_finite_statistics(module, forward, *inputs, **options):
 
 
 def guard_half_precision(model, batches, device):
-    """Make `model` safe under float16 autocast, as measured on `batches`: MedASR's subsampler reaches about 1.1e5,
-    other activations more. Raises RunError if it still overflows."""
+    """Make `model` safe under float16, measured on `batches` (MedASR's subsampler reaches 1.1e5), or raise RunError."""
     peaks = {module: 0.0 for module in model.modules() if list(module.parameters(recurse=False))}
 
     def watch(module, inputs, output):
@@ -2736,8 +2714,7 @@ class CTCTrainer:
             say(f"  stopped early: {plural(late, 'evaluation')} without a better dev WER; {more}")
 
     def _run_epoch(self, epoch, **options):
-        # From seed and epoch alone: the Trainer restores its random state only after the first batch has been drawn.
-        self.order.manual_seed(self.args.seed + epoch)
+        self.order.manual_seed(self.args.seed + epoch)  # the Trainer restores its state only after the first batch
         self.data_collator.epoch = epoch
         # The Trainer would make one more update of a run that is at its end.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
@@ -2835,12 +2812,11 @@ class CTCTrainer:
             heard = torch.tensor(self.heard, dtype=torch.float32, device=self.args.device)
             real, padded = self.accelerator.reduce(heard, "sum").tolist()
             seconds = max((now := time.monotonic()) - self.started, 1e-3)
-            logs["audio_seconds_per_second"] = round(real / SAMPLE_RATE / seconds, 1)
+            speed, wait = round(real / SAMPLE_RATE / seconds, 1), round(100 * self.waited / seconds, 1)
+            logs |= {"audio_seconds_per_second": speed, "data_wait_percent": wait}
             logs["padding_percent"] = round(100 * (1 - real / padded), 2)
-            logs["data_wait_percent"] = round(100 * self.waited / seconds, 1)
             self.heard, self.started, self.waited = np.zeros(2), now, 0.0
-            shown = f"loss {logs['loss']:.3f}, {logs['audio_seconds_per_second']:.0f} audio s/s, "
-            shown += f"{logs['data_wait_percent']:.0f} % waiting for data"
+            shown = f"loss {logs['loss']:.3f}, {speed:.0f} audio s/s, {wait:.0f} % waiting for data"
             if self.args.fp16:
                 logs["skipped_updates"] = self.skipped
                 shown += f", {plural(self.skipped, 'update')} skipped" * bool(self.skipped)
@@ -2872,8 +2848,7 @@ def choose_batch_size(model, collator, train, settings, limit):
         trial, copies = copy.deepcopy(model).train(), 1 + (settings.world_size > 1)
         trial.encoder.layerdrop = 0.0
         kept = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
-        # As much as batches of other lengths leave in pieces.
-        spare = int(0.05 * torch.cuda.get_device_properties(device).total_memory)
+        spare = int(0.05 * torch.cuda.get_device_properties(device).total_memory)  # other lengths leave pieces
         kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
         with torch.autocast(device.type, half, enabled=settings.fp16 or settings.bf16):
             loss = trial(**model_inputs(collator([longest] * size), collator.extractor, device)).loss
@@ -2975,8 +2950,7 @@ class Run:
                 self.checkpoint, self.done = path, state["global_step"]
                 break
             if path == asked:
-                what = "no checkpoint that was finished; choose another"
-                raise UsageError(f"--resume_from_checkpoint is {asked}: {what}")
+                raise UsageError(f"--resume_from_checkpoint is {asked}: no checkpoint that was finished: choose one")
             warn(f"{path} is left aside: it was not finished")
         if agreed(self.done) != agreed(self.done, max):
             what = f"the processes find different checkpoints in {output}, which nodes have to share"
@@ -3039,8 +3013,7 @@ class Run:
         return write_results(self.results, content, scores, title, notes, history)
 
     def train(self):
-        """Train, from the checkpoint if there is one; returns the trainer with the best model. Shortens the default
-        warm-up and evaluation interval where a run is too short for them."""
+        """Train, from the `checkpoint` if there is one; returns the trainer with the best model."""
         settings, default, trainer, checkpoint = self.settings, TrainingFlags, None, self.checkpoint
         train, seed = self.clips["train"].audio, settings.seed
         updates, _ = planned_updates(settings, len(self.clips["train"]))
@@ -3058,8 +3031,7 @@ class Run:
         greedy, advice = Decoder(self.decoder.model, self.decoder.processor, settings), "an older one is taken then"
         loading = explained(f"{checkpoint} cannot be loaded", f"delete it: {advice}")
         try:
-            limit = self.notes["batch_limit"]
-            trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], limit)
+            trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], self.notes["batch_limit"])
             trainer.data_collator.seed = seed
             if checkpoint:
                 say(f"  going on from {checkpoint}, update {self.done} of {updates}")
@@ -3078,8 +3050,7 @@ class Run:
         except Exception as error:
             if isinstance(error, RunError) or (trainer and trainer.started) or LOST_PROCESS.search(str(error)):
                 raise
-            # Before the first batch: of flags such as --optim.
-            raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error
+            raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error  # say --optim
         finally:
             if trainer and trainer.bar:
                 trainer.bar.close()  # no message belongs behind it
@@ -3133,13 +3104,12 @@ def run(settings):
         return transcribe(settings)
     transformers.set_seed(settings.seed)
     this, trains = Run(settings), not any(getattr(settings, mode) for mode in MODES)
-    if trains:
-        if metrics := this.open():
-            more = "--overwrite_output_dir starts anew, more --max_steps or --num_train_epochs go on"
-            say(f"{this.output} holds this run, finished; {more}")
-            show_scores(metrics)
-            this.finish()
-            return 0
+    if trains and (metrics := this.open()):
+        more = "--overwrite_output_dir starts anew, more --max_steps or --num_train_epochs go on"
+        say(f"{this.output} holds this run, finished; {more}")
+        show_scores(metrics)
+        this.finish()
+        return 0
     say(f"corpus: {settings.dataset}")
     if trains or settings.eval_only:
         # Before the audio: what cannot be used should not be found out after hours of preparation.
@@ -3174,7 +3144,7 @@ def run(settings):
 
 def main(argv=None):
     """Run the command line `argv` (sys.argv's if None); returns 0, 2 for a usage error, 1 for one while running."""
-    argv, rank, status = sys.argv[1:] if argv is None else list(argv), os.environ.get("RANK", "0"), 1
+    argv, rank = sys.argv[1:] if argv is None else list(argv), os.environ.get("RANK", "0")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         STOP_SIGNALS.install()
@@ -3195,10 +3165,9 @@ def main(argv=None):
             message = f"a file cannot be written ({one_line(error)}): {ROOM_ADVICE}"
         elif LOST_PROCESS.search(str(error)):
             message = "another process has ended; its own message says why, the same command goes on from here"
-        if isinstance(error, UsageError):
-            status = 2
-            if rank != "0":
-                return status  # each process refuses the same flags
+        status = 2 if isinstance(error, UsageError) else 1
+        if status == 2 and rank != "0":
+            return status  # each process refuses the same flags
     finally:
         for number, handler in handlers.items():
             with contextlib.suppress(ValueError, TypeError):  # another thread, or a handler that is not Python's

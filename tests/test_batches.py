@@ -39,21 +39,6 @@ def test_audio_is_mixed_down_and_resampled_to_16_khz_without_folding_high_tones_
     np.testing.assert_allclose(samples[middle], expected[middle], atol=0.01)
 
 
-@pytest.mark.parametrize("rate", [16_000, 44_100, 8_000, 48_000, 22_050, 11_025])
-def test_a_window_is_what_the_whole_has_there_and_no_more_is_decoded(rate):
-    time = np.arange(3 * rate) / rate
-    data = sound((0.3 * np.sin(2 * np.pi * (200 + 300 * time) * time)).astype(np.float32), rate)
-    whole = script.decode_audio(data)
-    for start, stop in [(0, 16_000), (640, 8_000), (16_000, 48_000), (38_400, 99_999)]:
-        window = script.decode_audio(data, start, stop)
-        assert len(window) == min(stop, len(whole)) - start
-        np.testing.assert_allclose(window, whole[start:stop], atol=1e-3)
-    samples = np.full(9 * rate, np.nan, np.float32)  # which decoding refuses
-    samples[3 * rate : 6 * rate] = 0.1
-    window = script.decode_audio(sound(samples, rate, subtype="FLOAT"), 4 * RATE, 5 * RATE)
-    assert len(window) == RATE and np.abs(window - 0.1).max() < 1e-3
-
-
 def test_a_clip_is_left_out_exactly_where_it_cannot_be_trained_on_or_scored(tmp_path):
     """A training clip where its CTC loss would be infinite, too; dev and test clips never for their length."""
     rows, encoder, too_many = [], label_encoder(), "more labels than frames"
