@@ -607,8 +607,7 @@ class Repository:
 
 
 def files_below(folder):
-    """The paths of all files in a folder and below it, sorted, without what is hidden, such as deleted recordings;
-    raises OSError where rglob would pass over a part."""
+    """The paths of all files below a folder but hidden ones, sorted; raises OSError where a part cannot be read."""
     paths = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
     return [file for path in paths for file in (files_below(path) if path.is_dir() else [path])]
 
@@ -677,9 +676,9 @@ COLUMNS = {name: (name,) for name in (*GROUP_COLUMNS, "split", "pred_text", "bas
     "end": ("end", "end_time", "stop"),
     "duration": ("duration", "seconds"),
 }
-TIMES = ["start", "end"]  # in seconds, of a clip that is a part of a longer recording
-ROUNDED_SECONDS = 0.5  # that a part may end after its recording: people round
-NO_PART = "no part of a recording: its start or end is no number of seconds, or it ends before it starts"
+TIMES = ["start", "end"]  # in seconds, of a clip that is a stretch of a recording
+ROUNDED_SECONDS = 0.5  # that a stretch may end after its recording: people round
+NO_STRETCH = "no stretch of a recording: its start or end is no number of seconds, or it ends before it starts"
 SPLIT_NAMES = {"train": "train training", "dev": "dev validation valid val", "test": "test testing eval evaluation"}
 
 
@@ -755,8 +754,8 @@ def cells_of(rows, columns, table):
     cells = {ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()}
     for ours in {"text", "pred_text", "baseline_text", "clip"}.intersection(cells):
         if odd := [cell for cell in cells[ours] if isinstance(cell, (list, dict, bytes))]:
-            found = f"{table}: column {columns[ours]} holds a {type(odd[0]).__name__}, such as {str(odd[0])[:80]}"
-            raise UsageError(f"{found}: make it text, or name another column with --text_column")
+            found = f"{table}: column {columns[ours]} holds a {type(odd[0]).__name__}, {str(odd[0])[:80]}"
+            raise UsageError(f"{found}, and no text: mend it, or name another with --text_column")
     return cells
 
 
@@ -776,17 +775,16 @@ def clip_table(cells, split=""):
     table = table.fillna(dict.fromkeys([*CLIP_COLUMNS, *TIMES, "duration"], ""))
     table["split"] = table["split"].map(split_in).replace("", split).astype("str")
     told = table[[*TIMES, "duration"]] != ""
-    decimal = (table[name].str.replace(",", ".", regex=False) for name in told)
+    decimal = (table.pop(name).str.replace(",", ".", regex=False) for name in told)
     start, end, duration = (pandas.to_numeric(cells, errors="coerce").astype(float) for cells in decimal)
-    is_part = told["start"] | told["end"]
-    start = start.mask(is_part & ~told["start"], 0)
+    is_stretch = told["start"] | told["end"]
+    start = start.mask(is_stretch & ~told["start"], 0)
     end = end.mask(told["start"] & ~told["end"], (start + duration).where(told["duration"], np.inf))
-    is_wrong = is_part & ~((start >= 0) & (start < end))
-    table["problem"] = table["problem"].mask(is_wrong, NO_PART)
-    table["start"], table["end"] = start.mask(is_wrong | ~is_part), end.mask(is_wrong | ~is_part)
+    is_wrong = is_stretch & ~((start >= 0) & (start < end))
+    table["problem"] = table["problem"].mask(is_wrong, NO_STRETCH)
+    table["start"], table["end"] = start.mask(is_wrong | ~is_stretch), end.mask(is_wrong | ~is_stretch)
     seconds = (table["end"] - table["start"]).fillna(duration)
     table["num_samples"] = (seconds.where((seconds > 0) & (seconds < 86_400), 0) * SAMPLE_RATE).astype("int64")
-    del table["duration"]
     return table
 
 
@@ -930,21 +928,20 @@ class Source:
         for path in paths:
             table, (folder, file) = self.read(path), os.path.split(path)
             names = [name or f"{file}, row {row}" for row, name in enumerate(table["clip"], start=1)]
-            table["file"] = [find(folder, name) for name in names]
+            table["file"] = [known.get(os.path.join(folder, name)) or find(folder, name) for name in names]
             tables.append(table.assign(split=table["split"].replace("", split_in(path))))
         table = pandas.concat(tables, ignore_index=True)
         table["clip"] = [
             file if math.isnan(start) else f"{file}#t={start:.10g},{end:.10g}".removesuffix("inf")
             for file, start, end in zip(table["file"], table["start"], table["end"])
         ]
-        is_there, is_part = table["file"].isin(files), table["start"].notna()
+        is_there, is_stretch = table["file"].isin(files), table["start"].notna()
         if not is_there.any():
             example = f"{plural(len(table), 'row')}, such as {next(iter(table['clip']), 'none')}"
             raise RunError(f"{paths[0]} names no file that is there among {example}")
-        problems = {"no audio": ~is_there, "no start and end, unlike others of this file": ~is_part}
-        problems["no start and end, unlike others of this file"] &= table["file"].isin(table["file"][is_part])
-        problems["a second row of this clip"] = self.second_rows(table)
-        for problem, is_bad in problems.items():
+        is_untimed = ~is_stretch & table["file"].isin(table["file"][is_stretch])
+        problems = {"no audio": ~is_there, "no start and end, unlike others of this file": is_untimed}
+        for problem, is_bad in (problems | {"a second row of this clip": self.second_rows(table)}).items():
             table["problem"] = table["problem"].mask(is_bad & (table["problem"] == ""), problem)
         names = list(filter(is_audio_name, sorted(set(files) - set(table["file"]))))
         unlisted = clip_table({"clip": names}).assign(problem="no transcript", file=names)
@@ -956,7 +953,7 @@ class Source:
         homes = table.assign(number=table.groupby("split").cumcount() // 256).groupby("file")
         for (split, number), group in table.groupby([homes[name].transform("first") for name in ("split", "number")]):
             present = group["file"][group["problem"] == ""].unique().tolist()
-            listed = group.drop(columns=["file"] if is_part.any() else ["file", *TIMES]).to_csv(index=False)
+            listed = group.drop(columns=["file"] if is_stretch.any() else ["file", *TIMES]).to_csv(index=False)
             self.add_shard(f"{split or 'clips'}-{number:05d}", present, len(self.shards), listed)
             yield group
 
@@ -1094,12 +1091,12 @@ def decode_whole(path):
 
 
 def decode_stretch(start, end, path, notes):
-    """As decode_audio the part of a recording from `start` to `end` in seconds, to its own if that is inf."""
+    """As decode_audio the stretch of a recording from `start` to `end` in seconds, to its own if that is inf."""
     samples, found = decode_whole(path)
     length = len(samples) / SAMPLE_RATE
     notes += [note for note in found if math.isinf(end) or not note.startswith(CUT_OFF)]
     if length <= start or length + ROUNDED_SECONDS < end < math.inf:
-        notes.append(f"{CUT_OFF} after {length:,.1f} s, its part is {start:,.1f} to {end:,.1f} s")
+        notes.append(f"{CUT_OFF} after {length:,.1f} s, its stretch is {start:,.1f} to {end:,.1f} s")
     return samples[round(start * SAMPLE_RATE) : round(min(end, length) * SAMPLE_RATE)]
 
 

@@ -271,6 +271,7 @@ def test_an_odd_table_is_read_and_said_to_be_odd(horrors, name):
         assert reasons == (["no transcript"] if text is None else [])
     lines = [line for line in horrors.stderr.splitlines() if re.search(f"warning.*/{name}/\\w+.csv", line)]
     assert len(lines) == bool(warning) and all(warning in line for line in lines)
+    assert horrors.stderr.count("1 row, such as of duplicates/first.wav, with another text than a row before") == 1
     more = [clip for _, clip, why in horrors.skipped if why.startswith("more cells than columns (row 1)")]
     assert [clip.split("/")[-1] for clip in more] == ["cough"]
 

@@ -679,7 +679,7 @@ def test_splits_come_from_columns_and_folders_under_many_names(tmp_path):
 
 
 LONG, ODE, HEAD = noise(8), "Ad\u00e9", "file_name,text,speaker,gender,accent\n"
-WRONG = "no part of a recording: .*|no start and end, unlike others of this file"
+WRONG = "no stretch of a recording: .*|no start and end, unlike others of this file"
 LEFT_OUT = "undecodable audio .*convert it with ffmpeg.*"
 ODD = {  # folder, {DIR} in its files: ({file: content}, {clip: text, or parts of its row}, {clip: why it is left out})
     "parts": (
@@ -687,7 +687,7 @@ ODD = {  # folder, {DIR} in its files: ({file: content}, {clip: text, or parts o
          "long.wav,7,8.4,four\nlong.wav,7,9,late\nlong.wav,9,,later\nlong.wav,0:01,3,x\nlong.wav,3,3,y\nlong.wav,,,z\n"
          "long.wav,0,2,again\nlong.wav,-1,2,before\n"},
         {"long.wav#t=0,2": "one", "long.wav#t=6,": "two", "long.wav#t=0,1.5": "three", "long.wav#t=7,8.4": "four"},
-        {"long.wav#t=7,9": "cut off .*after 8.0 s, its part is 7.0 to 9.0 s.*", "long.wav#t=9,": "cut off .*",
+        {"long.wav#t=7,9": "cut off .*after 8.0 s, its stretch is 7.0 to 9.0 s.*", "long.wav#t=9,": "cut off .*",
          "long.wav": WRONG, "long.wav#t=0,2": "a second row of this clip"},
     ),
     "offsets": (
