@@ -36,6 +36,7 @@ import io
 import itertools
 import json
 import math
+import mimetypes
 import multiprocessing
 import os
 import re
@@ -558,7 +559,8 @@ class Repository:
         with explained_hub_errors(self.name, "dataset"):
             try:
                 tree = hub.list_repo_tree(self.name, recursive=True, revision=self.revision, repo_type="dataset")
-                self.files = {one.path: [one.size, one.lfs and one.lfs.sha256] for one in tree if hasattr(one, "size")}
+                files = [one for one in tree if hasattr(one, "size") and not re.search(r"(^|/)\.", one.path)]
+                self.files = {one.path: [one.size, one.lfs and one.lfs.sha256] for one in files}
                 write_text(listing, json.dumps(self.files, indent=1))
             except (hub_errors.OfflineModeIsEnabled, httpx2.ConnectError):
                 if not self.files:
@@ -612,8 +614,8 @@ class Repository:
 
 
 def files_below(folder):
-    """The paths of all files in a folder and below it, sorted; raises OSError where rglob would pass over a part."""
-    paths = sorted(Path(folder).iterdir())
+    """The paths of all files below a folder but hidden ones, sorted; raises OSError where a part cannot be read."""
+    paths = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
     return [file for path in paths for file in (files_below(path) if path.is_dir() else [path])]
 
 
@@ -679,21 +681,26 @@ GROUP_COLUMNS = ("speaker", "accent", "country", "domain", "gender", "age_group"
 CLIP_COLUMNS = ("clip", "text", *GROUP_COLUMNS, "split", "problem")
 # What a table says of a clip -> the names that its column may have: AfriSpeech-200's, NeMo's and other people's.
 COLUMNS = {name: (name,) for name in (*GROUP_COLUMNS, "split", "pred_text", "baseline_text")} | {
-    "clip": ("file_name", "audio_paths", "audio_path", "audio_filepath"),
+    "clip": ("file_name", "audio_paths", "audio_path", "audio_filepath", "path"),
     "text": ("text", "sentence", "transcript", "transcription"),
     "speaker": ("speaker", "speaker_id", "user_ids", "user_id", "client_id"),
     "accent": ("accent", "accents"),
     "gender": ("gender", "sex"),
     "age_group": ("age_group", "age"),
+    "start": ("start", "start_time", "offset", "begin"),
+    "end": ("end", "end_time", "stop"),
     "duration": ("duration", "seconds"),
 }
+TIMES = ["start", "end"]  # in seconds, of a clip that is a stretch of a recording
+ROUNDED_SECONDS = 0.5  # that a stretch may end after its recording: people round
+NO_STRETCH = "no stretch of a recording: its start or end is no number of seconds, or it ends before it starts"
 SPLIT_NAMES = {"train": "train training", "dev": "dev validation valid val", "test": "test testing eval evaluation"}
 
 
+@functools.cache
 def split_in(path):
-    """The split that a folder of a path, or a word of its file's name, stands for; "" if none does."""
-    *folders, name = path.lower().split("/")
-    words = [*folders, *re.split("[^a-z]+", name)]
+    """The split that a folder of a path, or a word in it as datasets takes them, stands for; "" if none does."""
+    words = [*path.lower().split("/")[:-1], *re.split(r"[-._ \d/]+", path.lower())]
     return next((split for word in words for split, names in SPLIT_NAMES.items() if word in names.split()), "")
 
 
@@ -710,13 +717,17 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
         text, notes = data.decode("cp1252", "replace"), ["it is not UTF-8 and was read as Latin-1 (Windows-1252)"]
 
     if Path(path).suffix.lower() in (".csv", ".tsv"):
-        number, lines = 0, list(io.StringIO(text.replace("\0", ""), newline=""))
-        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        excel = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's line before the header
+        number, lines = 0, list(io.StringIO(text[excel.end() if excel else 0 :].replace("\0", ""), newline=""))
+        options = {"delimiter": excel[1] if excel else max(",;\t", key=text.partition("\n")[0].count)}
+        if text.startswith("client_id\tpath\t"):  # in Common Voice's tables quotes are the sentence's
+            options["quoting"] = csv.QUOTE_NONE
         csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows
-        reader = csv.DictReader(lines, delimiter=delimiter)  # pandas takes NA, Namibia, for an empty cell
-        names, rows = reader.fieldnames or [], list(reader)
+        reader = csv.DictReader(lines, **options)  # pandas takes NA, Namibia, for an empty cell
+        rows = [row for row in reader if any(cell and "".join(cell).strip() for cell in row.values())]  # none is blank
+        names = reader.fieldnames or []
         try:
-            for _ in csv.reader(lines, delimiter=delimiter, strict=True):
+            for _ in csv.reader(lines, strict=True, **options):
                 number += 1
         except csv.Error:
             notes.append(f"an unclosed quote in row {number}: look at the rows after it, its text may have taken some")
@@ -728,7 +739,7 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
         names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
 
     columns = choose_columns(names, text_column, name, needed)
-    table = clip_table({ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()})
+    table = clip_table(cells_of(rows, columns, name))
     # The csv module's key for cells beyond the columns is None. Their row may have lost its order before them.
     surplus = [number for number, row in enumerate(rows) if any(map(str.strip, row.get(None, ())))]
     table.loc[surplus, [*GROUP_COLUMNS, "split"]] = ""
@@ -749,7 +760,18 @@ def choose_columns(names, text_column, table, needed):
         raise UsageError(f"{table} has {problem}; name the column of the texts with --text_column: {listed}")
     for ours in [ours for ours in needed if not found[ours]]:
         raise RunError(f"{table} has no column {' or '.join(COLUMNS[ours])}; {listed}")
-    return {ours: theirs[0] for ours, theirs in found.items() if theirs}
+    # What is not called by its file has been cut to its times already.
+    return {ours: theirs[0] for ours, theirs in found.items() if theirs and (ours not in TIMES or "clip" in needed)}
+
+
+def cells_of(rows, columns, table):
+    """{what COLUMNS calls a column: its cells in `rows`}; raises UsageError for texts and names that are no text."""
+    cells = {ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()}
+    for ours in {"text", "pred_text", "baseline_text", "clip"}.intersection(cells):
+        if odd := [cell for cell in cells[ours] if isinstance(cell, (list, dict, bytes))]:
+            found = f"{table}: column {columns[ours]} holds a {type(odd[0]).__name__}, {str(odd[0])[:80]}"
+            raise UsageError(f"{found}, and no text: mend it, or name another with --text_column")
+    return cells
 
 
 def clip_table(cells, split=""):
@@ -758,12 +780,36 @@ def clip_table(cells, split=""):
     def as_text(cell):  # JSON can hold halves of characters, no file can
         return None if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
 
-    names = dict.fromkeys([*CLIP_COLUMNS, "duration", *cells])
-    texts = {name: list(map(as_text, column)) for name, column in cells.items()}
-    table = pandas.DataFrame(texts, columns=list(names), dtype="str").fillna(dict.fromkeys(CLIP_COLUMNS, ""))
+    def as_name(cell):  # one for what spreadsheets and keyboards write in several ways, as 12 and 12.0
+        name = unicodedata.normalize("NFC", as_text(cell) or "").strip()
+        return re.sub(r"^(-?\d+)\.0+$", r"\1", name) if name.endswith("0") else name
+
+    names = dict.fromkeys([*CLIP_COLUMNS, *TIMES, "duration", *cells])
+    texts = {name: list(map(as_text if "text" in name else as_name, column)) for name, column in cells.items()}
+    table = pandas.DataFrame(texts, columns=list(names), dtype="str")
+    table = table.fillna(dict.fromkeys([*CLIP_COLUMNS, *TIMES, "duration"], ""))
     table["split"] = table["split"].map(split_in).replace("", split).astype("str")
-    seconds = pandas.to_numeric(table.pop("duration"), errors="coerce")
+    told = table[[*TIMES, "duration"]] != ""
+    decimal = (table.pop(name).str.replace(",", ".", regex=False) for name in told)
+    start, end, duration = (pandas.to_numeric(cells, errors="coerce").astype(float) for cells in decimal)
+    is_stretch = told["start"] | told["end"]
+    start = start.mask(is_stretch & ~told["start"], 0)
+    end = end.mask(told["start"] & ~told["end"], (start + duration).where(told["duration"], np.inf))
+    is_wrong = is_stretch & ~((start >= 0) & (start < end))
+    table["problem"] = table["problem"].mask(is_wrong, NO_STRETCH)
+    table["start"], table["end"] = start.mask(is_wrong | ~is_stretch), end.mask(is_wrong | ~is_stretch)
+    seconds = (table["end"] - table["start"]).fillna(duration)
     table["num_samples"] = (seconds.where((seconds > 0) & (seconds < 86_400), 0) * SAMPLE_RATE).astype("int64")
+    return table
+
+
+def with_one_spelling(table, spellings):
+    """`table` with groups that differ in case alone as one; `spellings`, {column: {folded: as it is shown}}, grow."""
+    for column in GROUP_COLUMNS[1:]:
+        shown = spellings.setdefault(column, {})
+        cells = table[column].value_counts().index  # the most frequent first
+        if odd := {cell: name for cell in cells if (name := shown.setdefault(cell.casefold(), cell)) != cell}:
+            table[column] = table[column].replace(odd)
     return table
 
 
@@ -771,19 +817,22 @@ def clip_table(cells, split=""):
 
 # What becomes one prepared file, `path`: `files` with the clips, of `splits`, that table number `part` tells of.
 Shard = namedtuple("Shard", "name path files part splits")
-LAYOUTS = {  # of a corpus, the first one of whose files it has
-    "archives": re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz"),
-    "parquet": re.compile(r".*\.parquet"),
-    "tables": re.compile(r"(.*/)?metadata\.(csv|jsonl)"),
-}
+ARCHIVE = re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz")
+LAYOUTS = [  # of a corpus: its kind, and files of which it has one; if it has none, it may have NeMo's manifests
+    ("archives", ARCHIVE),
+    ("parquet", re.compile(r".*\.parquet")),
+    ("tables", re.compile(r"(.*/)?metadata\.(csv|jsonl)")),
+    ("tables", re.compile(r"(.*/)?(train|dev|test)\.tsv")),  # Common Voice's
+]
 
 
 class Source:
     """A corpus as `shards`; raises RunError or UsageError. `rows` is the table of all clips with their `part`,
     `announced` the same with the splits as planned: those `made`, which it lacks, come from train. To one of
-    --also_score (`is_extra`) the flags on the corpus and its parts do not apply."""
+    --also_score, beside the `corpus`, the flags on the corpus and its parts do not apply."""
 
-    def __init__(self, dataset, settings, splits, is_extra=False):
+    def __init__(self, dataset, settings, splits, corpus=None):
+        is_extra = corpus is not None
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
         name, _, self.config = (dataset, "", "") if is_folder else dataset.partition(":")
         revision = None if is_extra else settings.dataset_revision
@@ -791,6 +840,7 @@ class Source:
         self.text_column, self.asked = (None, None) if is_extra else (settings.text_column, settings.accents)
         self.dataset, self.keep, self.made, self.shards, self.accents = dataset, settings.keep_archives, (), [], set()
         self.notes = {}  # what should be said of clips that are converted: their names
+        self.spellings = corpus.spellings if corpus else {}
         place = Path(name).expanduser()
         place = place.resolve() if place.is_dir() else None
         identity = digest([str(place or name), revision, self.config, self.text_column])
@@ -799,20 +849,26 @@ class Source:
         self.repository.list()
 
         paths = sorted(self.repository.files)
-        found = {kind: list(filter(pattern.fullmatch, paths)) for kind, pattern in LAYOUTS.items()}
-        self.kind = next(filter(found.get, found), "")
+        layouts = [(kind, list(filter(pattern.fullmatch, paths))) for kind, pattern in LAYOUTS]
+        self.kind, found = next((layout for layout in layouts if layout[1]), ("", []))
+        if not self.kind and (found := list(filter(self.is_manifest, paths))):
+            self.kind = "tables"
         self.layout = "archives" if self.kind == "archives" else "recordings"
         if self.config and self.kind != "parquet":
             raise UsageError(f"--dataset names '{self.config}'; {name} has no configurations: leave it out")
         if settings.streaming and self.kind != "archives" and not is_extra:
             raise UsageError(f"--streaming is for AfriSpeech-200's layout, which {name} is not in; leave it out")
         if not self.kind:
-            kinds = "no audio/<accent>/<split>/*.tar.gz, no metadata.csv or metadata.jsonl and no parquet files"
+            kinds = "no audio/<accent>/<split>/*.tar.gz, metadata.csv, metadata.jsonl, train.tsv, manifest or *.parquet"
             raise RunError(f"{name} has {kinds}: it has {plural(len(paths), 'file')}, such as {(paths or ['none'])[0]}")
-        parts = enumerate(getattr(self, f"add_{self.kind}")(found[self.kind], splits))
+        parts = enumerate(getattr(self, f"add_{self.kind}")(found, splits))
         tables = [table.assign(part=part) for part, table in parts if len(table)]  # empty ones make concat slow
-        self.announced = self.rows = pandas.concat(tables or [clip_table({}).assign(part=0)], ignore_index=True)
-        self.names = {*found[self.kind], *(shard.name for shard in self.shards)}  # also of those that are not needed
+        table = pandas.concat(tables or [clip_table({}).assign(part=0)], ignore_index=True)
+        self.announced = self.rows = with_one_spelling(table, self.spellings)
+        folded = Counter(map(str.casefold, people := self.rows["speaker"].unique()))
+        if alike := [name for name in people if folded[name.casefold()] > 1]:
+            warn(f"{len(alike)} speakers, such as {' and '.join(alike[:2])}, differ in case alone: kept apart")
+        self.names = {*found, *(shard.name for shard in self.shards)}  # also of those that are not needed
         if self.kind != "archives":
             self.plan_splits(splits, settings.seed, "test" if is_extra else "train")
             for part, found in self.announced.groupby("part")["split"]:
@@ -822,6 +878,15 @@ class Source:
         """A `Shard` whose prepared file is another one where what is `listed` for it, or one of its files, changes."""
         mark = digest([listed, *([path, *self.repository.files[path]] for path in files)])[:12]
         self.shards.append(Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", files, part, set(splits)))
+
+    def is_manifest(self, path):
+        """Whether a file is lines of JSON whose first one names an audio file and a text, and no recogniser's."""
+        if not path.endswith((".json", ".jsonl")):
+            return False
+        with explained(f"{path} cannot be read"), self.repository.open(path) as stream:
+            names = set(re.findall(r'"(\w+)"\s*:', stream.readline(1 << 20).decode(errors="replace").lower()))
+        texts = {*COLUMNS["text"], self.text_column}
+        return bool(names & {*COLUMNS["clip"]} and names & texts) and "pred_text" not in names
 
     @staticmethod
     def stem(name):
@@ -834,7 +899,16 @@ class Source:
         table, notes = read_table(self.repository.fetch(path), self.text_column, name=path)
         for note in notes:
             warn(f"{path}: {note}")
-        return table[[*CLIP_COLUMNS, "num_samples"]]
+        return table[[*CLIP_COLUMNS, "num_samples", *TIMES]]
+
+    @staticmethod
+    def second_rows(table):
+        """Which rows are of a clip that a row before them is of; warns where their texts differ."""
+        copies = table["clip"].duplicated()
+        is_other = copies & ~table.duplicated(["clip", "text"]) & (table["problem"] == "")
+        if others := table["clip"][is_other].tolist():
+            warn(f"{plural(len(others), 'row')}, such as of {others[0]}, with another text than a row before: not used")
+        return copies
 
     def add_archives(self, archives, splits):
         """AfriSpeech-200's layout, audio/ACCENT/SPLIT/*.tar.gz and transcripts/ACCENT/SPLIT.csv. Yields each table."""
@@ -847,7 +921,8 @@ class Source:
         for number, ((accent, split), table) in enumerate(zip(parts, tables)):
             table["clip"], table["split"] = table["clip"].map(clip_key).astype("str"), split
             table["accent"] = table["accent"].replace("", accent)
-            table = table[table["clip"] != ""].drop_duplicates("clip")
+            table = table[table["clip"] != ""].drop(columns=TIMES)
+            table = table[~self.second_rows(table)]
             listed = table.to_csv(index=False)
             for path in [path for path in archives if path.startswith(f"audio/{accent}/{split}/")]:
                 self.add_shard(path, [path], number, listed, [split])
@@ -855,26 +930,46 @@ class Source:
 
     def add_tables(self, paths, splits):
         """Audio files in folders, with tables beside or above them. Yields the table of each 256 of them."""
-        files, tables = list(self.repository.files), []
+        files, tables, normal = list(self.repository.files), [], functools.partial(unicodedata.normalize, "NFC")
+        known = {normal(path): path for path in files}
+        roots = "", f"{self.repository.folder}/", f"{os.path.abspath(os.path.expanduser(self.dataset))}/"
+
+        def find(folder, name):  # of Common Voice in clips/; of Windows; absolute; with letters composed otherwise
+            forms = itertools.product((folder, os.path.join(folder, "clips")), (name, name.replace("\\", "/")))
+            paths = (normal(os.path.normpath(os.path.join(*form))) for form in forms)
+            found = (known.get(path.removeprefix(root)) for path in paths for root in roots)
+            return next(filter(None, found), os.path.normpath(os.path.join(folder, name)))
+
         for path in paths:
             table, (folder, file) = self.read(path), os.path.split(path)
-            names = [name if name.strip() else f"{file}, row {row}" for row, name in enumerate(table["clip"], start=1)]
-            table["clip"] = [os.path.normpath(os.path.join(folder, name)) for name in names]
+            names = [name or f"{file}, row {row}" for row, name in enumerate(table["clip"], start=1)]
+            table["file"] = [known.get(os.path.join(folder, name)) or find(folder, name) for name in names]
             tables.append(table.assign(split=table["split"].replace("", split_in(path))))
-        table = pandas.concat(tables, ignore_index=True).drop_duplicates("clip")
-        is_there = table["clip"].isin(files)
+        table = pandas.concat(tables, ignore_index=True)
+        table["clip"] = [
+            file if math.isnan(start) else f"{file}#t={start:.10g},{end:.10g}".removesuffix("inf")
+            for file, start, end in zip(table["file"], table["start"], table["end"])
+        ]
+        is_there, is_stretch = table["file"].isin(files), table["start"].notna()
         if not is_there.any():
             example = f"{plural(len(table), 'row')}, such as {next(iter(table['clip']), 'none')}"
             raise RunError(f"{paths[0]} names no file that is there among {example}")
-        table["problem"] = table["problem"].mask(~is_there & (table["problem"] == ""), "no audio")
-        unlisted = clip_table({"clip": list(filter(is_audio_name, sorted(set(files) - set(table["clip"]))))})
-        table = pandas.concat([table, unlisted.assign(problem="no transcript")], ignore_index=True)
+        is_untimed = ~is_stretch & table["file"].isin(table["file"][is_stretch])
+        problems = {"no audio": ~is_there, "no start and end, unlike others of this file": is_untimed}
+        for problem, is_bad in (problems | {"a second row of this clip": self.second_rows(table)}).items():
+            table["problem"] = table["problem"].mask(is_bad & (table["problem"] == ""), problem)
+        names = list(filter(is_audio_name, sorted(set(files) - set(table["file"]))))
+        unlisted = clip_table({"clip": names}).assign(problem="no transcript", file=names)
+        table = pandas.concat([table, unlisted], ignore_index=True)
         # "stress-test.wav" is of no test split.
-        of_folders = [split_in(f"{os.path.dirname(clip)}/") for clip in table["clip"]]
+        of_folders = [split_in(f"{os.path.dirname(file)}/") for file in table["file"]]
         table["split"] = table["split"].mask(table["split"] == "", of_folders)
-        for (split, number), group in table.groupby(["split", table.groupby("split").cumcount() // 256]):
-            present = group["clip"][group["problem"] == ""].tolist()
-            self.add_shard(f"{split or 'clips'}-{number:05d}", present, len(self.shards), group.to_csv(index=False))
+        # A file is of one shard, whatever splits its stretches are of: it is released when that is converted.
+        homes = table.assign(number=table.groupby("split").cumcount() // 256).groupby("file")
+        for (split, number), group in table.groupby([homes[name].transform("first") for name in ("split", "number")]):
+            present = group["file"][group["problem"] == ""].unique().tolist()
+            listed = group.drop(columns=["file"] if is_stretch.any() else ["file", *TIMES]).to_csv(index=False)
+            self.add_shard(f"{split or 'clips'}-{number:05d}", present, len(self.shards), listed)
             yield group
 
     def add_parquet(self, paths, splits):
@@ -918,10 +1013,10 @@ class Source:
         with self.open_parquet(shard.name) as (file, audio):
             features = datasets.Features.from_arrow_schema(file.schema_arrow)
             columns = choose_columns(list(filter(audio.__ne__, features)), self.text_column, shard.name, ["text"])
-            cells, rows = {}, file.read([*columns.values(), f"{audio}.path"]).to_pylist()
-        for ours, theirs in columns.items():
-            kind, cells[ours] = features[theirs], [row[theirs] for row in rows]
-            if isinstance(kind, datasets.ClassLabel):
+            rows = file.read([*columns.values(), f"{audio}.path"]).to_pylist()
+        cells = cells_of(rows, columns, shard.name)
+        for ours in cells:
+            if isinstance(kind := features[columns[ours]], datasets.ClassLabel):
                 cells[ours] = [kind.int2str(cell) if cell is not None and cell >= 0 else None for cell in cells[ours]]
         names = [os.path.basename((row.get(audio) or {}).get("path") or "") for row in rows]
         cells["clip"] = [f"{shard.name[:-8]}/{number:05d}-{name}".rstrip("-") for number, name in enumerate(names)]
@@ -973,7 +1068,10 @@ class Source:
         """Yield the clips of a shard as rows of its prepared file; damage to an archive ends it with a row too."""
         rows = self.rows[self.rows["part"] == shard.part].drop(columns="part").to_dict("records")
         if self.kind == "tables":
-            yield from (make_clip(row, self.repository.local(row["clip"]), self.notes) for row in rows)
+            for row in rows:
+                file, start, end = (row.pop(name) for name in ("file", *TIMES))
+                decode = decode_audio if math.isnan(start) else functools.partial(decode_stretch, start, end)
+                yield make_clip(row, self.repository.local(file), self.notes, decode)
         elif self.kind == "parquet":
             with self.open_parquet(shard.name) as (file, audio):
                 batches = file.iter_batches(batch_size=50, columns=[audio])
@@ -982,7 +1080,7 @@ class Source:
                     yield make_clip(row, (cell or {}).get("bytes"), self.notes)
         else:
             rows, seen = {row["clip"]: row for row in rows}, set()
-            nothing = dict.fromkeys(CLIP_COLUMNS, "") | LAYOUTS["archives"].fullmatch(shard.name).groupdict()
+            nothing = dict.fromkeys(CLIP_COLUMNS, "") | ARCHIVE.fullmatch(shard.name).groupdict()
             with self.repository.open(shard.name) as stream:
                 try:
                     for name, audio, problem in archive_members(stream):
@@ -998,7 +1096,23 @@ class Source:
 
 def clip_key(path):
     """'<session>/<file>', the last two components: a file name alone occurs in more than one session."""
-    return "/".join(path.strip("/").split("/")[-2:])
+    return "/".join(unicodedata.normalize("NFC", path).replace("\\", "/").strip("/").split("/")[-2:])
+
+
+@functools.lru_cache(1)  # one after the other, clips are of one recording
+def decode_whole(path):
+    samples = decode_audio(path, notes := [])
+    return samples, notes
+
+
+def decode_stretch(start, end, path, notes):
+    """As decode_audio the stretch of a recording from `start` to `end` in seconds, to its own if that is inf."""
+    samples, found = decode_whole(path)
+    length = len(samples) / SAMPLE_RATE
+    notes += [note for note in found if math.isinf(end) or not note.startswith(CUT_OFF)]
+    if length <= start or length + ROUNDED_SECONDS < end < math.inf:
+        notes.append(f"{CUT_OFF} after {length:,.1f} s, its stretch is {start:,.1f} to {end:,.1f} s")
+    return samples[round(start * SAMPLE_RATE) : round(min(end, length) * SAMPLE_RATE)]
 
 
 # ---------------------------------------------------------------- audio
@@ -1006,13 +1120,21 @@ def clip_key(path):
 CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
 BLOCK_SAMPLES = 2**20  # at 16 kHz that are decoded at once, 65 s
 CUT_OFF = "it ends"  # how a note begins of a recording that its header says to be longer
-# Taken for audio in a folder beside what libsndfile reads: it should be said that it cannot be read.
-MORE_SUFFIXES = "aif aifc oga opus wave snd sph m4a mp4 aac wma amr webm mka mov 3gp".split()
+# Of audio and video, beside what mimetypes knows: of dictation machines, telephones and others.
+MORE_SUFFIXES = """ds2 dss dvf msv 3ga amr awb gsm qcp vox g721 g723 m4a m4b m4v aac ac3 ape mka mkv oga ogv spx tta
+    wave wma wmv wv flv sph""".split()
+
+
+@functools.cache
+def audio_suffixes():
+    """Also of what libsndfile cannot read: that should be said."""
+    kinds = mimetypes.MimeTypes().types_map[True].items()  # Python's, not this machine's
+    known = {suffix[1:] for suffix, kind in kinds if kind.startswith(("audio/", "video/"))}
+    return {*known, *MORE_SUFFIXES, *map(str.lower, soundfile.available_formats())} - {"raw", "ass", "mid", "midi"}
 
 
 def is_audio_name(path):
-    name, suffixes = os.path.basename(path), {*map(str.lower, soundfile.available_formats()), *MORE_SUFFIXES} - {"raw"}
-    return os.path.splitext(name)[1][1:].lower() in suffixes and not name.startswith(".")
+    return os.path.splitext(path)[1][1:].lower() in audio_suffixes()
 
 
 @contextlib.contextmanager
@@ -1026,7 +1148,8 @@ def open_audio(source):
             yield file
     except (soundfile.SoundFileError, OSError) as error:
         # libsndfile's own words: the exception's text holds a memory address, by which no prepared file may differ.
-        raise ValueError(getattr(error, "error_string", None) or one_line(error)) from error
+        problem = getattr(error, "error_string", None) or one_line(error)
+        raise ValueError(problem.replace("not recognised.", "not recognised: convert it with ffmpeg")) from error
 
 
 def decoded_blocks(file):
@@ -1100,11 +1223,11 @@ def decode_audio(source, notes=None):
     return np.concatenate(blocks)
 
 
-def make_clip(row, audio, notes):
+def make_clip(row, audio, notes, decode=decode_audio):
     """A row of a prepared file: a table's, with `audio` as FLAC; `notes` {what should be said: clips} grow."""
     samples, found, flac, problem = (), [], io.BytesIO(), row["problem"] or ("" if audio else "no audio")
     try:
-        samples = () if problem else decode_audio(audio, found)
+        samples = () if problem else decode(audio, found)
     except ValueError as error:
         problem = f"undecodable audio ({error})"
     for note in found:
@@ -1324,6 +1447,7 @@ def load_clips(source, splits):
     """(Dataset of all prepared clips, table of those of `splits`; its `row` is the place in it, -1 without audio)"""
     shards = source.needed(splits)
     audio, table = load_prepared(shard.path for shard in shards)
+    table = with_one_spelling(table, source.spellings)
     table["row"], announced = np.arange(len(table)), source.announced
     if source.kind == "archives":
         # Series.isin would keep a Python object of each name.
@@ -2439,7 +2563,7 @@ def score_file(settings):
         table, defects = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
     except RunError as error:
         raise UsageError(str(error)) from error
-    notes = [f"{path.name}: {defect}" for defect in defects]
+    table, notes = with_one_spelling(table, {}), [f"{path.name}: {defect}" for defect in defects]
     table["clip"] = table["clip"].where(table["clip"] != "", [f"row {index + 1}" for index in table.index])
     table["num_samples"] = table["num_samples"].replace(0, np.nan)
     for lacking, what in ((table["text"].map(tidy) == "", "no text"), (table["pred_text"].isna(), "no pred_text")):
@@ -2953,7 +3077,7 @@ def run(settings):
         return dry_run(sources[""], settings)
     for name in settings.also_score or ():
         say(f"also scored: {public(name)}")
-        sources[public(name)] = Source(name, settings, ("test",), is_extra=True)
+        sources[public(name)] = Source(name, settings, ("test",), sources[""])
     for name, source in sources.items():
         prepare(source, ("test",) if name else settings.splits(on_disk=True), settings)
     if settings.prepare_only:

@@ -53,6 +53,7 @@ FLAGS = [  # (flags, what the message says)
     ("--transcribe nowhere.wav", "nowhere.wav.*no such file"),
     ("--transcribe *.ogg", r"\*.ogg.*no such file"),
     ("--transcribe runs", "runs.*no audio file"),
+    ("--transcribe bin", "bin.*no audio file"),
     ("--transcribe visit.wav --transcript_format docx", "docx.*text.*json.*srt.*vtt"),
     ("--transcribe visit.wav b/visit.wav --transcript_format srt", "srt.*--transcript_dir"),
     ("--transcribe visit.wav b/visit.wav --transcript_dir out", "visit.wav and b/visit.wav"),
@@ -95,7 +96,7 @@ CASES = [(*case, 2) for case in FLAGS] + [(*case, 1) for case in NOT_THERE]
 def test_flags_that_cannot_work_are_refused_before_anything_is_written(tmp_path, flags, message, status):
     for folder in ("final", "runs", "checkpoint-7"):
         (tmp_path / folder).mkdir()
-    files = {"file": "not a folder", "visit.wav": GOOD, "b/visit.wav": GOOD}
+    files = {"file": "not a folder", "visit.wav": GOOD, "b/visit.wav": GOOD, "bin/.Trash-1000/visit.wav": GOOD}
     for name, content in (files | {f"{name}.yaml": content for name, (content, _) in YAML.items()}).items():
         write(tmp_path / name, content)
     before = modified(tmp_path)
@@ -270,8 +271,9 @@ def test_an_odd_table_is_read_and_said_to_be_odd(horrors, name):
         assert reasons == (["no transcript"] if text is None else [])
     lines = [line for line in horrors.stderr.splitlines() if re.search(f"warning.*/{name}/\\w+.csv", line)]
     assert len(lines) == bool(warning) and all(warning in line for line in lines)
+    assert horrors.stderr.count("1 row, such as of duplicates/first.wav, with another text than a row before") == 1
     more = [clip for _, clip, why in horrors.skipped if why.startswith("more cells than columns (row 1)")]
-    assert [clip.split("/")[-1] for clip in more] == [" cough"]
+    assert [clip.split("/")[-1] for clip in more] == ["cough"]
 
 
 def archives(table=None, archive=None, split="train"):
@@ -315,7 +317,14 @@ SOURCES = {  # name: (how it is made, flags, exit status, what the message says)
     "other files": (recordings("", "notes.txt"), "", 1, "has no audio/<accent>/<split>.*2 files, such as a.wav"),
     "no folder": (lambda folder: None, "", 1, "own .*--dataset|own.*owner/name"),
     "broken JSON": (recordings('{"file_name": "a.wav"\n', JSON_LINES), "", 1, "metadata.jsonl is not lines of JSON"),
-    "no file_name": (recordings("path,text\n" + ONE), "", 1, "metadata.csv has no column file_name.*path, text"),
+    "no file_name": (recordings("wav,text\n" + ONE), "", 1, "metadata.csv has no column file_name.*wav, text"),
+    "a list": (
+        recordings('{"file_name": "a.wav", "text": ["one"]}', JSON_LINES),
+        "",
+        2,
+        "column text holds a list.*one",
+    ),
+    "a struct": (parquets(audio=CELL, text=[{"words": "one"}]), "", 2, "test.parquet: column text holds a dict.*words"),
     "no such file": (recordings(HEAD + "\nb.wav,one"), "", 1, "metadata.csv names no file.* 1 row, such as b.wav"),
     "two texts": (recordings(f"{HEAD},sentence\na.wav,one,two"), "", 2, "text and sentence.*--text_col"),
     "other texts": (recordings(ONE_CLIP), "--text_column words", 2, "no column words.*--text_column"),
