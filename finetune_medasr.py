@@ -1447,7 +1447,8 @@ FOLDS = str.maketrans({
     **dict.fromkeys("‘’‚‛`´ʼ′", "'"), **dict.fromkeys("“”„″«»", '"'), **dict.fromkeys("~−—", "-"), "·": ".", "…": "...",
     **dict.fromkeys("÷⁄\\|", "/"), "×": "x", "±": "+/-", "&": " and ", "@": " at ", "=": " equals ", "°": " degrees ",
     "<": " less than ", ">": " greater than ", "≤": " less than or equal to ", "≥": " greater than or equal to ",
-    "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ß": "ss", **dict(zip("øØɛƐɔƆŋŊɓƁɗƊƙƘƴɣłđı", "oOeEoOnNbBdDkKygldi")),
+    "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ß": "ss", "ẞ": "SS", "ı": "i",
+    **dict(zip("øØɛƐɔƆŋŊɓƁɗƊƙƘƴƳɣƔłŁđĐ", "oOeEoOnNbBdDkKyYgGlLdD")), "≠": " not equal to ", "㎍": "mcg",
     # Greek letters are read by their names, but for the micro of units.
     **{letter: unicodedata.name(letter).split()[-1].lower() for letter in GREEK},
     "µ": "u", "μ": "u",
@@ -1456,12 +1457,13 @@ ENTITY = re.compile(r"&(?:(#\d+|#[xX][0-9a-fA-F]+)|\w+);")  # only with its semi
 LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")  # "<-5" and "=> 5" are comparisons
 MICROGRAM = re.compile(r"[µμ]g\b")  # mcg in prescriptions; "ug" is on the lists of error-prone abbreviations
 CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")  # MedASR writes {period}, {new paragraph}
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)")
 
 
 def tidy(text):
-    """Resolve HTML entities, drop arrows and bullets, make whitespace single spaces; part 1½, not to become 11/2."""
+    """Resolve entities, compose accents, drop arrows and bullets, make whitespace single spaces; part 1½ (not 11/2)."""
     text = ENTITY.sub(lambda it: html.unescape(it[0]) if it[1] else html.entities.html5.get(it[0][1:], it[0]), text)
-    text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", text))
+    text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", unicodedata.normalize("NFC", text)))
     return " ".join(re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text).split())
 
 
@@ -1496,7 +1498,7 @@ class LabelEncoder:
         """The transcript in the characters that the tokenizer covers; what is lost is counted in `dropped`."""
         if self.target_text != "words" and self.plain.fullmatch(text):
             return " ".join(text.split())
-        text = unicodedata.normalize("NFC", normalize_wer(text) if self.target_text == "words" else tidy(text))
+        text = normalize_wer(text) if self.target_text == "words" else tidy(text)
         # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
         while not self.opens and re.search(r"\([^()]*\)", text):
             text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
@@ -1515,13 +1517,22 @@ class LabelEncoder:
         return [[token for token in ids if token != unknown and token < self.vocab_size] for ids in all_ids]
 
 
+@functools.cache
+def word_sign(sign):
+    """What a character of a text in NFKD is among words: itself, "" where it is an accent or invisible, or a space."""
+    category, kind = unicodedata.category(sign), unicodedata.combining(sign)
+    if category in ("Mn", "Mc") and (kind in (0, 6, 7, 8, 9) or 84 <= kind <= 132):  # vowel signs of Indic scripts, ...
+        return "" if re.search("SELECTOR|JOINER", unicodedata.name(sign)) else sign
+    return "" if category[0] in "CM" else sign if sign.isalnum() or sign == "'" else " "
+
+
 def normalize_wer(text):
     """The text that `wer` compares: lower-case words without punctuation, apostrophes inside words kept. `{period}`,
     entities, accents and what `FOLDS` spells out (& ° α) are resolved first: MedASR can only write the word."""
-    text = CONTROL_TOKEN.sub(" ", tidy(text)).translate(FOLDS).lower()
-    text = unicodedata.normalize("NFKD", text).lower().translate(FOLDS)  # of ™ come capitals
-    text = "".join(sign for sign in text if not (unicodedata.combining(sign) or unicodedata.category(sign) == "Cf"))
-    return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text))
+    text = CONTROL_TOKEN.sub(" ", tidy(text)).translate(FOLDS)
+    text = unicodedata.normalize("NFKD", text).translate(FOLDS).lower()  # at the end: of ™ come capitals
+    text = "".join(map(word_sign, THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)))
+    return unicodedata.normalize("NFC", " ".join(re.findall(r"[^\W_][^\s']*(?:'[^\W_][^\s']*)*", text)))
 
 
 def normalize_paper(text):
@@ -2137,7 +2148,7 @@ RATES = {
     "wer_spoken": (normalize_wer, "WER, spoken punctuation set aside"),
     "wer_paper": (normalize_paper, "WER, the AfriSpeech authors' normalisation"),
     "wer_paper_short": (normalize_paper, f"the same, clips under {PAPER_SECONDS} s, as in their tables"),
-    "wer_raw": (str.strip, "WER as written"),
+    "wer_raw": (lambda text: " ".join(unicodedata.normalize("NFC", text).split()), "WER as written"),
     "wer_numbers": (keep(NUMBERS), "WER of numbers alone"),
     "wer_negations": (keep(NEGATIONS), "WER of negations alone"),
     "cer": (normalize_wer, "CER"),
