@@ -111,8 +111,8 @@ def say(text="", stream=None):
         print(redact(text), file=stream, flush=True)
 
 
-def warn(text):
-    say(f"{PROGRAM}: warning: {' '.join(redact(text).split())}", sys.stderr)
+def warn(text, kind="warning"):
+    say(f"{PROGRAM}: {kind}: {' '.join(redact(text).split())}", sys.stderr)
 
 
 def one_line(error):
@@ -338,7 +338,7 @@ class ScriptFlags:
     score_file: str | None = flag(None, "report on any system's texts: JSON lines or CSV with text and pred_text")
     transcribe: list[str] | None = flag(None, "print the text of audio files, folders, patterns or - (standard input)")
     transcript_format: Literal["text", "json", "srt", "vtt"] = flag("text", "of --transcribe; json: words with times")
-    transcript_dir: str | None = flag(None, "write --transcribe's texts into this folder, a file for each")
+    transcript_dir: str | None = flag(None, "write --transcribe's texts into this folder; those that are there stay")
     format_dictation: bool = flag(False, "write dictated {period}, {new paragraph} ... as what they stand for")
     lm: str | None = flag(None, f"decode with this n-gram of the model's tokens too; auto: {LM_FILE} of the model")
     lm_weight: NotNegative[float] = flag(0.5, "what a log-probability of --lm counts beside one of the model")
@@ -471,7 +471,8 @@ def parse_settings(argv):
             values.model = str(made)
             say(f"transcribing with {made}; --model chooses another", sys.stderr)
         settings = dataclass(mixed(*parser.dataclass_types), repr=False)(**vars(values))
-        transformers.integrations.get_reporting_integration_callbacks(settings.report_to)  # raises for unknown names
+        for callback in transformers.integrations.get_reporting_integration_callbacks(settings.report_to):
+            type("", (callback,), {"__del__": lambda _: None})()  # raises without its package; __del__ needs it
     settings.command = command
     return settings
 
@@ -1447,11 +1448,10 @@ FOLDS = str.maketrans({
     **dict.fromkeys("‘’‚‛`´ʼ′", "'"), **dict.fromkeys("“”„″«»", '"'), **dict.fromkeys("~−—", "-"), "·": ".", "…": "...",
     **dict.fromkeys("÷⁄\\|", "/"), "×": "x", "±": "+/-", "&": " and ", "@": " at ", "=": " equals ", "°": " degrees ",
     "<": " less than ", ">": " greater than ", "≤": " less than or equal to ", "≥": " greater than or equal to ",
-    "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ß": "ss", "ẞ": "SS", "ı": "i",
-    **dict(zip("øØɛƐɔƆŋŊɓƁɗƊƙƘƴƳɣƔłŁđĐ", "oOeEoOnNbBdDkKyYgGlLdD")), "≠": " not equal to ", "㎍": "mcg",
+    "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", **dict(zip("øØɛƐɔƆŋŊɓƁɗƊƙƘƴƳɣƔłŁđĐı", "oOeEoOnNbBdDkKyYgGlLdDi")),
     # Greek letters are read by their names, but for the micro of units.
     **{letter: unicodedata.name(letter).split()[-1].lower() for letter in GREEK},
-    "µ": "u", "μ": "u",
+    "µ": "u", "μ": "u", "㎍": "mcg", "ß": "ss", "ẞ": "SS", "≠": " not equal to ",
 })  # fmt: skip
 ENTITY = re.compile(r"&(?:(#\d+|#[xX][0-9a-fA-F]+)|\w+);")  # only with its semicolon: "patients&notes" holds none
 LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")  # "<-5" and "=> 5" are comparisons
@@ -1983,6 +1983,7 @@ def transcript(kind, words, formatted, name=""):
     """The words of a recording as a file of --transcript_format `kind`, with `name` if given; json as of Whisper."""
     text, parts, segments, cues = text_of(words, formatted), [], [], []
     if kind == "text":
+        name = re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", " ", name)  # one line a file, whatever its name
         return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
     for word in words:  # each part is a subtitle: 7 s and two lines at most, parted at pauses and dictated line breaks
         ends = not parts or word.start - parts[-1][-1].end >= 1.0 or word.end - parts[-1][0].start > 7.0
@@ -1999,7 +2000,7 @@ def transcript(kind, words, formatted, name=""):
             times = {"start": entries[0]["start"], "end": entries[-1]["end"]}
             segments.append({"id": number, **times, "text": text_of(part, formatted), "words": entries})
         content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
-        return json.dumps(content, ensure_ascii=False) + "\n"
+        return json.dumps(content) + "\n"  # in ASCII, which every terminal can show
     for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
         # A subtitle stays for half a second where there is room.
         end, times = min(part[-1].end + 0.5, following[0].start if following else np.inf), []
@@ -2015,7 +2016,7 @@ def transcript(kind, words, formatted, name=""):
 
 
 def find_recordings(settings):
-    """{path of a recording of --transcribe: its place under --transcript_dir, without suffix}, each once, in order.
+    """{path of a recording of --transcribe: its file in --transcript_dir, if that is given}, each once, in order.
     Raises UsageError, also where two would be one file, OSError for a folder that cannot be read."""
     found, keeps = {}, settings.transcript_dir is not None
     for path in settings.transcribe:
@@ -2039,7 +2040,8 @@ def find_recordings(settings):
         other = taken.setdefault(recordings[file].casefold(), file)
         if keeps and other != file:
             raise UsageError(f"--transcript_dir: {other} and {file} have one name; give the folder that both are in")
-    return recordings
+    folder, suffix = Path(settings.transcript_dir or "").expanduser(), settings.transcript_format.replace("text", "txt")
+    return {file: folder / f"{stem}.{suffix}" if keeps else None for file, stem in recordings.items()}
 
 
 def decode_recording(name, spool):
@@ -2064,18 +2066,23 @@ def decode_recording(name, spool):
 
 def transcribe(settings):
     """Print or write the text of each file of --transcribe, name unreadable ones on stderr; returns the exit status."""
-    started, recordings = time.monotonic(), find_recordings(settings)
+    started, recordings, folder = time.monotonic(), find_recordings(settings), settings.transcript_dir
     if "-" in recordings and settings.world_size > 1:
         raise UsageError("--transcribe - cannot be read by several processes; start it without torchrun")
+    names = [name for name, target in recordings.items() if not (target and target.exists())]
+    if kept := len(recordings) - len(names):  # somebody may have corrected them
+        say(f"{plural(kept, 'transcript')} in {folder} kept as they are; what is deleted is made again", sys.stderr)
+    if not names:
+        return 0
     processor, model = load_model(settings)
     loaded, settings.disable_tqdm = time.monotonic(), not sys.stderr.isatty()
     decoder = Decoder(model, processor, settings, load_lm(settings, processor, model.config.vocab_size))
     # In bfloat16 where that is asked for and not emulated; MedASR's activations overflow float16.
     has_bfloat16 = settings.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     decoder.in_bfloat16 = bool(settings.bf16 or settings.fp16) and has_bfloat16
-    kind, formatted, folder = settings.transcript_format, settings.format_dictation, settings.transcript_dir
+    kind, formatted = settings.transcript_format, settings.format_dictation
     with_names = folder is None and [*recordings] != settings.transcribe[:1]  # a single file needs none
-    names, failed, heard, at_once = [*recordings], 0, 0.0, max(1, settings.dataloader_num_workers)
+    failed, heard, at_once = 0, 0.0, max(1, settings.dataloader_num_workers)
     try:
         while names:
             with tempfile.TemporaryDirectory() as spool, ThreadPoolExecutor(at_once) as pool:
@@ -2084,7 +2091,7 @@ def transcribe(settings):
                     some, names = names[:at_once], names[at_once:]
                     for name, (row, problem) in zip(some, pool.map(decode_recording, some, itertools.repeat(spool))):
                         if problem:
-                            say(f"{PROGRAM}: error: {name} cannot be read as audio: {problem}", sys.stderr)
+                            warn(f"{name} cannot be read as audio: {problem}", "error")
                             failed += 1
                         else:
                             part[name] = row
@@ -2094,11 +2101,10 @@ def transcribe(settings):
                 emissions, _ = decoder.emissions(Clips(rows, table), doing="transcribing")
                 for name, found in zip(part, emissions) if settings.is_first else ():
                     text = transcript(kind, clip_words(decoder, found), formatted, name if with_names else "")
-                    if folder is None:
-                        print(text, end="", flush=True)
+                    if recordings[name]:
+                        write_text(recordings[name], text)
                     else:
-                        suffix = "txt" if kind == "text" else kind
-                        write_text(Path(folder).expanduser() / f"{recordings[name]}.{suffix}", text)
+                        print(text, end="", flush=True)
                 heard += seconds
     except Stopped as error:
         error.advice = "what is finished is kept"
@@ -2502,13 +2508,15 @@ def score_file(settings):
         cells, defects = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
     except RunError as error:
         raise UsageError(str(error)) from error
+    cells = cells[cells.drop(columns="num_samples").fillna("").map(str.strip).ne("").any(axis=1)]  # blank rows are none
     table, notes = cells.copy(), [f"{path.name}: {defect}" for defect in defects]
     table["clip"] = table["clip"].where(table["clip"] != "", [f"row {index + 1}" for index in table.index])
     table["num_samples"] = table["num_samples"].replace(0, np.nan)
     for lacking, what in ((table["text"].map(tidy) == "", "no text"), (cells["pred_text"].isna(), "no pred_text")):
         table.loc[lacking & (table["problem"] == ""), "problem"] = what
     bad, table = table[table["problem"] != ""], table[table["problem"] == ""]
-    notes += [f"Row {row.Index + 1} ({row.clip}) has {row.problem}: left out." for row in bad.itertuples()]
+    for reason, rows in bad.groupby(bad["problem"].str.split(r" *[:(]", regex=True).str[0]):
+        notes.append(f"{plural(len(rows), 'row')} left out: {reason}, such as {rows['clip'].iloc[0]}.")
     if not any(map(normalize_wer, table["text"])):
         found = f"no text with a word to score and a pred_text among {plural(len(cells), 'row')}"
         raise UsageError(f"--score_file {path} has {found}")
@@ -2734,7 +2742,10 @@ class CTCTrainer:
 
 def planned_updates(settings, clips):
     """(updates in all, updates an epoch) of a run on so many training clips."""
-    batches = -(-clips // (settings.per_device_train_batch_size * settings.world_size))
+    batch = settings.per_device_train_batch_size * settings.world_size
+    batches = clips // batch if settings.dataloader_drop_last and not settings.streaming else -(-clips // batch)
+    if not batches:
+        raise UsageError(f"--dataloader_drop_last: nothing to train on, {batch} clips a batch and {clips} in all")
     an_epoch = max(1, -(-batches // settings.gradient_accumulation_steps))
     return settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * an_epoch), an_epoch
 
@@ -2743,7 +2754,8 @@ def choose_batch_size(model, collator, train, settings, limit):
     """Split an update's clips into the largest steps, up to `limit` if given, that fit the GPU at the longest clip."""
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
+    in_reach = clips if settings.streaming or not settings.dataloader_drop_last else len(train) // settings.world_size
+    largest = min(limit or clips, in_reach, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
     sizes = iter([size for size in (32, 16, 8, 4, 2, 1) if clips % size == 0 and size <= largest])
     seconds = settings.max_train_seconds if settings.streaming else train[0]["num_samples"] / SAMPLE_RATE  # sorted
     longest = {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": "the " * int(2 * seconds)}
@@ -2857,10 +2869,11 @@ class Run:
         for path in found if not asked or asked.lower() in ("true", "false") else [asked]:
             if state := read_json(Path(path, "trainer_state.json")):  # the Trainer writes it last
                 self.checkpoint, self.done = path, state["global_step"]
+                if not Path(path, "optimizer.pt").is_file():
+                    raise UsageError(f"{path} has no optimizer.pt, as of --save_only_model, to go on with; delete it")
                 break
             if path == asked:
-                what = "no checkpoint that was finished; choose another"
-                raise UsageError(f"--resume_from_checkpoint is {asked}: {what}")
+                raise UsageError(f"--resume_from_checkpoint is {asked}: no finished checkpoint; choose another")
             warn(f"{path} is left aside: it was not finished")
         if agreed(self.done) != agreed(self.done, max):
             what = f"the processes find different checkpoints in {output}, which nodes have to share"
@@ -2971,6 +2984,7 @@ class Run:
 
     def fit_and_score(self):
         """The main job. The untouched model is scored once a run: a later start takes its texts of the same clips."""
+        planned_updates(self.settings, len(self.clips["train"]))  # raises if there are none, before the baseline
         clips = {name: part.table["clip"].tolist() for name, part in self.tests.items()}
         made_of, baseline = digest([self.lm_asked, clips]), self.notes["baseline"] or {}
         self.save()
@@ -3073,8 +3087,8 @@ def main(argv=None):
             raise
         message = f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
         if isinstance(error, RunError):
-            # One that comes from a DataLoader's worker carries the worker's traceback; its last line is the message.
-            message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
+            # One that comes from a DataLoader's worker carries the worker's traceback, whose end is the message.
+            message = " ".join(str(error).rpartition("RunError: ")[2].split())
         elif is_full_disk(error):
             message = f"a file cannot be written ({one_line(error)}): {ROOM_ADVICE}"
         elif LOST_PROCESS.search(str(error)):
