@@ -113,8 +113,8 @@ def say(text="", stream=None):
         print(redact(text), file=stream, flush=True)
 
 
-def warn(text):
-    say(f"{PROGRAM}: warning: {' '.join(redact(text).split())}", sys.stderr)
+def warn(text, kind="warning"):
+    say(f"{PROGRAM}: {kind}: {' '.join(redact(text).split())}", sys.stderr)
 
 
 def one_line(error):
@@ -347,7 +347,7 @@ class ScriptFlags:
     score_file: str | None = flag(None, "report on any system's texts: JSON lines or CSV with text and pred_text")
     transcribe: list[str] | None = flag(None, "print the text of audio files, folders, patterns or - (standard input)")
     transcript_format: Literal["text", "json", "srt", "vtt"] = flag("text", "of --transcribe; json: words with times")
-    transcript_dir: str | None = flag(None, "write --transcribe's texts into this folder, a file for each")
+    transcript_dir: str | None = flag(None, "write --transcribe's texts into this folder; those that are there stay")
     format_dictation: bool = flag(False, "write dictated {period}, {new paragraph} ... as what they stand for")
     lm: str | None = flag(None, f"decode with this n-gram of the model's tokens too; auto: {LM_FILE} of the model")
     lm_weight: NotNegative[float] = flag(0.5, "what a log-probability of --lm counts beside one of the model")
@@ -482,7 +482,8 @@ def parse_settings(argv):
             values.model = str(made)
             say(f"transcribing with {made}; --model chooses another", sys.stderr)
         settings = dataclass(mixed(*parser.dataclass_types), repr=False)(**vars(values))
-        transformers.integrations.get_reporting_integration_callbacks(settings.report_to)  # raises for unknown names
+        for callback in transformers.integrations.get_reporting_integration_callbacks(settings.report_to):
+            type("", (callback,), {"__del__": lambda _: None})()  # raises without its package; __del__ needs it
     settings.command = command
     return settings
 
@@ -1569,20 +1570,22 @@ FOLDS = str.maketrans({
     **dict.fromkeys("‘’‚‛`´ʼ′", "'"), **dict.fromkeys("“”„″«»", '"'), **dict.fromkeys("~−—", "-"), "·": ".", "…": "...",
     **dict.fromkeys("÷⁄\\|", "/"), "×": "x", "±": "+/-", "&": " and ", "@": " at ", "=": " equals ", "°": " degrees ",
     "<": " less than ", ">": " greater than ", "≤": " less than or equal to ", "≥": " greater than or equal to ",
-    "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ß": "ss", **dict(zip("øØɛƐɔƆŋŊɓƁɗƊƙƘƴɣłđı", "oOeEoOnNbBdDkKygldi")),
+    "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", **dict(zip("øØɛƐɔƆŋŊɓƁɗƊƙƘƴƳɣƔłŁđĐı", "oOeEoOnNbBdDkKyYgGlLdDi")),
     # Greek letters are read by their names, but for the micro of units.
-    **{letter: unicodedata.name(letter).split()[-1].lower() for letter in GREEK}, "µ": "u", "μ": "u",
+    **{letter: unicodedata.name(letter).split()[-1].lower() for letter in GREEK},
+    "µ": "u", "μ": "u", "㎍": "mcg", "ß": "ss", "ẞ": "SS", "≠": " not equal to ",
 })  # fmt: skip
 ENTITY = re.compile(r"&(?:(#\d+|#[xX][0-9a-fA-F]+)|\w+);")  # only with its semicolon: "patients&notes" holds none
 LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")  # "<-5" and "=> 5" are comparisons
 MICROGRAM = re.compile(r"[µμ]g\b")  # mcg in prescriptions; "ug" is on the lists of error-prone abbreviations
 CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")  # MedASR writes {period}, {new paragraph}
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)")
 
 
 def tidy(text):
-    """Resolve HTML entities, drop arrows and bullets, make whitespace single spaces; part 1½, not to become 11/2."""
+    """Resolve entities, compose accents, drop arrows and bullets, make whitespace single spaces; part 1½ (not 11/2)."""
     text = ENTITY.sub(lambda it: html.unescape(it[0]) if it[1] else html.entities.html5.get(it[0][1:], it[0]), text)
-    text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", text))
+    text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", unicodedata.normalize("NFC", text)))
     return " ".join(re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text).split())
 
 
@@ -1615,7 +1618,7 @@ class LabelEncoder:
         """The transcript in the characters that the tokenizer covers; what is lost is counted in `dropped`."""
         if self.target_text != "words" and self.plain.fullmatch(text):
             return " ".join(text.split())
-        text = unicodedata.normalize("NFC", normalize_wer(text) if self.target_text == "words" else tidy(text))
+        text = normalize_wer(text) if self.target_text == "words" else tidy(text)
         # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
         while not self.opens and re.search(r"\([^()]*\)", text):
             text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
@@ -1634,13 +1637,22 @@ class LabelEncoder:
         return [[token for token in ids if token != unknown and token < self.vocab_size] for ids in all_ids]
 
 
+@functools.cache
+def word_sign(sign):
+    """What a character of a text in NFKD is among words: itself, "" where it is an accent or invisible, or a space."""
+    category, kind = unicodedata.category(sign), unicodedata.combining(sign)
+    if category in ("Mn", "Mc") and (kind in (0, 6, 7, 8, 9) or 84 <= kind <= 132):  # vowel signs of Indic scripts, ...
+        return "" if re.search("SELECTOR|JOINER", unicodedata.name(sign)) else sign
+    return "" if category[0] in "CM" else sign if sign.isalnum() or sign == "'" else " "
+
+
 def normalize_wer(text):
     """The text that `wer` compares: lower-case words without punctuation, apostrophes inside words kept. `{period}`,
     entities, accents and what `FOLDS` spells out (& ° α) are resolved first: MedASR can only write the word."""
-    text = CONTROL_TOKEN.sub(" ", tidy(text)).translate(FOLDS).lower()
-    text = unicodedata.normalize("NFKD", text).lower().translate(FOLDS)  # of ™ come capitals
-    text = "".join(sign for sign in text if not (unicodedata.combining(sign) or unicodedata.category(sign) == "Cf"))
-    return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text))
+    text = CONTROL_TOKEN.sub(" ", tidy(text)).translate(FOLDS)
+    text = unicodedata.normalize("NFKD", text).translate(FOLDS).lower()  # at the end: of ™ come capitals
+    text = "".join(map(word_sign, THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)))
+    return unicodedata.normalize("NFC", " ".join(re.findall(r"[^\W_][^\s']*(?:'[^\W_][^\s']*)*", text)))
 
 
 def normalize_paper(text):
@@ -2072,6 +2084,7 @@ def transcript(kind, words, formatted, name=""):
     """The words of a recording as a file of --transcript_format `kind`, with `name` if given; json as of Whisper."""
     text, parts, segments, cues = text_of(words, formatted), [], [], []
     if kind == "text":
+        name = re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", " ", name)  # one line a file, whatever its name
         return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
     for word in words:  # each part is a subtitle: 7 s and two lines at most, parted at pauses and dictated line breaks
         ends = not parts or word.start - parts[-1][-1].end >= 1.0 or word.end - parts[-1][0].start > 7.0
@@ -2086,7 +2099,7 @@ def transcript(kind, words, formatted, name=""):
             times = {"start": entries[0]["start"], "end": entries[-1]["end"]}
             segments.append({"id": number, **times, "text": text_of(part, formatted), "words": entries})
         content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
-        return json.dumps(content, ensure_ascii=False) + "\n"
+        return json.dumps(content) + "\n"  # in ASCII, which every terminal can show
     for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
         # A subtitle stays for half a second where there is room.
         end, times = min(part[-1].end + 0.5, following[0].start if following else np.inf), []
@@ -2102,7 +2115,7 @@ def transcript(kind, words, formatted, name=""):
 
 
 def find_recordings(settings):
-    """{path of a recording of --transcribe: its place under --transcript_dir, without suffix}; raises UsageError."""
+    """{path of a recording of --transcribe: its file in --transcript_dir, if that is given}; raises UsageError."""
     found, keeps = {}, settings.transcript_dir is not None
     for path in settings.transcribe:
         matches = [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
@@ -2125,7 +2138,8 @@ def find_recordings(settings):
         other = taken.setdefault(recordings[file].casefold(), file)
         if keeps and other != file:
             raise UsageError(f"--transcript_dir: {other} and {file} have one name; give the folder that both are in")
-    return recordings
+    folder, suffix = Path(settings.transcript_dir or "").expanduser(), settings.transcript_format.replace("text", "txt")
+    return {file: folder / f"{stem}.{suffix}" if keeps else None for file, stem in recordings.items()}
 
 
 def decode_recording(name, spool):
@@ -2150,18 +2164,23 @@ def decode_recording(name, spool):
 
 def transcribe(settings):
     """Print or write the text of each file of --transcribe, name unreadable ones on stderr; returns the exit status."""
-    started, recordings = time.monotonic(), find_recordings(settings)
+    started, recordings, folder = time.monotonic(), find_recordings(settings), settings.transcript_dir
     if "-" in recordings and settings.world_size > 1:
         raise UsageError("--transcribe - cannot be read by several processes; start it without torchrun")
+    names = [name for name, target in recordings.items() if not (target and target.exists())]
+    if kept := len(recordings) - len(names):  # somebody may have corrected them
+        say(f"{plural(kept, 'transcript')} in {folder} kept as they are; what is deleted is made again", sys.stderr)
+    if not names:
+        return 0
     processor, model = load_model(settings)
     loaded, settings.disable_tqdm = time.monotonic(), not sys.stderr.isatty()
     decoder = Decoder(model, processor, settings, load_lm(settings, processor, model.config.vocab_size))
     # In bfloat16 where that is asked for and not emulated; MedASR's activations overflow float16.
     has_bfloat16 = settings.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     decoder.in_bfloat16 = bool(settings.bf16 or settings.fp16) and has_bfloat16
-    kind, formatted, folder = settings.transcript_format, settings.format_dictation, settings.transcript_dir
+    kind, formatted = settings.transcript_format, settings.format_dictation
     with_names = folder is None and [*recordings] != settings.transcribe[:1]  # a single file needs none
-    names, failed, heard, at_once = [*recordings], 0, 0.0, max(1, settings.dataloader_num_workers)
+    failed, heard, at_once = 0, 0.0, max(1, settings.dataloader_num_workers)
     try:
         while names:
             with tempfile.TemporaryDirectory() as spool, ThreadPoolExecutor(at_once) as pool:
@@ -2170,7 +2189,7 @@ def transcribe(settings):
                     some, names = names[:at_once], names[at_once:]
                     for name, (row, problem) in zip(some, pool.map(decode_recording, some, itertools.repeat(spool))):
                         if problem:
-                            say(f"{PROGRAM}: error: {name} cannot be read as audio: {problem}", sys.stderr)
+                            warn(f"{name} cannot be read as audio: {problem}", "error")
                             failed += 1
                         else:
                             part[name] = row
@@ -2180,11 +2199,10 @@ def transcribe(settings):
                 emissions, _ = decoder.emissions(Clips(rows, table), doing="transcribing")
                 for name, found in zip(part, emissions) if settings.is_first else ():
                     text = transcript(kind, clip_words(decoder, found), formatted, name if with_names else "")
-                    if folder is None:
-                        print(text, end="", flush=True)
+                    if recordings[name]:
+                        write_text(recordings[name], text)
                     else:
-                        suffix = "txt" if kind == "text" else kind
-                        write_text(Path(folder).expanduser() / f"{recordings[name]}.{suffix}", text)
+                        print(text, end="", flush=True)
                 heard += seconds
     except Stopped as error:
         error.advice = "what is finished is kept"
@@ -2230,7 +2248,7 @@ RATES = {
     "wer_spoken": (normalize_wer, "WER, spoken punctuation set aside"),
     "wer_paper": (normalize_paper, "WER, the AfriSpeech authors' normalisation"),
     "wer_paper_short": (normalize_paper, f"the same, clips under {PAPER_SECONDS} s, as in their tables"),
-    "wer_raw": (str.strip, "WER as written"),
+    "wer_raw": (lambda text: " ".join(unicodedata.normalize("NFC", text).split()), "WER as written"),
     "wer_numbers": (keep(NUMBERS), "WER of numbers alone"),
     "wer_negations": (keep(NEGATIONS), "WER of negations alone"),
     "cer": (normalize_wer, "CER"),
@@ -2569,7 +2587,8 @@ def score_file(settings):
     for lacking, what in ((table["text"].map(tidy) == "", "no text"), (table["pred_text"].isna(), "no pred_text")):
         table.loc[lacking & (table["problem"] == ""), "problem"] = what
     bad, table = table[table["problem"] != ""], table[table["problem"] == ""]
-    notes += [f"Row {row.Index + 1} ({row.clip}) has {row.problem}: left out." for row in bad.itertuples()]
+    for reason, rows in bad.groupby(bad["problem"].str.split(r" *[:(]", regex=True).str[0]):
+        notes.append(f"{plural(len(rows), 'row')} left out: {reason}, such as {rows['clip'].iloc[0]}.")
     if not any(map(normalize_wer, table["text"])):
         raise UsageError(f"--score_file {path} has no text with a word to score and a pred_text")
     if unknown := int(table["num_samples"].isna().sum()):
@@ -2783,7 +2802,10 @@ class CTCTrainer:
 
 def planned_updates(settings, clips):
     """(updates in all, updates an epoch) of a run on so many training clips."""
-    batches = -(-clips // (settings.per_device_train_batch_size * settings.world_size))
+    batch = settings.per_device_train_batch_size * settings.world_size
+    batches = clips // batch if settings.dataloader_drop_last and not settings.streaming else -(-clips // batch)
+    if not batches:
+        raise UsageError(f"--dataloader_drop_last: nothing to train on, {batch} clips a batch and {clips} in all")
     an_epoch = max(1, -(-batches // settings.gradient_accumulation_steps))
     return settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * an_epoch), an_epoch
 
@@ -2792,7 +2814,8 @@ def choose_batch_size(model, collator, train, settings, limit):
     """Split an update's clips into the largest steps, up to `limit` if given, that fit the GPU at the longest clip."""
     device, half = settings.device, torch.float16 if settings.fp16 else torch.bfloat16
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
+    in_reach = clips if settings.streaming or not settings.dataloader_drop_last else len(train) // settings.world_size
+    largest = min(limit or clips, in_reach, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
     sizes = [size for size in (32, 16, 8, 4, 2, 1) if clips % size == 0 and size <= largest]
     seconds = settings.max_train_seconds if settings.streaming else train[0]["num_samples"] / SAMPLE_RATE  # sorted
     longest = {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": "the " * int(2 * seconds)}
@@ -2903,9 +2926,11 @@ class Run:
         for path in found if not asked or asked.lower() in ("true", "false") else [asked]:
             if state := read_json(Path(path, "trainer_state.json")):  # the Trainer writes it last
                 self.checkpoint, self.done = path, state["global_step"]
+                if not Path(path, "optimizer.pt").is_file():
+                    raise UsageError(f"{path} has no optimizer.pt, as of --save_only_model, to go on with; delete it")
                 break
             if path == asked:
-                raise UsageError(f"--resume_from_checkpoint is {asked}: no checkpoint that was finished: choose one")
+                raise UsageError(f"--resume_from_checkpoint is {asked}: no finished checkpoint; choose another")
             warn(f"{path} is left aside: it was not finished")
         if agreed(self.done) != agreed(self.done, max):
             what = f"the processes find different checkpoints in {output}, which nodes have to share"
@@ -3010,6 +3035,7 @@ class Run:
 
     def fit_and_score(self):
         """The main job. The untouched model is scored once a run: a later start takes its texts of the same clips."""
+        planned_updates(self.settings, len(self.clips["train"]))  # raises if there are none, before the baseline
         clips = {name: part.table["clip"].tolist() for name, part in self.tests.items()}
         made_of, baseline = digest([self.lm_asked, clips]), self.notes["baseline"] or {}
         self.save()
@@ -3113,7 +3139,7 @@ def main(argv=None):
             raise
         message = f"unexpected {one_line(error)}; run with MEDASR_TRACEBACK=1 to see where, and report it"
         if isinstance(error, RunError):  # a DataLoader's worker adds its traceback, which ends with the message
-            message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.RunError: ")
+            message = " ".join(str(error).rpartition("RunError: ")[2].split())
         elif is_full_memory(error):
             message = "the GPU's memory is full: nvidia-smi shows what else uses it, --use_cpu true does without"
         elif is_full_disk(error):

@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +88,8 @@ YAML = {  # name: (content, what the message says)
     "python": (b"seed: !!python/object/apply:os.system ['touch ran']\n", "python.yaml .*YAML"),
 }
 FLAGS += [(f"{name}.yaml", message) for name, (_, message) in YAML.items()]
+LOGGERS = [name for name in "wandb comet_ml mlflow neptune trackio clearml".split() if not find_spec(name)]
+FLAGS += [(f"--report_to {name}", f"requires.*pip install {name[:5]}") for name in LOGGERS]
 NOT_THERE = [(f"{ALSO} ./nowhere", "./nowhere"), (f"{ALSO} {MODEL}", "model"),
              (f"{SMALL} --transcribe visit.wav --transcript_dir /proc/texts", "/proc")]  # fmt: skip
 CASES = [(*case, 2) for case in FLAGS] + [(*case, 1) for case in NOT_THERE]
@@ -106,6 +109,7 @@ def test_flags_that_cannot_work_are_refused_before_anything_is_written(tmp_path,
 
 
 ROW = '{"text": "No fever.", "pred_text": "no fever"}\n'
+NO_PRED = '{"text": "a"}\n'
 SCORE_FILES = [  # (name, content, exit status, what is said)
     ("nowhere.csv", None, 2, "--score_file .*nowhere.csv"),
     ("x.jsonl", "not JSON\n", 2, "not lines of JSON"),
@@ -119,11 +123,13 @@ SCORE_FILES = [  # (name, content, exit status, what is said)
     ("x.csv", "version https://git-lfs.github.com/spec/v1\n", 2, "Git LFS pointer"),
     ("x.jsonl", ROW + '{"text": "a", "pred_text": "a", "duration": 1e306}', 0, "2 rows without a duration"),
     ("x.jsonl", ROW + '{"text": "a\\ud800 שלום 😀", "pred_text": "a"}', 0, "2 rows without a duration"),
-    ("x.jsonl", ROW + '{"text": "", "pred_text": "a"}', 0, "Row 2 .*no text: left out"),
+    ("x.jsonl", ROW + '{"text": "", "pred_text": "a"}', 0, r"1 row left out: no text, such as row 2\."),
+    ("x.jsonl", ROW + '{"text": null, "pred_text": " "}\n' * 500 + NO_PRED * 500, 0, "500 rows .* such as row 502"),
+    ("x.csv", "text;pred_text;speaker\na;b;c\n" + " ;;\n" * 500, 0, "1 row without a duration"),
     ("x.jsonl", ROW + '{"text": "a", "pred_text": "a", "baseline_text": "b"}', 0, "no comparison is made"),
     ("x.TSV", "text\tpred_text\r\na\tb\r\n", 0, "1 row without a duration"),
-    ("x.csv", "text;pred_text\na\nc;d\n", 0, "Row 1 .*no pred_text: left out"),
-    ("x.csv", "text,pred_text\nfever, cough,fever\nc,d,\n", 0, "Row 1 .*more cells than columns.*left out"),
+    ("x.csv", "text;pred_text\na\nc;d\n", 0, "1 row left out: no pred_text, such as row 1"),
+    ("x.csv", "text,pred_text\nfever, cough,fever\nc,d,\n", 0, "1 row left out: more cells than columns, such"),
     ("x.csv", 'text,pred_text\nc,d\n"a,b\n', 0, "an unclosed quote"),
     ("x.csv", b"text,pred_text\ncaf\xe9\0,b\n" + b"a " * 100_000 + b",b\n", 0, "it is not UTF-8"),
 ]
@@ -140,7 +146,8 @@ def test_score_files(tmp_path, name, content, status, message):
         return
     assert re.search(message, succeeded(done).stderr), done.stderr
     scored = load_json(tmp_path / "out/results/metrics.json")["data"]["test"]
-    assert scored["left_out"] == done.stderr.count("left out.") and scored["hours"] == 0
+    left_out = map(int, re.findall(r"warning: (\d+) rows? left out: ", done.stderr))
+    assert scored["left_out"] == sum(left_out) and scored["hours"] == 0 and done.stderr.count("warning: ") < 5
     assert scored["clips"] == len(scored_clips(tmp_path / "out/results"))
 
 
@@ -420,6 +427,23 @@ TRAINING_FLAGS = [
 def test_what_the_trainer_alone_can_judge_is_a_usage_error(demo, tmp_path, flags, message):
     done = run_main(tmp_path, *kills.flags(demo.audio, "out", "--skip_baseline", *flags.split()))
     refused(done, 2, message)
+
+
+@pytest.mark.parametrize("mode", ["--eval_steps 2", "--dry_run"])
+def test_a_run_without_an_update_is_refused_before_the_baseline(demo, tmp_path, mode):
+    few = f"--dataloader_drop_last true --per_device_train_batch_size 17 {mode}".split()
+    done = run_main(tmp_path, *kills.flags(demo.audio, "out", *few))
+    refused(done, 2, "nothing to train on, 17 clips a batch and 16 in all")
+    assert "scoring" not in done.stdout
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(demo, tmp_path):
+    flags = kills.flags(demo.audio, "out", *"--skip_baseline --save_only_model true --max_steps".split())
+    succeeded(run_main(tmp_path, *flags, 2))
+    before = modified(tmp_path / "out")
+    for more in ([], ["--resume_from_checkpoint", "out/checkpoint-2"]):
+        refused(run_main(tmp_path, *flags, 4, *more), 2, "out/checkpoint-2 has no optimizer.pt")
+    assert modified(tmp_path / "out") == before
 
 
 def test_audio_inside_the_output_folder_survives_a_new_start(demo, tmp_path):

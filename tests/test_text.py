@@ -1,9 +1,14 @@
 """What becomes of a transcript: labels that the model can emit, and the texts that are compared."""
 
+import sys
+import unicodedata
+
 import pytest
+from hypothesis import example, given, settings
+from hypothesis.strategies import sampled_from, text
 from small_model import label_encoder, processor
 
-from finetune_medasr import LabelEncoder, normalize_paper, normalize_wer
+from finetune_medasr import RATES, LabelEncoder, normalize_paper, normalize_wer
 
 # Text as it stands in AfriSpeech-200, and the same in the characters that MedASR's tokenizer covers.
 FOLDED = {
@@ -29,6 +34,7 @@ FOLDED = {
     "the (paired) one, paired(s) ((a) b) c": "the paired one, paired s a b c",
     "1) first 2) second (open": "1) first 2) second open",  # the tokenizer has ")" and no "("
     "treated -> with, a --> b => c <- d • e → f ➔ g": "treated with, a b c d e f g",
+    "a ≠ 5, 5 ㎍, Łukasz Đ ẞ": "a not equal to 5, 5 mcg, Lukasz D SS",
     "glucose <-5, age => 18": "glucose less than -5, age equals greater than 18",
     "[FINDINGS] 50% + {period} a;b: c? d! -e/f": "[FINDINGS] 50% + {period} a;b: c? d! -e/f",
     " \n ": "",
@@ -89,7 +95,13 @@ NORMAL = {
     "don’t don't donʼt don`t ‘the dogs’ bone’, 'twas “x”": "don't don't don't don't the dogs bone twas x",
     "the patient&apos;s R&amp;D": "the patient's r and d",
     "20 µg at 38° or 37 ℃, R＆D Acme™": "20 mcg at 38 degrees or 37 degrees c r and d acmetm",
+    "39 ℃, № 5, Panadol™ 𝐀𝚺": "39 degrees c no 5 panadoltm asigma",
     "1½ tablets, 10⁹/L, 200 mg, 2.5, 120/80": "1 1 2 tablets 10 9 l 200 mg 2 5 120 80",
+    "1,200 12,345,678, 1，200.50 (9,000), 3,000": "1200 12345678 1200 50 9000 3000",  # a number is one word
+    "1,2 120,80 1,2000 0,123 080,123,456 2.1,200": "1 2 120 80 1 2000 0 123 080 123 456 2 1 200",  # these are several
+    "हिन्दी क्षमा, สวัสดี กุมภาพันธ์ が 한국어": "हिन्दी क्षमा สวัสดี กุมภาพันธ์ が 한국어",  # vowel signs are of the word
+    "5️⃣ ❤️ مُحَمَّد שָׁלוֹם": "5 محمد שלום",
+    "be\x00fore \x07 bell": "before bell",
     "x-ray 2–3 (paired) [x] a_b": "x ray 2 3 paired x a b",
     "50% >5 & <3": "50 greater than 5 and less than 3",
     "Ọlọ́run café cafe\u0301 ɔkyɛ": "olorun cafe cafe okye",
@@ -100,6 +112,41 @@ NORMAL = {
 @pytest.mark.parametrize("text", NORMAL)
 def test_normalize_wer_leaves_lower_case_words(text):
     assert normalize_wer(text) == NORMAL[text]
+
+
+def check_normalised(text):
+    """The result is lower-case words, a fixed point, and the same however the accents of the text are encoded."""
+    result = normalize_wer(text)
+    assert result == result.lower() == " ".join(result.split()) == unicodedata.normalize("NFC", result)
+    assert normalize_wer(result) == result == normalize_wer(unicodedata.normalize("NFD", text))
+
+
+@pytest.mark.parametrize("pattern", ["{0}", "7{0}8 {0}x E{0}"])
+def test_whatever_unicode_brings_the_normalised_text_is_a_fixed_point(pattern):
+    for first in range(0, sys.maxunicode, 256):
+        check_normalised(" ".join(pattern.format(chr(code)) for code in range(first, first + 256)))
+
+
+@given(text() | text(sampled_from("aZ19,.'’`{}<>&;#-→½²µ™℃ßŁΣς\u0130\u0301\u0338\u093f\u200d\ufe0f\u00a0\n \t")))
+@example("1,2\u0301345 '\u093f'a &amp;lt; {a} <-1")
+@settings(max_examples=1000, deadline=None)
+def test_whatever_a_text_is_its_normalised_form_is_a_fixed_point(text):
+    check_normalised(text)
+
+
+def test_a_reference_in_ascii_words_can_be_met():
+    """What labels spell is what the reference is compared as, for each character of Unicode that becomes ASCII."""
+    encoder, passed_over = label_encoder(), ("Cn", "Co", "Cs", "Lo")
+    for sign in [sign for sign in map(chr, range(sys.maxunicode)) if unicodedata.category(sign) not in passed_over]:
+        expected = normalize_wer(written := f"a{sign}b {sign} 7{sign}8")
+        assert not expected.isascii() or normalize_wer(encoder.fold(written)) == expected, hex(ord(sign))
+
+
+@pytest.mark.parametrize("rate", sorted(RATES.keys() - {"wer_paper", "wer_paper_short"}))
+def test_whitespace_and_the_encoding_of_accents_are_no_errors(rate):
+    normalize = RATES[rate][0]
+    written = normalize(" No\u00a0fever,\ncafe\u0301\t at\u2009 12 \r\n")
+    assert written == normalize("No fever, caf\u00e9 at 12") and written
 
 
 PAPER = {

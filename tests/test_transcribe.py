@@ -77,18 +77,42 @@ def test_broken_files_are_named_and_the_others_are_done_to_their_ends(demo, spok
     assert done.returncode == 1 and good == [f"{name}.wav\t{spoken[0][1]}" for name in ("first", "lying")]
     assert long.startswith("cut.flac\t") and len(long.split()) > 50
     assert re.findall(r"error: (\w+.wav) cannot be read", done.stderr) == ["broken.wav", "empty.wav"]
-    assert re.search(r"cut.flac ends after [\d.]+ s, [\d.]+ s before what its header says", done.stderr)
+    assert re.search(r"cut.flac: it ends after [\d.]+ s, [\d.]+ s before what its header says", done.stderr)
     assert {path.name for path in tmp_path.iterdir()} == set(files)
 
 
-def test_each_recording_gets_a_file_of_its_own(demo, spoken, tmp_path):
+def test_each_recording_gets_one_line_of_what_every_terminal_can_show(demo, spoken, tmp_path):
+    names = ["two\nlines and a\ttab.wav", "two  spaces é.wav", "broken\n.wav"]
+    for name, (samples, _) in zip(names[:2], spoken):
+        write(tmp_path / name, samples)
+    (tmp_path / names[2]).write_text("no audio")
+    done = run_main(tmp_path, "--transcribe", *names, "--model", demo.final)
+    lines = [f"{name}\t{text}" for name, (_, text) in zip(("two lines and a tab.wav", names[1]), spoken)]
+    assert done.returncode == 1 and done.stdout.splitlines() == lines
+    assert "error: broken .wav cannot be read as audio" in done.stderr
+    assert refused(run_main(tmp_path, "--transcribe", "a\nb.wav"), 2, "--transcribe is a b.wav")
+    done = run_main(tmp_path, "--transcribe", *names, "--model", demo.final, "--transcript_format", "json")
+    assert [json.loads(line)["file"] for line in done.stdout.splitlines()] == names[:2] and done.stdout.isascii()
+
+
+def test_each_recording_gets_a_file_of_its_own_which_is_never_overwritten(demo, spoken, tmp_path, monkeypatch):
     for name, (samples, _) in zip(("in/monday/visit.wav", "in/tuesday/visit.wav", "in/tuesday/visit.flac"), spoken):
         write(tmp_path / name, samples)
-    done = run_main(tmp_path, "--transcribe", "in", "--transcript_dir", "out/texts", "--model", demo.final)
+    flags, decoded, decode = ["--transcribe", "in", "--transcript_dir", "out/texts"], [], script.decode_recording
+    done = run_main(tmp_path, *flags, "--model", demo.final)
     found = {path.relative_to(tmp_path / "out/texts").as_posix() for path in (tmp_path / "out").rglob("*.*")}
     assert succeeded(done).stdout == ""
     assert found == {"monday/visit.txt", "tuesday/visit.wav.txt", "tuesday/visit.flac.txt"}
-    assert (tmp_path / "out/texts/monday/visit.txt").read_text() == spoken[0][1] + "\n"
+    texts = [tmp_path / f"out/texts/{name}.txt" for name in ("monday/visit", "tuesday/visit.wav", "tuesday/visit.flac")]
+    assert texts[0].read_text() == spoken[0][1] + "\n" and "kept" not in done.stderr
+    texts[0].write_text("corrected by a person")
+    texts[1].unlink()
+    monkeypatch.setattr(script, "decode_recording", lambda name, spool: decoded.append(name) or decode(name, spool))
+    done = run_main(tmp_path, *flags, "--model", demo.final)
+    assert "2 transcripts in out/texts kept" in succeeded(done).stderr and decoded == ["in/tuesday/visit.wav"]
+    assert [path.read_text() for path in texts] == ["corrected by a person", *(f"{text}\n" for _, text in spoken[1:3])]
+    done = run_main(tmp_path, *flags, "--model", "not/loaded")
+    assert "3 transcripts in out/texts kept" in succeeded(done).stderr and len(decoded) == 1
 
 
 def words_of(content):
@@ -150,7 +174,7 @@ def say(tmp_path, monkeypatch):
         ids = []
         for text, pause in parts:
             ids += [id for label in label_encoder()([text])[0] for id in (label, 0)] + [0] * round(pause / 0.04)
-        monkeypatch.setattr(script.Decoder, "emissions", lambda *_, **__: ([frames_of(ids)], {}, 0.0))
+        monkeypatch.setattr(script.Decoder, "emissions", lambda *_, **__: ([frames_of(ids)], 0.0))
         return succeeded(run_main(tmp_path, "--transcribe", "visit.wav", "--model", MODEL, *flags)).stdout
 
     return say
