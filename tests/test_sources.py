@@ -420,7 +420,7 @@ inputs_of = script.model_inputs
 
 def watched(batch, extractor, device):
     inputs = inputs_of(batch, extractor, device)
-    if "labels" in batch and "clips" in batch:
+    if "mask_seeds" in batch:  # a training batch
         for clip, mels, real in zip(batch["clips"], inputs["input_features"], inputs["attention_mask"]):
             print("SEEN", clip, zlib.crc32(mels[real].numpy().tobytes()))
     return inputs
