@@ -85,7 +85,6 @@ DEFAULT_DATASET = "intronhealth/afrispeech-200"
 DEFAULT_DATASET_REVISION = "b538c6e111914a812af28ff677f8cffc9b404b7d"  # earlier ones lack texts of dev and test
 LM_FILE = "lm_6.kenlm"  # in MedASR's repository: a 6-gram of its tokenizer's pieces
 SAMPLE_RATE = 16_000  # Hz, what MedASR's feature extractor expects
-MEDASR_KIND = f"lasr_ctc with a LasrFeatureExtractor of {SAMPLE_RATE:,} Hz"
 SPLITS = ("train", "dev", "test")
 WINDOW_OVERLAP_SECONDS = 2.0  # a side, as in the model card's pipeline call (chunk_length_s=20, stride_length_s=2)
 ROOM_ADVICE = "free some disk; the same command goes on"
@@ -635,8 +634,8 @@ def load_model(settings):
         processor = transformers.AutoProcessor.from_pretrained(place, **options)
         extractor = processor.feature_extractor
         kind += f" with a {type(extractor).__name__} of {extractor.sampling_rate:,} Hz"
-        if kind != MEDASR_KIND:
-            raise RunError(f"{what}: it is {kind}, not {MEDASR_KIND} as MedASR")
+        if kind != (expected := f"lasr_ctc with a LasrFeatureExtractor of {SAMPLE_RATE:,} Hz"):
+            raise RunError(f"{what}: it is {kind}, not {expected} as MedASR")
         model, loading = transformers.AutoModelForCTC.from_pretrained(place, **options, **weights)
         silence = CTCCollator(extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
         model.eval()(**model_inputs(silence, extractor, "cpu"))  # shows what does not fit together
@@ -1577,15 +1576,13 @@ FOLDS = str.maketrans({
 })  # fmt: skip
 ENTITY = re.compile(r"&(?:(#\d+|#[xX][0-9a-fA-F]+)|\w+);")  # only with its semicolon: "patients&notes" holds none
 LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")  # "<-5" and "=> 5" are comparisons
-MICROGRAM = re.compile(r"[µμ]g\b")  # mcg in prescriptions; "ug" is on the lists of error-prone abbreviations
-CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")  # MedASR writes {period}, {new paragraph}
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)")
 
 
 def tidy(text):
     """Resolve entities, compose accents, drop arrows and bullets, make whitespace single spaces; part 1½ (not 11/2)."""
     text = ENTITY.sub(lambda it: html.unescape(it[0]) if it[1] else html.entities.html5.get(it[0][1:], it[0]), text)
-    text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", unicodedata.normalize("NFC", text)))
+    text = re.sub(r"[µμ]g\b", "mcg", LAYOUT.sub(" ", unicodedata.normalize("NFC", text)))  # "ug" is error-prone
     return " ".join(re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text).split())
 
 
@@ -1647,17 +1644,15 @@ def word_sign(sign):
 
 
 def normalize_wer(text):
-    """The text that `wer` compares: lower-case words without punctuation, apostrophes inside words kept. `{period}`,
-    entities, accents and what `FOLDS` spells out (& ° α) are resolved first: MedASR can only write the word."""
-    text = CONTROL_TOKEN.sub(" ", tidy(text)).translate(FOLDS)
+    """The text that `wer` compares: lower-case words, & ° α spelled out: MedASR can only write the word."""
+    text = re.sub(r"\{[a-z ]+\}|</?s>|<epsilon>", " ", tidy(text)).translate(FOLDS)
     text = unicodedata.normalize("NFKD", text).translate(FOLDS).lower()  # at the end: of ™ come capitals
     text = "".join(map(word_sign, THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)))
     return unicodedata.normalize("NFC", " ".join(re.findall(r"[^\W_][^\s']*(?:'[^\W_][^\s']*)*", text)))
 
 
 def normalize_paper(text):
-    """The text that `wer_paper` compares: the steps of the AfriSpeech authors' evaluation code, on which
-    their figures depend (github.com/intron-innovation/AfriSpeech-200; Olatunji et al. 2023, arXiv 2310.00274)."""
+    """What `wer_paper` compares, by its authors: github.com/intron-innovation/AfriSpeech-200, arXiv 2310.00274."""
     text = re.sub(r"\s{2,}", " ", text).strip().replace(">", "").replace("\t", " ").replace("\n", "").lower()
     spoken = {" comma,": ",", " koma,": " ", " coma,": " ", " full stop.": ".", " full stop": ".", ",.": ".", ",,": ","}
     for words, sign in spoken.items():
@@ -2053,8 +2048,9 @@ def clip_words(decoder, emissions):
 # What MedASR writes for dictated punctuation and layout, and what it stands for, with the space around it.
 DICTATED = {
     "period": ". ", "full stop": ". ", "comma": ", ", "colon": ": ", "semicolon": "; ", "question mark": "? ",
-    "exclamation mark": "! ", "exclamation point": "! ", "new line": "\n", "next line": "\n", "new paragraph": "\n\n",
-    "next paragraph": "\n\n", "hyphen": "-", "slash": "/", "open parenthesis": " (", "close parenthesis": ") ",
+    "exclamation mark": "! ", "exclamation point": "! ", "hyphen": "-", "slash": "/", "open parenthesis": " (",
+    "close parenthesis": ") ", **dict.fromkeys(["new line", "next line"], "\n"),
+    **dict.fromkeys(["new paragraph", "next paragraph"], "\n\n"),  # line breaks are last: they take spaces away
 }  # fmt: skip
 PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
 
@@ -2062,16 +2058,10 @@ PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill b
 def text_of(words, formatted):
     """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for."""
     text = " ".join(word.text for word in words)
-    if not formatted:
-        return text
-
-    def sign_of(match):
-        sign = DICTATED[match[1]]
-        return " " if sign[-1] == " " and text[: match.start()].endswith(sign[0]) else sign  # "5. {period}"
-
-    # A token however often in a row, with the whitespace around it.
-    formatted = re.sub(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*", sign_of, text)
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +(?=\n)", "", formatted)).strip()
+    for name, sign in DICTATED.items() if formatted and "{" in text else ():
+        # A token however often in a row, with the whitespace around it and its sign before it, as in "5. {period}".
+        text = re.sub(rf"{re.escape(sign[0])}?(?:\s*\{{{name}\}})+\s*", sign, text)
+    return text.strip()
 
 
 def subtitle_lines(words, formatted):
