@@ -137,8 +137,7 @@ def explained(what, advice="", kind=RunError):
 
 def is_full_memory(error):
     """Whether an exception says, in any library's words, that a GPU's memory is full."""
-    full = r"out of memory|(CUBLAS|CUDNN|CUFFT|CUSOLVER)\w*_ALLOC_FAILED"
-    return isinstance(error, RuntimeError) and bool(re.search(full, str(error)))
+    return isinstance(error, RuntimeError) and bool(re.search("out of memory|_ALLOC_FAILED", str(error)))
 
 
 def is_full_disk(error):
@@ -201,8 +200,7 @@ def write_text(path, text):
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C raise Stopped at once, or, inside of `with`, leave their `number` to be looked at, so that all
-    processes stop after the same update or batch. A second one ends the program."""
+    """SIGTERM and Ctrl-C raise Stopped; inside of `with` they leave their `number`, for all processes to agree."""
 
     depth, number, since, process = 0, 0, 0.0, 0  # `since` and `process`: when the first came, and whom it concerns
 
@@ -312,8 +310,7 @@ class TrainingFlags:
 
 @dataclass
 class ScriptFlags:
-    """The script's own flags; with the bases `TrainingFlags` and `TrainingArguments`, all settings of a run, checked.
-    It has `is_first` (of the processes, which writes what is written once) and `command`, fit to be published, too."""
+    """The script's own flags; with `TrainingFlags` and `TrainingArguments` as bases, all settings of a run, checked."""
 
     _argument_group_name = "this script"
 
@@ -2023,8 +2020,8 @@ def tune_lm(decoder, dev):
 
 # ---------------------------------------------------------------- transcribing
 
-# A word of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames.
-Word = namedtuple("Word", "text start end probability")
+# Of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames.
+Word = namedtuple("Word", "word start end probability")
 
 
 def clip_words(decoder, emissions):
@@ -2039,9 +2036,9 @@ def clip_words(decoder, emissions):
     # The first logit sees the shortest clip, and stands for its middle: MedASR's 0.04 s from 0.0525 s on.
     first, step = (decoder.shortest - decoder.step) / 2 / SAMPLE_RATE, decoder.step / SAMPLE_RATE
     for part in filter(len, np.split(frames, np.flatnonzero(begins))):
-        start, stop = int(part[0]), int(part[-1]) + 1
-        if text := decode_ids(decoder.processor, path[start:stop]):
-            words.append(Word(text, first + start * step, first + stop * step, float(probabilities[part].mean())))
+        if text := decode_ids(decoder.processor, path[part[0] : part[-1] + 1]):
+            start, end = (round(first + int(frame) * step, 3) for frame in (part[0], part[-1] + 1))
+            words.append(Word(text, start, end, round(float(probabilities[part].mean()), 4)))
     return words
 
 
@@ -2057,7 +2054,7 @@ PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill b
 
 def text_of(words, formatted):
     """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for."""
-    text = " ".join(word.text for word in words)
+    text = " ".join(word.word for word in words)
     for name, sign in DICTATED.items() if formatted and "{" in text else ():
         # A token however often in a row, with the whitespace around it and its sign before it, as in "5. {period}".
         text = re.sub(rf"{re.escape(sign[0])}?(?:\s*\{{{name}\}})+\s*", sign, text)
@@ -2078,29 +2075,24 @@ def transcript(kind, words, formatted, name=""):
         return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
     for word in words:  # each part is a subtitle: 7 s and two lines at most, parted at pauses and dictated line breaks
         ends = not parts or word.start - parts[-1][-1].end >= 1.0 or word.end - parts[-1][0].start > 7.0
-        ends = ends or (formatted and parts[-1][-1].text in ("line}", "paragraph}"))
+        ends = ends or (formatted and parts[-1][-1].word in ("line}", "paragraph}"))
         if ends or len(subtitle_lines([*parts[-1], word], formatted)) > 2:
             parts.append([])
         parts[-1].append(word)
     if kind == "json":
         for number, part in enumerate(parts):
-            rows = [(word.text, round(word.start, 3), round(word.end, 3), round(word.probability, 4)) for word in part]
-            entries = [dict(zip(("word", "start", "end", "probability"), row)) for row in rows]
-            times = {"start": entries[0]["start"], "end": entries[-1]["end"]}
-            segments.append({"id": number, **times, "text": text_of(part, formatted), "words": entries})
+            span = {"id": number, "start": part[0].start, "end": part[-1].end, "text": text_of(part, formatted)}
+            segments.append(span | {"words": [word._asdict() for word in part]})
         content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
         return json.dumps(content) + "\n"  # in ASCII, which every terminal can show
     for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
         # A subtitle stays for half a second where there is room.
-        end, times = min(part[-1].end + 0.5, following[0].start if following else np.inf), []
-        for seconds in (part[0].start, end):
-            minutes, thousandths = divmod(round(seconds * 1000), 60_000)
-            times.append(f"{minutes // 60:02}:{minutes % 60:02}:{thousandths / 1000:06.3f}")
+        end = min(part[-1].end + 0.5, following[0].start if following else np.inf)
+        times = [round(seconds * 1000) for seconds in (part[0].start, end)]
+        times = (f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms % 60_000 / 1000:06.3f}" for ms in times)
         times, lines = " --> ".join(times), "\n".join(subtitle_lines(part, formatted))
-        if kind == "srt":
-            cues.append(f"{number}\n{times.replace('.', ',')}\n{lines}\n")
-        else:
-            cues.append(f"{times}\n{html.escape(lines, quote=False)}\n")
+        srt = f"{number}\n{times.replace('.', ',')}\n{lines}\n"
+        cues.append(srt if kind == "srt" else f"{times}\n{html.escape(lines, quote=False)}\n")
     return "\n".join(cues if kind == "srt" else ["WEBVTT\n", *cues])
 
 
