@@ -2055,9 +2055,9 @@ PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill b
 def text_of(words, formatted):
     """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for."""
     text = " ".join(word.word for word in words)
-    for name, sign in DICTATED.items() if formatted and "{" in text else ():
+    for name in [name for name in DICTATED if formatted and f"{{{name}}}" in text]:
         # A token however often in a row, with the whitespace around it and its sign before it, as in "5. {period}".
-        text = re.sub(rf"{re.escape(sign[0])}?(?:\s*\{{{name}\}})+\s*", sign, text)
+        text = re.sub(rf"{re.escape(DICTATED[name][0])}?(?:\s*\{{{name}\}})+\s*", DICTATED[name], text)
     return text.strip()
 
 
