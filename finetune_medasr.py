@@ -103,8 +103,6 @@ class UsageError(RunError):
 class Stopped(KeyboardInterrupt):
     """A signal that ends the program, where it may: exit status 128 and its number."""
 
-    advice = "the same command goes on from here"
-
 
 def say(text="", stream=None):
     """Print once, not once a process; to standard output if no `stream` is given."""
@@ -264,7 +262,6 @@ TRAINING_DEFAULTS |= dict(metric_for_best_model="wer", greater_is_better=False, 
 TRAINING_DEFAULTS |= dict(train_sampling_strategy="group_by_length", **FIXED)
 AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
 MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")  # without training
-# What cannot be used together, and what is of no use without another.
 EXCLUSIVE = [MODES, ("also_score", "score_file", "transcribe"), ("lm", "score_file"), ("tune_lm", "transcribe")]
 EXCLUSIVE += [("max_train_samples", "streaming")]
 NEEDS = dict.fromkeys(("transcript_dir", "transcript_format", "format_dictation"), "transcribe")
@@ -421,8 +418,8 @@ class ScriptFlags:
             yield name in given and needed not in given and f"--{name} needs --{needed}: give both, or neither"
         yield self.lm not in (None, "auto") and not Path(self.lm).is_file() and f"--lm is {self.lm}: no such file"
         yield self.lm and not importlib.util.find_spec("flashlight") and "--lm needs: pip install flashlight-text"
-        yield self.fp16 and (self.use_cpu or not torch.cuda.is_available()) and "--fp16 needs a CUDA GPU; leave it out"
         on_gpu = torch.cuda.is_available() and not self.use_cpu
+        yield self.fp16 and not on_gpu and "--fp16 needs a CUDA GPU; leave it out"
         yield self.full_determinism and on_gpu and "--full_determinism: a GPU has none for CTC's loss; leave it out"
         if self.transcribe:
             find_recordings(self)
@@ -2049,7 +2046,6 @@ DICTATED = {
     "close parenthesis": ") ", **dict.fromkeys(["new line", "next line"], "\n"),
     **dict.fromkeys(["new paragraph", "next paragraph"], "\n\n"),  # line breaks are last: they take spaces away
 }  # fmt: skip
-PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
 
 
 def text_of(words, formatted):
@@ -2061,22 +2057,17 @@ def text_of(words, formatted):
     return text.strip()
 
 
-def subtitle_lines(words, formatted):
-    """The lines of a subtitle, of 42 characters, as usual in television, or of a single longer word."""
-    text = " ".join(text_of(words, formatted).split())
-    return textwrap.wrap(text, 42, break_long_words=False, break_on_hyphens=False)
-
-
 def transcript(kind, words, formatted, name=""):
     """The words of a recording as a file of --transcript_format `kind`, with `name` if given; json as of Whisper."""
     text, parts, segments, cues = text_of(words, formatted), [], [], []
+    wrap = textwrap.TextWrapper(42, break_long_words=False, break_on_hyphens=False).wrap  # as usual in television
     if kind == "text":
         name = re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", " ", name)  # one line a file, whatever its name
         return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
     for word in words:  # each part is a subtitle: 7 s and two lines at most, parted at pauses and dictated line breaks
         ends = not parts or word.start - parts[-1][-1].end >= 1.0 or word.end - parts[-1][0].start > 7.0
         ends = ends or (formatted and parts[-1][-1].word in ("line}", "paragraph}"))
-        if ends or len(subtitle_lines([*parts[-1], word], formatted)) > 2:
+        if ends or len(wrap(text_of([*parts[-1], word], formatted))) > 2:
             parts.append([])
         parts[-1].append(word)
     if kind == "json":
@@ -2090,7 +2081,7 @@ def transcript(kind, words, formatted, name=""):
         end = min(part[-1].end + 0.5, following[0].start if following else np.inf)
         times = [round(seconds * 1000) for seconds in (part[0].start, end)]
         times = (f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms % 60_000 / 1000:06.3f}" for ms in times)
-        times, lines = " --> ".join(times), "\n".join(subtitle_lines(part, formatted))
+        times, lines = " --> ".join(times), "\n".join(wrap(text_of(part, formatted)))
         srt = f"{number}\n{times.replace('.', ',')}\n{lines}\n"
         cues.append(srt if kind == "srt" else f"{times}\n{html.escape(lines, quote=False)}\n")
     return "\n".join(cues if kind == "srt" else ["WEBVTT\n", *cues])
@@ -2167,7 +2158,7 @@ def transcribe(settings):
         while names:
             with tempfile.TemporaryDirectory() as spool, ThreadPoolExecutor(at_once) as pool:
                 part, seconds = {}, 0.0
-                while names and seconds < PART_SECONDS * settings.world_size:
+                while names and seconds < 3_600 * settings.world_size:  # enough to fill batches, little to lose
                     some, names = names[:at_once], names[at_once:]
                     for name, (row, problem) in zip(some, pool.map(decode_recording, some, itertools.repeat(spool))):
                         if problem:
@@ -2186,9 +2177,6 @@ def transcribe(settings):
                     else:
                         print(text, end="", flush=True)
                 heard += seconds
-    except Stopped as error:
-        error.advice = "what is finished is kept"
-        raise
     except BrokenPipeError:  # `| head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -3113,7 +3101,7 @@ def main(argv=None):
         return run(parse_settings(argv))
     except Stopped as error:
         status = 128 + error.args[0]
-        message = f"stopped by {signal.Signals(error.args[0]).name}: {error.advice}"
+        message = f"stopped by {signal.Signals(error.args[0]).name}: the same command goes on with what is left"
     except SystemExit as error:  # argparse's --help
         return error.code or 0
     except Exception as error:
