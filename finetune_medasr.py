@@ -8,8 +8,7 @@
     python finetune_medasr.py --transcribe visit.wav recordings/        # with the model that a run has made
     torchrun --nproc_per_node 8 finetune_medasr.py
 
-The path of the data: archives, audio files or parquet files, on the Hub or in a folder -> 16 kHz mono FLAC in Arrow
-files -> length-grouped batches of log-mels -> LasrForCTC -> CTC text -> word error rates by group -> report and card.
+Archives, audio or parquet -> FLAC in Arrow files -> batches of log-mels -> LasrForCTC -> text -> error rates -> report
 """
 
 import sys
@@ -1585,8 +1584,7 @@ class LabelEncoder:
 
     def __init__(self, tokenizer, vocab_size, target_text):
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
-        self.opens, self.dropped = self.covered("("), Counter()
-        self.table = {}  # code point -> what it becomes, for str.translate
+        self.opens, self.dropped, self.table = self.covered("("), Counter(), {}  # of code points, for str.translate
         plain = filter(self.covered, filter(re.compile("[a-zA-Z0-9.,'-]").match, map(chr, range(128))))
         self.plain = re.compile(f"[ {re.escape(''.join(plain))}]*")  # most transcripts: nothing in them is folded
 
