@@ -2037,12 +2037,11 @@ def clip_words(decoder, emissions):
     return words
 
 
-# What MedASR writes for dictated punctuation and layout, and what it stands for, with the space around it.
+# What MedASR writes for what is dictated, and what it stands for; line breaks are last: they take spaces away.
 DICTATED = {
     "period": ". ", "full stop": ". ", "comma": ", ", "colon": ": ", "semicolon": "; ", "question mark": "? ",
     "exclamation mark": "! ", "exclamation point": "! ", "hyphen": "-", "slash": "/", "open parenthesis": " (",
-    "close parenthesis": ") ", **dict.fromkeys(["new line", "next line"], "\n"),
-    **dict.fromkeys(["new paragraph", "next paragraph"], "\n\n"),  # line breaks are last: they take spaces away
+    "close parenthesis": ") ", "new line": "\n", "next line": "\n", "new paragraph": "\n\n", "next paragraph": "\n\n",
 }  # fmt: skip
 
 
