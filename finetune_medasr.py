@@ -8,8 +8,7 @@
     python finetune_medasr.py --transcribe visit.wav recordings/        # with the model that a run has made
     torchrun --nproc_per_node 8 finetune_medasr.py
 
-The path of the data: archives, audio files or parquet files, on the Hub or in a folder -> 16 kHz mono FLAC in Arrow
-files -> length-grouped batches of log-mels -> LasrForCTC -> CTC text -> word error rates by group -> report and card.
+Archives, audio or parquet -> FLAC in Arrow files -> batches of log-mels -> LasrForCTC -> text -> error rates -> report
 """
 
 import sys
@@ -85,7 +84,6 @@ DEFAULT_DATASET = "intronhealth/afrispeech-200"
 DEFAULT_DATASET_REVISION = "b538c6e111914a812af28ff677f8cffc9b404b7d"  # earlier ones lack texts of dev and test
 LM_FILE = "lm_6.kenlm"  # in MedASR's repository: a 6-gram of its tokenizer's pieces
 SAMPLE_RATE = 16_000  # Hz, what MedASR's feature extractor expects
-MEDASR_KIND = f"lasr_ctc with a LasrFeatureExtractor of {SAMPLE_RATE:,} Hz"
 SPLITS = ("train", "dev", "test")
 WINDOW_OVERLAP_SECONDS = 2.0  # a side, as in the model card's pipeline call (chunk_length_s=20, stride_length_s=2)
 ROOM_ADVICE = "free some disk; the same command goes on"
@@ -103,8 +101,6 @@ class UsageError(RunError):
 
 class Stopped(KeyboardInterrupt):
     """A signal that ends the program, where it may: exit status 128 and its number."""
-
-    advice = "the same command goes on from here"
 
 
 def say(text="", stream=None):
@@ -138,8 +134,7 @@ def explained(what, advice="", kind=RunError):
 
 def is_full_memory(error):
     """Whether an exception says, in any library's words, that a GPU's memory is full."""
-    full = r"out of memory|(CUBLAS|CUDNN|CUFFT|CUSOLVER)\w*_ALLOC_FAILED"
-    return isinstance(error, RuntimeError) and bool(re.search(full, str(error)))
+    return isinstance(error, RuntimeError) and bool(re.search("out of memory|_ALLOC_FAILED", str(error)))
 
 
 def is_full_disk(error):
@@ -202,8 +197,7 @@ def write_text(path, text):
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C raise Stopped at once, or, inside of `with`, leave their `number` to be looked at, so that all
-    processes stop after the same update or batch. A second one ends the program."""
+    """SIGTERM and Ctrl-C raise Stopped; inside of `with` they leave their `number`, for all processes to agree."""
 
     depth, number, since, process = 0, 0, 0.0, 0  # `since` and `process`: when the first came, and whom it concerns
 
@@ -267,7 +261,6 @@ TRAINING_DEFAULTS |= dict(metric_for_best_model="wer", greater_is_better=False, 
 TRAINING_DEFAULTS |= dict(train_sampling_strategy="group_by_length", **FIXED)
 AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
 MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")  # without training
-# What cannot be used together, and what is of no use without another.
 EXCLUSIVE = [MODES, ("also_score", "score_file", "transcribe"), ("lm", "score_file"), ("tune_lm", "transcribe")]
 EXCLUSIVE += [("max_train_samples", "streaming")]
 NEEDS = dict.fromkeys(("transcript_dir", "transcript_format", "format_dictation"), "transcribe")
@@ -313,8 +306,7 @@ class TrainingFlags:
 
 @dataclass
 class ScriptFlags:
-    """The script's own flags; with the bases `TrainingFlags` and `TrainingArguments`, all settings of a run, checked.
-    It has `is_first` (of the processes, which writes what is written once) and `command`, fit to be published, too."""
+    """The script's own flags; with `TrainingFlags` and `TrainingArguments` as bases, all settings of a run, checked."""
 
     _argument_group_name = "this script"
 
@@ -425,8 +417,8 @@ class ScriptFlags:
             yield name in given and needed not in given and f"--{name} needs --{needed}: give both, or neither"
         yield self.lm not in (None, "auto") and not Path(self.lm).is_file() and f"--lm is {self.lm}: no such file"
         yield self.lm and not importlib.util.find_spec("flashlight") and "--lm needs: pip install flashlight-text"
-        yield self.fp16 and (self.use_cpu or not torch.cuda.is_available()) and "--fp16 needs a CUDA GPU; leave it out"
         on_gpu = torch.cuda.is_available() and not self.use_cpu
+        yield self.fp16 and not on_gpu and "--fp16 needs a CUDA GPU; leave it out"
         yield self.full_determinism and on_gpu and "--full_determinism: a GPU has none for CTC's loss; leave it out"
         if self.transcribe:
             find_recordings(self)
@@ -635,8 +627,8 @@ def load_model(settings):
         processor = transformers.AutoProcessor.from_pretrained(place, **options)
         extractor = processor.feature_extractor
         kind += f" with a {type(extractor).__name__} of {extractor.sampling_rate:,} Hz"
-        if kind != MEDASR_KIND:
-            raise RunError(f"{what}: it is {kind}, not {MEDASR_KIND} as MedASR")
+        if kind != (expected := f"lasr_ctc with a LasrFeatureExtractor of {SAMPLE_RATE:,} Hz"):
+            raise RunError(f"{what}: it is {kind}, not {expected} as MedASR")
         model, loading = transformers.AutoModelForCTC.from_pretrained(place, **options, **weights)
         silence = CTCCollator(extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
         model.eval()(**model_inputs(silence, extractor, "cpu"))  # shows what does not fit together
@@ -1577,15 +1569,13 @@ FOLDS = str.maketrans({
 })  # fmt: skip
 ENTITY = re.compile(r"&(?:(#\d+|#[xX][0-9a-fA-F]+)|\w+);")  # only with its semicolon: "patients&notes" holds none
 LAYOUT = re.compile(r"<?-+>|=+>(?!\s*\d)|<-+(?!\d)|[←-⇿➔-➾•▪●◦‣∙]")  # "<-5" and "=> 5" are comparisons
-MICROGRAM = re.compile(r"[µμ]g\b")  # mcg in prescriptions; "ug" is on the lists of error-prone abbreviations
-CONTROL_TOKEN = re.compile(r"\{[a-z ]+\}|</?s>|<epsilon>")  # MedASR writes {period}, {new paragraph}
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)")
 
 
 def tidy(text):
     """Resolve entities, compose accents, drop arrows and bullets, make whitespace single spaces; part 1½ (not 11/2)."""
     text = ENTITY.sub(lambda it: html.unescape(it[0]) if it[1] else html.entities.html5.get(it[0][1:], it[0]), text)
-    text = MICROGRAM.sub("mcg", LAYOUT.sub(" ", unicodedata.normalize("NFC", text)))
+    text = re.sub(r"[µμ]g\b", "mcg", LAYOUT.sub(" ", unicodedata.normalize("NFC", text)))  # "ug" is error-prone
     return " ".join(re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞⁰¹²³⁴-⁹])", " ", text).split())
 
 
@@ -1594,8 +1584,7 @@ class LabelEncoder:
 
     def __init__(self, tokenizer, vocab_size, target_text):
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
-        self.opens, self.dropped = self.covered("("), Counter()
-        self.table = {}  # code point -> what it becomes, for str.translate
+        self.opens, self.dropped, self.table = self.covered("("), Counter(), {}  # of code points, for str.translate
         plain = filter(self.covered, filter(re.compile("[a-zA-Z0-9.,'-]").match, map(chr, range(128))))
         self.plain = re.compile(f"[ {re.escape(''.join(plain))}]*")  # most transcripts: nothing in them is folded
 
@@ -1647,17 +1636,15 @@ def word_sign(sign):
 
 
 def normalize_wer(text):
-    """The text that `wer` compares: lower-case words without punctuation, apostrophes inside words kept. `{period}`,
-    entities, accents and what `FOLDS` spells out (& ° α) are resolved first: MedASR can only write the word."""
-    text = CONTROL_TOKEN.sub(" ", tidy(text)).translate(FOLDS)
+    """The text that `wer` compares: lower-case words, & ° α spelled out: MedASR can only write the word."""
+    text = re.sub(r"\{[a-z ]+\}|</?s>|<epsilon>", " ", tidy(text)).translate(FOLDS)
     text = unicodedata.normalize("NFKD", text).translate(FOLDS).lower()  # at the end: of ™ come capitals
     text = "".join(map(word_sign, THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)))
     return unicodedata.normalize("NFC", " ".join(re.findall(r"[^\W_][^\s']*(?:'[^\W_][^\s']*)*", text)))
 
 
 def normalize_paper(text):
-    """The text that `wer_paper` compares: the steps of the AfriSpeech authors' evaluation code, on which
-    their figures depend (github.com/intron-innovation/AfriSpeech-200; Olatunji et al. 2023, arXiv 2310.00274)."""
+    """What `wer_paper` compares, by its authors: github.com/intron-innovation/AfriSpeech-200, arXiv 2310.00274."""
     text = re.sub(r"\s{2,}", " ", text).strip().replace(">", "").replace("\t", " ").replace("\n", "").lower()
     spoken = {" comma,": ",", " koma,": " ", " coma,": " ", " full stop.": ".", " full stop": ".", ",.": ".", ",,": ","}
     for words, sign in spoken.items():
@@ -2028,8 +2015,8 @@ def tune_lm(decoder, dev):
 
 # ---------------------------------------------------------------- transcribing
 
-# A word of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames.
-Word = namedtuple("Word", "text start end probability")
+# Of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames.
+Word = namedtuple("Word", "word start end probability")
 
 
 def clip_words(decoder, emissions):
@@ -2044,73 +2031,56 @@ def clip_words(decoder, emissions):
     # The first logit sees the shortest clip, and stands for its middle: MedASR's 0.04 s from 0.0525 s on.
     first, step = (decoder.shortest - decoder.step) / 2 / SAMPLE_RATE, decoder.step / SAMPLE_RATE
     for part in filter(len, np.split(frames, np.flatnonzero(begins))):
-        start, stop = int(part[0]), int(part[-1]) + 1
-        if text := decode_ids(decoder.processor, path[start:stop]):
-            words.append(Word(text, first + start * step, first + stop * step, float(probabilities[part].mean())))
+        if text := decode_ids(decoder.processor, path[part[0] : part[-1] + 1]):
+            start, end = (round(first + int(frame) * step, 3) for frame in (part[0], part[-1] + 1))
+            words.append(Word(text, start, end, round(float(probabilities[part].mean()), 4)))
     return words
 
 
-# What MedASR writes for dictated punctuation and layout, and what it stands for, with the space around it.
+# What MedASR writes for what is dictated, and what it stands for; line breaks are last: they take spaces away.
 DICTATED = {
     "period": ". ", "full stop": ". ", "comma": ", ", "colon": ": ", "semicolon": "; ", "question mark": "? ",
-    "exclamation mark": "! ", "exclamation point": "! ", "new line": "\n", "next line": "\n", "new paragraph": "\n\n",
-    "next paragraph": "\n\n", "hyphen": "-", "slash": "/", "open parenthesis": " (", "close parenthesis": ") ",
+    "exclamation mark": "! ", "exclamation point": "! ", "hyphen": "-", "slash": "/", "open parenthesis": " (",
+    "close parenthesis": ") ", "new line": "\n", "next line": "\n", "new paragraph": "\n\n", "next paragraph": "\n\n",
 }  # fmt: skip
-PART_SECONDS = 3_600  # of audio whose texts are made together: enough to fill batches, and little to lose
 
 
 def text_of(words, formatted):
     """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for."""
-    text = " ".join(word.text for word in words)
-    if not formatted:
-        return text
-
-    def sign_of(match):
-        sign = DICTATED[match[1]]
-        return " " if sign[-1] == " " and text[: match.start()].endswith(sign[0]) else sign  # "5. {period}"
-
-    # A token however often in a row, with the whitespace around it.
-    formatted = re.sub(r"\s*\{(" + "|".join(DICTATED) + r")\}(?:\s*\{\1\})*\s*", sign_of, text)
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +(?=\n)", "", formatted)).strip()
-
-
-def subtitle_lines(words, formatted):
-    """The lines of a subtitle, of 42 characters, as usual in television, or of a single longer word."""
-    text = " ".join(text_of(words, formatted).split())
-    return textwrap.wrap(text, 42, break_long_words=False, break_on_hyphens=False)
+    text = " ".join(word.word for word in words)
+    for name in [name for name in DICTATED if formatted and f"{{{name}}}" in text]:
+        # A token however often in a row, with the whitespace around it and its sign before it, as in "5. {period}".
+        text = re.sub(rf"{re.escape(DICTATED[name][0])}?(?:\s*\{{{name}\}})+\s*", DICTATED[name], text)
+    return text.strip()
 
 
 def transcript(kind, words, formatted, name=""):
     """The words of a recording as a file of --transcript_format `kind`, with `name` if given; json as of Whisper."""
     text, parts, segments, cues = text_of(words, formatted), [], [], []
+    wrap = textwrap.TextWrapper(42, break_long_words=False, break_on_hyphens=False).wrap  # as usual in television
     if kind == "text":
         name = re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", " ", name)  # one line a file, whatever its name
         return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
     for word in words:  # each part is a subtitle: 7 s and two lines at most, parted at pauses and dictated line breaks
         ends = not parts or word.start - parts[-1][-1].end >= 1.0 or word.end - parts[-1][0].start > 7.0
-        ends = ends or (formatted and parts[-1][-1].text in ("line}", "paragraph}"))
-        if ends or len(subtitle_lines([*parts[-1], word], formatted)) > 2:
+        ends = ends or (formatted and parts[-1][-1].word in ("line}", "paragraph}"))
+        if ends or len(wrap(text_of([*parts[-1], word], formatted))) > 2:
             parts.append([])
         parts[-1].append(word)
     if kind == "json":
         for number, part in enumerate(parts):
-            rows = [(word.text, round(word.start, 3), round(word.end, 3), round(word.probability, 4)) for word in part]
-            entries = [dict(zip(("word", "start", "end", "probability"), row)) for row in rows]
-            times = {"start": entries[0]["start"], "end": entries[-1]["end"]}
-            segments.append({"id": number, **times, "text": text_of(part, formatted), "words": entries})
+            span = {"id": number, "start": part[0].start, "end": part[-1].end, "text": text_of(part, formatted)}
+            segments.append(span | {"words": [word._asdict() for word in part]})
         content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
         return json.dumps(content) + "\n"  # in ASCII, which every terminal can show
     for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
         # A subtitle stays for half a second where there is room.
-        end, times = min(part[-1].end + 0.5, following[0].start if following else np.inf), []
-        for seconds in (part[0].start, end):
-            minutes, thousandths = divmod(round(seconds * 1000), 60_000)
-            times.append(f"{minutes // 60:02}:{minutes % 60:02}:{thousandths / 1000:06.3f}")
-        times, lines = " --> ".join(times), "\n".join(subtitle_lines(part, formatted))
-        if kind == "srt":
-            cues.append(f"{number}\n{times.replace('.', ',')}\n{lines}\n")
-        else:
-            cues.append(f"{times}\n{html.escape(lines, quote=False)}\n")
+        end = min(part[-1].end + 0.5, following[0].start if following else np.inf)
+        times = [round(seconds * 1000) for seconds in (part[0].start, end)]
+        times = (f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms % 60_000 / 1000:06.3f}" for ms in times)
+        times, lines = " --> ".join(times), "\n".join(wrap(text_of(part, formatted)))
+        srt = f"{number}\n{times.replace('.', ',')}\n{lines}\n"
+        cues.append(srt if kind == "srt" else f"{times}\n{html.escape(lines, quote=False)}\n")
     return "\n".join(cues if kind == "srt" else ["WEBVTT\n", *cues])
 
 
@@ -2185,7 +2155,7 @@ def transcribe(settings):
         while names:
             with tempfile.TemporaryDirectory() as spool, ThreadPoolExecutor(at_once) as pool:
                 part, seconds = {}, 0.0
-                while names and seconds < PART_SECONDS * settings.world_size:
+                while names and seconds < 3_600 * settings.world_size:  # enough to fill batches, little to lose
                     some, names = names[:at_once], names[at_once:]
                     for name, (row, problem) in zip(some, pool.map(decode_recording, some, itertools.repeat(spool))):
                         if problem:
@@ -2204,9 +2174,6 @@ def transcribe(settings):
                     else:
                         print(text, end="", flush=True)
                 heard += seconds
-    except Stopped as error:
-        error.advice = "what is finished is kept"
-        raise
     except BrokenPipeError:  # `| head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -3131,7 +3098,7 @@ def main(argv=None):
         return run(parse_settings(argv))
     except Stopped as error:
         status = 128 + error.args[0]
-        message = f"stopped by {signal.Signals(error.args[0]).name}: {error.advice}"
+        message = f"stopped by {signal.Signals(error.args[0]).name}: the same command goes on with what is left"
     except SystemExit as error:  # argparse's --help
         return error.code or 0
     except Exception as error:
