@@ -693,7 +693,6 @@ COLUMNS = {name: (name,) for name in (*GROUP_COLUMNS, "split", "pred_text", "bas
     "duration": ("duration", "seconds"),
 }
 TIMES = ["start", "end"]  # in seconds, of a clip that is a stretch of a recording
-NO_STRETCH = "no stretch of a recording: its start or end is no number of seconds, or it ends before it starts"
 SPLIT_NAMES = {"train": "train training", "dev": "dev validation valid val", "test": "test testing eval evaluation"}
 
 
@@ -795,7 +794,7 @@ def clip_table(cells, split=""):
     start, end, duration = (pandas.to_numeric(column, errors="coerce").astype(float) for column in decimal)
     end = end.fillna(start + duration)
     is_stretch = (start >= 0) & (start < end) & (end < math.inf)
-    table["problem"] = table["problem"].mask(~is_stretch & is_timed, NO_STRETCH)
+    table["problem"] = table["problem"].mask(~is_stretch & is_timed, "no stretch of a recording: see its start and end")
     table["start"], table["end"] = start.where(is_stretch), end.where(is_stretch)
     seconds = (table["end"] - table["start"]).fillna(duration)
     table["num_samples"] = (seconds.where((seconds > 0) & (seconds < 86_400), 0) * SAMPLE_RATE).astype("int64")
@@ -841,15 +840,14 @@ class Source:
         self.dataset, self.keep, self.made, self.shards, self.accents = dataset, settings.keep_archives, (), [], set()
         self.notes = {}  # what should be said of clips that are converted: their names
         self.spellings = corpus.spellings if corpus else {}
-        place = Path(name).expanduser()
-        place = place.resolve() if place.is_dir() else None
+        place = Path(name).expanduser().resolve() if Path(name).expanduser().is_dir() else None
         identity = digest([str(place or name), revision, self.config, self.text_column])
         self.folder = Path(settings.data_dir).expanduser() / f"{file_stem(public(dataset))}-{identity[:8]}"
         self.repository = Repository(name, revision, place, self.folder)
         self.repository.list()
 
         paths = sorted(self.repository.files)
-        layouts = [(kind, list(filter(pattern.fullmatch, paths))) for kind, pattern in LAYOUTS]
+        layouts = ((kind, list(filter(pattern.fullmatch, paths))) for kind, pattern in LAYOUTS)
         self.kind, found = next((layout for layout in layouts if layout[1]), ("", []))
         self.layout = "archives" if self.kind == "archives" else "recordings"
         if self.config and self.kind != "parquet":
@@ -925,17 +923,16 @@ class Source:
         for path in paths:
             table, (folder, file) = self.read(path), os.path.split(normal(path))
             folder = os.path.join(folder, "clips") if path.endswith(".tsv") else folder
-            names = (name or f"{file}, row {row}" for row, name in enumerate(table["clip"], start=1))
-            names = (os.path.join(folder, name) for name in names)
+            names = (
+                os.path.join(folder, name or f"{file}, row {row}") for row, name in enumerate(table["clip"], start=1)
+            )
             plain = (name if name in known else os.path.normpath(name.replace("\\", "/")) for name in names)
-            names = [name.removeprefix(root).removeprefix(given) for name in plain]
-            table["file"] = [known.get(name, name) for name in names]
+            inner = (name.removeprefix(root).removeprefix(given) for name in plain)
+            table["file"] = [known.get(name, name) for name in inner]
             tables.append(table.assign(split=table["split"].replace("", split_in(path))))
         table = pandas.concat(tables, ignore_index=True)
-        table["clip"] = [
-            file if math.isnan(start) else f"{file}#t={start:.10g},{end:.10g}"
-            for file, start, end in zip(table["file"], table["start"], table["end"])
-        ]
+        times = zip(table["start"], table["end"])
+        table["clip"] = table["file"] + [f"#t={start:.10g},{end:.10g}" if start >= 0 else "" for start, end in times]
         is_there = table["file"].isin(files)
         if not is_there.any():
             example = f"{plural(len(table), 'row')}, such as {next(iter(table['clip']), 'none')}"
