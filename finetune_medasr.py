@@ -768,8 +768,7 @@ def cells_of(rows, columns, table):
     cells = {ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()}
     for ours in {"text", "pred_text", "baseline_text", "clip"}.intersection(cells):
         if odd := [cell for cell in cells[ours] if isinstance(cell, (list, dict, bytes))]:
-            found = f"{table}: column {columns[ours]} holds a {type(odd[0]).__name__}, {str(odd[0])[:80]}"
-            raise UsageError(f"{found}, and no text: mend it, or name another with --text_column")
+            raise UsageError(f"{table}: column {columns[ours]} holds a {type(odd[0]).__name__}: {str(odd[0])[:80]}")
     return cells
 
 
@@ -783,10 +782,10 @@ def clip_table(cells, split=""):
         name = unicodedata.normalize("NFC", as_text(cell) or "").strip()
         return re.sub(r"^(-?\d+)\.0+$", r"\1", name) if name.endswith("0") else name
 
-    names = dict.fromkeys([*CLIP_COLUMNS, *TIMES, "duration", *cells])
+    blank = dict.fromkeys([*CLIP_COLUMNS, "start"], "")
     texts = {name: list(map(as_text if "text" in name else as_name, column)) for name, column in cells.items()}
-    table = pandas.DataFrame(texts, columns=list(names), dtype="str")
-    table = table.fillna(dict.fromkeys([*CLIP_COLUMNS, "start"], ""))
+    names = list(dict.fromkeys([*blank, "end", "duration", *cells]))
+    table = pandas.DataFrame(texts, columns=names, dtype="str").fillna(blank)
     table["split"] = table["split"].map(split_in).replace("", split).astype("str")
 
     is_timed = (table["start"] != "").any()  # then a row without times has no text of the whole recording
@@ -801,11 +800,10 @@ def clip_table(cells, split=""):
     return table.drop(columns="duration")
 
 
-def with_one_spelling(table, spellings):
-    """`table` with groups that differ in case alone as one; `spellings`, {column: {folded: as it is shown}}, grow."""
+def with_one_spelling(table):
+    """`table` with groups that differ in case alone as one."""
     for column in GROUP_COLUMNS[1:]:
-        shown = spellings.setdefault(column, {})
-        cells = table[column].value_counts().index  # the most frequent first
+        shown, cells = {}, table[column].value_counts().index  # the most frequent first
         if odd := {cell: name for cell in cells if (name := shown.setdefault(cell.casefold(), cell)) != cell}:
             table[column] = table[column].replace(odd)
     return table
@@ -828,10 +826,9 @@ LAYOUTS = [  # of a corpus: its kind, and files of which it has one
 class Source:
     """A corpus as `shards`; raises RunError or UsageError. `rows` is the table of all clips with their `part`,
     `announced` the same with the splits as planned: those `made`, which it lacks, come from train. To one of
-    --also_score, beside the `corpus`, the flags on the corpus and its parts do not apply."""
+    --also_score (`is_extra`) the flags on the corpus and its parts do not apply."""
 
-    def __init__(self, dataset, settings, splits, corpus=None):
-        is_extra = corpus is not None
+    def __init__(self, dataset, settings, splits, is_extra=False):
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
         name, _, self.config = (dataset, "", "") if is_folder else dataset.partition(":")
         revision = None if is_extra else settings.dataset_revision
@@ -839,7 +836,6 @@ class Source:
         self.text_column, self.asked = (None, None) if is_extra else (settings.text_column, settings.accents)
         self.dataset, self.keep, self.made, self.shards, self.accents = dataset, settings.keep_archives, (), [], set()
         self.notes = {}  # what should be said of clips that are converted: their names
-        self.spellings = corpus.spellings if corpus else {}
         place = Path(name).expanduser().resolve() if Path(name).expanduser().is_dir() else None
         identity = digest([str(place or name), revision, self.config, self.text_column])
         self.folder = Path(settings.data_dir).expanduser() / f"{file_stem(public(dataset))}-{identity[:8]}"
@@ -860,7 +856,7 @@ class Source:
         parts = enumerate(getattr(self, f"add_{self.kind}")(found, splits))
         tables = [table.assign(part=part) for part, table in parts if len(table)]  # empty ones make concat slow
         table = pandas.concat(tables or [clip_table({}).assign(part=0)], ignore_index=True)
-        self.announced = self.rows = with_one_spelling(table, self.spellings)
+        self.announced = self.rows = with_one_spelling(table)
         folded = Counter(map(str.casefold, people := self.rows["speaker"].unique()))
         if alike := [name for name in people if folded[name.casefold()] > 1]:
             warn(f"{len(alike)} speakers, such as {' and '.join(alike[:2])}, differ in case alone: kept apart")
@@ -923,9 +919,7 @@ class Source:
         for path in paths:
             table, (folder, file) = self.read(path), os.path.split(normal(path))
             folder = os.path.join(folder, "clips") if path.endswith(".tsv") else folder
-            names = (
-                os.path.join(folder, name or f"{file}, row {row}") for row, name in enumerate(table["clip"], start=1)
-            )
+            names = (os.path.join(folder, name or f"{file}, row {row}") for row, name in enumerate(table["clip"], 1))
             plain = (name if name in known else os.path.normpath(name.replace("\\", "/")) for name in names)
             inner = (name.removeprefix(root).removeprefix(given) for name in plain)
             table["file"] = [known.get(name, name) for name in inner]
@@ -1425,7 +1419,7 @@ def load_clips(source, splits):
     """(Dataset of all prepared clips, table of those of `splits`; its `row` is the place in it, -1 without audio)"""
     shards = source.needed(splits)
     audio, table = load_prepared(shard.path for shard in shards)
-    table = with_one_spelling(table, source.spellings)
+    table = with_one_spelling(table)
     table["row"], announced = np.arange(len(table)), source.announced
     if source.kind == "archives":
         # Series.isin would keep a Python object of each name.
@@ -2267,7 +2261,7 @@ class Scores:
     def __init__(self, table, texts, train_accents=None):
         table, columns = table.reset_index(drop=True), {}
         seconds = table["num_samples"].astype(float) / SAMPLE_RATE
-        is_seen = table["accent"].isin(train_accents or ()).map({True: "seen", False: "unseen"})
+        is_seen = table["accent"].str.casefold().isin(train_accents or ()).map({True: "seen", False: "unseen"})
         table["seen_accent"] = is_seen.where((table["accent"] != "") & (train_accents is not None), "")
         durations = pandas.cut(seconds, [0, *DURATIONS.values()], right=False, labels=list(DURATIONS))
         table["duration"] = durations.astype("str").fillna("")
@@ -2558,7 +2552,7 @@ def score_file(settings):
         table, defects = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
     except RunError as error:
         raise UsageError(str(error)) from error
-    table, notes = with_one_spelling(table, {}), [f"{path.name}: {defect}" for defect in defects]
+    table, notes = with_one_spelling(table), [f"{path.name}: {defect}" for defect in defects]
     table["clip"] = table["clip"].where(table["clip"] != "", [f"row {index + 1}" for index in table.index])
     table["num_samples"] = table["num_samples"].replace(0, np.nan)
     for lacking, what in ((table["text"].map(tidy) == "", "no text"), (table["pred_text"].isna(), "no pred_text")):
@@ -2948,7 +2942,7 @@ class Run:
 
     def write_results(self, texts, history=()):
         settings, made, clips, lm = self.settings, self.source.made, self.clips, self.decoder.lm
-        seen = None if settings.eval_only else set(clips["train"].table["accent"])
+        seen = None if settings.eval_only else set(clips["train"].table["accent"].str.casefold())
         scores = {name: Scores(self.tests[name].table, part, seen) for name, part in texts.items()}
         training = settings.to_dict()
         config = {name: training.pop(name) for name in ScriptFlags.__annotations__}
@@ -3080,7 +3074,7 @@ def run(settings):
         return dry_run(sources[""], settings)
     for name in settings.also_score or ():
         say(f"also scored: {public(name)}")
-        sources[public(name)] = Source(name, settings, ("test",), sources[""])
+        sources[public(name)] = Source(name, settings, ("test",), is_extra=True)
     for name, source in sources.items():
         prepare(source, ("test",) if name else settings.splits(on_disk=True), settings)
     if settings.prepare_only:
