@@ -788,7 +788,7 @@ def clip_table(cells, split=""):
     table = pandas.DataFrame(texts, columns=names, dtype="str").fillna(blank)
     table["split"] = table["split"].map(split_in).replace("", split).astype("str")
 
-    is_timed = (table["start"] != "").any()  # then a row without times has no text of the whole recording
+    is_timed = (table["start"] != "").any()  # then the text of a row without times is of no whole recording
     decimal = (table[name].str.replace(",", ".", regex=False) for name in (*TIMES, "duration"))
     start, end, duration = (pandas.to_numeric(column, errors="coerce").astype(float) for column in decimal)
     end = end.fillna(start + duration)
@@ -936,8 +936,7 @@ class Source:
         names = list(filter(is_audio_name, sorted(set(files) - set(table["file"]))))
         unlisted = clip_table({"clip": names}).assign(problem="no transcript", file=names)
         table = pandas.concat([table, unlisted], ignore_index=True)
-        # "stress-test.wav" is of no test split.
-        of_folders = [split_in(f"{os.path.dirname(file)}/") for file in table["file"]]
+        of_folders = [split_in(f"{os.path.dirname(file)}/") for file in table["file"]]  # "stress-test.wav" is of none
         table["split"] = table["split"].mask(table["split"] == "", of_folders)
         # A file is of one shard, whatever splits its stretches are of: it is released when that is converted.
         homes = table.assign(number=table.groupby("split").cumcount() // 256).groupby("file")
@@ -1097,10 +1096,9 @@ CUT_OFF = "it ends"  # how a note begins of a recording that its header says to 
 
 @functools.cache
 def audio_suffixes():
-    """Of audio and video, also what libsndfile cannot read: that should be said."""
+    """Of audio and video, dictation machines' too, also what libsndfile cannot read: that should be said."""
     kinds = mimetypes.MimeTypes().types_map[True].items()  # Python's, not this machine's
     known = {suffix[1:] for suffix, kind in kinds if kind.startswith(("audio/", "video/"))}
-    # What dictation machines, telephones and others write comes on top.
     known.update("ds2 dss dvf msv 3ga amr awb gsm qcp spx m4a m4b ac3 ape mka mkv oga ogv sph wave wma wmv wv".split())
     return {*known, *map(str.lower, soundfile.available_formats())} - {"raw", "ass"}
 
