@@ -685,8 +685,6 @@ COLUMNS = {name: (name,) for name in (*GROUP_COLUMNS, "split", "pred_text", "bas
     "duration": ("duration", "seconds"),
 }
 TIMES = ["start", "end"]  # in seconds, of a clip that is a stretch of a recording
-ROUNDED_SECONDS = 0.5  # that a stretch may end after its recording: people round
-NO_STRETCH = "no stretch of a recording: its start or end is no number of seconds, or it ends before it starts"
 SPLIT_NAMES = {"train": "train training", "dev": "dev validation valid val", "test": "test testing eval evaluation"}
 
 
@@ -710,9 +708,9 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
         text, notes = data.decode("cp1252", "replace"), ["it is not UTF-8 and was read as Latin-1 (Windows-1252)"]
 
     if Path(path).suffix.lower() in (".csv", ".tsv"):
-        excel = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's line before the header
-        number, lines = 0, list(io.StringIO(text[excel.end() if excel else 0 :].replace("\0", ""), newline=""))
-        options = {"delimiter": excel[1] if excel else max(",;\t", key=text.partition("\n")[0].count)}
+        text = re.sub(r'\A"?sep=."?\r?\n', "", text.replace("\0", ""))  # Excel's line before the header
+        number, lines = 0, list(io.StringIO(text, newline=""))
+        options = {"delimiter": max(",;\t", key=text.partition("\n")[0].count)}
         if text.startswith("client_id\tpath\t"):  # in Common Voice's tables quotes are the sentence's
             options["quoting"] = csv.QUOTE_NONE
         csv.field_size_limit(2**31 - 1)  # an unclosed quote swallows what follows
@@ -762,8 +760,7 @@ def cells_of(rows, columns, table):
     cells = {ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()}
     for ours in {"text", "pred_text", "baseline_text", "clip"}.intersection(cells):
         if odd := [cell for cell in cells[ours] if isinstance(cell, (list, dict, bytes))]:
-            found = f"{table}: column {columns[ours]} holds a {type(odd[0]).__name__}, {str(odd[0])[:80]}"
-            raise UsageError(f"{found}, and no text: mend it, or name another with --text_column")
+            raise UsageError(f"{table}: column {columns[ours]} holds a {type(odd[0]).__name__}: {str(odd[0])[:80]}")
     return cells
 
 
@@ -777,30 +774,28 @@ def clip_table(cells, split=""):
         name = unicodedata.normalize("NFC", as_text(cell) or "").strip()
         return re.sub(r"^(-?\d+)\.0+$", r"\1", name) if name.endswith("0") else name
 
-    names = dict.fromkeys([*CLIP_COLUMNS, *TIMES, "duration", *cells])
+    blank = dict.fromkeys([*CLIP_COLUMNS, "start"], "")
     texts = {name: list(map(as_text if "text" in name else as_name, column)) for name, column in cells.items()}
-    table = pandas.DataFrame(texts, columns=list(names), dtype="str")
-    table = table.fillna(dict.fromkeys([*CLIP_COLUMNS, *TIMES, "duration"], ""))
+    names = list(dict.fromkeys([*blank, "end", "duration", *cells]))
+    table = pandas.DataFrame(texts, columns=names, dtype="str").fillna(blank)
     table["split"] = table["split"].map(split_in).replace("", split).astype("str")
-    told = table[[*TIMES, "duration"]] != ""
-    decimal = (table.pop(name).str.replace(",", ".", regex=False) for name in told)
-    start, end, duration = (pandas.to_numeric(cells, errors="coerce").astype(float) for cells in decimal)
-    is_stretch = told["start"] | told["end"]
-    start = start.mask(is_stretch & ~told["start"], 0)
-    end = end.mask(told["start"] & ~told["end"], (start + duration).where(told["duration"], np.inf))
-    is_wrong = is_stretch & ~((start >= 0) & (start < end))
-    table["problem"] = table["problem"].mask(is_wrong, NO_STRETCH)
-    table["start"], table["end"] = start.mask(is_wrong | ~is_stretch), end.mask(is_wrong | ~is_stretch)
+
+    is_timed = (table["start"] != "").any()  # then the text of a row without times is of no whole recording
+    decimal = (table[name].str.replace(",", ".", regex=False) for name in (*TIMES, "duration"))
+    start, end, duration = (pandas.to_numeric(column, errors="coerce").astype(float) for column in decimal)
+    end = end.fillna(start + duration)
+    is_stretch = (start >= 0) & (start < end) & (end < math.inf)
+    table["problem"] = table["problem"].mask(~is_stretch & is_timed, "no stretch of a recording: see its start and end")
+    table["start"], table["end"] = start.where(is_stretch), end.where(is_stretch)
     seconds = (table["end"] - table["start"]).fillna(duration)
     table["num_samples"] = (seconds.where((seconds > 0) & (seconds < 86_400), 0) * SAMPLE_RATE).astype("int64")
-    return table
+    return table.drop(columns="duration")
 
 
-def with_one_spelling(table, spellings):
-    """`table` with groups that differ in case alone as one; `spellings`, {column: {folded: as it is shown}}, grow."""
+def with_one_spelling(table):
+    """`table` with groups that differ in case alone as one."""
     for column in GROUP_COLUMNS[1:]:
-        shown = spellings.setdefault(column, {})
-        cells = table[column].value_counts().index  # the most frequent first
+        shown, cells = {}, table[column].value_counts().index  # the most frequent first
         if odd := {cell: name for cell in cells if (name := shown.setdefault(cell.casefold(), cell)) != cell}:
             table[column] = table[column].replace(odd)
     return table
@@ -811,21 +806,21 @@ def with_one_spelling(table, spellings):
 # What becomes one prepared file, `path`: `files` with the clips, of `splits`, that table number `part` tells of.
 Shard = namedtuple("Shard", "name path files part splits")
 ARCHIVE = re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz")
-LAYOUTS = [  # of a corpus: its kind, and files of which it has one; if it has none, it may have NeMo's manifests
+LAYOUTS = [  # of a corpus: its kind, and files of which it has one
     ("archives", ARCHIVE),
     ("parquet", re.compile(r".*\.parquet")),
     ("tables", re.compile(r"(.*/)?metadata\.(csv|jsonl)")),
     ("tables", re.compile(r"(.*/)?(train|dev|test)\.tsv")),  # Common Voice's
+    ("tables", re.compile(r"(.*/)?((train|dev|valid|test)[^/]*|[^/]*manifest[^/]*)\.jsonl?")),  # NeMo's
 ]
 
 
 class Source:
     """A corpus as `shards`; raises RunError or UsageError. `rows` is the table of all clips with their `part`,
     `announced` the same with the splits as planned: those `made`, which it lacks, come from train. To one of
-    --also_score, beside the `corpus`, the flags on the corpus and its parts do not apply."""
+    --also_score (`is_extra`) the flags on the corpus and its parts do not apply."""
 
-    def __init__(self, dataset, settings, splits, corpus=None):
-        is_extra = corpus is not None
+    def __init__(self, dataset, settings, splits, is_extra=False):
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
         name, _, self.config = (dataset, "", "") if is_folder else dataset.partition(":")
         revision = None if is_extra else settings.dataset_revision
@@ -833,19 +828,15 @@ class Source:
         self.text_column, self.asked = (None, None) if is_extra else (settings.text_column, settings.accents)
         self.dataset, self.keep, self.made, self.shards, self.accents = dataset, settings.keep_archives, (), [], set()
         self.notes = {}  # what should be said of clips that are converted: their names
-        self.spellings = corpus.spellings if corpus else {}
-        place = Path(name).expanduser()
-        place = place.resolve() if place.is_dir() else None
+        place = Path(name).expanduser().resolve() if Path(name).expanduser().is_dir() else None
         identity = digest([str(place or name), revision, self.config, self.text_column])
         self.folder = Path(settings.data_dir).expanduser() / f"{file_stem(public(dataset))}-{identity[:8]}"
         self.repository = Repository(name, revision, place, self.folder)
         self.repository.list()
 
         paths = sorted(self.repository.files)
-        layouts = [(kind, list(filter(pattern.fullmatch, paths))) for kind, pattern in LAYOUTS]
+        layouts = ((kind, list(filter(pattern.fullmatch, paths))) for kind, pattern in LAYOUTS)
         self.kind, found = next((layout for layout in layouts if layout[1]), ("", []))
-        if not self.kind and (found := list(filter(self.is_manifest, paths))):
-            self.kind = "tables"
         self.layout = "archives" if self.kind == "archives" else "recordings"
         if self.config and self.kind != "parquet":
             raise UsageError(f"--dataset names '{self.config}'; {name} has no configurations: leave it out")
@@ -857,7 +848,7 @@ class Source:
         parts = enumerate(getattr(self, f"add_{self.kind}")(found, splits))
         tables = [table.assign(part=part) for part, table in parts if len(table)]  # empty ones make concat slow
         table = pandas.concat(tables or [clip_table({}).assign(part=0)], ignore_index=True)
-        self.announced = self.rows = with_one_spelling(table, self.spellings)
+        self.announced = self.rows = with_one_spelling(table)
         folded = Counter(map(str.casefold, people := self.rows["speaker"].unique()))
         if alike := [name for name in people if folded[name.casefold()] > 1]:
             warn(f"{len(alike)} speakers, such as {' and '.join(alike[:2])}, differ in case alone: kept apart")
@@ -871,15 +862,6 @@ class Source:
         """A `Shard` whose prepared file is another one where what is `listed` for it, or one of its files, changes."""
         mark = digest([listed, *([path, *self.repository.files[path]] for path in files)])[:12]
         self.shards.append(Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", files, part, set(splits)))
-
-    def is_manifest(self, path):
-        """Whether a file is lines of JSON whose first one names an audio file and a text, and no recogniser's."""
-        if not path.endswith((".json", ".jsonl")):
-            return False
-        with explained(f"{path} cannot be read"), self.repository.open(path) as stream:
-            names = set(re.findall(r'"(\w+)"\s*:', stream.readline(1 << 20).decode(errors="replace").lower()))
-        texts = {*COLUMNS["text"], self.text_column}
-        return bool(names & {*COLUMNS["clip"]} and names & texts) and "pred_text" not in names
 
     @staticmethod
     def stem(name):
@@ -925,43 +907,34 @@ class Source:
         """Audio files in folders, with tables beside or above them. Yields the table of each 256 of them."""
         files, tables, normal = list(self.repository.files), [], functools.partial(unicodedata.normalize, "NFC")
         known = {normal(path): path for path in files}
-        roots = "", f"{self.repository.folder}/", f"{os.path.abspath(os.path.expanduser(self.dataset))}/"
-
-        def find(folder, name):  # of Common Voice in clips/; of Windows; absolute; with letters composed otherwise
-            forms = itertools.product((folder, os.path.join(folder, "clips")), (name, name.replace("\\", "/")))
-            paths = (normal(os.path.normpath(os.path.join(*form))) for form in forms)
-            found = (known.get(path.removeprefix(root)) for path in paths for root in roots)
-            return next(filter(None, found), os.path.normpath(os.path.join(folder, name)))
-
+        root, given = f"{self.repository.folder}/", f"{Path(self.dataset).expanduser().absolute()}/"
         for path in paths:
-            table, (folder, file) = self.read(path), os.path.split(path)
-            names = [name or f"{file}, row {row}" for row, name in enumerate(table["clip"], start=1)]
-            table["file"] = [known.get(os.path.join(folder, name)) or find(folder, name) for name in names]
+            table, (folder, file) = self.read(path), os.path.split(normal(path))
+            folder = os.path.join(folder, "clips") if path.endswith(".tsv") else folder
+            names = (os.path.join(folder, name or f"{file}, row {row}") for row, name in enumerate(table["clip"], 1))
+            plain = (name if name in known else os.path.normpath(name.replace("\\", "/")) for name in names)
+            inner = (name.removeprefix(root).removeprefix(given) for name in plain)
+            table["file"] = [known.get(name, name) for name in inner]
             tables.append(table.assign(split=table["split"].replace("", split_in(path))))
         table = pandas.concat(tables, ignore_index=True)
-        table["clip"] = [
-            file if math.isnan(start) else f"{file}#t={start:.10g},{end:.10g}".removesuffix("inf")
-            for file, start, end in zip(table["file"], table["start"], table["end"])
-        ]
-        is_there, is_stretch = table["file"].isin(files), table["start"].notna()
+        times = zip(table["start"], table["end"])
+        table["clip"] = table["file"] + [f"#t={start:.10g},{end:.10g}" if start >= 0 else "" for start, end in times]
+        is_there = table["file"].isin(files)
         if not is_there.any():
             example = f"{plural(len(table), 'row')}, such as {next(iter(table['clip']), 'none')}"
             raise RunError(f"{paths[0]} names no file that is there among {example}")
-        is_untimed = ~is_stretch & table["file"].isin(table["file"][is_stretch])
-        problems = {"no audio": ~is_there, "no start and end, unlike others of this file": is_untimed}
-        for problem, is_bad in (problems | {"a second row of this clip": self.second_rows(table)}).items():
+        for problem, is_bad in (("no audio", ~is_there), ("a second row of this clip", self.second_rows(table))):
             table["problem"] = table["problem"].mask(is_bad & (table["problem"] == ""), problem)
         names = list(filter(is_audio_name, sorted(set(files) - set(table["file"]))))
         unlisted = clip_table({"clip": names}).assign(problem="no transcript", file=names)
         table = pandas.concat([table, unlisted], ignore_index=True)
-        # "stress-test.wav" is of no test split.
-        of_folders = [split_in(f"{os.path.dirname(file)}/") for file in table["file"]]
+        of_folders = [split_in(f"{os.path.dirname(file)}/") for file in table["file"]]  # "stress-test.wav" is of none
         table["split"] = table["split"].mask(table["split"] == "", of_folders)
         # A file is of one shard, whatever splits its stretches are of: it is released when that is converted.
         homes = table.assign(number=table.groupby("split").cumcount() // 256).groupby("file")
         for (split, number), group in table.groupby([homes[name].transform("first") for name in ("split", "number")]):
             present = group["file"][group["problem"] == ""].unique().tolist()
-            listed = group.drop(columns=["file"] if is_stretch.any() else ["file", *TIMES]).to_csv(index=False)
+            listed = group.drop(columns=["file", *TIMES]).to_csv(index=False)
             self.add_shard(f"{split or 'clips'}-{number:05d}", present, len(self.shards), listed)
             yield group
 
@@ -1094,18 +1067,16 @@ def clip_key(path):
 
 @functools.lru_cache(1)  # one after the other, clips are of one recording
 def decode_whole(path):
-    samples = decode_audio(path, notes := [])
-    return samples, notes
+    return decode_audio(path, notes := []), notes
 
 
 def decode_stretch(start, end, path, notes):
-    """As decode_audio the stretch of a recording from `start` to `end` in seconds, to its own if that is inf."""
+    """As decode_audio the stretch of a recording from `start` to `end` in seconds."""
     samples, found = decode_whole(path)
-    length = len(samples) / SAMPLE_RATE
-    notes += [note for note in found if math.isinf(end) or not note.startswith(CUT_OFF)]
-    if length <= start or length + ROUNDED_SECONDS < end < math.inf:
+    notes += [note for note in found if not note.startswith(CUT_OFF)]
+    if (length := len(samples) / SAMPLE_RATE) + 0.5 < end:  # people round
         notes.append(f"{CUT_OFF} after {length:,.1f} s, its stretch is {start:,.1f} to {end:,.1f} s")
-    return samples[round(start * SAMPLE_RATE) : round(min(end, length) * SAMPLE_RATE)]
+    return samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
 
 
 # ---------------------------------------------------------------- audio
@@ -1113,17 +1084,15 @@ def decode_stretch(start, end, path, notes):
 CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
 BLOCK_SAMPLES = 2**20  # at 16 kHz that are decoded at once, 65 s
 CUT_OFF = "it ends"  # how a note begins of a recording that its header says to be longer
-# Of audio and video, beside what mimetypes knows: of dictation machines, telephones and others.
-MORE_SUFFIXES = """ds2 dss dvf msv 3ga amr awb gsm qcp vox g721 g723 m4a m4b m4v aac ac3 ape mka mkv oga ogv spx tta
-    wave wma wmv wv flv sph""".split()
 
 
 @functools.cache
 def audio_suffixes():
-    """Also of what libsndfile cannot read: that should be said."""
+    """Of audio and video, dictation machines' too, also what libsndfile cannot read: that should be said."""
     kinds = mimetypes.MimeTypes().types_map[True].items()  # Python's, not this machine's
     known = {suffix[1:] for suffix, kind in kinds if kind.startswith(("audio/", "video/"))}
-    return {*known, *MORE_SUFFIXES, *map(str.lower, soundfile.available_formats())} - {"raw", "ass", "mid", "midi"}
+    known.update("ds2 dss dvf msv 3ga amr awb gsm qcp spx m4a m4b ac3 ape mka mkv oga ogv sph wave wma wmv wv".split())
+    return {*known, *map(str.lower, soundfile.available_formats())} - {"raw", "ass"}
 
 
 def is_audio_name(path):
@@ -1440,7 +1409,7 @@ def load_clips(source, splits):
     """(Dataset of all prepared clips, table of those of `splits`; its `row` is the place in it, -1 without audio)"""
     shards = source.needed(splits)
     audio, table = load_prepared(shard.path for shard in shards)
-    table = with_one_spelling(table, source.spellings)
+    table = with_one_spelling(table)
     table["row"], announced = np.arange(len(table)), source.announced
     if source.kind == "archives":
         # Series.isin would keep a Python object of each name.
@@ -2257,7 +2226,7 @@ class Scores:
     def __init__(self, table, texts, train_accents=None):
         table, columns = table.reset_index(drop=True), {}
         seconds = table["num_samples"].astype(float) / SAMPLE_RATE
-        is_seen = table["accent"].isin(train_accents or ()).map({True: "seen", False: "unseen"})
+        is_seen = table["accent"].str.casefold().isin(train_accents or ()).map({True: "seen", False: "unseen"})
         table["seen_accent"] = is_seen.where((table["accent"] != "") & (train_accents is not None), "")
         durations = pandas.cut(seconds, [0, *DURATIONS.values()], right=False, labels=list(DURATIONS))
         table["duration"] = durations.astype("str").fillna("")
@@ -2548,7 +2517,7 @@ def score_file(settings):
         table, defects = read_table(path, "text", ("text", "pred_text"), f"--score_file {path}")
     except RunError as error:
         raise UsageError(str(error)) from error
-    table, notes = with_one_spelling(table, {}), [f"{path.name}: {defect}" for defect in defects]
+    table, notes = with_one_spelling(table), [f"{path.name}: {defect}" for defect in defects]
     table["clip"] = table["clip"].where(table["clip"] != "", [f"row {index + 1}" for index in table.index])
     table["num_samples"] = table["num_samples"].replace(0, np.nan)
     for lacking, what in ((table["text"].map(tidy) == "", "no text"), (table["pred_text"].isna(), "no pred_text")):
@@ -2938,7 +2907,7 @@ class Run:
 
     def write_results(self, texts, history=()):
         settings, made, clips, lm = self.settings, self.source.made, self.clips, self.decoder.lm
-        seen = None if settings.eval_only else set(clips["train"].table["accent"])
+        seen = None if settings.eval_only else set(clips["train"].table["accent"].str.casefold())
         scores = {name: Scores(self.tests[name].table, part, seen) for name, part in texts.items()}
         training = settings.to_dict()
         config = {name: training.pop(name) for name in ScriptFlags.__annotations__}
@@ -3070,7 +3039,7 @@ def run(settings):
         return dry_run(sources[""], settings)
     for name in settings.also_score or ():
         say(f"also scored: {public(name)}")
-        sources[public(name)] = Source(name, settings, ("test",), sources[""])
+        sources[public(name)] = Source(name, settings, ("test",), is_extra=True)
     for name, source in sources.items():
         prepare(source, ("test",) if name else settings.splits(on_disk=True), settings)
     if settings.prepare_only:

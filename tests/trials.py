@@ -38,7 +38,7 @@ def opened(flags, also=()):
     (processor, model), sources = script.load_model(settings), {}
     for name, place in {"": settings.dataset, **dict(also)}.items():
         splits = ("test",) if name else script.SPLITS
-        sources[name] = script.Source(str(place), settings, splits, sources.get(""))
+        sources[name] = script.Source(str(place), settings, splits, is_extra=bool(name))
         script.prepare(sources[name], splits, settings)
     encoder = script.LabelEncoder(processor.tokenizer, model.config.vocab_size, settings.target_text)
     clips = script.select_all(sources, settings, lambda table: table["problem"])
