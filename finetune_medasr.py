@@ -1204,11 +1204,10 @@ def read_audio(source, notes):
         if rate != SAMPLE_RATE:
             rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
             yield librosa.util.fix_length(rest, size=math.ceil(count * SAMPLE_RATE / rate) - made)
-        # libsndfile corrects some headers by itself, and says so in its log. 2**31 - 2**16 bytes and more are what
-        # programs that write WAV into a pipe claim; over 2**40 frames is how libsndfile says that no length is known.
-        corrected = re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info)
-        claimed, found = map(int, corrected[-1] if corrected else (0, 1))
-        promised = file.frames if file.frames < 2**40 else 0
+        # libsndfile's log says which header it corrected. A WAV out of a pipe claims 2**31 - 2**16 bytes or more.
+        corrected = re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info) or [(0, 1)]
+        claimed, found = map(int, corrected[-1])
+        promised = file.frames if file.frames < 2**40 else 0  # more is libsndfile's for an unknown length
         promised = count * claimed / found if 0 < claimed < 2**31 - 2**16 and found else promised
         if (missing := (promised - count) / rate) > 0.1:  # s, more than a codec's padding
             notes.append(f"{CUT_OFF} after {count / rate:,.1f} s, {missing:,.1f} s before what its header says")
@@ -1293,10 +1292,7 @@ def prepare(source, splits, settings):
     """Convert the shards of `splits` that are not converted yet; raises RunError. Other programs wait at the lock."""
     source.folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(source.folder / "prepare.lock"):
-        shards = source.needed(splits)
-        done = [shard for shard in shards if shard.path.exists() and not source.keep]
-        source.repository.release(path for shard in done for path in shard.files)
-        if not (todo := [shard for shard in shards if not shard.path.exists()]):
+        if not (todo := [shard for shard in source.needed(splits) if not shard.path.exists()]):
             return
         good = set(map(source.stem, source.names)) - {source.stem(shard.name) for shard in todo}
         for path in source.folder.glob("*.arrow*"):  # what is half-written, or made of the corpus as it was before
@@ -1327,8 +1323,7 @@ def prepare(source, splits, settings):
         for note, names in notes.items():
             warn(f"{plural(len(names), 'clip')}, such as {names[0]}: {note}")
         if failures:
-            failed = f"{len(failures)} of {len(todo)} archives could not be prepared"
-            raise RunError(f"{failed}, the others are ready; the first: {failures[0]}")
+            raise RunError(f"{len(failures)} of {len(todo)} archives could not be prepared; the first: {failures[0]}")
 
 
 def disk_needed(source, todo, num_proc):
@@ -1367,12 +1362,9 @@ def dry_run(source, settings):
             say(f"    {accent:<24}{size_line(table[table['accent'] == accent])[:-12]}")
     todo = [shard for shard in source.needed(settings.splits(on_disk=True)) if not shard.path.exists()]
     fetched, peak, kept = (size / 1e9 for size in disk_needed(source, todo, settings.num_proc))
-    disk = f"to keep {kept:.2f} GB in {settings.data_dir}, at the peak {peak:.2f} GB"
-    say(f"  to fetch {fetched:.2f} GB in {plural(len(todo), 'archive')}; {disk}")
+    say(f"  to fetch {fetched:.2f} GB in {plural(len(todo), 'archive')}; keep {kept:.2f} GB, at the peak {peak:.2f} GB")
     updates, an_epoch = planned_updates(settings, train)
-    batch, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    steps = f"{plural(batch, 'clip')} x {plural(accumulation, 'accumulation step')}"
-    say(f"  {plural(updates, 'update')}, {an_epoch:,} an epoch, of {steps} x {plural(settings.world_size, 'device')}")
+    say(f"  {plural(updates, 'update')}, {an_epoch:,} an epoch, of {plural(settings.clips_an_update, 'clip')}")
     return 0
 
 
@@ -1538,24 +1530,22 @@ class TrainingStream:
         self.seed, self.workers = seed, min(settings.dataloader_num_workers, len(shards))
 
     def usable(self, shards):
-        """Yield the clips of `shards`, in the DataLoader's workers; names the others in `skipped_file`, once a clip."""
+        """Yield the clips of `shards`, in the DataLoader's workers; the first pass names others in `skipped_file`."""
         with explained_hub_errors(self.source.repository.name, "dataset"):
             for clip in itertools.chain.from_iterable(map(self.source.clips, shards)):
                 table = pandas.DataFrame([{**clip, "audio": None}])
                 if not (reason := self.check(table)[0]):
                     yield clip
-                elif reason != NOT_WANTED:
-                    line = csv_lines(table.assign(reason=reason))
+                elif reason != NOT_WANTED and self.epoch == 0:
                     writing = explained(f"{self.skipped_file} cannot be written", ROOM_ADVICE)
-                    with writing, open(self.skipped_file, "a+", encoding="utf-8") as file:
-                        file.seek(0)
-                        file.write(line if line not in file.read() else "")  # at once, as other workers do
+                    with writing, open(self.skipped_file, "a", encoding="utf-8") as file:
+                        file.write(csv_lines(table.assign(reason=reason)))  # at once, as other workers do
 
     def __iter__(self):
-        for epoch in itertools.count():
+        for self.epoch in itertools.count():
             batch = None
-            self.loader_options["collate_fn"].epoch.fill_(epoch)
-            clips = self.clips.shuffle(self.seed + epoch, buffer_size=1_000)  # about 100 MB a worker
+            self.loader_options["collate_fn"].epoch.fill_(self.epoch)
+            clips = self.clips.shuffle(self.seed + self.epoch, buffer_size=1_000)  # about 100 MB a worker
             for batch in torch.utils.data.DataLoader(clips, num_workers=self.workers, **self.loader_options):
                 yield batch
             if batch is None:
@@ -1708,8 +1698,7 @@ def skip_reasons(config, extractor, encoder, max_train_seconds, table):
 
 
 def spec_augment(mels, seed):
-    """SpecAugment (Park et al. 2019, arXiv 1904.08779) of a clip's log-mels (frames, bins), in place: up to 2 x 20 bins
-    and, in every 2.5 s, up to 0.3 s (less than most words) become silence. The seed alone decides where."""
+    """SpecAugment (arXiv 1904.08779) in place: 2 x up to 20 bins and, in every 2.5 s, up to 0.3 s become silence."""
     generator, (frames, bins) = np.random.default_rng(seed), mels.shape
     for axis, size, longest in [(1, bins, 20)] * 2 + [(0, frames, min(30, frames // 5))] * math.ceil(frames / 250):
         width = int(generator.integers(min(longest, size) + 1))
@@ -1730,12 +1719,10 @@ def mel_bands(extractor, device):
 
 
 def log_mels(waveforms, lengths, extractor):
-    """(log-mels (clips, frames, bins), mask (clips, frames)) of padded waveforms (clips, samples), on their device:
-    LasrFeatureExtractor's computation in float32 instead of float64, which differs by less than 1e-3."""
+    """(log-mels (clips, frames, bins), mask (clips, frames)): LasrFeatureExtractor's but for float32, within 1e-3."""
     bands, features = mel_bands(extractor, waveforms.device), []
     window = torch.hann_window(extractor.win_length, False, dtype=torch.float64).float().to(waveforms.device)
-    # On a CPU clip by clip, whose frames fit into the cache.
-    for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):
+    for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):  # a CPU's cache holds one clip's frames
         frames = part.unfold(-1, extractor.win_length, extractor.hop_length) * window
         squares = torch.view_as_real(torch.fft.rfft(frames, n=extractor.n_fft)).flatten(-2).square_()
         mels = [squares[..., span].to(band.dtype) @ band for span, band in bands]
@@ -1758,14 +1745,12 @@ def model_inputs(batch, extractor, device):
 
 @dataclass
 class CTCCollator:
-    """Rows of a prepared split -> a batch for `model_inputs`: waveforms (clips, samples), num_samples (clips,); counts,
-    samples without and with padding; clips, their names; with an `encoder` labels (clips, longest) padded with -100."""
+    """Rows -> a batch for `model_inputs`; its `counts` are samples without and with padding, its `clips` names."""
 
     extractor: object
     encoder: LabelEncoder | None = None
-    augment: bool = False
     shortest: int = 0
-    seed: int = 0
+    seed: int | None = None  # of SpecAugment
     epoch: object = 0  # an integer, or a tensor that worker processes share
 
     def __call__(self, rows):
@@ -1779,7 +1764,7 @@ class CTCCollator:
         if self.encoder:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=-100)
-        if self.augment:
+        if self.seed is not None:
             batch["mask_seeds"] = [(self.seed, int(self.epoch), zlib.crc32(row["clip"].encode())) for row in rows]
         return batch
 
@@ -1856,18 +1841,15 @@ class Decoder:
                     break
                 if not spans[0].is_whole:
                     batch.pop("labels", None)
-                emitted, batch_loss = self.run(batch)
+                made, batch_loss = self.run(batch)
                 loss += batch_loss
-                for span, found in zip(spans, emitted):
-                    pieces.append((span, [values[span.first : span.last] for values in found]))
+                pieces += [(span, [each[span.first : span.last] for each in found]) for span, found in zip(spans, made)]
                 bar.update(len(spans))
             pieces, losses = accelerate.utils.gather_object(pieces), accelerate.utils.gather_object([loss])
             if stopped := agreed(STOP_SIGNALS.number, max):
                 raise Stopped(stopped)
-        joined = [[] for _ in range(len(clips))]
-        for span, found in sorted(pieces, key=lambda piece: piece[0]):
-            joined[span.row].append(found)
-        joined = [Emissions(*map(np.concatenate, zip(*parts))) for parts in joined]
+        of_clips = itertools.groupby(sorted(pieces, key=lambda piece: piece[0]), lambda piece: piece[0].row)
+        joined = [Emissions(*map(np.concatenate, zip(*(found for _, found in parts)))) for _, parts in of_clips]
         return joined, sum(losses) / max(1, sum(span.is_whole for span, *_ in pieces))
 
     def run(self, batch):
@@ -1913,22 +1895,13 @@ class Prefix:
     longer: dict = field(default_factory=dict)
 
 
-@dataclass
-class LanguageModel:
+# The defaults are pyctcdecode's: less probable ids of a frame are left out, hypotheses so far behind the best one too.
+LM_FIELDS = "name kenlm words counts_as blank weight word_score beam min_log_prob max_behind"
+
+
+class LanguageModel(namedtuple("LanguageModel", LM_FIELDS, defaults=(-5.0, 10.0))):
     """A KenLM n-gram of tokens. Each token adds weight x its natural log-probability + word_score to a text's score. In
     the n-gram id i has the number words[i]. It counts as counts_as[i]: itself, or for special tokens the blank."""
-
-    name: str
-    kenlm: object
-    words: list[int]
-    counts_as: np.ndarray
-    blank: int
-    weight: float
-    word_score: float
-    beam: int
-    # pyctcdecode's defaults: less probable ids of a frame are left out, hypotheses so far behind the best one too.
-    min_log_prob: float = -5.0
-    max_behind: float = 10.0
 
     @property
     def settings(self):
@@ -1936,8 +1909,7 @@ class LanguageModel:
 
 
 def beam_search(emissions, lm):
-    """(the id of each frame, the score) of the best text: the log of its alignments' summed probability + lm's part. A
-    prefix beam search (Graves & Jaitly 2014); flashlight's would score every id of every frame, 10 x as long."""
+    """(the id of each frame, the score) of the best text by a prefix beam search (Graves & Jaitly 2014)."""
 
     def add(hypotheses, key, score, path):
         # Sums the probabilities of two alignments of one text, and keeps the path of the more probable one.
@@ -1954,14 +1926,13 @@ def beam_search(emissions, lm):
         grown = {}
         for (prefix, last), (score, path) in hypotheses.items():
             for token, log_prob in zip(frame_ids[:count], frame_log_probs):
-                if token == lm.blank or token == last:
-                    add(grown, (prefix, token), score + log_prob, (path, token))
-                else:
+                longer, added = prefix, 0.0
+                if token != lm.blank and token != last:
                     if token not in prefix.longer:
                         state, log10 = lm.kenlm.score(prefix.state, lm.words[token])
                         prefix.longer[token] = Prefix(state), lm.weight * log10 * math.log(10) + lm.word_score
                     longer, added = prefix.longer[token]
-                    add(grown, (longer, token), score + log_prob + added, (path, token))
+                add(grown, (longer, token), score + log_prob + added, (path, token))
         best = sorted(grown.items(), key=lambda item: -item[1][0])[: lm.beam]
         hypotheses = {key: item for key, item in best if item[0] >= best[0][1][0] - lm.max_behind}
     ended = {}
@@ -2017,10 +1988,10 @@ def tune_lm(decoder, dev):
     say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
     emissions, tried = decoder.emissions(clips)[0], []
     for weight, word_score in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)):
-        lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
+        lm = decoder.lm._replace(weight=weight, word_score=word_score)
         tried.append([weight, word_score, corpus_rate(clips.table["text"], decoder.texts(emissions, lm))])
     weight, word_score, wer = min(tried, key=lambda entry: entry[-1])  # the first of equals
-    decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
+    decoder.lm = decoder.lm._replace(weight=weight, word_score=word_score)
     greedy = corpus_rate(clips.table["text"], decoder.texts(emissions))
     say(f"  --lm_weight {weight:g} --lm_word_score {word_score:g}: dev WER {percent(wer)}, greedy {percent(greedy)}")
     return {**decoder.lm.settings, "clips": len(clips), "wer": wer, "wer_greedy": greedy, "tried": tried}
@@ -2862,7 +2833,7 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.output_dir) / "runs")
     epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # --dataloader_persistent_workers keep their collators
     seed = train.seed if settings.streaming else settings.seed
-    collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=seed, epoch=epoch)
+    collator = dataclasses.replace(plain, seed=seed if settings.spec_augment else None, epoch=epoch)
     kind = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)
     trainer = kind(model, settings, collator, train, dev.audio, decoder.processor)  # whose tokenizer is saved too
     trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()
