@@ -1205,11 +1205,9 @@ def read_audio(source, notes):
             rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
             yield librosa.util.fix_length(rest, size=math.ceil(count * SAMPLE_RATE / rate) - made)
         # libsndfile's log says which header it corrected. A WAV out of a pipe claims 2**31 - 2**16 bytes or more.
-        corrected = re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info) or [(0, 1)]
-        claimed, found = map(int, corrected[-1])
-        promised = file.frames if file.frames < 2**40 else 0  # more is libsndfile's for an unknown length
-        promised = count * claimed / found if 0 < claimed < 2**31 - 2**16 and found else promised
-        if (missing := (promised - count) / rate) > 0.1:  # s, more than a codec's padding
+        claimed, found = map(int, (re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info) or [(0, 1)])[-1])
+        promised = count * claimed / found if 0 < claimed < 2**31 - 2**16 and found else file.frames
+        if 0.1 < (missing := (promised - count) / rate) < 1e7:  # s: less is a codec's padding, more an unknown length
             notes.append(f"{CUT_OFF} after {count / rate:,.1f} s, {missing:,.1f} s before what its header says")
 
 
@@ -1253,8 +1251,7 @@ def archive_members(stream):
             if member.name.startswith("/") or ".." in member.name.split("/"):
                 problem = "refused: its path climbs out of the archive"
             yield member.name, b"" if problem else tar.extractfile(member).read(), problem
-        # tarfile takes a header that it cannot read for the end; the checksum is behind what follows.
-        while plain.read(1 << 20):
+        while plain.read(1 << 20):  # tarfile takes a header that it cannot read for the end; the checksum is behind
             pass
 
 
@@ -1303,8 +1300,7 @@ def prepare(source, splits, settings):
             what = f"preparing needs {need / 1e9:.1f} GB in {source.folder} and {free / 1e9:.1f} GB are free"
             raise RunError(f"{what}: choose another --data_dir, fewer --accents, or a lower --num_proc")
         done, failures, notes = np.zeros(2), [], {}
-        # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn")  # forked workers inherit the locks of threads and can hang
         ours, theirs = context.Pipe()
         pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker, (theirs,))
         with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool, contextlib.closing(ours):
@@ -1330,8 +1326,7 @@ def disk_needed(source, todo, num_proc):
     """The bytes that preparing the shards `todo` fetches, needs at its peak and leaves, by the tables' durations."""
     sizes = sorted((source.repository.size(shard.files) for shard in todo), reverse=True)
     share = sum(sizes) / max(1, sum(source.repository.size(shard.files) for shard in source.shards))
-    # FLAC of 16 kHz mono speech is 59 MB an hour. Not everybody notes durations down.
-    stays = share * sizes_of(source.announced)["hours"] * 59e6 or sum(sizes)
+    stays = share * sizes_of(source.announced)["hours"] * 59e6 or sum(sizes)  # FLAC; not every table has durations
     fetched = sizes if not source.repository.folder else []
     return sum(fetched), stays + sum(fetched if source.keep else fetched[:num_proc]), stays + sum(fetched) * source.keep
 
@@ -1442,14 +1437,12 @@ def load_clips(source, splits):
     audio, table = load_prepared(shard.path for shard in shards)
     table = with_one_spelling(table, source.spellings)
     table["row"], announced = np.arange(len(table)), source.announced
-    if source.kind == "archives":
-        # Series.isin would keep a Python object of each name.
+    if source.kind == "archives":  # without Series.isin, which would keep a Python object of each name
         names = pandas.concat([part["split"] + "/" + part["clip"] for part in (table, announced)], ignore_index=True)
         missing = announced[~names.duplicated().to_numpy()[len(table) :]]
         missing = missing.assign(num_samples=0, problem=missing["problem"].replace("", "no audio"), row=-1)
         table = pandas.concat([table, missing[table.columns]], ignore_index=True) if len(missing) else table
-    else:
-        # A prepared file has the rows of its table, in their order, and does not know of the plan.
+    else:  # a prepared file has the rows of its table, in their order, and does not know of the plan
         planned = announced[announced["part"].isin([shard.part for shard in shards])].reset_index()
         table["split"], is_good = planned["split"], table["problem"] == ""
         table["problem"] = table["problem"].mask(is_good, planned["problem"])
@@ -1473,8 +1466,7 @@ def select_all(sources, settings, check):
             source.rows = source.announced = table = None  # a million clips are some hundred megabytes
         for split, table in zip(splits, parts):
             reasons = pandas.Series(check(table), table.index, "str")
-            copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
-            reasons = reasons.mask(copies, "a second copy")
+            reasons = reasons.mask((reasons == "") & table["clip"].where(reasons == "").duplicated(), "a second copy")
             skipped = table.assign(reason=reasons, split=extra or split)[reasons != ""]
             kept = table.loc[reasons == "", ["num_samples", "clip"]]
             kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[: limits[split]]]
@@ -1911,8 +1903,7 @@ class LanguageModel(namedtuple("LanguageModel", LM_FIELDS, defaults=(-5.0, 10.0)
 def beam_search(emissions, lm):
     """(the id of each frame, the score) of the best text by a prefix beam search (Graves & Jaitly 2014)."""
 
-    def add(hypotheses, key, score, path):
-        # Sums the probabilities of two alignments of one text, and keeps the path of the more probable one.
+    def add(hypotheses, key, score, path):  # sums two alignments of one text, and keeps the path of the likelier one
         if known := hypotheses.get(key):
             (low, _), (score, path) = sorted(((score, path), known), key=lambda item: item[0])
             score += math.log1p(math.exp(low - score))
@@ -1951,8 +1942,7 @@ def load_lm(settings, processor, vocab_size):
     if not settings.lm:
         return None
     tokenizer, folder, path = processor.tokenizer, Path(settings.model).expanduser(), Path(settings.lm)
-    if settings.lm == "auto" and not (path := folder / LM_FILE).is_file():
-        # A fine-tuned model's folder has none: MedASR's serves it too.
+    if settings.lm == "auto" and not (path := folder / LM_FILE).is_file():  # a fine-tuned model is served by MedASR's
         repo, revision = (DEFAULT_MODEL, None) if folder.is_dir() else (settings.model, settings.model_revision)
         with explained_hub_errors(repo, "model", f"; --lm auto needs its {LM_FILE}: give --lm a file instead"):
             path = Path(hub.hf_hub_download(repo, LM_FILE, revision=revision))
