@@ -1165,13 +1165,10 @@ def read_audio(source, notes):
         if rate != SAMPLE_RATE:
             rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
             yield librosa.util.fix_length(rest, size=math.ceil(count * SAMPLE_RATE / rate) - made)
-        # libsndfile corrects some headers by itself, and says so in its log. 2**31 - 2**16 bytes and more are what
-        # programs that write WAV into a pipe claim; over 2**40 frames is how libsndfile says that no length is known.
-        corrected = re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info)
-        claimed, found = map(int, corrected[-1] if corrected else (0, 1))
-        promised = file.frames if file.frames < 2**40 else 0
-        promised = count * claimed / found if 0 < claimed < 2**31 - 2**16 and found else promised
-        if (missing := (promised - count) / rate) > 0.1:  # s, more than a codec's padding
+        # libsndfile's log says which header it corrected. A WAV out of a pipe claims 2**31 - 2**16 bytes or more.
+        claimed, found = map(int, (re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info) or [(0, 1)])[-1])
+        promised = count * claimed / found if 0 < claimed < 2**31 - 2**16 and found else file.frames
+        if 0.1 < (missing := (promised - count) / rate) < 1e7:  # s: less is a codec's padding, more an unknown length
             notes.append(f"{CUT_OFF} after {count / rate:,.1f} s, {missing:,.1f} s before what its header says")
 
 
@@ -1215,8 +1212,7 @@ def archive_members(stream):
             if member.name.startswith("/") or ".." in member.name.split("/"):
                 problem = "refused: its path climbs out of the archive"
             yield member.name, b"" if problem else tar.extractfile(member).read(), problem
-        # tarfile takes a header that it cannot read for the end; the checksum is behind what follows.
-        while plain.read(1 << 20):
+        while plain.read(1 << 20):  # tarfile takes a header that it cannot read for the end; the checksum is behind
             pass
 
 
@@ -1254,10 +1250,7 @@ def prepare(source, splits, settings):
     """Convert the shards of `splits` that are not converted yet; raises RunError. Other programs wait at the lock."""
     source.folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(source.folder / "prepare.lock"):
-        shards = source.needed(splits)
-        done = [shard for shard in shards if shard.path.exists() and not source.keep]
-        source.repository.release(path for shard in done for path in shard.files)
-        if not (todo := [shard for shard in shards if not shard.path.exists()]):
+        if not (todo := [shard for shard in source.needed(splits) if not shard.path.exists()]):
             return
         good = set(map(source.stem, source.names)) - {source.stem(shard.name) for shard in todo}
         for path in source.folder.glob("*.arrow*"):  # what is half-written, or made of the corpus as it was before
@@ -1268,8 +1261,7 @@ def prepare(source, splits, settings):
             what = f"preparing needs {need / 1e9:.1f} GB in {source.folder} and {free / 1e9:.1f} GB are free"
             raise RunError(f"{what}: choose another --data_dir, fewer --accents, or a lower --num_proc")
         done, failures, notes = np.zeros(2), [], {}
-        # spawn: forked workers inherit locks of threads (tokenizers, torch) and can hang.
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn")  # forked workers inherit the locks of threads and can hang
         ours, theirs = context.Pipe()
         pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker, (theirs,))
         with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool, contextlib.closing(ours):
@@ -1288,16 +1280,14 @@ def prepare(source, splits, settings):
         for note, names in notes.items():
             warn(f"{plural(len(names), 'clip')}, such as {names[0]}: {note}")
         if failures:
-            failed = f"{len(failures)} of {len(todo)} archives could not be prepared"
-            raise RunError(f"{failed}, the others are ready; the first: {failures[0]}")
+            raise RunError(f"{len(failures)} of {len(todo)} archives could not be prepared; the first: {failures[0]}")
 
 
 def disk_needed(source, todo, num_proc):
     """The bytes that preparing the shards `todo` fetches, needs at its peak and leaves, by the tables' durations."""
     sizes = sorted((source.repository.size(shard.files) for shard in todo), reverse=True)
     share = sum(sizes) / max(1, sum(source.repository.size(shard.files) for shard in source.shards))
-    # FLAC of 16 kHz mono speech is 59 MB an hour. Not everybody notes durations down.
-    stays = share * sizes_of(source.announced)["hours"] * 59e6 or sum(sizes)
+    stays = share * sizes_of(source.announced)["hours"] * 59e6 or sum(sizes)  # FLAC; not every table has durations
     fetched = sizes if not source.repository.folder else []
     return sum(fetched), stays + sum(fetched if source.keep else fetched[:num_proc]), stays + sum(fetched) * source.keep
 
@@ -1328,12 +1318,9 @@ def dry_run(source, settings):
             say(f"    {accent:<24}{size_line(table[table['accent'] == accent])[:-12]}")
     todo = [shard for shard in source.needed(settings.splits(on_disk=True)) if not shard.path.exists()]
     fetched, peak, kept = (size / 1e9 for size in disk_needed(source, todo, settings.num_proc))
-    disk = f"to keep {kept:.2f} GB in {settings.data_dir}, at the peak {peak:.2f} GB"
-    say(f"  to fetch {fetched:.2f} GB in {plural(len(todo), 'archive')}; {disk}")
+    say(f"  to fetch {fetched:.2f} GB in {plural(len(todo), 'archive')}; keep {kept:.2f} GB, at the peak {peak:.2f} GB")
     updates, an_epoch = planned_updates(settings, train)
-    batch, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    steps = f"{plural(batch, 'clip')} x {plural(accumulation, 'accumulation step')}"
-    say(f"  {plural(updates, 'update')}, {an_epoch:,} an epoch, of {steps} x {plural(settings.world_size, 'device')}")
+    say(f"  {plural(updates, 'update')}, {an_epoch:,} an epoch, of {plural(settings.clips_an_update, 'clip')}")
     return 0
 
 
@@ -1411,14 +1398,12 @@ def load_clips(source, splits):
     audio, table = load_prepared(shard.path for shard in shards)
     table = with_one_spelling(table)
     table["row"], announced = np.arange(len(table)), source.announced
-    if source.kind == "archives":
-        # Series.isin would keep a Python object of each name.
+    if source.kind == "archives":  # without Series.isin, which would keep a Python object of each name
         names = pandas.concat([part["split"] + "/" + part["clip"] for part in (table, announced)], ignore_index=True)
         missing = announced[~names.duplicated().to_numpy()[len(table) :]]
         missing = missing.assign(num_samples=0, problem=missing["problem"].replace("", "no audio"), row=-1)
         table = pandas.concat([table, missing[table.columns]], ignore_index=True) if len(missing) else table
-    else:
-        # A prepared file has the rows of its table, in their order, and does not know of the plan.
+    else:  # a prepared file has the rows of its table, in their order, and does not know of the plan
         planned = announced[announced["part"].isin([shard.part for shard in shards])].reset_index()
         table["split"], is_good = planned["split"], table["problem"] == ""
         table["problem"] = table["problem"].mask(is_good, planned["problem"])
@@ -1442,8 +1427,7 @@ def select_all(sources, settings, check):
             source.rows = source.announced = table = None  # a million clips are some hundred megabytes
         for split, table in zip(splits, parts):
             reasons = pandas.Series(check(table), table.index, "str")
-            copies = (reasons == "") & table["clip"].where(reasons == "").duplicated()
-            reasons = reasons.mask(copies, "a second copy")
+            reasons = reasons.mask((reasons == "") & table["clip"].where(reasons == "").duplicated(), "a second copy")
             skipped = table.assign(reason=reasons, split=extra or split)[reasons != ""]
             kept = table.loc[reasons == "", ["num_samples", "clip"]]
             kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[: limits[split]]]
@@ -1499,24 +1483,22 @@ class TrainingStream:
         self.seed, self.workers = seed, min(settings.dataloader_num_workers, len(shards))
 
     def usable(self, shards):
-        """Yield the clips of `shards`, in the DataLoader's workers; names the others in `skipped_file`, once a clip."""
+        """Yield the clips of `shards`, in the DataLoader's workers; the first pass names others in `skipped_file`."""
         with explained_hub_errors(self.source.repository.name, "dataset"):
             for clip in itertools.chain.from_iterable(map(self.source.clips, shards)):
                 table = pandas.DataFrame([{**clip, "audio": None}])
                 if not (reason := self.check(table)[0]):
                     yield clip
-                elif reason != NOT_WANTED:
-                    line = csv_lines(table.assign(reason=reason))
+                elif reason != NOT_WANTED and self.epoch == 0:
                     writing = explained(f"{self.skipped_file} cannot be written", ROOM_ADVICE)
-                    with writing, open(self.skipped_file, "a+", encoding="utf-8") as file:
-                        file.seek(0)
-                        file.write(line if line not in file.read() else "")  # at once, as other workers do
+                    with writing, open(self.skipped_file, "a", encoding="utf-8") as file:
+                        file.write(csv_lines(table.assign(reason=reason)))  # at once, as other workers do
 
     def __iter__(self):
-        for epoch in itertools.count():
+        for self.epoch in itertools.count():
             batch = None
-            self.loader_options["collate_fn"].epoch.fill_(epoch)
-            clips = self.clips.shuffle(self.seed + epoch, buffer_size=1_000)  # about 100 MB a worker
+            self.loader_options["collate_fn"].epoch.fill_(self.epoch)
+            clips = self.clips.shuffle(self.seed + self.epoch, buffer_size=1_000)  # about 100 MB a worker
             for batch in torch.utils.data.DataLoader(clips, num_workers=self.workers, **self.loader_options):
                 yield batch
             if batch is None:
@@ -1664,8 +1646,7 @@ def skip_reasons(config, extractor, encoder, max_train_seconds, table):
 
 
 def spec_augment(mels, seed):
-    """SpecAugment (Park et al. 2019, arXiv 1904.08779) of a clip's log-mels (frames, bins), in place: up to 2 x 20 bins
-    and, in every 2.5 s, up to 0.3 s (less than most words) become silence. The seed alone decides where."""
+    """SpecAugment (arXiv 1904.08779) in place: 2 x up to 20 bins and, in every 2.5 s, up to 0.3 s become silence."""
     generator, (frames, bins) = np.random.default_rng(seed), mels.shape
     for axis, size, longest in [(1, bins, 20)] * 2 + [(0, frames, min(30, frames // 5))] * math.ceil(frames / 250):
         width = int(generator.integers(min(longest, size) + 1))
@@ -1686,12 +1667,10 @@ def mel_bands(extractor, device):
 
 
 def log_mels(waveforms, lengths, extractor):
-    """(log-mels (clips, frames, bins), mask (clips, frames)) of padded waveforms (clips, samples), on their device:
-    LasrFeatureExtractor's computation in float32 instead of float64, which differs by less than 1e-3."""
+    """(log-mels (clips, frames, bins), mask (clips, frames)): LasrFeatureExtractor's but for float32, within 1e-3."""
     bands, features = mel_bands(extractor, waveforms.device), []
     window = torch.hann_window(extractor.win_length, False, dtype=torch.float64).float().to(waveforms.device)
-    # On a CPU clip by clip, whose frames fit into the cache.
-    for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):
+    for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):  # a CPU's cache holds one clip's frames
         frames = part.unfold(-1, extractor.win_length, extractor.hop_length) * window
         squares = torch.view_as_real(torch.fft.rfft(frames, n=extractor.n_fft)).flatten(-2).square_()
         mels = [squares[..., span].to(band.dtype) @ band for span, band in bands]
@@ -1714,14 +1693,12 @@ def model_inputs(batch, extractor, device):
 
 @dataclass
 class CTCCollator:
-    """Rows of a prepared split -> a batch for `model_inputs`: waveforms (clips, samples), num_samples (clips,); counts,
-    samples without and with padding; clips, their names; with an `encoder` labels (clips, longest) padded with -100."""
+    """Rows -> a batch for `model_inputs`; its `counts` are samples without and with padding, its `clips` names."""
 
     extractor: object
     encoder: LabelEncoder | None = None
-    augment: bool = False
     shortest: int = 0
-    seed: int = 0
+    seed: int | None = None  # of SpecAugment
     epoch: object = 0  # an integer, or a tensor that worker processes share
 
     def __call__(self, rows):
@@ -1735,7 +1712,7 @@ class CTCCollator:
         if self.encoder:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=-100)
-        if self.augment:
+        if self.seed is not None:
             batch["mask_seeds"] = [(self.seed, int(self.epoch), zlib.crc32(row["clip"].encode())) for row in rows]
         return batch
 
@@ -1812,18 +1789,15 @@ class Decoder:
                     break
                 if not spans[0].is_whole:
                     batch.pop("labels", None)
-                emitted, batch_loss = self.run(batch)
+                made, batch_loss = self.run(batch)
                 loss += batch_loss
-                for span, found in zip(spans, emitted):
-                    pieces.append((span, [values[span.first : span.last] for values in found]))
+                pieces += [(span, [each[span.first : span.last] for each in found]) for span, found in zip(spans, made)]
                 bar.update(len(spans))
             pieces, losses = accelerate.utils.gather_object(pieces), accelerate.utils.gather_object([loss])
             if stopped := agreed(STOP_SIGNALS.number, max):
                 raise Stopped(stopped)
-        joined = [[] for _ in range(len(clips))]
-        for span, found in sorted(pieces, key=lambda piece: piece[0]):
-            joined[span.row].append(found)
-        joined = [Emissions(*map(np.concatenate, zip(*parts))) for parts in joined]
+        of_clips = itertools.groupby(sorted(pieces, key=lambda piece: piece[0]), lambda piece: piece[0].row)
+        joined = [Emissions(*map(np.concatenate, zip(*(found for _, found in parts)))) for _, parts in of_clips]
         return joined, sum(losses) / max(1, sum(span.is_whole for span, *_ in pieces))
 
     def run(self, batch):
@@ -1869,22 +1843,13 @@ class Prefix:
     longer: dict = field(default_factory=dict)
 
 
-@dataclass
-class LanguageModel:
+# The defaults are pyctcdecode's: less probable ids of a frame are left out, hypotheses so far behind the best one too.
+LM_FIELDS = "name kenlm words counts_as blank weight word_score beam min_log_prob max_behind"
+
+
+class LanguageModel(namedtuple("LanguageModel", LM_FIELDS, defaults=(-5.0, 10.0))):
     """A KenLM n-gram of tokens. Each token adds weight x its natural log-probability + word_score to a text's score. In
     the n-gram id i has the number words[i]. It counts as counts_as[i]: itself, or for special tokens the blank."""
-
-    name: str
-    kenlm: object
-    words: list[int]
-    counts_as: np.ndarray
-    blank: int
-    weight: float
-    word_score: float
-    beam: int
-    # pyctcdecode's defaults: less probable ids of a frame are left out, hypotheses so far behind the best one too.
-    min_log_prob: float = -5.0
-    max_behind: float = 10.0
 
     @property
     def settings(self):
@@ -1892,11 +1857,9 @@ class LanguageModel:
 
 
 def beam_search(emissions, lm):
-    """(the id of each frame, the score) of the best text: the log of its alignments' summed probability + lm's part. A
-    prefix beam search (Graves & Jaitly 2014); flashlight's would score every id of every frame, 10 x as long."""
+    """(the id of each frame, the score) of the best text by a prefix beam search (Graves & Jaitly 2014)."""
 
-    def add(hypotheses, key, score, path):
-        # Sums the probabilities of two alignments of one text, and keeps the path of the more probable one.
+    def add(hypotheses, key, score, path):  # sums two alignments of one text, and keeps the path of the likelier one
         if known := hypotheses.get(key):
             (low, _), (score, path) = sorted(((score, path), known), key=lambda item: item[0])
             score += math.log1p(math.exp(low - score))
@@ -1910,14 +1873,13 @@ def beam_search(emissions, lm):
         grown = {}
         for (prefix, last), (score, path) in hypotheses.items():
             for token, log_prob in zip(frame_ids[:count], frame_log_probs):
-                if token == lm.blank or token == last:
-                    add(grown, (prefix, token), score + log_prob, (path, token))
-                else:
+                longer, added = prefix, 0.0
+                if token != lm.blank and token != last:
                     if token not in prefix.longer:
                         state, log10 = lm.kenlm.score(prefix.state, lm.words[token])
                         prefix.longer[token] = Prefix(state), lm.weight * log10 * math.log(10) + lm.word_score
                     longer, added = prefix.longer[token]
-                    add(grown, (longer, token), score + log_prob + added, (path, token))
+                add(grown, (longer, token), score + log_prob + added, (path, token))
         best = sorted(grown.items(), key=lambda item: -item[1][0])[: lm.beam]
         hypotheses = {key: item for key, item in best if item[0] >= best[0][1][0] - lm.max_behind}
     ended = {}
@@ -1936,8 +1898,7 @@ def load_lm(settings, processor, vocab_size):
     if not settings.lm:
         return None
     tokenizer, folder, path = processor.tokenizer, Path(settings.model).expanduser(), Path(settings.lm)
-    if settings.lm == "auto" and not (path := folder / LM_FILE).is_file():
-        # A fine-tuned model's folder has none: MedASR's serves it too.
+    if settings.lm == "auto" and not (path := folder / LM_FILE).is_file():  # a fine-tuned model is served by MedASR's
         repo, revision = (DEFAULT_MODEL, None) if folder.is_dir() else (settings.model, settings.model_revision)
         with explained_hub_errors(repo, "model", f"; --lm auto needs its {LM_FILE}: give --lm a file instead"):
             path = Path(hub.hf_hub_download(repo, LM_FILE, revision=revision))
@@ -1973,10 +1934,10 @@ def tune_lm(decoder, dev):
     say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
     emissions, tried = decoder.emissions(clips)[0], []
     for weight, word_score in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)):
-        lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
+        lm = decoder.lm._replace(weight=weight, word_score=word_score)
         tried.append([weight, word_score, corpus_rate(clips.table["text"], decoder.texts(emissions, lm))])
     weight, word_score, wer = min(tried, key=lambda entry: entry[-1])  # the first of equals
-    decoder.lm = dataclasses.replace(decoder.lm, weight=weight, word_score=word_score)
+    decoder.lm = decoder.lm._replace(weight=weight, word_score=word_score)
     greedy = corpus_rate(clips.table["text"], decoder.texts(emissions))
     say(f"  --lm_weight {weight:g} --lm_word_score {word_score:g}: dev WER {percent(wer)}, greedy {percent(greedy)}")
     return {**decoder.lm.settings, "clips": len(clips), "wer": wer, "wer_greedy": greedy, "tried": tried}
@@ -2798,7 +2759,7 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.output_dir) / "runs")
     epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # --dataloader_persistent_workers keep their collators
     seed = train.seed if settings.streaming else settings.seed
-    collator = dataclasses.replace(plain, augment=settings.spec_augment, seed=seed, epoch=epoch)
+    collator = dataclasses.replace(plain, seed=seed if settings.spec_augment else None, epoch=epoch)
     kind = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)
     trainer = kind(model, settings, collator, train, dev.audio, decoder.processor)  # whose tokenizer is saved too
     trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()

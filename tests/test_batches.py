@@ -113,7 +113,7 @@ def masked_rows(*seconds, seed):
     """(log-mels as they are, the same with SpecAugment's masks, lengths in frames) of clips of noise."""
     hiss = np.random.default_rng(0).normal(scale=0.1, size=10 * RATE).astype(np.float32)  # nowhere silent
     rows = [{"text": "", "samples": hiss[: round(s * RATE)], "clip": f"clip-{n}"} for n, s in enumerate(seconds)]
-    plain, masked = inputs_of(rows), inputs_of(rows, augment=True, seed=seed)
+    plain, masked = inputs_of(rows), inputs_of(rows, seed=seed)
     # The narrowest of the lowest mel filters lie between two frequencies of the transform, and hear nothing.
     bins = (plain["input_features"][0] > np.log(1e-5) + 1).any(0)
     return plain["input_features"][..., bins], masked["input_features"][..., bins], plain["attention_mask"].sum(-1)
@@ -137,7 +137,7 @@ def test_spec_augment_masks_bands_and_stretches_with_silence_inside_the_clip():
 def test_masks_depend_on_seed_epoch_and_clip_alone():
     def masks(name, seed, epoch, *more):
         rows = [{"text": "", "samples": noise(5), "clip": name}, *more]
-        return inputs_of(rows, augment=True, seed=seed, epoch=epoch)["input_features"][0, :498]
+        return inputs_of(rows, seed=seed, epoch=epoch)["input_features"][0, :498]
 
     assert torch.equal(masks("a", 1, 2), masks("a", 1, 2, {"text": "", "samples": noise(6), "clip": "c"}))
     for other in (("a", 1, 3), ("a", 2, 2), ("b", 1, 2)):

@@ -1,6 +1,5 @@
 """Decoding with a language model of tokens: the search, what is refused, what a run makes of it."""
 
-import dataclasses
 import gzip
 import itertools
 import json
@@ -64,7 +63,7 @@ def collapsed(path):
 @pytest.mark.parametrize("weight, word_score", [(0, 0), (1, 0), (0.5, 1.5), (2, -1), (0.3, 3)])
 def test_the_search_finds_the_best_of_all_texts(letters, weight, word_score):
     ngram, lm = letters
-    lm = dataclasses.replace(lm, weight=weight, word_score=word_score)
+    lm = lm._replace(weight=weight, word_score=word_score)
     for seed in range(6):
         (log_probs, emissions), sums = random_emissions(5, seed), {}
         for path in itertools.product(range(5), repeat=5):  # every alignment there is
@@ -80,9 +79,9 @@ def test_the_search_finds_the_best_of_all_texts(letters, weight, word_score):
 
 
 def test_a_double_letter_needs_a_blank_and_special_tokens_and_silence_are_not_written(letters):
-    lm = dataclasses.replace(letters[1], word_score=2.0, min_log_prob=-5.0)
+    lm = letters[1]._replace(word_score=2.0, min_log_prob=-5.0)
     emissions = Emissions(np.array([[1, 0], [1, 0], [0, 1], [1, 0], [2, 0]]), np.log([[0.9, 0.1]] * 5))
-    assert beam_search(emissions, dataclasses.replace(letters[1], weight=0.0))[0] == [1, 1, 0, 1, 2]
+    assert beam_search(emissions, letters[1]._replace(weight=0.0))[0] == [1, 1, 0, 1, 2]
     emissions = Emissions(np.array([[1, 0], [4, 2], [4, 0]]), np.log([[0.99, 0.01], [0.95, 0.05], [0.99, 0.01]]))
     assert 4 not in beam_search(emissions, lm)[0]
     assert beam_search(Emissions(np.array([[4, 2], [4, 2]]), np.log([[0.999, 0.001]] * 2)), lm)[0] == [0, 0]
@@ -90,7 +89,7 @@ def test_a_double_letter_needs_a_blank_and_special_tokens_and_silence_are_not_wr
 
 
 def test_memory_does_not_grow_with_the_texts_that_a_search_has_left(letters):
-    lm = dataclasses.replace(letters[1], beam=8, min_log_prob=-5.0, max_behind=10.0)
+    lm = letters[1]._replace(beam=8, min_log_prob=-5.0, max_behind=10.0)
     emissions = random_emissions(4000, 1, sharpness=4)[1]
     tracemalloc.start()
     try:

@@ -859,5 +859,5 @@ def test_a_dry_run_counts_without_fetching_audio(hub, online, tmp_path):
         seconds = sum(float(row["duration"]) for path in corpus.rglob(f"*/{split}.csv") for row in read_csv(path))
         assert re.search(rf"{split} +{count} clips +{seconds / 3600:.2f} h", done.stdout), done.stdout
     assert re.search("akan .fante. +10 clips", done.stdout)
-    assert re.search("10 updates, 1 an epoch, of 8 clips x 4 accumulation steps x 1 device", done.stdout)
+    assert re.search("10 updates, 1 an epoch, of 32 clips", done.stdout)
     assert not list(tmp_path.rglob("*.arrow")) and not (tmp_path / "out").exists()
