@@ -2160,8 +2160,9 @@ def count_errors(rate, references, hypotheses):
     references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
     for index, reference in enumerate(references if rate == "wer_spoken" else ()):  # what it lacks is no error
         written = set(SPOKEN_PUNCTUATION.findall(reference))
-        words = SPOKEN_PUNCTUATION.sub(lambda match, kept=written: match[0] * (match[0] in kept), hypotheses[index])
-        hypotheses[index] = " ".join(words.split())
+        hypotheses[index] = SPOKEN_PUNCTUATION.sub(
+            lambda sign, kept=written: sign[0] * (sign[0] in kept), hypotheses[index]
+        )
     output, errors = process(references, hypotheses), {kind: Counter() for kind in ERROR_KINDS}
     counts = np.zeros((len(references), len(errors) + 1), np.int64)
     for row, before, after, chunks in zip(counts, output.references, output.hypotheses, output.alignments):
@@ -2364,9 +2365,8 @@ def draw_pictures(folder, metrics, history):
         axes = pictures[f"wer_by_{kind}.png"] = figure_of(figsize=(8, 1.5 + 0.32 * len(order))).subplots()
         for offset, system in zip((0.16, -0.16), [system for system in ("baseline", "finetuned") if metrics[system]]):
             chosen = [metrics[system]["groups"][kind][group] for group in order]
-            rates = 100 * np.array([group["wer"] for group in chosen])
-            errors = np.abs(100 * np.array([group["wer_ci95"] for group in chosen]).T - rates)
-            errors *= [group["speakers"] >= MIN_GROUP_SPEAKERS for group in chosen]
+            rates, ends = (100 * np.array([group[name] for group in chosen]).T for name in ("wer", "wer_ci95"))
+            errors = np.abs(ends - rates) * [group["speakers"] >= MIN_GROUP_SPEAKERS for group in chosen]
             axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=SYSTEMS[system])
         labels = [group[:40] + " *" * groups[group]["small"] for group in order]
         axes.set_yticks(range(len(order)), labels, parse_math=False)
@@ -2541,9 +2541,8 @@ def guard_half_precision(model, batches, device):
         if isinstance(module, torch.nn.BatchNorm1d):
             module.forward = functools.partial(with_finite_statistics, module, module.forward)
     with torch.no_grad(), torch.autocast(torch.device(device).type, torch.float16):
-        for batch in batches:
-            if not torch.isfinite(model(**batch).logits).all():
-                raise RunError("the model overflows float16 even with its large activations in float32: use --bf16")
+        if not all(model(**batch).logits.isfinite().all() for batch in batches):
+            raise RunError("the model overflows float16 even with its large activations in float32: use --bf16")
 
 
 class CTCTrainer:
@@ -2651,8 +2650,7 @@ class CTCTrainer:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if broken := not_finite(self.model):
             self.refuse(f"the model is not finite, in {broken},")
-        if self.args.should_save:
-            (folder / "trainer_state.json").unlink(missing_ok=True)
+        (folder / "trainer_state.json").unlink(missing_ok=True)
         with explained(f"{folder} cannot be written", ROOM_ADVICE):
             try:
                 super()._save_checkpoint(model, trial)
@@ -2676,8 +2674,8 @@ class CTCTrainer:
         scores["transcriptions"] = "\n".join(markdown_table(["accent", "reference", "hypothesis"], shown.to_numpy()))
         scores |= {"loss": loss, "runtime": round(time.monotonic() - start, 2)}
         if not self.decoder.is_silent:
-            shown = f"dev WER {percent(scores['wer'])}, CER {percent(scores['cer'])}"
-            tqdm.tqdm.write(f"  step {self.state.global_step:>6}: {shown}")
+            shown = map(percent, (scores["wer"], scores["cer"]))
+            tqdm.tqdm.write("  step {:>6}: dev WER {}, CER {}".format(self.state.global_step, *shown))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -2803,8 +2801,7 @@ class Run:
             if path.suffix == ".tmp" or (anew and MADE_BY_A_RUN.match(path.name)):  # half-written by a killed start
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         found = [*output.glob("final"), *output.glob("checkpoint-*")]
-        # A checkpoint that was copied here can be gone on from.
-        foreign = [str(path) for path in found if not (path / "trainer_state.json").exists()]
+        foreign = [str(path) for path in found if not (path / "trainer_state.json").exists()]  # others can be resumed
         metrics = (self.final / "config.json").is_file() and read_json(self.results / "metrics.json")
         # The first process's, because all have to do the same.
         notes, foreign, metrics = accelerate.utils.gather_object([(read_json(self.path), foreign, metrics)])[0]
@@ -2830,8 +2827,7 @@ class Run:
                 raise UsageError(f"--resume_from_checkpoint is {asked}: no finished checkpoint; choose another")
             warn(f"{path} is left aside: it was not finished")
         if agreed(self.done) != agreed(self.done, max):
-            what = f"the processes find different checkpoints in {output}, which nodes have to share"
-            raise RunError(f"{what}; --overwrite_output_dir starts anew")
+            raise RunError(f"the processes find different checkpoints in {output}, which nodes have to share")
 
     def save(self, **notes):
         self.notes |= notes
@@ -2888,10 +2884,9 @@ class Run:
         title = f"{public(settings.model)} on {public(settings.dataset)}"
         return write_results(self.results, content, scores, title, notes, history)
 
-    def train(self):
+    def train(self, updates):
         settings, default, trainer, checkpoint = self.settings, TrainingFlags, None, self.checkpoint
         train = self.clips["train"].audio
-        updates, _ = planned_updates(settings, len(self.clips["train"]))
         say(f"training: {plural(updates, 'update')}")
         if updates < settings.eval_steps == default.eval_steps and settings.save_steps == default.save_steps:
             settings.eval_steps = settings.save_steps = max(1, updates // 5)
@@ -2932,7 +2927,7 @@ class Run:
 
     def fit_and_score(self):
         """The main job. The untouched model is scored once a run: a later start takes its texts of the same clips."""
-        planned_updates(self.settings, len(self.clips["train"]))  # raises if there are none, before the baseline
+        updates, _ = planned_updates(self.settings, len(self.clips["train"]))  # raises if there are none
         clips = {name: part.table["clip"].tolist() for name, part in self.tests.items()}
         made_of, baseline = digest([self.lm_asked, clips]), self.notes["baseline"] or {}
         self.save()
@@ -2944,7 +2939,7 @@ class Run:
         for name, system in [(name, system) for name, part in texts.items() for system in part]:
             wer = percent(corpus_rate(self.tests[name].table["text"], texts[name][system]))
             say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
-        trainer = self.train()
+        trainer = self.train(updates)
         say("scoring the fine-tuned model on the test split")
         # Without the wrapper that autocasts: before and after are scored alike, in float32.
         self.decoder.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
