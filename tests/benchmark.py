@@ -3,8 +3,7 @@
 
 python tests/benchmark.py gpu       # float16 and bfloat16 at MedASR's size and activation range, 50 updates each
 python tests/benchmark.py prepare   # converting an archive of 300 MB, and the usual way: unpack, then datasets.map
-python tests/benchmark.py speed     # data path, evaluation, start, long audio, training; --quick in some minutes
-python tests/benchmark.py trials    # what makes a better adapted model, on the demo's corpus: 5 runs a seed"""
+python tests/benchmark.py speed     # data path, evaluation, start, long audio, training; --quick in some minutes"""
 
 import argparse
 import contextlib
@@ -20,6 +19,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jiwer
 import librosa
@@ -28,15 +28,30 @@ import pyarrow
 import soundfile
 import soxr
 import torch
-import trials
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 from transformers import AutoProcessor, LasrCTCConfig, LasrForCTC, Trainer, TrainingArguments
-from trials import CORPUS, MODEL, opened, script
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import finetune_medasr as script  # noqa: E402
+
+CORPUS, MODEL = HERE / "fixtures/corpus", HERE / "fixtures/model"
 RATE = script.SAMPLE_RATE
 PROGRAM = [sys.executable, script.__file__]
 SUBSAMPLER_PEAK = 1.1e5  # what the released checkpoint's subsampler reaches; float16 ends at 65,504
+
+
+def opened(flags):
+    """What a run has before it trains."""
+    settings = script.parse_settings([*map(str, flags), "--disable_tqdm", "true"])
+    (processor, model), source = script.load_model(settings), script.Source(settings.dataset, settings, script.SPLITS)
+    script.prepare(source, script.SPLITS, settings)
+    encoder = script.LabelEncoder(processor.tokenizer, model.config.vocab_size, settings.target_text)
+    clips = script.select_all({"": source}, settings, lambda table: table["problem"])
+    decoder = script.Decoder(model, processor, settings)
+    return SimpleNamespace(settings=settings, processor=processor, clips=clips, encoder=encoder, decoder=decoder)
 
 
 def full_size_model(folder, layers):
@@ -438,7 +453,7 @@ def benchmark_speed(options):
     return 0
 
 
-COMMANDS = dict(gpu=benchmark_gpu, prepare=benchmark_prepare, speed=benchmark_speed, trials=trials.run_trials)
+COMMANDS = dict(gpu=benchmark_gpu, prepare=benchmark_prepare, speed=benchmark_speed)
 COMMANDS["usual"] = prepare_the_usual_way  # which "prepare" runs itself
 
 
@@ -448,9 +463,7 @@ def main():
     parser.add_argument("folders", nargs="*", type=Path, help="of 'usual': the corpus, and where to write")
     parser.add_argument("--quick", action="store_true", help="of 'speed': fewer repetitions")
     parser.add_argument("--million", action="store_true", help="of 'speed': the start with 1,000,000 clips too")
-    parser.add_argument("--only", default="", help="of 'speed' or 'trials': one part, e.g. data_path or perturbed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45], help="of 'trials'")
-    parser.add_argument("--results", type=Path, help="of 'trials': JSON lines to go on from, and to add to")
+    parser.add_argument("--only", default="", help="of 'speed': one part, such as data_path")
     options = parser.parse_args()
     return COMMANDS[options.command](options)
 

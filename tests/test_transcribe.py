@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import trials
-from conftest import MODEL, SCRIPT, corpus_audio, refused, succeeded
+from conftest import CORPUS, MODEL, SCRIPT, corpus_audio, refused, succeeded
 from helpers import RATE, noise, read_csv, run_main, sound
 from helpers import write as write_file
 from small_model import frames_of, label_encoder
@@ -238,9 +237,10 @@ def test_dictated_punctuation_is_written_as_such_where_asked_for(say):
 
 def test_the_model_knows_the_us_english_voices():
     """It was pre-trained on others of their kind: what it forgets shows against a low WER."""
-    clips = read_csv(trials.US_ENGLISH / "test/metadata.csv")
+    folder = CORPUS.parent / "us_english/test"
+    clips = read_csv(folder / "metadata.csv")
     names, references = ([clip[column] for clip in clips] for column in ("file_name", "text"))
-    done = succeeded(run_main(trials.US_ENGLISH / "test", "--transcribe", *names, "--model", trials.MODEL))
+    done = succeeded(run_main(folder, "--transcribe", *names, "--model", MODEL))
     texts = dict(line.split("\t") for line in done.stdout.splitlines())
     assert len(names) == 60 and len({clip["speaker_id"] for clip in clips}) == 4
     assert (
