@@ -178,20 +178,15 @@ def test_the_batch_size_is_the_largest_that_fits_and_nothing_of_its_trial_is_kep
     refused(full, 1, f"memory is full with 8 clips a step: {advice}")
 
 
-@pytest.mark.parametrize(
-    "full, advice, size",
-    [
-        (
-            "training_step 3",
-            "memory is full with 16 clips a step: try the same command, which goes on with 8 a step",
-            8,
-        ),
-        ("_maybe_log_save_evaluate 3", "a single clip fills the GPU's memory: lower --window_seconds", 16),
-    ],
-)
-def test_memory_that_fills_up_in_training_or_evaluation_ends_the_run_and_the_same_command_goes_on(
-    cuda, tmp_path, full, advice, size
-):
+FULL = {  # from where on: (what is advised, clips a step when it goes on)
+    "training_step 3": ("memory is full with 16 clips a step: try the same command, which goes on with 8 a step", 8),
+    "_maybe_log_save_evaluate 3": ("a single clip fills the GPU's memory: lower --window_seconds", 16),
+}
+
+
+@pytest.mark.parametrize("full", FULL)
+def test_memory_that_fills_up_in_training_or_evaluation_ends_the_run_and_it_goes_on(cuda, tmp_path, full):
+    advice, size = FULL[full]
     flags = "--bf16", "--max_steps", "4"
     done = cuda(*flags, program=write(tmp_path / "filled.py", FILLED), FULL_FROM=full)
     refused(done, 1, advice)
