@@ -1,7 +1,5 @@
 """The program on a GPU: each run is main(), in a process whose tensors lie on fake_gpu.cpp's cuda:0 or mps:0.
-
-It shows what is computed where, in which precision and in how much memory; no speed, no GPU's rounding.
-"""
+It shows what is computed where, in which precision and in how much memory; no speed, no GPU's rounding."""
 
 import contextlib
 import json
@@ -115,9 +113,6 @@ def straight(cuda, calm):
     return succeeded(cuda(*FEW, "--max_steps", "4", program=calm))
 
 
-# ---------------------------------------------------------------- precision
-
-
 def test_float16_goes_on_with_its_scaler_and_the_gpus_random_numbers(cuda, calm, straight):
     assert "computing on Fake GPU, float16" in straight.stdout
     half = succeeded(cuda(*FEW, program=calm))
@@ -157,9 +152,6 @@ def test_bfloat16_with_a_worker_that_decodes_and_pinned_memory(cuda, capability)
     assert ("this GPU emulates bfloat16" in done.stderr) == (capability == "7.5")
     assert not (done.out / "checkpoint-2/scaler.pt").exists()
     assert load_json(done.out / "results/metrics.json")["finetuned"]["clips"] == 3
-
-
-# ---------------------------------------------------------------- full memory
 
 
 def test_the_batch_size_is_the_largest_that_fits_and_nothing_of_its_trial_is_kept(cuda):
@@ -207,9 +199,6 @@ def test_scoring_halves_batches_that_do_not_fit_and_says_what_helps_a_single_cli
     refused(full, 1, "single clip fills the GPU's memory: lower --window_seconds")
 
 
-# ---------------------------------------------------------------- transcription
-
-
 @pytest.fixture(scope="module")
 def spoken(cuda, tmp_path_factory):
     """(a folder of recordings, their texts by the CPU)"""
@@ -233,17 +222,11 @@ def test_transcribing_is_in_float32_or_in_bfloat16_where_the_gpu_has_it(cuda, sp
     refused(full, 1, "lower --window_seconds, or --use_cpu")
 
 
-# ---------------------------------------------------------------- Apple's GPU
-
-
 def test_apples_gpu_transcribes_what_the_cpu_does(apple, spoken):
     folder, texts = spoken
     done = succeeded(apple("--transcribe", folder, mode=MODEL_ALONE))
     assert done.stdout == texts and done.log[-1]["peak"] > 0 and "pinned" not in done.log[-1]
     assert "Double" not in done.log[-1]
-
-
-# ---------------------------------------------------------------- full memory in other words, and what a GPU cannot do
 
 
 @pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])

@@ -267,15 +267,6 @@ def test_a_disk_that_is_full_from_a_moment_on_is_named(folder, straight, run_at)
     assert_same(output, straight)
 
 
-def test_a_run_that_filled_the_memory_goes_on_with_half_the_clips_a_step(tmp_path, run_at):
-    flags = [*QUICK, "--per_device_train_batch_size", "auto", "--max_steps", 4]
-    full = "import torch; raise torch.OutOfMemoryError('CUDA out of memory')"
-    refused(run_at(tmp_path / "out", [STEP, 3, full], *flags), 1, "the same command, which goes on with 4 a step")
-    done = succeeded(run_at(tmp_path / "out", None, *flags))
-    assert "update 2 of 4" in done.stdout
-    assert "8 clips an update and device: 4 a step x 2 accumulation steps" in done.stdout
-
-
 @pytest.mark.parametrize("steps", [1, 8])
 def test_a_model_that_is_not_finite_is_never_saved(folder, tmp_path, steps):
     flags = f"--learning_rate 1e300 --warmup_steps 0 --max_steps {steps} --eval_steps 8 --save_steps 8 --skip_baseline"
