@@ -174,18 +174,14 @@ def prepare_the_usual_way(options):
     with next(corpus.glob("transcripts/*/*.csv")).open(newline="") as file:
         rows = [{"name": row["audio_paths"], "text": row["transcript"]} for row in csv.DictReader(file)]
 
-    def features(row):
-        samples, _ = librosa.load(out / "wav/data/data/intron" / row["name"].split("train/")[1], sr=RATE)
-        inputs = processor.feature_extractor(samples, sampling_rate=RATE)
-        return {"input_features": inputs.input_features[0], "labels": processor.tokenizer(row["text"]).input_ids}
+    def samples(row):
+        return librosa.load(out / "wav/data/data/intron" / row["name"].split("train/")[1], sr=RATE)[0]
 
-    cache = str(out / "features.arrow")
-    Dataset.from_list(rows).map(features, remove_columns=["name", "text"], cache_file_name=cache)
+    cached_features(Dataset.from_list(rows), processor, out, samples)
 
 
 def memory_of_group(group):
-    """Bytes that all processes of a group hold together, what they share counted once; not the pages of files, which
-    the system takes back when it needs room (Linux)."""
+    """Bytes that all processes of a group hold together, what they share counted once, without the pages of files."""
     total = 0
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -288,11 +284,11 @@ def usual_collator(processor):
     return collate
 
 
-def cached_features(audio, processor, folder):
+def cached_features(audio, processor, folder, samples=lambda row: script.decode_audio(row["audio"])):
     """What the usual way trains on: log-mels and labels that datasets.map has cached."""
 
     def features(row):
-        inputs = processor.feature_extractor([script.decode_audio(row["audio"])], sampling_rate=RATE)
+        inputs = processor.feature_extractor([samples(row)], sampling_rate=RATE)
         return {"input_features": inputs.input_features[0], "labels": processor.tokenizer(row["text"]).input_ids}
 
     return audio.map(features, remove_columns=audio.column_names, cache_file_name=str(folder / "features.arrow"))

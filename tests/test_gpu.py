@@ -63,8 +63,7 @@ def library(tmp_path_factory):
 
 @contextlib.contextmanager
 def machine_with(kind, library, demo, folder):
-    """run(flag, ...) -> the CompletedProcess on such a GPU, with its --output_dir `out`, a new one if not given, and
-    what FAKE_GPU_LOG says in `log`."""
+    """run(flag, ...) -> the CompletedProcess on such a GPU, --output_dir as `out`, FAKE_GPU_LOG's lines as `log`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(starts, "STARTER", fake_gpu.INSTALL + starts.STARTER)
         with starts.WarmStarts(kills.ENV | {"FAKE_GPU": kind, "FAKE_GPU_LIBRARY": str(library)}) as warm:
@@ -249,8 +248,7 @@ def test_a_gpu_that_another_program_has_filled_is_named(cuda, spoken):
 
 @pytest.mark.parametrize("flag", ["full_determinism", "auto_find_batch_size"])
 def test_flags_that_a_gpu_cannot_follow_are_refused(cuda, flag):
-    done = cuda(*FEW, f"--{flag}", "true")
-    refused(done, 2, f"--{flag}.* leave (it|the flag) out")
+    refused(cuda(*FEW, f"--{flag}", "true"), 2, f"--{flag}.* leave (it|the flag) out")
 
 
 def test_apples_gpu_trains(apple):

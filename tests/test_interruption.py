@@ -92,9 +92,7 @@ def curves(output):
     return [[event.step for event in found] for found in (*map(events.Scalars, ("train/loss", "eval/wer")), texts)]
 
 
-def test_kills_at_random_moments_do_not_change_the_result_and_a_stopped_run_exits_in_seconds(
-    folder, straight, tmp_path
-):
+def test_random_kills_do_not_change_the_result_and_a_stopped_run_exits_in_seconds(folder, straight, tmp_path):
     """In Pythons of their own, in which the first moments are those of the imports."""
     (tmp_path / "audio").symlink_to(folder / "audio")
     assert kills.survive(tmp_path, straight, longest=8, kills=2, seed=1)[0] == 2

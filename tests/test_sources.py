@@ -289,9 +289,7 @@ def left_behind(data_dir):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_source_on_a_bad_hub_is_prepared_as_from_a_folder_and_then_needs_no_hub(
-    kind, hub, online, warm, runs, corpora, tmp_path
-):
+def test_a_bad_hub_gives_what_a_folder_does_and_then_is_not_needed(kind, hub, online, warm, runs, corpora, tmp_path):
     files = sorted((path for path in corpora[kind].rglob("*") if path.is_file()), key=lambda path: -path.stat().st_size)
     for path, faults in zip(files, FAULTS):
         for fault, value in faults:
