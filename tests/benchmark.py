@@ -3,8 +3,7 @@
 
 python tests/benchmark.py gpu       # float16 and bfloat16 at MedASR's size and activation range, 50 updates each
 python tests/benchmark.py prepare   # converting an archive of 300 MB, and the usual way: unpack, then datasets.map
-python tests/benchmark.py speed     # data path, evaluation, start, long audio, training; --quick in some minutes
-python tests/benchmark.py trials    # what makes a better adapted model, on the demo's corpus: 5 runs a seed"""
+python tests/benchmark.py speed     # data path, evaluation, start, long audio, training"""
 
 import argparse
 import contextlib
@@ -20,6 +19,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jiwer
 import librosa
@@ -28,15 +28,29 @@ import pyarrow
 import soundfile
 import soxr
 import torch
-import trials
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 from transformers import AutoProcessor, LasrCTCConfig, LasrForCTC, Trainer, TrainingArguments
-from trials import CORPUS, MODEL, opened, script
 
-RATE = script.SAMPLE_RATE
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import finetune_medasr as script  # noqa: E402
+
+CORPUS, MODEL, RATE = HERE / "fixtures/corpus", HERE / "fixtures/model", script.SAMPLE_RATE
 PROGRAM = [sys.executable, script.__file__]
 SUBSAMPLER_PEAK = 1.1e5  # what the released checkpoint's subsampler reaches; float16 ends at 65,504
+
+
+def opened(flags):
+    """What a run has before it trains."""
+    settings = script.parse_settings([*map(str, flags), "--disable_tqdm", "true"])
+    (processor, model), source = script.load_model(settings), script.Source(settings.dataset, settings, script.SPLITS)
+    script.prepare(source, script.SPLITS, settings)
+    encoder = script.LabelEncoder(processor.tokenizer, model.config.vocab_size, settings.target_text)
+    clips = script.select_all({"": source}, settings, lambda table: table["problem"])
+    decoder = script.Decoder(model, processor, settings)
+    return SimpleNamespace(settings=settings, processor=processor, clips=clips, encoder=encoder, decoder=decoder)
 
 
 def full_size_model(folder, layers):
@@ -108,7 +122,7 @@ def benchmark_gpu(options):
     return 0 if good else 1
 
 
-def encoded(samples, rate, form):
+def sound(samples, rate=RATE, form="FLAC"):
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, format=form, subtype="PCM_16")
     return buffer.getvalue()
@@ -143,7 +157,7 @@ def make_corpus(folder, megabytes):
             start, count = generator.integers(len(samples) - 20 * RATE), int(generator.uniform(10, 20) * RATE)
             mono = soxr.resample(samples[start : start + count], RATE, 44_100)
             mono += generator.normal(scale=1e-3, size=len(mono))  # a room's noise, which gzip cannot remove
-            audio, key = encoded(np.stack([mono, 0.9 * mono], axis=1), 44_100, "WAV"), f"session/{len(rows)}.wav"
+            audio, key = sound(np.stack([mono, 0.9 * mono], axis=1), 44_100, "WAV"), f"session/{len(rows)}.wav"
             member = tarfile.TarInfo(f"data/data/intron/{key}")
             member.size = len(audio)
             tar.addfile(member, io.BytesIO(audio))
@@ -160,18 +174,14 @@ def prepare_the_usual_way(options):
     with next(corpus.glob("transcripts/*/*.csv")).open(newline="") as file:
         rows = [{"name": row["audio_paths"], "text": row["transcript"]} for row in csv.DictReader(file)]
 
-    def features(row):
-        samples, _ = librosa.load(out / "wav/data/data/intron" / row["name"].split("train/")[1], sr=RATE)
-        inputs = processor.feature_extractor(samples, sampling_rate=RATE)
-        return {"input_features": inputs.input_features[0], "labels": processor.tokenizer(row["text"]).input_ids}
+    def samples(row):
+        return librosa.load(out / "wav/data/data/intron" / row["name"].split("train/")[1], sr=RATE)[0]
 
-    cache = str(out / "features.arrow")
-    Dataset.from_list(rows).map(features, remove_columns=["name", "text"], cache_file_name=cache)
+    cached_features(Dataset.from_list(rows), processor, out, samples)
 
 
 def memory_of_group(group):
-    """Bytes that all processes of a group hold together, what they share counted once; not the pages of files, which
-    the system takes back when it needs room (Linux)."""
+    """Bytes that all processes of a group hold together, what they share counted once, without the pages of files."""
     total = 0
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -251,10 +261,10 @@ def make_prepared_corpus(folder, train_clips, seconds=None, silent=False):
     source = script.Source(settings.dataset, settings, script.SPLITS)
     for shard in source.shards:
         table = source.rows[source.rows["part"] == shard.part].drop(columns="part")
-        audio = [encoded(np.zeros(1600), RATE, "FLAC")] * len(table)
+        audio = [sound(np.zeros(1600))] * len(table)
         for place, count in enumerate(() if silent else table["num_samples"]):
             start = generator.integers(len(samples) - count)
-            audio[place] = encoded(samples[start : start + count], RATE, "FLAC")
+            audio[place] = sound(samples[start : start + count])
         shard.path.parent.mkdir(parents=True, exist_ok=True)
         rows = pyarrow.Table.from_pandas(table.assign(audio=audio), features.arrow_schema, preserve_index=False)
         with ArrowWriter(path=str(shard.path), features=features) as writer:
@@ -274,11 +284,11 @@ def usual_collator(processor):
     return collate
 
 
-def cached_features(audio, processor, folder):
+def cached_features(audio, processor, folder, samples=lambda row: script.decode_audio(row["audio"])):
     """What the usual way trains on: log-mels and labels that datasets.map has cached."""
 
     def features(row):
-        inputs = processor.feature_extractor([script.decode_audio(row["audio"])], sampling_rate=RATE)
+        inputs = processor.feature_extractor([samples(row)], sampling_rate=RATE)
         return {"input_features": inputs.input_features[0], "labels": processor.tokenizer(row["text"]).input_ids}
 
     return audio.map(features, remove_columns=audio.column_names, cache_file_name=str(folder / "features.arrow"))
@@ -309,7 +319,7 @@ def paired(repeats, *calls):
     return [statistics.median(taken[1:]) for taken in times]
 
 
-def data_path(folder, options):
+def data_path(folder):
     """From finished file to padded batch, clips of 10 s, on one core."""
     torch.set_num_threads(1)
     make_prepared_corpus(folder, 32, seconds=10.0)
@@ -325,7 +335,7 @@ def data_path(folder, options):
         lambda: collator(clips.__getitems__(indices)),
     )
     assert calls[0]()["input_features"].shape == calls[1]()["input_features"].shape
-    times = (1e3 * seconds / 8 for seconds in paired(5 if options.quick else 20, *calls))
+    times = (1e3 * seconds / 8 for seconds in paired(20, *calls))
     ours, theirs, decoding, extracting, for_a_gpu = times
     return [
         ("finished file to padded batch, ms a clip of 10 s", ours, theirs, theirs / ours),
@@ -335,25 +345,25 @@ def data_path(folder, options):
     ]
 
 
-def evaluation(folder, options):
+def evaluation(folder):
     """The dev scores of clips of the corpus's lengths: the script's, and Trainer.evaluate with gathered logits."""
-    make_prepared_corpus(folder, 64 if options.quick else 256)
+    make_prepared_corpus(folder, 256)
     run = opened(corpus_flags(folder, "--early_stopping_patience", 0))
     clips = run.clips["train"]
     trainer = script.make_trainer(run.settings, run.decoder, run.encoder, clips.audio, clips)
     usual = usual_trainer(folder, run, cached_features(clips.audio.shuffle(seed=0), run.processor, folder))
-    ours, theirs = paired(2 if options.quick else 5, trainer.evaluate, usual.evaluate)
+    ours, theirs = paired(5, trainer.evaluate, usual.evaluate)
     audio = clips.table["num_samples"].sum() / RATE
     return [("evaluation, audio seconds a second", audio / ours, audio / theirs, theirs / ours)]
 
 
-def start(folder, options):
+def start(folder):
     """From the command to one update with many prepared clips, beyond what 100 clips take; padding of an epoch."""
     flags = "--max_steps 1 --eval_strategy no --save_strategy no --load_best_model_at_end false".split()
-    counts, found, rows = [100, 58_000, 400_000] + [1_000_000] * options.million, {}, []
+    counts, found, rows = [100, 58_000, 400_000, 1_000_000], {}, []
     for count in counts:
         make_prepared_corpus(folder / str(count), count, silent=True)
-    for count in counts * (1 if options.quick else 3):
+    for count in counts * 3:
         found.setdefault(count, []).append(measured(*PROGRAM, *corpus_flags(folder / str(count), *flags)))
     few, *many = (min(found[count], key=lambda run: run["wall"]) for count in counts)
     for count, best in zip(counts[1:], many):
@@ -373,7 +383,7 @@ def start(folder, options):
     return rows
 
 
-def long_audio(folder, options):
+def long_audio(folder):
     """--transcribe of 1, 10 and 60 minutes."""
     samples, found = speech(), {}
     for minutes in (1, 10, 60):
@@ -405,10 +415,10 @@ def train_usual(run, folder, updates):
     return sum(seconds for _, seconds in heard[warm:-1]) / (heard[-1][0] - heard[warm][0])
 
 
-def training(folder, options):
+def training(folder):
     """Audio seconds a second in training: the small model on a CPU, MedASR's configuration on a GPU."""
     has_gpu = torch.cuda.is_available()
-    updates = 30 if has_gpu else 4 if options.quick else 8
+    updates = 30 if has_gpu else 8
     make_prepared_corpus(folder, 1500 if has_gpu else 128)
     flags = corpus_flags(folder, "--no_spec_augment")
     if has_gpu:
@@ -430,15 +440,15 @@ SPEED = data_path, evaluation, start, long_audio, training
 def benchmark_speed(options):
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'':<60}{'this script':>12}{'usual way':>12}{'ratio':>8}")
-    for part in [part for part in SPEED if options.only in part.__name__]:
+    for part in SPEED:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            rows = part(Path(folder), options)
+            rows = part(Path(folder))
         for label, *figures in rows:
             print(f"{label:<60}", *(f"{figure:>{width},.1f}" for figure, width in zip(figures, (11, 11, 7))))
     return 0
 
 
-COMMANDS = dict(gpu=benchmark_gpu, prepare=benchmark_prepare, speed=benchmark_speed, trials=trials.run_trials)
+COMMANDS = dict(gpu=benchmark_gpu, prepare=benchmark_prepare, speed=benchmark_speed)
 COMMANDS["usual"] = prepare_the_usual_way  # which "prepare" runs itself
 
 
@@ -446,11 +456,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("folders", nargs="*", type=Path, help="of 'usual': the corpus, and where to write")
-    parser.add_argument("--quick", action="store_true", help="of 'speed': fewer repetitions")
-    parser.add_argument("--million", action="store_true", help="of 'speed': the start with 1,000,000 clips too")
-    parser.add_argument("--only", default="", help="of 'speed' or 'trials': one part, e.g. data_path or perturbed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45], help="of 'trials'")
-    parser.add_argument("--results", type=Path, help="of 'trials': JSON lines to go on from, and to add to")
     options = parser.parse_args()
     return COMMANDS[options.command](options)
 

@@ -41,8 +41,7 @@ def succeeded(done):
 
 
 def error_line(stderr):
-    """The message of the program on a stderr that holds nothing else but progress bars, warnings and the Hub client's
-    announcements of retries."""
+    """The program's message on a stderr with nothing else but progress bars, warnings and the Hub client's retries."""
     others = r"\d+%\||warning: |HTTP Error|Rate limited|Retrying|thrown while requesting"
     lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.search(others, line)]
     assert len(lines) == 1 and lines[0].startswith("finetune_medasr.py: error: "), stderr

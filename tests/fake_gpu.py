@@ -80,9 +80,6 @@ def install(library):
     def manual_seed(seed):
         device.seed(seed % 2**63)
 
-    def rng_state(*_):
-        return device.random_state()
-
     def set_rng_state(state, *_):
         assert state.device.type == "cpu", "a state is a CPU tensor"
         device.set_random_state(state)
@@ -100,36 +97,24 @@ def install(library):
 
     torch.UntypedStorage.__new__ = new_storage
     atexit.register(note_memory)
+
+    def rng_state(*_):
+        return device.random_state()
+
+    exchanges = ("_exchange_device", "_maybe_exchange_device")
     common = dict(
-        is_available=lambda: True,
-        device_count=lambda: 1,
-        _is_in_bad_fork=is_in_bad_fork,
-        manual_seed=manual_seed,
-        get_rng_state=rng_state,
-        set_rng_state=set_rng_state,
-        empty_cache=empty_cache,
-        synchronize=nothing,
-    )
+        is_available=lambda: True, device_count=lambda: 1, synchronize=nothing, empty_cache=empty_cache,
+        manual_seed=manual_seed, get_rng_state=rng_state, set_rng_state=set_rng_state, _is_in_bad_fork=is_in_bad_fork,
+    )  # fmt: skip
     cuda = dict(
-        is_initialized=lambda: bool(begun),
-        _lazy_init=lazy_init,
-        init=lazy_init,
-        current_device=lambda: 0,
-        _exchange_device=lambda *_: 0,
-        _maybe_exchange_device=lambda *_: 0,
-        set_device=nothing,
-        get_device_properties=properties,
-        get_device_capability=capability,
-        get_device_name=lambda *_: "Fake GPU",
-        mem_get_info=mem_get_info,
-        memory_allocated=memory("allocated"),
-        max_memory_allocated=memory("peak"),
-        memory_reserved=memory("reserved"),
-        reset_peak_memory_stats=lambda *_: device.reset_peak(),
-        manual_seed_all=manual_seed,
-        get_rng_state_all=lambda: [rng_state()],
-        set_rng_state_all=lambda states: [set_rng_state(state) for state in states],
-    )
+        is_initialized=lambda: bool(begun), _lazy_init=lazy_init, init=lazy_init,
+        current_device=lambda: 0, set_device=nothing, **dict.fromkeys(exchanges, lambda *_: 0),
+        get_device_properties=properties, get_device_capability=capability, get_device_name=lambda *_: "Fake GPU",
+        memory_allocated=memory("allocated"), max_memory_allocated=memory("peak"), memory_reserved=memory("reserved"),
+        mem_get_info=mem_get_info, reset_peak_memory_stats=lambda *_: device.reset_peak(),
+        manual_seed_all=manual_seed, get_rng_state_all=lambda: [rng_state()],
+        set_rng_state_all=lambda states: list(map(set_rng_state, states)),
+    )  # fmt: skip
     if os.environ.get("FAKE_GPU") == "mps":
         for name, value in common.items():
             setattr(torch.mps, name, value)

@@ -10,6 +10,7 @@ import tarfile
 import numpy as np
 import soundfile
 from conftest import corpus_audio
+from datasets import Dataset
 
 import finetune_medasr as script
 
@@ -37,6 +38,11 @@ def sound(samples, rate=RATE, **options):
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, **{"format": "WAV", "subtype": "PCM_16", **options})
     return buffer.getvalue()
+
+
+def heard(audio):
+    """The samples of an encoded recording."""
+    return soundfile.read(io.BytesIO(audio))[0]
 
 
 def tone(seconds=3.0, rate=RATE):
@@ -80,6 +86,11 @@ def write_table(path, rows):
 def read_csv(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def rows_in(data_dir):
+    """The rows of all prepared files."""
+    return [row for path in sorted(data_dir.rglob("*.arrow")) for row in Dataset.from_file(str(path))]
 
 
 def modified(folder, pattern="*"):

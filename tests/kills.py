@@ -38,9 +38,7 @@ def start(*arguments):
 
 
 def result(output):
-    """What a run has to end with: checksums of its weights and texts, and its scores.
-
-    The last checkpoint's weights too: the best ones, in final/, may be older than what is to be seen."""
+    """What a run has to end with: checksums of its weights, best and last, and texts, and its scores."""
     metrics = json.loads((output / "results" / "metrics.json").read_text())
     names = ("final/model.safetensors", "checkpoint-8/model.safetensors", "results/predictions_test.jsonl")
     files = [output / name for name in names]
@@ -70,9 +68,7 @@ def run_straight(data_dir, output):
 
 
 def survive(folder, straight, longest, kills, seed=0):
-    """(kills survived, runs finished), all with the result of the undisturbed run in `straight`; else AssertionError.
-
-    A run is killed up to `longest` seconds after its start."""
+    """(kills survived, up to `longest` seconds after a start, runs finished), each with the result of `straight`."""
     generator, made, runs = random.Random(seed), 0, 0
     while made < kills:
         output = folder / f"killed-{runs}"
@@ -100,19 +96,17 @@ def seconds_to_stop(data_dir, output, evaluations, wait=0.0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         run_straight(folder / "audio", folder / "straight")  # prepares the audio too
         seconds = run_straight(folder / "audio", folder / "timed")
-        made, runs = survive(folder, folder / "straight", seconds, options.kills, options.seed)
+        made, runs = survive(folder, folder / "straight", seconds, options.kills)
         print(f"{made} kills in {runs} runs: all ended with the undisturbed run's weights, texts and scores")
-        generator = random.Random(options.seed)
-        outputs = [folder / f"stopped-{count}" for count in range(1, 6)]
-        stops = [
-            seconds_to_stop(folder / "audio", path, n, generator.uniform(0, 1)) for n, path in enumerate(outputs, 1)
-        ]
+        generator = random.Random(0)
+        stops = []
+        for n in range(1, 6):
+            stops.append(seconds_to_stop(folder / "audio", folder / f"stopped-{n}", n, generator.uniform(0, 1)))
         print(f"SIGTERM to exit in 5 runs: {min(stops):.1f} to {max(stops):.1f} s")
 
 

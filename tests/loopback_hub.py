@@ -1,9 +1,4 @@
-"""A Hugging Face Hub on the loopback interface: enough of its protocol for the real client libraries, faults included.
-
-with LoopbackHub(token_required={"google/medasr"}) as hub:
-    hub.fault("*/train_igbo_0.tar.gz", "drop_after", 12_000_000, times=2)
-    subprocess.run(command, env=hub.env(tmp_path, HF_TOKEN="hf_any"))
-    assert hub.count("*/train_igbo_0.tar.gz") == 4"""
+"""A Hugging Face Hub on the loopback interface: enough of its protocol for the real client libraries, and faults."""
 
 import base64
 import contextlib
@@ -29,7 +24,6 @@ import soundfile
 import soxr
 from helpers import sound, tar, write
 
-FIXTURES = Path(__file__).resolve().parent / "fixtures"
 MODEL, DATASET = "google/medasr", "intronhealth/afrispeech-200"
 COMMITS = {DATASET: "b538c6e111914a812af28ff677f8cffc9b404b7d"}
 LFS_SUFFIXES = {".csv", ".gz", ".parquet", ".ogg", ".wav", ".safetensors", ".bin", ".model", ".kenlm"}
@@ -37,9 +31,8 @@ HUB_RATE = 44100
 BLOCK = 1 << 16
 
 
-def hub_copy(corpus_dir, out_dir, accents="*"):
-    """Copy a corpus of small .ogg clips, or its folders `accents` (a pattern), with the Hub's kind of audio, 44.1 kHz
-    stereo WAV; returns `out_dir`."""
+def hub_copy(corpus_dir, out_dir, accents):
+    """Copy the folders `accents` (a pattern) of a corpus with the Hub's kind of audio, 44.1 kHz stereo WAV."""
     for source in [path for path in corpus_dir.glob(f"*/{accents}/**/*") if path.is_file()]:
         if source.suffix == ".gz":
             content = tar(hub_archive(source), compresslevel=1)
@@ -85,17 +78,16 @@ class HubError(Exception):
 
 
 class LoopbackHub:
-    """The server, as a context manager. `models` (by default, the fixture) and `datasets` map Hub ids to folders.
+    """The server, as a context manager. `models` and `datasets` map Hub ids to folders.
 
     Files of the `token_required` repositories are gated: they need a token, and not one of `denied_tokens`, as a new
     repository does; listing files is open to all. `invalid_tokens` are refused everywhere. A repository has the
     revisions `main` and `commit(name)`. `uploads` has (repository, {path: bytes}) for each commit that a client made.
     """
 
-    def __init__(self, models=None, datasets=None, token_required=(), denied_tokens=(), invalid_tokens=()):
-        models = {MODEL: FIXTURES / "model"} if models is None else models
+    def __init__(self, models, datasets, token_required=(), denied_tokens=(), invalid_tokens=()):
         self.folders = {("models", name): folder for name, folder in models.items()}
-        self.folders |= {("datasets", name): folder for name, folder in (datasets or {}).items()}
+        self.folders |= {("datasets", name): folder for name, folder in datasets.items()}
         self.token_required, self.denied_tokens, self.invalid_tokens = token_required, denied_tokens, invalid_tokens
         self.requests, self.uploads = [], []
         self._faults, self._lock = [], threading.Lock()
@@ -127,15 +119,10 @@ class LoopbackHub:
 
     def fault(self, pattern, kind, value=None, times=float("inf"), headers=None):
         """Let the next `times` GET requests whose path matches the pattern go wrong, by `kind`:
-
-        drop_after    close the connection after `value` bytes of the body
-        reset_after   the same with a TCP reset
-        stall         send `value` bytes of the body, then nothing until the client gives up
-        slow          send `value` bytes per second
-        status        answer with the HTTP status `value`, and with `headers` such as {"Retry-After": "1"}
-        corrupt       serve the file with 16 other bytes in its middle
-        truncate      serve the file as if it ended in its middle
-        missing       answer as for a file that is not in the repository"""
+        drop_after, reset_after: close the connection after `value` bytes of the body, or reset it; stall: send nothing
+        after them until the client gives up; slow: send `value` bytes per second; status: answer with the HTTP status
+        `value`, and with `headers`; corrupt, truncate: serve the file with 16 other bytes in its middle, or as if it
+        ended there; missing: answer as for a file that is not in the repository."""
         fault = dict(pattern=pattern, kind=kind, value=value, times=times, headers=headers or {})
         self._faults.append(SimpleNamespace(**fault))
 

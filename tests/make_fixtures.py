@@ -1,7 +1,6 @@
 """Make the test fixtures again from nothing: a small accented corpus and a small LASR model.
 
-    python tests/make_fixtures.py                           # all of them, into tests/fixtures
-    python tests/make_fixtures.py corpus us_english --out DIR   # without the model, into another folder
+    python tests/make_fixtures.py
 
 The corpus has the layout of the Hub's AfriSpeech-200 and its kinds of dirt; the speech is espeak-ng reading English
 through voices of other languages. finetune_medasr.py itself pre-trains the model on US-English voices, so that adapting
@@ -9,7 +8,6 @@ it to the corpus is the real task in small; the US-English test clips, of other 
 Needs espeak-ng; the model takes 10 minutes on 2 idle cores. What is made anew is not the same byte for byte (Ogg serial
 numbers, the order of sums)."""
 
-import argparse
 import csv
 import hashlib
 import io
@@ -19,8 +17,6 @@ import re
 import shutil
 import string
 import subprocess
-import sys
-import tarfile
 import tempfile
 import uuid
 from collections import Counter, namedtuple
@@ -30,9 +26,9 @@ from types import SimpleNamespace
 import numpy as np
 import soundfile as sf
 import soxr
+from conftest import CORPUS, MODEL
+from helpers import RATE, script, sound, tar, write
 
-HERE = Path(__file__).resolve().parent
-RATE = 16000
 SEED = 7
 
 SENTENCES = {
@@ -56,9 +52,7 @@ READ_AS = {"mg": "milligrams", "2": "two", "3": "three", "5": "five", "10": "ten
 READ_AS |= {"50": "fifty", "100": "one hundred", "200": "two hundred", "500": "five hundred"}
 
 # How each word is spelled for a voice that reads letters one by one: the vowels are those of Swahili or Italian.
-RESPELLED = dict(
-    pair.split(":")
-    for pair in """
+RESPELLED = """
 a:e and:and has:haz had:had for:for days:deiz give:giv milligrams:miligramz micrograms:maikrogramz of:ov the:de saw:so
 in:in blood:blad pressure:preshar is:iz no:no start:start was:woz test:test patient:peshent patients:peshents
 child:chaild mother:madar woman:wuman fever:fivar cough:kof malaria:maleria chest:chest pain:pein back:bak
@@ -69,9 +63,8 @@ normal:normal heart:hart skin:skin clear:klir positive:pozitiv negative:negativ 
 market:market school:skul river:rivar at:at farmer:farmar teacher:tichar buys:baiz sells:selz maize:meiz fish:fish
 rice:rais water:wotar my:mai brother:bradar sister:sistar lives:livz lagos:leigos nairobi:nairobi near:nir rain:rein
 came:keim road:rod new:nu house:haus full:ful stop:stop comma:koma temperature:tempracher degrees:digriz number:nambar
-per:per cent:sent
-""".split()
-)
+per:per cent:sent"""
+RESPELLED = dict(pair.split(":") for pair in RESPELLED.split())
 
 
 # espeak's voice, (spelling, replacement) pairs of habits on the respelled words, and {split: (speakers, clips)}
@@ -159,9 +152,7 @@ def synthesise(words, clip):
 
 def encode(samples):
     """Ogg Vorbis at its lowest quality: small, and the headers that clips share compress away in the archive."""
-    buffer = io.BytesIO()
-    sf.write(buffer, samples, RATE, format="OGG", subtype="VORBIS", compression_level=1.0)
-    return buffer.getvalue()
+    return sound(samples, format="OGG", subtype="VORBIS", compression_level=1.0)
 
 
 def record(clips, full_stop):
@@ -240,15 +231,6 @@ def write_csv(path, clips, path_column="audio_paths"):
             writer.writerow(vars(clip) | row | {"duration": round(clip.duration, 3)})
 
 
-def write_archive(path, clips):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as tar:
-        for clip in clips:
-            member = tarfile.TarInfo(f"data/data/intron/{clip.session}/{clip.file}.ogg")
-            member.size = len(clip.audio)
-            tar.addfile(member, io.BytesIO(clip.audio))
-
-
 def write_hub(out, clips):
     """Write transcripts and archives of all clips."""
     shutil.rmtree(out, ignore_errors=True)
@@ -265,8 +247,9 @@ def write_hub(out, clips):
             with_audio = list({(clip.session, clip.file): clip for clip in chosen if clip.audio}.values())
             size = -(-len(with_audio) // count)
             for number in range(count):
-                archive = out / "audio" / slug / split / f"{split}_{slug}_{number}.tar.gz"
-                write_archive(archive, with_audio[number * size : (number + 1) * size])
+                part = with_audio[number * size : (number + 1) * size]
+                members = [(f"data/data/intron/{clip.session}/{clip.file}.ogg", clip.audio) for clip in part]
+                write(out / "audio" / slug / split / f"{split}_{slug}_{number}.tar.gz", tar(members))
 
 
 def make_corpus(out):
@@ -295,8 +278,7 @@ def make_us_clips():
 
 def make_us_test(out):
     """The test clips of US voices as an AudioFolder. The samples have gone through Ogg Vorbis as those of the training,
-    and have 9 bits: FLAC compresses 16 to twice the size, and the pre-trained model has a WER of about 1 % on either.
-    """
+    and have 9 bits: FLAC compresses 16 to twice the size, with the same WER."""
     clips = make_us_clips()
     trained_on = {tuple(clip.espeak) for clip in clips if clip.split != "test"}
     clips = record([clip for clip in clips if clip.split == "test"], "period")
@@ -350,10 +332,7 @@ def make_initial_model(vocab_size):
 
 def make_model(out):
     """Pre-train the small model with the script itself, in a temporary folder."""
-    sys.path.insert(0, str(HERE.parent))
     from transformers import AutoModelForCTC, AutoProcessor
-
-    import finetune_medasr as script
 
     # MedASR was trained on labels that end in `</s>`; the script's own fine-tuning leaves it out.
     encode, end = script.LabelEncoder.__call__, make_processor().tokenizer.eos_token_id
@@ -373,12 +352,7 @@ def make_model(out):
         AutoModelForCTC.from_pretrained(work / "run/final").save_pretrained(out)
 
 
-MAKERS = {"corpus": make_corpus, "us_english": make_us_test, "model": make_model}
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("parts", nargs="*", default=list(MAKERS), help=f"of {', '.join(MAKERS)}; all by default")
-    parser.add_argument("--out", type=Path, default=HERE / "fixtures", help="folder that gets them")
-    options = parser.parse_args()
-    for part in options.parts:
-        MAKERS[part](options.out / part)
+    make_corpus(CORPUS)
+    make_us_test(CORPUS.parent / "us_english")
+    make_model(MODEL)

@@ -19,8 +19,7 @@ def processor():
 
 
 def random_model(**encoder_config):
-    """A LASR of the small model's shape with the same random weights each time, in eval mode; no dropout unless asked
-    for."""
+    """A LASR of the small model's shape with the same random weights each time, in eval mode, without dropout."""
     config = AutoConfig.from_pretrained(MODEL)
     settings = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout", "layerdrop"), 0.0)
     for name, value in {**settings, "num_hidden_layers": 2, **encoder_config}.items():

@@ -240,7 +240,7 @@ class Gpu(str):
 
 
 @pytest.mark.parametrize("most, chosen", [(32, 32), (5, 4), (1, 1), (0, 1)])
-def test_the_largest_step_that_fits_is_chosen_and_the_trials_leave_no_trace(
+def test_the_largest_step_that_fits_is_chosen_and_trials_leave_no_trace(
     tmp_path, clips, monkeypatch, capsys, most, chosen
 ):
     decoder, tried = make_decoder(tmp_path), []

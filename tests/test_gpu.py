@@ -1,7 +1,5 @@
 """The program on a GPU: each run is main(), in a process whose tensors lie on fake_gpu.cpp's cuda:0 or mps:0.
-
-It shows what is computed where, in which precision and in how much memory; no speed, no GPU's rounding.
-"""
+It shows what is computed where, in which precision and in how much memory; no speed, no GPU's rounding."""
 
 import contextlib
 import json
@@ -65,8 +63,7 @@ def library(tmp_path_factory):
 
 @contextlib.contextmanager
 def machine_with(kind, library, demo, folder):
-    """run(flag, ...) -> the CompletedProcess on such a GPU, with its --output_dir `out`, a new one if not given, and
-    what FAKE_GPU_LOG says in `log`."""
+    """run(flag, ...) -> the CompletedProcess on such a GPU, --output_dir as `out`, FAKE_GPU_LOG's lines as `log`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(starts, "STARTER", fake_gpu.INSTALL + starts.STARTER)
         with starts.WarmStarts(kills.ENV | {"FAKE_GPU": kind, "FAKE_GPU_LIBRARY": str(library)}) as warm:
@@ -115,9 +112,6 @@ def straight(cuda, calm):
     return succeeded(cuda(*FEW, "--max_steps", "4", program=calm))
 
 
-# ---------------------------------------------------------------- precision
-
-
 def test_float16_goes_on_with_its_scaler_and_the_gpus_random_numbers(cuda, calm, straight):
     assert "computing on Fake GPU, float16" in straight.stdout
     half = succeeded(cuda(*FEW, program=calm))
@@ -159,9 +153,6 @@ def test_bfloat16_with_a_worker_that_decodes_and_pinned_memory(cuda, capability)
     assert load_json(done.out / "results/metrics.json")["finetuned"]["clips"] == 3
 
 
-# ---------------------------------------------------------------- full memory
-
-
 def test_the_batch_size_is_the_largest_that_fits_and_nothing_of_its_trial_is_kept(cuda):
     flags = "--bf16", "--gradient_accumulation_steps", "2", *UNTESTED
     eight = succeeded(cuda(*flags, "--per_device_train_batch_size", "8"))
@@ -178,20 +169,15 @@ def test_the_batch_size_is_the_largest_that_fits_and_nothing_of_its_trial_is_kep
     refused(full, 1, f"memory is full with 8 clips a step: {advice}")
 
 
-@pytest.mark.parametrize(
-    "full, advice, size",
-    [
-        (
-            "training_step 3",
-            "memory is full with 16 clips a step: try the same command, which goes on with 8 a step",
-            8,
-        ),
-        ("_maybe_log_save_evaluate 3", "a single clip fills the GPU's memory: lower --window_seconds", 16),
-    ],
-)
-def test_memory_that_fills_up_in_training_or_evaluation_ends_the_run_and_the_same_command_goes_on(
-    cuda, tmp_path, full, advice, size
-):
+FULL = {  # from where on: (what is advised, clips a step when it goes on)
+    "training_step 3": ("memory is full with 16 clips a step: try the same command, which goes on with 8 a step", 8),
+    "_maybe_log_save_evaluate 3": ("a single clip fills the GPU's memory: lower --window_seconds", 16),
+}
+
+
+@pytest.mark.parametrize("full", FULL)
+def test_memory_that_fills_up_in_training_or_evaluation_ends_the_run_and_it_goes_on(cuda, tmp_path, full):
+    advice, size = FULL[full]
     flags = "--bf16", "--max_steps", "4"
     done = cuda(*flags, program=write(tmp_path / "filled.py", FILLED), FULL_FROM=full)
     refused(done, 1, advice)
@@ -210,9 +196,6 @@ def test_scoring_halves_batches_that_do_not_fit_and_says_what_helps_a_single_cli
     assert texts[0] == texts[1]
     full = cuda(*flags, FAKE_GPU_BYTES=WEIGHTS + needed // 20)
     refused(full, 1, "single clip fills the GPU's memory: lower --window_seconds")
-
-
-# ---------------------------------------------------------------- transcription
 
 
 @pytest.fixture(scope="module")
@@ -238,17 +221,11 @@ def test_transcribing_is_in_float32_or_in_bfloat16_where_the_gpu_has_it(cuda, sp
     refused(full, 1, "lower --window_seconds, or --use_cpu")
 
 
-# ---------------------------------------------------------------- Apple's GPU
-
-
 def test_apples_gpu_transcribes_what_the_cpu_does(apple, spoken):
     folder, texts = spoken
     done = succeeded(apple("--transcribe", folder, mode=MODEL_ALONE))
     assert done.stdout == texts and done.log[-1]["peak"] > 0 and "pinned" not in done.log[-1]
     assert "Double" not in done.log[-1]
-
-
-# ---------------------------------------------------------------- full memory in other words, and what a GPU cannot do
 
 
 @pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])
@@ -271,8 +248,7 @@ def test_a_gpu_that_another_program_has_filled_is_named(cuda, spoken):
 
 @pytest.mark.parametrize("flag", ["full_determinism", "auto_find_batch_size"])
 def test_flags_that_a_gpu_cannot_follow_are_refused(cuda, flag):
-    done = cuda(*FEW, f"--{flag}", "true")
-    refused(done, 2, f"--{flag}.* leave (it|the flag) out")
+    refused(cuda(*FEW, f"--{flag}", "true"), 2, f"--{flag}.* leave (it|the flag) out")
 
 
 def test_apples_gpu_trains(apple):

@@ -69,10 +69,9 @@ def test_the_search_finds_the_best_of_all_texts(letters, weight, word_score):
         for path in itertools.product(range(5), repeat=5):  # every alignment there is
             text = collapsed(path)
             sums[text] = sums.get(text, 0) + math.exp(sum(log_probs[frame, id] for frame, id in enumerate(path)))
-        scores = {
-            text: math.log(total) + weight * log_probability(text, *ngram) + word_score * len(text)
-            for text, total in sums.items()
-        }
+        scores = {}
+        for text, total in sums.items():
+            scores[text] = math.log(total) + weight * log_probability(text, *ngram) + word_score * len(text)
         path, score = beam_search(emissions, lm)
         assert len(path) == 5 and collapsed(path) == max(scores, key=scores.get)
         assert score == pytest.approx(max(scores.values()), abs=1e-3)
@@ -133,9 +132,7 @@ def test_the_language_model_lowers_the_wer_of_speakers_never_trained_on(demo, ar
     assert rate in report and rate in out and "before, LM" in report and "tokens.arpa" in report
 
 
-def test_pieces_may_be_spelled_with_number_signs_the_file_compressed_or_beside_the_model(
-    arpa, transcribe, demo, tmp_path
-):
+def test_pieces_may_have_number_signs_and_files_be_packed_or_beside_the_model(arpa, transcribe, demo, tmp_path):
     """As in MedASR's own file and repository."""
     make_lm(tmp_path / "signs.arpa", spell=lambda piece: piece.replace("\u2581", "#"))
     (tmp_path / "packed.arpa.gz").write_bytes(gzip.compress((tmp_path / "signs.arpa").read_bytes()))

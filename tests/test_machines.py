@@ -1,5 +1,4 @@
 """What differs between machines: float16 and its overflow, several GPUs, several processes, memory that runs out.
-
 Without a GPU the mechanism runs on the CPU: its autocast and GradScaler, gloo processes."""
 
 import json
@@ -111,8 +110,8 @@ def test_a_training_that_takes_a_cpu_hours_says_so(tmp_path, clips, monkeypatch,
     trainer, real = make_trainer(tmp_path, clips, *TWO_A_STEP, "--max_steps", 500), script.time.monotonic
     monkeypatch.setattr(script.time, "monotonic", lambda: pace * real())
     ends = TrainerCallback()
-    ends.on_step_end = lambda args, state, control, **_: setattr(
-        control, "should_training_stop", state.global_step == 4
+    ends.on_step_end = lambda args, state, control, **_: vars(control).update(
+        should_training_stop=state.global_step > 3
     )
     trainer.add_callback(ends)
     trainer.train()
@@ -204,10 +203,8 @@ def model_with(folder, layerdrop, **encoder_config):
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_path, warm, run_two):
-    """One process takes the batches of both by accumulation, so that BatchNorm normalises each batch by itself in both.
-
-    Its running statistics, which training does not read, are those of the first process's batches, and left out here.
-    """
+    """One process takes the batches of both by accumulation: BatchNorm normalises each batch by itself. Its running
+    statistics, which training does not read, are those of the first process's batches, and left out here."""
     from safetensors.torch import load_file
 
     model = model_with(tmp_path / "model", 0.0, dropout=0.0, activation_dropout=0.0, attention_dropout=0.0)

@@ -36,9 +36,8 @@ OURS = [part for part in PARTS if re.match(r"(python|torchrun\b.*) finetune_meda
 def table(first_column):
     """The rows below the header that begins with `first_column`, as lists of cells."""
     rows = re.search(rf"^\| *{first_column} *\|.*\n\|[-| :]+\|\n((?:\|.*\n)+)", README, re.MULTILINE)[1]
-    return [
-        [cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows.replace("|  |", "| . |").splitlines()
-    ]
+    rows = rows.replace("|  |", "| . |").splitlines()
+    return [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
 
 
 def test_the_two_commands_that_set_up_are_there_to_copy_and_the_readme_is_short():

@@ -125,9 +125,8 @@ def test_no_clip_is_lost_without_a_reason(demo):
     planted = [("test", "no audio"), ("train", "empty text"), ("train", "over --max_train_seconds"),
                ("train", "too short"), ("train", "undecodable audio")]  # fmt: skip
     reasons = [(row["split"], re.split(r" ?[:(]", row["reason"])[0]) for row in skipped]
-    assert sorted(reasons) == planted and all(
-        f"left out of {split}: 1 x {why}" in demo.stdout for split, why in reasons
-    )
+    assert sorted(reasons) == planted
+    assert all(f"left out of {split}: 1 x {why}" in demo.stdout for split, why in reasons)
     for split in script.SPLITS:
         rows, data = corpus_rows(split), demo.metrics["data"][split]
         named = {row["clip"] for row in skipped if row["split"] == split}
@@ -218,8 +217,7 @@ def test_eval_only_and_score_file_give_the_figures_again_and_leave_those_of_a_ru
 
 @pytest.fixture(scope="module")
 def forgetting(demo, tmp_path_factory):
-    """A run of two updates that also scored US English and four clips of it in a folder without splits, one of them
-    damaged: its folder, its command line and its metrics."""
+    """(folder, flags, metrics) of a run that also scored US English and a folder of four clips, one of them damaged."""
     folder = tmp_path_factory.mktemp("also")
     shutil.copytree(demo.audio, folder / "audio")
     rows = read_csv(US_ENGLISH / "test/metadata.csv")[:4]

@@ -1,14 +1,11 @@
 """Error rates, their groups and intervals, and what the report makes of them."""
 
-import json
 import random
 import tracemalloc
 
-import benchmark
 import numpy as np
 import pandas
 import pytest
-import trials
 from conftest import load_json, succeeded
 from helpers import run_main, write_table
 
@@ -179,19 +176,3 @@ def test_groups_with_few_speakers_or_few_words_are_marked_and_not_ranked(tmp_pat
     assert "| domain" in text and "| domain" not in printed
     # 10 of 100 and 40 of 101
     assert "Macro average over 2 groups that are large enough: 24.8 %; the worst is vast, 39.6 %." in text
-
-
-def test_the_table_compares_a_trial_and_the_base_on_the_seeds_of_both(tmp_path, monkeypatch, capsys):
-    results, entries = tmp_path / "results.jsonl", []
-    for trial in trials.TRIALS:
-        found = {1: 10.0, 2: 20.0, 3: 90.0} if trial == trials.BASE else {1: 8.0, 2: 16.0, 4: 1.0}
-        for seed, wer in found.items():
-            entries.append({"trial": trial, "seed": seed, "found": {trial: dict.fromkeys(trials.SETS, wer)}})
-    results.write_text("\n".join(map(json.dumps, reversed(entries))) + "\n")
-    monkeypatch.setattr("sys.argv", ["benchmark.py", "trials", "--seeds", "1", "2", "--results", str(results)])
-    assert benchmark.main() == 0
-    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[0] for row in rows] == list(trials.TRIALS)
-    assert rows[0][1:3] == ["3", "40.0 ± 43.6"] and rows[0][6:] == [""] * 4
-    assert rows[1][1:3] == ["2", "12.0 ± 5.7"] and rows[1][6:] == ["-3.0 ± 1.4 (2/2)"] * 4
-    assert len(results.read_text().splitlines()) == len(entries)

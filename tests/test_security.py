@@ -195,9 +195,8 @@ def test_texts_and_names_of_others_stay_so_in_the_card_tensorboard_and_skip_list
     shutil.copytree(MODEL, tmp_path / name)
     cells = {"text": f"{TEXT} {EVIL}", **dict.fromkeys(("accent", "country", "domain", "gender"), EVIL)}
     formulas = ["=1+1", "+1", "-1", "@x", "\t=1", "\n=1", "\r=1", "＝1+1", "＠x"]
-    rows = [
-        {"file_name": f"{split}.wav", "split": split, "speaker": split, **cells} for split in ("train", "dev", "test")
-    ]
+    splits = ("train", "dev", "test")
+    rows = [{"file_name": f"{split}.wav", "split": split, "speaker": split, **cells} for split in splits]
     rows += [{"file_name": f"{number}.wav", "split": "train", "speaker": "a", "accent": cell, "text": cell}
              for number, cell in enumerate(formulas)]  # fmt: skip
     write_table(tmp_path / "own" / name / "metadata.csv", rows)

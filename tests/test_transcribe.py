@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import trials
-from conftest import MODEL, SCRIPT, corpus_audio, refused, succeeded
+from conftest import CORPUS, MODEL, SCRIPT, corpus_audio, refused, succeeded
 from helpers import RATE, noise, read_csv, run_main, sound
 from helpers import write as write_file
 from small_model import frames_of, label_encoder
@@ -189,10 +188,8 @@ def test_words_have_the_times_of_their_frames(say):
     for word, name, start in zip(words_of(content), ("the", "patient", "has"), (0.0525, 1.1325, 1.2125), strict=True):
         assert word["word"] == name and word["probability"] == 1
         assert (word["start"], word["end"]) == pytest.approx((start, start + 0.04), abs=1e-3)
-    ends = [(segment["start"], segment["end"]) for segment in content["segments"]]
-    assert ends == [
-        (part[0]["start"], part[-1]["end"]) for part in (segment["words"] for segment in content["segments"])
-    ]
+    for segment in content["segments"]:
+        assert (segment["start"], segment["end"]) == (segment["words"][0]["start"], segment["words"][-1]["end"])
 
 
 @pytest.mark.parametrize("kind, mark", [("srt", ","), ("vtt", ".")])
@@ -238,12 +235,11 @@ def test_dictated_punctuation_is_written_as_such_where_asked_for(say):
 
 def test_the_model_knows_the_us_english_voices():
     """It was pre-trained on others of their kind: what it forgets shows against a low WER."""
-    clips = read_csv(trials.US_ENGLISH / "test/metadata.csv")
+    folder = CORPUS.parent / "us_english/test"
+    clips = read_csv(folder / "metadata.csv")
     names, references = ([clip[column] for clip in clips] for column in ("file_name", "text"))
-    done = succeeded(run_main(trials.US_ENGLISH / "test", "--transcribe", *names, "--model", trials.MODEL))
+    done = succeeded(run_main(folder, "--transcribe", *names, "--model", MODEL))
     texts = dict(line.split("\t") for line in done.stdout.splitlines())
     assert len(names) == 60 and len({clip["speaker_id"] for clip in clips}) == 4
-    assert (
-        jiwer.wer(list(map(script.normalize_wer, references)), [script.normalize_wer(texts[name]) for name in names])
-        < 0.03
-    )
+    written = [script.normalize_wer(texts[name]) for name in names]
+    assert jiwer.wer(list(map(script.normalize_wer, references)), written) < 0.03

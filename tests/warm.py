@@ -54,8 +54,7 @@ while True:
 
 
 def open_pipe():
-    """(read end, write end) of a pipe that holds all that a run prints: nobody reads it meanwhile. No file: one could
-    not grow where a test lets the disk be full."""
+    """(read end, write end) of a pipe that holds all that a run prints; a file could not grow on a full disk."""
     ends = os.pipe()
     fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 1 << 20)
     os.set_blocking(ends[0], False)  # a worker that outlives its program keeps the pipe open
