@@ -2158,11 +2158,9 @@ def count_errors(rate, references, hypotheses):
     """(ints (clips, 4): substitutions, deletions, insertions, the reference's length; {kind: Counter of them})"""
     normalize, process = RATES[rate][0], jiwer.process_characters if rate == "cer" else jiwer.process_words
     references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
-    for index, reference in enumerate(references if rate == "wer_spoken" else ()):  # what it lacks is no error
-        written = set(SPOKEN_PUNCTUATION.findall(reference))
-        hypotheses[index] = SPOKEN_PUNCTUATION.sub(
-            lambda sign, kept=written: sign[0] * (sign[0] in kept), hypotheses[index]
-        )
+    for index, text in enumerate(hypotheses if rate == "wer_spoken" else ()):
+        written = set(SPOKEN_PUNCTUATION.findall(references[index]))  # what the reference lacks is no error
+        hypotheses[index] = SPOKEN_PUNCTUATION.sub(lambda sign, kept=written: sign[0] * (sign[0] in kept), text)
     output, errors = process(references, hypotheses), {kind: Counter() for kind in ERROR_KINDS}
     counts = np.zeros((len(references), len(errors) + 1), np.int64)
     for row, before, after, chunks in zip(counts, output.references, output.hypotheses, output.alignments):
@@ -2182,8 +2180,7 @@ def corpus_rate(references, hypotheses):
 
 
 class Scores:
-    """The `texts` {one of SYSTEMS: hypotheses} of a test set. `table` has a row a clip, with its groups; `counts` too,
-    with the columns (system, rate or kind of error) and ("of", rate), the reference's length: figures are sums."""
+    """`counts` of a test set's errors, a row a clip: (system, rate or kind of error), and ("of", rate), its length."""
 
     def __init__(self, table, texts, train_accents=None):
         table, columns = table.reset_index(drop=True), {}
@@ -2215,8 +2212,7 @@ class Scores:
         return everything
 
     def metrics_of(self, part):
-        """{system or "delta": its rates on some rows}. Intervals are of 10,000 resamplings of whole speakers (Bisani &
-        Ney 2004, doi 10.1109/ICASSP.2004.1326009; blocks: arXiv 1912.09508), the same for all systems: paired."""
+        """{system or "delta": rates}. Intervals resample whole speakers, paired (doi 10.1109/ICASSP.2004.1326009)."""
         counts, generator, found = self.counts.loc[part.index], np.random.default_rng(0), {}
         people = counts[[(name, "wer") for name in (*self.texts, "of")]].groupby(part["speaker_or_clip"])
         people, sums = people.sum().to_numpy(float), counts.sum()
@@ -2908,8 +2904,10 @@ class Run:
             with STOP_SIGNALS:
                 trainer.train(resume_from_checkpoint=checkpoint)
         except Exception as error:
-            has_begun = trainer and trainer.started
-            if has_begun and is_full_memory(error):
+            if not (trainer and trainer.started):
+                with explained("the Trainer does not take these flags", kind=UsageError):  # say --optim
+                    raise
+            if is_full_memory(error):
                 batch, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
                 less = f"--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps {steps * 2}"
                 if settings.auto_train_batch and batch > 1:
@@ -2917,9 +2915,7 @@ class Run:
                     self.save(batch_limit=batch // 2)
                 advice = f"try {less}, --gradient_checkpointing, or a lower --max_train_seconds"
                 raise RunError(f"the GPU's memory is full with {plural(batch, 'clip')} a step: {advice}") from error
-            if has_begun or isinstance(error, RunError) or is_full_memory(error) or LOST_PROCESS.search(str(error)):
-                raise
-            raise UsageError(f"the Trainer does not take these flags ({one_line(error)})") from error  # say --optim
+            raise
         finally:
             if trainer and trainer.bar:
                 trainer.bar.close()  # no message belongs behind it
@@ -3041,8 +3037,7 @@ def main(argv=None):
         status = 2 if isinstance(error, UsageError) else 1
     finally:
         for number, handler in handlers.items():
-            with contextlib.suppress(ValueError, TypeError):  # another thread, or a handler that is not Python's
-                signal.signal(number, handler)
+            signal.signal(number, handler)
     if status != 2 or rank == "0":  # each process refuses the same flags
         print(f"{PROGRAM}: error{'' if rank == '0' else f' (process {rank})'}: {redact(message)}", file=sys.stderr)
     return status
