@@ -21,7 +21,8 @@ BOUNDS = """max_train_samples=-3 max_eval_samples=0 max_train_seconds=nan num_pr
     learning_rate=-1e-05 num_train_epochs=0 max_steps=0 max_steps=-7 warmup_steps=nan weight_decay=nan max_grad_norm=inf
     per_device_train_batch_size=0 gradient_accumulation_steps=0 eval_steps=0 save_total_limit=-1 window_seconds=1
     early_stopping_patience=-1 dataloader_num_workers=-1 seed=-1 seed=4294967296 metric_for_best_model=foo
-    remove_unused_columns=True label_smoothing_factor=0.1""".split()
+    remove_unused_columns=True label_smoothing_factor=0.1
+    auto_find_batch_size=True dataloader_drop_last=True dataloader_persistent_workers=True""".split()
 SMALL, ALSO = f"--model {MODEL} --dataset {CORPUS}", f"--model {MODEL} --dataset {CORPUS} --accents zulu --also_score"
 FLAGS = [  # (flags, what the message says)
     *((f"--{bound}", f"--{bound.replace('=', ' is ')}") for bound in BOUNDS),
@@ -119,7 +120,6 @@ SCORE_FILES = [  # (name, content, exit status, what is said)
     ("x.csv", "reference,hypothesis\na,b\n", 2, "no column text.*its columns are reference, hypothesis"),
     ("x.csv", "text,hypothesis\na,b\n", 2, "no column pred_text"),
     ("x.csv", "", 2, "no column text.*its columns are none"),
-    ("x.csv", "version https://git-lfs.github.com/spec/v1\n", 2, "Git LFS pointer"),
     ("x.jsonl", ROW + '{"text": "a", "pred_text": "a", "duration": 1e306}', 0, "2 rows without a duration"),
     ("x.jsonl", ROW + '{"text": "a\\ud800 שלום 😀", "pred_text": "a"}', 0, "2 rows without a duration"),
     ("x.jsonl", ROW + '{"text": "", "pred_text": "a"}', 0, r"1 row left out: no text, such as row 2\."),
@@ -223,7 +223,7 @@ TABLES = {  # name: (CSV, the texts of its two clips, None of one that has no tr
     "duplicates": (rows_of("duplicates") + csv_row("duplicates/first", "another"), TEXT, TEXT, ""),
     "na-texts": (rows_of("na-texts").replace(f'"{TEXT}"', "NA", 1).replace(f'"{TEXT}"', "007"), "NA", "007", ""),
     "quoted": (rows_of("quoted").replace(TEXT, 'He said ""no""\nto it', 1), 'He said "no"\nto it', TEXT, ""),
-    "commas": (bare("commas").replace("text", "fever, cough"), None, TEXT, "1 row with more cells than columns"),
+    "commas": (bare("commas").replace("text", "fever, cough"), None, TEXT, ""),
     "unclosed": (rows_of("unclosed").replace(f'{TEXT}"', TEXT), None, SWALLOWED, "an unclosed quote in row 1"),
     "unclosed-last": (bare("unclosed-last").replace(f'"{TEXT}"', '"words'), "text", None, "an unclosed quote in row 2"),
 }
@@ -305,7 +305,6 @@ SOURCES = {  # name: (how it is made, flags, exit status, what the message says)
     "no path": (archives(NO_PATHS), "", 1, "no column file_name or audio_paths.*user_ids"),
     "an empty table": (archives(""), "", 2, "no column text.*columns are none"),
     "a page": (archives("<html>Service unavailable</html>"), "", 2, "no column text.*columns are <html>"),
-    "an LFS table": (archives(LFS), "", 1, "Git LFS pointer.*git lfs pull"),
     "no rows": (archives(HEADER + "\n"), "", 1, "no train clip is left"),
     "no words": (archives(NO_WORDS, split="test"), EVAL, 1, "no test transcript has a word to score: 2 clips"),
     "nothing packed": (archives(None, b"", "test"), EVAL, 1, "left: 2 x no audio, 1 x damaged archive"),
@@ -412,14 +411,6 @@ TRAINING_FLAGS = [
 def test_what_the_trainer_alone_can_judge_is_a_usage_error(demo, tmp_path, flags, message):
     done = run_main(tmp_path, *kills.flags(demo.audio, "out", "--skip_baseline", *flags.split()))
     refused(done, 2, message)
-
-
-@pytest.mark.parametrize("mode", ["--eval_steps 2", "--dry_run"])
-def test_a_run_without_an_update_is_refused_before_the_baseline(demo, tmp_path, mode):
-    few = f"--dataloader_drop_last true --per_device_train_batch_size 17 {mode}".split()
-    done = run_main(tmp_path, *kills.flags(demo.audio, "out", *few))
-    refused(done, 2, "nothing to train on, 17 clips a batch and 16 in all")
-    assert "scoring" not in done.stdout
 
 
 def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(demo, tmp_path):

@@ -113,7 +113,6 @@ def straight(cuda, calm):
 
 
 def test_float16_goes_on_with_its_scaler_and_the_gpus_random_numbers(cuda, calm, straight):
-    assert "computing on Fake GPU, float16" in straight.stdout
     half = succeeded(cuda(*FEW, program=calm))
     assert half.log[-1]["Half"] > 100 and "BFloat16" not in half.log[-1]
     checkpoint = half.out / "checkpoint-2"
@@ -147,8 +146,6 @@ def test_activations_that_overflow_float16_are_in_float32_and_gradients_that_do_
 def test_bfloat16_with_a_worker_that_decodes_and_pinned_memory(cuda, capability):
     done = succeeded(cuda(*FEW, "--bf16", "--dataloader_num_workers", "1", FAKE_GPU_CAPABILITY=capability))
     assert done.log[-1]["BFloat16"] > 100 and "Half" not in done.log[-1] and done.log[-1]["pinned"] > 5
-    assert "computing on Fake GPU, bfloat16" in done.stdout
-    assert ("this GPU emulates bfloat16" in done.stderr) == (capability == "7.5")
     assert not (done.out / "checkpoint-2/scaler.pt").exists()
     assert load_json(done.out / "results/metrics.json")["finetuned"]["clips"] == 3
 
@@ -249,7 +246,3 @@ def test_a_gpu_that_another_program_has_filled_is_named(cuda, spoken):
 @pytest.mark.parametrize("flag", ["full_determinism", "auto_find_batch_size"])
 def test_flags_that_a_gpu_cannot_follow_are_refused(cuda, flag):
     refused(cuda(*FEW, f"--{flag}", "true"), 2, f"--{flag}.* leave (it|the flag) out")
-
-
-def test_apples_gpu_trains(apple):
-    succeeded(apple(*FEW, *UNTESTED))

@@ -2,7 +2,6 @@
 Without a GPU the mechanism runs on the CPU: its autocast and GradScaler, gloo processes."""
 
 import json
-import re
 import shutil
 
 import kills
@@ -102,21 +101,6 @@ def test_what_is_not_finite_ends_the_run_with_advice_and_is_never_saved(tmp_path
     with pytest.raises(script.RunError, match=r"not finite, in .*running_var"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*/*"))
-
-
-@pytest.mark.parametrize("pace", [1, 3_600])
-def test_a_training_that_takes_a_cpu_hours_says_so(tmp_path, clips, monkeypatch, capsys, pace):
-    """On a clock that goes an hour a second."""
-    trainer, real = make_trainer(tmp_path, clips, *TWO_A_STEP, "--max_steps", 500), script.time.monotonic
-    monkeypatch.setattr(script.time, "monotonic", lambda: pace * real())
-    ends = TrainerCallback()
-    ends.on_step_end = lambda args, state, control, **_: vars(control).update(
-        should_training_stop=state.global_step > 3
-    )
-    trainer.add_callback(ends)
-    trainer.train()
-    said = re.findall(r"training takes [\d,]+ h more; a GPU, fewer", capsys.readouterr().out)
-    assert len(said) == (pace > 1)
 
 
 def test_one_of_several_gpus_is_used_and_the_way_to_the_others_is_said(tmp_path, clips, monkeypatch, capsys):

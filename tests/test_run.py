@@ -36,7 +36,7 @@ def test_the_demo_writes_the_files_that_it_promises(demo):
     assert names(demo.folder) == {"medasr-demo"}
     whole, checkpoints = {"audio", "runs", "final", "results", "run.json"}, {f"checkpoint-{step}" for step in STEPS}
     assert names(demo.output) == whole | checkpoints
-    pictures = {"wer_by_accent.png", "wer_by_duration.png", "training.png"}
+    pictures = {"wer_by_accent.png", "training.png"}
     texts = {"metrics.json", "predictions_test.jsonl", "report.md", "skipped_clips.csv"}
     assert names(demo.results) == texts | pictures
     archives = len(list(CORPUS.rglob("*.tar.gz")))
