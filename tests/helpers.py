@@ -55,6 +55,7 @@ GOOD, TEXT = sound(tone()), "The patient has a fever."
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
 
 
 def tar(members, mode="w:gz", **options):

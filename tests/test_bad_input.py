@@ -296,7 +296,7 @@ def parquets(readme="", **columns):
 CELL = [{"bytes": b"", "path": "a.wav"}]
 CONFIGS = "configs: [{config_name: en, data_files: test.parquet}, {config_name: fr, data_files: test.parquet}]"
 STRANGE = "configs: [{config_name: a, data_files: [{split: 1}]}]"
-HEAD, ONE, LFS = "file_name,text", "a.wav,one\n", "version https://git-lfs.github.com/spec/v1\n"
+HEAD, ONE = "file_name,text", "a.wav,one\n"
 NOT_AUDIO, NO_WORDS = tar([(member("x/first"), b"x")]), rows_of("x", split="test").replace(TEXT, "?!")
 ONE_CLIP, JSON_LINES, EVAL = f"{HEAD}\n{ONE}", "metadata.jsonl", "--eval_only"
 NO_PATHS, LIST = rows_of("x").replace("audio_paths", "x"), '{"file_name": "a.wav", "text": ["one"]}'

@@ -11,7 +11,7 @@ import pytest
 import torch
 import warm as starts
 from conftest import CORPUS, MODEL, SCRIPT, corpus_rows, load_json, refused, scored_clips, succeeded
-from helpers import write_wav
+from helpers import write, write_wav
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.slow
@@ -89,11 +89,6 @@ def cuda(library, demo, tmp_path_factory):
 def apple(library, demo, tmp_path_factory):
     with machine_with("mps", library, demo, tmp_path_factory.mktemp("mps")) as run:
         yield run
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def losses(out, step):
