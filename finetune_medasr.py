@@ -693,7 +693,6 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text, notes = data.decode("cp1252", "replace"), ["it is not UTF-8 and was read as Latin-1 (Windows-1252)"]
-
     if Path(path).suffix.lower() in (".csv", ".tsv"):
         text = re.sub(r'\A"?sep=."?\r?\n', "", text.replace("\0", ""))  # Excel's line before the header
         number, lines = 0, list(io.StringIO(text, newline=""))
@@ -715,7 +714,6 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
         if wrong := [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
             raise RunError(f"{name}: row {wrong[0]} is not an object with keys such as {' and '.join(needed)}")
         names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-
     columns = choose_columns(names, text_column, name, needed)
     table = clip_table(cells_of(rows, columns, name))
     # The csv module's key for cells beyond the columns is None. Their row may have lost its order before them.
@@ -1136,7 +1134,9 @@ def read_audio(source, notes):
         rate, blocks, count, made, weights = file.samplerate, decoded_blocks(file), 0, 0, None
         head = list(itertools.islice(blocks, 2))
         if not len(head[0]):
-            raise ValueError("no audio samples, or a wrong header: ffmpeg -ignore_length 1 -i FILE new.wav mends that")
+            size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+            mend = "if they are audio, ffmpeg -ignore_length 1 -i FILE new.wav mends it"
+            raise ValueError(f"no audio samples: its header tells of none in {size:,} bytes; {mend}")
         if file.channels > 1 or file.subtype in ("FLOAT", "DOUBLE"):
             with open_audio(source) as again:  # the whole tells how its channels go together
                 weights = channel_weights(decoded_blocks(again) if len(head) == 2 else head, notes)
