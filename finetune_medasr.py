@@ -72,8 +72,8 @@ class Lazy:
 
 
 accelerate, datasets, evaluate, filelock, httpx2 = map(Lazy, "accelerate datasets evaluate filelock httpx2".split())
-jiwer, librosa, pandas, soundfile, torch = map(Lazy, "jiwer librosa pandas soundfile torch".split())
-tqdm, transformers, yaml = map(Lazy, "tqdm transformers yaml".split())
+jiwer, librosa, medwer, pandas, soundfile = map(Lazy, "jiwer librosa medwer pandas soundfile".split())
+torch, tqdm, transformers, yaml = map(Lazy, "torch tqdm transformers yaml".split())
 hub, hub_errors, parquet = map(Lazy, "huggingface_hub huggingface_hub.errors pyarrow.parquet".split())
 
 PROGRAM = "finetune_medasr.py"
@@ -245,6 +245,7 @@ Number, MIN_WINDOW = TypeVar("Number"), 3 * WINDOW_OVERLAP_SECONDS
 Positive = Annotated[Number, "above 0", lambda value: 0 < value < math.inf]
 NotNegative = Annotated[Number, "0 or more", lambda value: 0 <= value < math.inf]
 WindowSeconds = Annotated[float, f"at least {MIN_WINDOW:g}", lambda value: MIN_WINDOW <= value < math.inf]
+Share = Annotated[float, "from 0 to 1", lambda value: 0 <= value <= 1]
 Batch = Annotated[str, "a number of clips above 0, or auto", re.compile(r"auto|0*[1-9]\d*").fullmatch]
 Updates = Annotated[int, "above 0, or -1 for --num_train_epochs", lambda value: value > 0 or value == -1]
 Seed = Annotated[int, "from 0 to 2**32 - 1", range(2**32).__contains__]
@@ -262,7 +263,11 @@ TRAINING_DEFAULTS |= dict(train_sampling_strategy="group_by_length", **FIXED)
 AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
 MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")  # without training
 EXCLUSIVE = [MODES, ("also_score", "score_file", "transcribe"), ("lm", "score_file"), ("tune_lm", "transcribe")]
-EXCLUSIVE += [("max_train_samples", "streaming")]
+EXCLUSIVE += [
+    ("max_train_samples", "streaming"),
+    ("replay", "streaming"),
+    *(("interpolate", mode) for mode in MODES[2:]),
+]
 NEEDS = dict.fromkeys(("transcript_dir", "transcript_format", "format_dictation"), "transcribe")
 NEEDS |= {"tune_lm": "lm", "streaming": "max_steps"}  # a stream has no epochs to count
 # What a run makes in --output_dir: it replaces these, and --overwrite_output_dir deletes them.
@@ -330,6 +335,8 @@ class ScriptFlags:
     num_proc: Positive[int | None] = flag(None, "processes that prepare audio; all cores if not given")
     keep_archives: bool = flag(False, "keep the downloaded archives after they are converted")
     also_score: list[str] | None = flag(None, "test sets, Hub datasets or folders, scored too: what the model forgets")
+    replay: str | None = flag(None, "mix this corpus into training too, DATASET or DATASET:SHARE (0.25): forgets less")
+    interpolate: Share = flag(1.0, "share of the fine-tuned in the final model, the rest is the base: forgets less")
     streaming: bool = flag(False, "train on audio straight from the Hub, keeping none of it; needs --max_steps")
     prepare_only: bool = flag(False, "download and convert the audio, then stop")
     dry_run: bool = flag(False, "say what a run would do: clips, hours, disk, updates; no audio is fetched")
@@ -386,6 +393,12 @@ class ScriptFlags:
         splits = SPLITS[1 if self.tune_lm else 2 :] if self.eval_only else SPLITS
         return splits[1:] if on_disk and self.streaming and "train" in splits else splits
 
+    @property
+    def replayed(self):
+        """(the dataset of --replay, its share of the training clips), (None, 0) without the flag."""
+        found = re.fullmatch(r"(.+):(0?\.\d*[1-9]\d*)", self.replay or "")
+        return (found[1], float(found[2])) if found else (self.replay, 0.25 if self.replay else 0)
+
     def problems(self):
         """Yield for each check a line with the flag, the value and the valid ones, or something false if it passes."""
         for name, hint in get_type_hints(type(self), include_extras=True).items():
@@ -395,8 +408,12 @@ class ScriptFlags:
         for name in ("fsdp", "deepspeed"):
             is_on = getattr(self, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
             yield is_on and f"--{name} is not supported: this model needs no sharding; torchrun gives each GPU a copy"
-        name, count = Counter([*SPLITS, *map(file_stem, map(public, self.also_score or ()))]).most_common(1)[0]
-        yield count > 1 and f"--also_score has {name} twice, or it is the name of a split; give another path"
+        by_length = self.train_sampling_strategy == "group_by_length"
+        yield self.replay and not by_length and "--replay mixes clips by length: leave --train_sampling_strategy out"
+        name, count = Counter([*SPLITS, "replay", *map(file_stem, map(public, self.also_score or ()))]).most_common(1)[
+            0
+        ]
+        yield count > 1 and f"--also_score has {name} twice, or it is the name of a split or replay; give another path"
 
         output, written = Path(self.output_dir).expanduser().resolve(), ("output_dir", "data_dir", "transcript_dir")
         read = ("model", "dataset", "resume_from_checkpoint") if self.overwrite_output_dir else ()
@@ -801,7 +818,7 @@ LAYOUTS = [  # of a corpus: its kind, and files of which it has one
 class Source:
     """A corpus as `shards`; raises RunError or UsageError. `rows` is the table of all clips with their `part`,
     `announced` the same with the splits as planned: those `made`, which it lacks, come from train. To one of
-    --also_score (`is_extra`) the flags on the corpus and its parts do not apply."""
+    --also_score or --replay (`is_extra`) the flags on the corpus and its parts do not apply."""
 
     def __init__(self, dataset, settings, splits, is_extra=False):
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
@@ -837,7 +854,7 @@ class Source:
             warn(f"{len(alike)} speakers, such as {' and '.join(alike[:2])}, differ in case alone: kept apart")
         self.names = {*found, *(shard.name for shard in self.shards)}  # also of those that are not needed
         if self.kind != "archives":
-            self.plan_splits(splits, settings.seed, "test" if is_extra else "train")
+            self.plan_splits(splits, settings.seed, splits[0] if is_extra else "train")
             for part, found in self.announced.groupby("part")["split"]:
                 self.shards[part].splits.update(found)
 
@@ -1313,6 +1330,7 @@ def dry_run(source, settings):
 SKIPPED_FILE = "results/skipped_clips.csv"
 SKIPPED_COLUMNS = ["split", "clip", "reason", "accent", "seconds", "text"]
 FILTERS = {"accents": ("accent", slugify), "domains": ("domain", str.lower), "countries": ("country", str.upper)}
+SOME_CLIPS = 500  # of a set, for what is scored many times
 NOT_WANTED = "not asked for"  # the problem of a stream's clips that are of none of the --accents, ... asked for
 
 
@@ -1326,6 +1344,11 @@ class Clips:
 
     def __len__(self):
         return len(self.table)
+
+    def some(self):
+        """Up to SOME_CLIPS of them, of all lengths, for what is scored many times."""
+        chosen = range(0, len(self), math.ceil(len(self) / SOME_CLIPS))
+        return Clips(self.audio.select(chosen), self.table.iloc[list(chosen)])
 
     @property
     def reasons(self):
@@ -1394,12 +1417,17 @@ def load_clips(source, splits):
     return audio, table if is_asked.all() else table[is_asked]
 
 
+def splits_of(extra, settings):
+    """The splits of a run's source that have to lie on the disk: of the corpus, "", a further test set or "replay"."""
+    return ("train",) if extra == "replay" else ("test",) if extra else settings.splits(on_disk=True)
+
+
 def select_all(sources, settings, check):
-    """{split or test set: Clips, longest first} of {"" or test set: Source}; raises RunError. `check` gives reasons."""
+    """{split or name: Clips, longest first} of {"" or name: Source}; raises RunError. `check` gives reasons."""
     limits = dict(zip(SPLITS, (settings.max_train_samples, settings.max_eval_samples, settings.max_test_samples)))
     selected, path = {}, Path(settings.output_dir, SKIPPED_FILE)
     for extra, source in sources.items():
-        splits = ("test",) if extra else settings.splits(on_disk=True)
+        splits = splits_of(extra, settings)
         audio, table = load_clips(source, splits)
         wanted = True if extra else is_wanted(table, settings)
         if settings.streaming and not extra and not settings.prepare_only:
@@ -1427,7 +1455,7 @@ def select_all(sources, settings, check):
             say(f"    left out of {name}: {count:,} x {reason}")
     if len(skipped):
         say(f"  each one is named in {path}")
-    for note in shared_speakers(selected)[1]:
+    for note in shared_speakers(selected, settings)[1]:
         warn(note)
     for name, clips in sorted(selected.items(), key=lambda item: not len(item[1].skipped)):  # what is known first
         # Not every accent has every split: what is only prepared may lack one.
@@ -1436,13 +1464,16 @@ def select_all(sources, settings, check):
     return selected
 
 
-def shared_speakers(selected):
-    """({split: speakers of it who are in train too}, a note on each)"""
-    people = {split: set(selected[split].table["speaker"]) - {""} for split in SPLITS if split in selected}
-    trained = people.pop("train", set())
-    counts = {split: len(found & trained) for split, found in people.items() if found & trained}
-    note = "{} of {} in train too: its scores are not those of new speakers.".format
-    return counts, [note(plural(count, "speaker"), split) for split, count in counts.items()]
+def shared_speakers(selected, settings):
+    """({test set: speakers of it, or clips without one, that are trained on too}, a note on each)"""
+    counts, replayed = {}, public(settings.replayed[0])
+    for name, trained in (("dev", "train"), ("test", "train"), (replayed, "replay")):  # others have other names
+        if name in selected and trained in selected:
+            tables = (selected[part].table for part in (name, trained))
+            people, others = (set(table["speaker"].where(table["speaker"] != "", table["clip"])) for table in tables)
+            counts |= {name: len(people & others)} if people & others else {}
+    note = "{} of {} in training too: its scores are not those of new speakers.".format
+    return counts, [note(plural(count, "speaker"), name) for name, count in counts.items()]
 
 
 def csv_lines(skipped):
@@ -1907,8 +1938,7 @@ def load_lm(settings, processor, vocab_size):
 
 def tune_lm(decoder, dev):
     """Give the decoder's `lm` the weight and word score of the lowest WER on `dev`; returns what was tried."""
-    chosen = range(0, len(dev), math.ceil(len(dev) / 500))  # some 500 clips: the search is run thirty times
-    clips = Clips(dev.audio.select(chosen), dev.table.iloc[list(chosen)])
+    clips = dev.some()
     say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
     emissions, tried = decoder.emissions(clips)[0], []
     for weight, word_score in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)):
@@ -2115,9 +2145,22 @@ def keep(pattern):
     return lambda text: " ".join(filter(pattern.fullmatch, normalize_wer(text).split()))
 
 
+@functools.cache
+def protocol():
+    """medwer's normaliser, which is Whisper's for English, and the medical terms on which its medical WER is."""
+    return medwer.Scorer()
+
+
+def keep_medical(text):
+    """The medical terms of a text, each phrase one word."""
+    return medwer.keep_medical(protocol().norm(text), protocol().entries, protocol().max_tokens)
+
+
 # A rate is a normaliser, text in and words to be compared out, and its name in tables.
 RATES = {
     "wer": (normalize_wer, "WER"),
+    "wer_whisper": (lambda text: protocol().norm(text), "WER, Whisper's normalisation"),
+    "wer_medical": (keep_medical, "WER of medical terms alone, by medwer"),
     "wer_spoken": (normalize_wer, "WER, spoken punctuation set aside"),
     "wer_paper": (normalize_paper, "WER, the AfriSpeech authors' normalisation"),
     "wer_paper_short": (normalize_paper, f"the same, clips under {PAPER_SECONDS} s, as in their tables"),
@@ -2126,6 +2169,7 @@ RATES = {
     "wer_negations": (keep(NEGATIONS), "WER of negations alone"),
     "cer": (normalize_wer, "CER"),
 }
+WITH_INTERVALS = ("wer", "wer_whisper", "wer_medical")
 # What is scored on a set of clips, and its name in tables: texts before and after training, greedy and with the LM.
 SYSTEMS = dict(baseline="before", finetuned="fine-tuned", baseline_lm="before, LM", finetuned_lm="fine-tuned, LM")
 
@@ -2133,7 +2177,9 @@ SYSTEMS = dict(baseline="before", finetuned="fine-tuned", baseline_lm="before, L
 def count_errors(rate, references, hypotheses):
     """(ints (clips, 4): substitutions, deletions, insertions, the reference's length; {kind: Counter of them})"""
     normalize, process = RATES[rate][0], jiwer.process_characters if rate == "cer" else jiwer.process_words
-    references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
+    originals, references, hypotheses = references, list(map(normalize, references)), list(map(normalize, hypotheses))
+    if rate in ("wer_whisper", "wer_medical"):  # their protocol: a reference without a word does not count
+        hypotheses = [text * bool(protocol().norm(before)) for before, text in zip(originals, hypotheses)]
     for index, text in enumerate(hypotheses if rate == "wer_spoken" else ()):
         written = set(SPOKEN_PUNCTUATION.findall(references[index]))  # what the reference lacks is no error
         hypotheses[index] = SPOKEN_PUNCTUATION.sub(lambda sign, kept=written: sign[0] * (sign[0] in kept), text)
@@ -2190,28 +2236,33 @@ class Scores:
     def metrics_of(self, part):
         """{system or "delta": rates}. Intervals resample whole speakers, paired (doi 10.1109/ICASSP.2004.1326009)."""
         counts, generator, found = self.counts.loc[part.index], np.random.default_rng(0), {}
-        people = counts[[(name, "wer") for name in (*self.texts, "of")]].groupby(part["speaker_or_clip"])
-        people, sums = people.sum().to_numpy(float), counts.sum()
+        columns = list(itertools.product((*self.texts, "of"), WITH_INTERVALS))
+        people, sums = counts[columns].groupby(part["speaker_or_clip"]).sum().to_numpy(float), counts.sum()
         draw = functools.partial(generator.integers, len(people), size=(100, len(people)), dtype=np.int32)
         # 100 at a time: where no clip names its speaker, all together would take gigabytes.
-        *drawn, words = np.concatenate([people[draw()].sum(axis=1) for _ in range(100)]).T
-        drawn = {system: errors / np.maximum(words, 1) for system, errors in zip(self.texts, drawn)}
+        drawn = dict(zip(columns, np.concatenate([people[draw()].sum(axis=1) for _ in range(100)]).T))
+        drawn = {name: drawn[name] / np.maximum(drawn["of", name[1]], 1) for name in columns}
         sizes = {"clips": len(part), "speakers": len(people), "words": int(sums["of", "wer"])}
         is_small = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
         for ending in self.endings:
             before, after, delta = (f"{name}{ending}" for name in ("baseline", "finetuned", "delta"))
             found |= dict.fromkeys((before, after, delta))
-            for system in [system for system in (before, after) if system in drawn]:
+            for system in [system for system in (before, after) if system in self.texts]:
                 rates = {rate: float(sums[system, rate] / of) if of else None for rate, of in sums["of"].items()}
                 kinds = {kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}
-                ends = np.percentile(drawn[system], (2.5, 97.5)).tolist()
-                found[system] = {**rates, **sizes, "wer_ci95": ends, **kinds, "small": is_small}
+                ends = self.intervals({rate: drawn[system, rate] for rate in WITH_INTERVALS})
+                found[system] = {**rates, **sizes, **ends, **kinds, "small": is_small}
             if found[before] and found[after]:
-                change, more = drawn[after] - drawn[before], counts[after, "wer"] - counts[before, "wer"]
-                shares = (float(share.mean()) for share in (change < 0, more < 0, more == 0, more > 0))
+                changes = {rate: drawn[after, rate] - drawn[before, rate] for rate in WITH_INTERVALS}
+                more = counts[after, "wer"] - counts[before, "wer"]
+                shares = (float(share.mean()) for share in (changes["wer"] < 0, more < 0, more == 0, more > 0))
                 found[delta] = {rate: found[after][rate] - found[before][rate] for rate in RATES if sums["of", rate]}
-                found[delta] |= {"wer_ci95": np.percentile(change, (2.5, 97.5)).tolist(), **dict(zip(SHARES, shares))}
+                found[delta] |= {**self.intervals(changes), **dict(zip(SHARES, shares))}
         return found
+
+    @staticmethod
+    def intervals(drawn):
+        return {f"{rate}_ci95": np.percentile(values, (2.5, 97.5)).tolist() for rate, values in drawn.items()}
 
 
 # ---------------------------------------------------------------- report
@@ -2221,9 +2272,12 @@ def percent(value):
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def points(delta, has_interval=True):
-    ends = "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in delta["wer_ci95"]))
-    return f"{100 * delta['wer']:+.1f} {ends if has_interval else ''}".rstrip()
+def points(delta, rate="wer", has_interval=True):
+    """A change in percentage points, "-" where there is none, with its interval if it `has_interval`."""
+    if rate not in delta:
+        return "-"
+    ends = "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in delta[f"{rate}_ci95"])) if has_interval else ""
+    return f"{100 * delta[rate]:+.1f} {ends}".rstrip()
 
 
 def markdown_text(text):
@@ -2249,8 +2303,8 @@ def score_lines(metrics):
         systems = f"baseline{ending}", f"finetuned{ending}"
         header += [*map(SYSTEMS.get, systems), "change, points"]
         for row, rate in zip(rows, RATES):
-            then, now = ((metrics.get(system) or {}).get(rate) for system in systems)
-            row += [percent(then), percent(now), "-" if None in (then, now) else f"{100 * (now - then):+.1f}"]
+            rates = (percent((metrics.get(system) or {}).get(rate)) for system in systems)
+            row += [*rates, points(metrics.get(f"delta{ending}") or {}, rate, rate in WITH_INTERVALS)]
     change = f"WER {percent(last['wer'])}, 95 % interval over speakers {' to '.join(map(percent, last['wer_ci95']))}."
     if delta:
         change = f"WER changes by {points(delta)} points (95 % interval over speakers, paired); "
@@ -2258,6 +2312,15 @@ def score_lines(metrics):
         change = change.format(*(percent(delta[name]) for name in SHARES))
     sizes = ", ".join(plural(last[f"{noun}s"], noun) for noun in ("clip", "speaker", "word"))
     return [f"{sizes}. All rates are corpus-level.\n", *markdown_table(header, rows), change + "\n"]
+
+
+def path_lines(path):
+    """A table of WERs of the models on the way from the base (share 0) to the fine-tuned one (share 1)."""
+    rows = [[f"{point['share']:g}", *map(percent, point["wer"].values())] for point in path]
+    how = (
+        f"WER of up to {SOME_CLIPS} clips of each; --interpolate SHARE makes such a model, of a finished run at once.\n"
+    )
+    return [*markdown_table(["share", *map(markdown_text, path[0]["wer"])], rows), how]
 
 
 def group_lines(metrics, heading="##", fewest=1, most=None):
@@ -2272,7 +2335,7 @@ def group_lines(metrics, heading="##", fewest=1, most=None):
             row += [f"{now[size]:,}" for size in ("clips", "speakers", "words")]
             row += [percent(metrics["baseline"]["groups"][kind][name]["wer"]) if delta else "-", percent(now["wer"])]
             row += ["[{}, {}]".format(*map(percent, now["wer_ci95"])) if has_interval else "-"]
-            row += [points(delta["groups"][kind][name], has_interval) if delta and now["words"] else "-"]
+            row += [points(delta["groups"][kind][name], has_interval=has_interval) if delta and now["words"] else "-"]
             rows.append(row + ([percent(with_lm["groups"][kind][name]["wer"])] if with_lm else []))
         label, large = kind.replace("_", " "), {name: now["wer"] for name, now in groups.items() if not now["small"]}
         header = [label, "clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"]
@@ -2291,6 +2354,7 @@ def show_scores(metrics):
     lines = ["", *score_lines(metrics), *group_lines(metrics, fewest=2, most=1)]
     for name, part in metrics.get("also", {}).items():
         lines += [f"{name}:", *score_lines(part)]
+    lines += path_lines(metrics["path"]) if metrics.get("path") else []
     say("\n".join(lines))
 
 
@@ -2339,6 +2403,18 @@ def draw_pictures(folder, metrics, history):
         losses = axes.twinx()
         losses.plot(*zip(*((entry["step"], entry["loss"]) for entry in history if "loss" in entry)), color="0.6")
         losses.set(ylabel="training loss (grey)", ylim=(0, None))
+    if path := metrics.get("path"):
+        axes = pictures["path.png"] = figure_of(figsize=(8, 5)).subplots()
+        for name in list(path[0]["wer"])[1:]:
+            wers = 100 * np.array([[point["wer"]["dev"], point["wer"][name]] for point in path], float)
+            axes.plot(*wers.T, "o-", label=name[-40:])
+            for point, place in zip(path, wers):
+                axes.annotate(f" {point['share']:g}", place)
+        axes.grid(alpha=0.3)
+        axes.set(
+            xlabel="dev WER, %", ylabel="WER of what is also scored, %", title="From the base (0) to the fine-tuned (1)"
+        )
+        axes.legend()
     for name, axes in pictures.items():
         with complete(folder / name) as partial:
             axes.figure.savefig(partial, format="png")
@@ -2368,6 +2444,7 @@ def write_results(folder, content, scores, title, notes=(), history=()):
     lines = [f"# {markdown_text(title)}\n", *score_lines(metrics), *(markdown_text(note) + "\n" for note in notes)]
     lines += draw_pictures(folder, metrics, history) + group_lines(metrics)
     lines.append(f"\\* under {MIN_GROUP_SPEAKERS} speakers or {MIN_GROUP_WORDS} words: neither ranked nor averaged.\n")
+    lines += ["## Between the base and the fine-tuned\n", *path_lines(metrics["path"])] if metrics.get("path") else []
     for name, part in parts.items():
         lines += [f"## Also scored: {markdown_text(name)}\n", *score_lines(part), *group_lines(part, "###", fewest=2)]
     write_text(folder / "report.md", "\n".join([*lines, "## What goes wrong\n", *error_lines(scores["test"])]) + "\n")
@@ -2465,6 +2542,12 @@ def score_file(settings):
 # ---------------------------------------------------------------- training
 
 
+def loss_on_cpu(function, logits, **options):
+    """`function` for a GPU that has no CTC, Apple's: the tensors go to the CPU, the loss comes back."""
+    tensors = {name: value.cpu() if torch.is_tensor(value) else value for name, value in options.items()}
+    return function(logits.cpu(), **tensors).to(logits.device)
+
+
 def in_float32(forward, *inputs, **options):
     inputs, options = accelerate.utils.convert_to_fp32((inputs, options))
     with torch.autocast([*inputs, *options.values()][0].device.type, enabled=False):
@@ -2503,6 +2586,28 @@ def guard_half_precision(model, batches, device):
             raise RunError("the model overflows float16 even with its large activations in float32: use --bf16")
 
 
+@dataclass
+class TrainingOrder:
+    """A sampler: an epoch has all of the first `own` clips and, drawn anew, as many others as --replay asks for."""
+
+    lengths: list  # in samples, of all clips
+    own: int
+    settings: ScriptFlags
+    generator: object
+
+    def __len__(self):
+        return clips_an_epoch(self.settings, self.own)
+
+    def __iter__(self):
+        others, chosen = len(self.lengths) - self.own, list(range(self.own))
+        while len(chosen) < len(self):  # more than once through a small corpus
+            drawn = self.own + torch.randperm(others, generator=self.generator)[: len(self) - len(chosen)]
+            chosen += drawn.tolist()
+        grouped, lengths = Lazy("transformers.trainer_pt_utils").get_length_grouped_indices, self.lengths
+        order = grouped([lengths[clip] for clip in chosen], self.settings.clips_an_update, generator=self.generator)
+        return (chosen[place] for place in order)
+
+
 class CTCTrainer:
     """Mixed with the Trainer and TrainerCallback: it is its own callback. `make_trainer` sets its other attributes."""
 
@@ -2516,9 +2621,8 @@ class CTCTrainer:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         lengths = (train_dataset or self.train_dataset)[self.args.length_column_name][:]  # [:]: a column takes minutes
-        sampler = Lazy("transformers.trainer_pt_utils").LengthGroupedSampler
         # The order is the same for any division of an update's clips into batches, steps and processes.
-        return sampler(self.args.clips_an_update, lengths=lengths, generator=self.order)
+        return TrainingOrder(lengths, self.own, self.args, self.order)
 
     def get_train_dataloader(self):
         if not isinstance(self.train_dataset, TrainingStream):
@@ -2530,6 +2634,7 @@ class CTCTrainer:
     def on_train_begin(self, args, state, control, **kwargs):
         looks = {"desc": "training", "unit": "update", "disable": self.decoder.is_silent}
         self.bar = tqdm.tqdm(total=state.max_steps, initial=state.global_step, **looks)
+        self.begun, self.first = time.monotonic(), state.global_step
         self.skipped = max((entry.get("skipped_updates", 0) for entry in state.log_history), default=0)
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"  # the folder may have been moved
         state.best_model_checkpoint = str(best) if best.exists() else state.best_model_checkpoint
@@ -2593,6 +2698,11 @@ class CTCTrainer:
             raise Stopped(stopped)
         self.started += time.monotonic() - start
         self.bar.update(self.state.global_step - self.bar.n)
+        made, left = self.state.global_step - self.first, self.state.max_steps - self.state.global_step
+        hours = left * (time.monotonic() - self.begun) / made / 3600
+        if made == 3 and hours > 1 and self.args.device.type == "cpu":
+            shorter = "a GPU, fewer --accents or --max_train_samples make it shorter"
+            say(f"  training takes some {hours:,.0f} h more on this machine; {shorter}")
         self.stop_early()
 
     def _save_rng_state(self, output_dir):
@@ -2656,9 +2766,14 @@ class CTCTrainer:
         super().log(logs, start_time)
 
 
+def clips_an_epoch(settings, own):
+    """How many clips an epoch of so many training clips has with those of --replay."""
+    return round(own / (1 - settings.replayed[1]))
+
+
 def planned_updates(settings, clips):
-    """(updates in all, updates an epoch) of a run on so many training clips."""
-    batches = -(-clips // (settings.per_device_train_batch_size * settings.world_size))
+    """(updates in all, updates an epoch) of a run on so many training clips, --replay's aside."""
+    batches = -(-clips_an_epoch(settings, clips) // (settings.per_device_train_batch_size * settings.world_size))
     an_epoch = max(1, -(-batches // settings.gradient_accumulation_steps))
     return settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * an_epoch), an_epoch
 
@@ -2669,7 +2784,7 @@ def choose_batch_size(model, collator, train, settings, limit):
     clips = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     largest = min(limit or clips, clips if device.type == "cuda" else AUTO_BATCH_SIZE)
     sizes = [size for size in (32, 16, 8, 4, 2, 1) if clips % size == 0 and size <= largest]
-    seconds = settings.max_train_seconds if settings.streaming else train[0]["num_samples"] / SAMPLE_RATE  # sorted
+    seconds = settings.max_train_seconds if settings.streaming else max(train["num_samples"][:]) / SAMPLE_RATE
     longest = {"samples": np.zeros(round(seconds * SAMPLE_RATE), np.float32), "text": "the " * int(2 * seconds)}
 
     def fits(size):
@@ -2695,10 +2810,12 @@ def choose_batch_size(model, collator, train, settings, limit):
     say(f"  {plural(clips, 'clip')} an update and device: {size} a step x {plural(clips // size, 'accumulation step')}")
 
 
-def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
-    """The Trainer for training clips and the dev `Clips`; raises RunError if float16 cannot be made safe."""
+def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None, own=None):
+    """The Trainer of training clips, those from `own` on replayed, and the dev `Clips`; raises RunError."""
     model, extractor, device = decoder.model, decoder.extractor, settings.device
     plain = CTCCollator(extractor, encoder, shortest=decoder.shortest)
+    if device.type == "mps":
+        model.loss_function = functools.partial(loss_on_cpu, model.loss_function)
     if settings.gradient_checkpointing:
         model.encoder.layerdrop = 0.0  # under DDP it forbids unused parameters, which a dropped layer would leave
         model.activation_checkpointing_enable()  # now, for the trial of batch sizes; the Trainer does when it starts
@@ -2716,6 +2833,7 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
     kind = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)
     trainer = kind(model, settings, collator, train, dev.audio, decoder.processor)  # whose tokenizer is saved too
     trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()
+    trainer.own = len(train) if own is None else own
     trainer.model_accepts_loss_kwargs = False  # concluded from the **kwargs of LasrForCTC.forward, which ignores them
     trainer.remove_callback(transformers.PrinterCallback if settings.disable_tqdm else transformers.ProgressCallback)
     trainer.add_callback(trainer)
@@ -2727,9 +2845,10 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None):
 # What a run is of: with another of these, what is in --output_dir is of no use.
 IDENTITY = """model model_revision dataset dataset_revision text_column accents domains countries max_train_seconds
     max_train_samples max_eval_samples max_test_samples target_text spec_augment streaming window_seconds
-    learning_rate seed weights clips_an_update""".split()
+    replay learning_rate seed weights clips_an_update""".split()
 NO_FLAGS = {"weights": "weights of checksum", "clips_an_update": "batch x accumulation steps x processes of"}
-GOAL = "max_steps num_train_epochs early_stopping_patience also_score".split()  # these and OF_LM may change
+PATH_SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the fine-tuned, of the models that are scored with --also_score
+GOAL = "max_steps num_train_epochs early_stopping_patience also_score interpolate".split()  # these and OF_LM may change
 OF_LM = "lm lm_weight lm_word_score lm_beam tune_lm lm_bytes".split()
 
 
@@ -2800,7 +2919,7 @@ class Run:
         what = model.config, processor.feature_extractor, self.encoder, settings.max_train_seconds
         self.check = functools.partial(skip_reasons, *what)  # without the model: a stream's workers get it too
         self.clips = select_all(sources, settings, self.check)
-        self.tests = {name or "test": self.clips[name or "test"] for name in sources}
+        self.tests = {name or "test": self.clips[name or "test"] for name in sources if name != "replay"}
         self.decoder = Decoder(model, processor, settings, lm)
 
     def decode_tests(self, system):
@@ -2817,20 +2936,46 @@ class Run:
                 texts[name][f"{system}_lm"] = decoder.texts(emissions, decoder.lm)
         return texts
 
-    def write_results(self, texts, history=()):
+    def interpolate(self, base):
+        """Give the model --interpolate's share of the way from the state_dict `base` to it (WiSE-FT, arXiv 2109.01903).
+        Returns [{"share": ..., "wer": {"dev" or further test set: ...}}] of that way, empty without --also_score."""
+        model, decoder, chosen, path = self.decoder.model, self.decoder, self.settings.interpolate, []
+        tuned = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+        sets = {
+            name: clips.some() for name, clips in {"dev": self.clips["dev"], **self.tests}.items() if name != "test"
+        }
+        has_path = len(sets) > 1
+        for share in [*sorted({*PATH_SHARES} - {chosen} if has_path else ()), chosen]:  # the model stays at the last
+            between = {
+                name: base[name].lerp(value, share) for name, value in tuned.items() if value.is_floating_point()
+            }
+            model.load_state_dict(tuned | between)
+            if has_path:
+                texts = {name: decoder.texts(decoder.emissions(clips)[0]) for name, clips in sets.items()}
+                wers = {name: corpus_rate(clips.table["text"], texts[name]) for name, clips in sets.items()}
+                say(f"  share {share:g}: " + ", ".join(f"{name} {percent(wer)}" for name, wer in wers.items()))
+                path.append({"share": share, "wer": wers})
+        return sorted(path, key=lambda point: point["share"])
+
+    def write_results(self, texts, history=(), path=()):
         settings, made, clips, lm = self.settings, self.source.made, self.clips, self.decoder.lm
         seen = None if settings.eval_only else set(clips["train"].table["accent"].str.casefold())
         scores = {name: Scores(self.tests[name].table, part, seen) for name, part in texts.items()}
         training = settings.to_dict()
         config = {name: training.pop(name) for name in ScriptFlags.__annotations__}
         data = {name: {**sizes_of(part.table), "skipped": part.reasons} for name, part in clips.items()}
-        shared, notes = shared_speakers(clips)
+        shared, notes = shared_speakers(clips, settings)
         data |= {"made_splits": made, "speakers_in_train_too": shared}
         data |= {"layout": self.source.layout, "characters_dropped_from_labels": self.encoder.dropped}
-        content = {"config": {**config, "command": settings.command, "training": training}, "data": data}
+        content = {"config": {**config, "command": settings.command, "training": training}, "data": data, "path": path}
         longer = int((clips["test"].table["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum())
         windows = f"{plural(longer, 'clip')} over {settings.window_seconds:g} s scored in overlapping windows"
         notes = [f"{windows}; none left out for its length.", *notes]
+        if settings.replay and not settings.eval_only:
+            name, share = settings.replayed
+            notes += [f"{percent(share)} of the training clips are of {public(name)} (--replay)."]
+        if not settings.eval_only and settings.interpolate < 1:
+            notes += [f"The final model is {settings.interpolate:g} of the way from the base to the fine-tuned one."]
         notes += [f"{' and '.join(made)} made of the train split by speaker."] * bool(made)
         if lm:
             before = (self.notes["baseline"] or {}).get("lm") or lm.settings  # each model is tuned by itself
@@ -2842,6 +2987,9 @@ class Run:
     def train(self, updates):
         settings, default, trainer, checkpoint = self.settings, TrainingFlags, None, self.checkpoint
         train = self.clips["train"].audio
+        own = settings.streaming or len(train)
+        if settings.replay:
+            train = datasets.concatenate_datasets([train, self.clips["replay"].audio])
         say(f"training: {plural(updates, 'update')}")
         if updates < settings.eval_steps == default.eval_steps and settings.save_steps == default.save_steps:
             settings.eval_steps = settings.save_steps = max(1, updates // 5)
@@ -2855,7 +3003,9 @@ class Run:
         greedy, advice = Decoder(self.decoder.model, self.decoder.processor, settings), "an older one is taken then"
         loading = explained(f"{checkpoint} cannot be loaded", f"delete it: {advice}")
         try:
-            trainer = make_trainer(settings, greedy, self.encoder, train, self.clips["dev"], self.notes["batch_limit"])
+            trainer = make_trainer(
+                settings, greedy, self.encoder, train, self.clips["dev"], self.notes["batch_limit"], own
+            )
             if checkpoint:
                 say(f"  going on from {checkpoint}, update {self.done} of {updates}")
             for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
@@ -2894,15 +3044,17 @@ class Run:
         for name, system in [(name, system) for name, part in texts.items() for system in part]:
             wer = percent(corpus_rate(self.tests[name].table["text"], texts[name][system]))
             say(f"  WER {wer} on {name} {SYSTEMS[system]} training")
+        base = {name: value.cpu().clone() for name, value in self.decoder.model.state_dict().items()}
         trainer = self.train(updates)
         say("scoring the fine-tuned model on the test split")
         # Without the wrapper that autocasts: before and after are scored alike, in float32.
         self.decoder.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         accelerate.utils.broadcast(self.decoder.model.state_dict())  # in place: the first process's is the best model
+        path = self.interpolate(base)
         texts = {name: texts.get(name, {}) | found for name, found in self.decode_tests("finetuned").items()}
         if not self.settings.is_first:
             return
-        metrics = self.write_results(texts, trainer.state.log_history)
+        metrics = self.write_results(texts, trainer.state.log_history, path)
         with explained(f"{self.final} cannot be written", ROOM_ADVICE), complete(self.final) as final:
             trainer.save_model(str(final))
             write_model_card(final, self.results, self.settings, metrics)
@@ -2911,8 +3063,25 @@ class Run:
             for (name, part), system, rate in itertools.product(parts.items(), SYSTEMS, RATES):
                 if part.get(system) and part[system][rate] is not None:
                     writer.add_scalar(f"{file_stem(name)}_{system}/{rate}", part[system][rate], step)
+            for point, name in itertools.product(path, path[0]["wer"] if path else ()):
+                writer.add_scalar(
+                    f"interpolated_by_percent/{file_stem(name)}", point["wer"][name], round(100 * point["share"])
+                )
         self.save(reached=self.goal)
         self.finish()
+
+
+def computer(settings, trains):
+    """What the model is run on, and in which precision, in words."""
+    kind = settings.device.type
+    name = (
+        torch.cuda.get_device_properties(settings.device).name if kind == "cuda" else {"mps": "Apple's GPU"}.get(kind)
+    )
+    precision = "float16" if settings.fp16 else "bfloat16" if settings.bf16 else "float32"
+    if settings.bf16 and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        warn(f"{name} emulates bfloat16, which is slow: leave --bf16 out")
+    processes = f"{settings.world_size} x " if settings.world_size > 1 else ""
+    return f"{processes}{name or f'the {kind.upper()}'}, {precision if trains else 'float32'}"
 
 
 def run(settings):
@@ -2933,6 +3102,7 @@ def run(settings):
         return 0
     say(f"corpus: {settings.dataset}")
     if trains or settings.eval_only:
+        say(f"computing on {computer(settings, trains)}")
         processor, model = load_model(settings)  # before the audio: if it is of no use, hours of preparation are too
         lm = load_lm(settings, processor, model.config.vocab_size)
     if trains and settings.upload and settings.is_first:
@@ -2944,8 +3114,11 @@ def run(settings):
     for name in settings.also_score or ():
         say(f"also scored: {public(name)}")
         sources[public(name)] = Source(name, settings, ("test",), is_extra=True)
+    if settings.replay and not settings.eval_only:
+        say(f"replayed: {public(settings.replayed[0])}")
+        sources["replay"] = Source(settings.replayed[0], settings, ("train",), is_extra=True)
     for name, source in sources.items():
-        prepare(source, ("test",) if name else settings.splits(on_disk=True), settings)
+        prepare(source, splits_of(name, settings), settings)
     if settings.prepare_only:
         select_all(sources, settings, lambda table: table["problem"])
         say(f"  ready in {settings.data_dir}")
