@@ -2250,19 +2250,20 @@ class Scores:
             for system in [system for system in (before, after) if system in self.texts]:
                 rates = {rate: float(sums[system, rate] / of) if of else None for rate, of in sums["of"].items()}
                 kinds = {kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}
-                ends = self.intervals({rate: drawn[system, rate] for rate in WITH_INTERVALS})
+                ends = self.intervals({rate: drawn[system, rate] for rate in WITH_INTERVALS}, sums)
                 found[system] = {**rates, **sizes, **ends, **kinds, "small": is_small}
             if found[before] and found[after]:
                 changes = {rate: drawn[after, rate] - drawn[before, rate] for rate in WITH_INTERVALS}
                 more = counts[after, "wer"] - counts[before, "wer"]
                 shares = (float(share.mean()) for share in (changes["wer"] < 0, more < 0, more == 0, more > 0))
                 found[delta] = {rate: found[after][rate] - found[before][rate] for rate in RATES if sums["of", rate]}
-                found[delta] |= {**self.intervals(changes), **dict(zip(SHARES, shares))}
+                found[delta] |= {**self.intervals(changes, sums), **dict(zip(SHARES, shares))}
         return found
 
     @staticmethod
-    def intervals(drawn):
-        return {f"{rate}_ci95": np.percentile(values, (2.5, 97.5)).tolist() for rate, values in drawn.items()}
+    def intervals(drawn, sums):
+        ends = {rate: np.percentile(values, (2.5, 97.5)).tolist() for rate, values in drawn.items()}
+        return {f"{rate}_ci95": ends[rate] if sums["of", rate] else None for rate in ends}
 
 
 # ---------------------------------------------------------------- report

@@ -108,3 +108,9 @@ def skipped(output_dir):
     """[(split, clip, reason)] of a run's skipped_clips.csv."""
     rows = read_csv(output_dir / "results/skipped_clips.csv")
     return [(row["split"], row["clip"], row["reason"]) for row in rows]
+
+
+def cells(table, first):
+    """The cells of the row of a table that begins so."""
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {first} ")]
+    return [cell.strip() for cell in line.strip("|").split(" | ")][1:]

@@ -109,6 +109,7 @@ def straight(cuda, calm):
 
 def test_float16_goes_on_with_its_scaler_and_the_gpus_random_numbers(cuda, calm, straight):
     half = succeeded(cuda(*FEW, program=calm))
+    assert "computing on Fake GPU, float16" in half.stdout
     assert half.log[-1]["Half"] > 100 and "BFloat16" not in half.log[-1]
     checkpoint = half.out / "checkpoint-2"
     assert torch.load(checkpoint / "scaler.pt")["scale"] == 64
@@ -142,6 +143,8 @@ def test_bfloat16_with_a_worker_that_decodes_and_pinned_memory(cuda, capability)
     done = succeeded(cuda(*FEW, "--bf16", "--dataloader_num_workers", "1", FAKE_GPU_CAPABILITY=capability))
     assert done.log[-1]["BFloat16"] > 100 and "Half" not in done.log[-1] and done.log[-1]["pinned"] > 5
     assert not (done.out / "checkpoint-2/scaler.pt").exists()
+    assert "computing on Fake GPU, bfloat16" in done.stdout
+    assert ("Fake GPU emulates bfloat16" in done.stderr) == (capability == "7.5")
     assert load_json(done.out / "results/metrics.json")["finetuned"]["clips"] == 3
 
 
@@ -218,6 +221,17 @@ def test_apples_gpu_transcribes_what_the_cpu_does(apple, spoken):
     done = succeeded(apple("--transcribe", folder, mode=MODEL_ALONE))
     assert done.stdout == texts and done.log[-1]["peak"] > 0 and "pinned" not in done.log[-1]
     assert "Double" not in done.log[-1]
+
+
+def test_apples_gpu_trains_with_a_loss_of_the_cpu(apple, cuda):
+    """Which has no CTC, no float64 and no pinned memory; the losses are those of another machine."""
+    flags = *FEW, "--fp16", "false", "--spec_augment", "false"
+    done = succeeded(apple(*FEW, "--spec_augment", "false"))
+    assert "computing on Apple's GPU, float32" in done.stdout and "Double" not in done.log[-1]
+    on_cpu = succeeded(cuda(*flags, "--use_cpu", "true"))
+    assert losses(done.out, 2) == pytest.approx(losses(on_cpu.out, 2), rel=1e-4)
+    texts = [scored_clips(run.out / "results") for run in (done, on_cpu)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])

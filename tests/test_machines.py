@@ -3,6 +3,7 @@ Without a GPU the mechanism runs on the CPU: its autocast and GradScaler, gloo p
 
 import json
 import shutil
+import types
 
 import kills
 import numpy as np
@@ -147,6 +148,18 @@ def test_the_dev_evaluation_halves_batches_that_do_not_fit(tmp_path, clips):
         assert cramped[name] == pytest.approx(roomy[name], rel=1e-4)
     with pytest.raises(script.RunError, match="single clip.*--window_seconds"):
         make_trainer(tmp_path, clips, model=watched_model(0)[0]).evaluate()
+
+
+@pytest.mark.parametrize("hours, is_long", [(1.5, True), (0.25, False)])
+def test_a_cpu_says_how_long_training_will_take(tmp_path, clips, monkeypatch, capsys, hours, is_long):
+    """Three updates, of so many hours each, are made, and two more."""
+    trainer = make_trainer(tmp_path, clips, *TWO_A_STEP, "--max_steps", 5)
+    monkeypatch.setattr(
+        script, "time", types.SimpleNamespace(monotonic=lambda: 3600 * hours * trainer.state.global_step)
+    )
+    trainer.train()
+    said = "training takes some 3 h more on this machine; a GPU, fewer --accents or --max_train_samples"
+    assert capsys.readouterr().out.count(said) == is_long
 
 
 def test_long_dev_clips_are_scored_in_windows(tmp_path, clips):

@@ -9,7 +9,8 @@ import soundfile
 import torch
 import yaml
 from conftest import CORPUS, MODEL, corpus_audio, corpus_rows, load_json, scored_clips, succeeded, tensorboard
-from helpers import modified, read_csv, run_main, write, write_table, write_wav
+from helpers import cells, modified, read_csv, run_main, write, write_table, write_wav
+from safetensors.torch import load_file
 from transformers import AutoModelForCTC, AutoProcessor, TrainingArguments, pipeline
 
 import finetune_medasr as script
@@ -253,13 +254,62 @@ def test_each_further_test_set_has_its_scores_before_and_after(forgetting, tmp_p
     (damaged,) = [row for row in read_csv(out / "results/skipped_clips.csv") if row["split"] == "clinic"]
     assert damaged["reason"].startswith("undecodable audio")
     assert metrics["data"]["clinic"]["skipped"] == {"undecodable audio": 1}
-    tags = {"test_finetuned/wer", "us-english_baseline/wer", "us-english_finetuned/wer", "clinic_finetuned/cer"}
+    assert names(out / "results") >= {"path.png"}
+    tags = {
+        "interpolated_by_percent/dev",
+        "test_finetuned/wer",
+        "us-english_baseline/wer",
+        "us-english_finetuned/wer",
+        "clinic_finetuned/cer",
+    }
     assert tags <= set(tensorboard(out / "runs").Tags()["scalars"])
 
     succeeded(run_main(tmp_path, *flags, "--eval_only", "--model", out / "final", "--output_dir", "."))
     for name, part in load_json(tmp_path / "results/metrics.json")["also"].items():
         assert part["delta"] is None and part["baseline"]["wer"] == metrics["also"][name]["finetuned"]["wer"]
         assert part["baseline"]["wer_ci95"] == metrics["also"][name]["finetuned"]["wer_ci95"]
+
+
+def test_a_finished_run_gives_the_models_between_the_base_and_the_fine_tuned(forgetting, tmp_path):
+    folder, flags, metrics = forgetting
+    shutil.copytree(folder / "out", tmp_path / "out")
+    base, tuned = (load_file(path / "model.safetensors") for path in (MODEL, folder / "out/final"))
+    path = metrics["path"]
+    for name in ("us_english", "clinic"):
+        ends = [metrics["also"][name][system]["wer"] for system in ("baseline", "finetuned")]
+        assert [path[0]["wer"][name], path[-1]["wer"][name]] == ends
+    assert [point["share"] for point in path] == [0, 0.25, 0.5, 0.75, 1] and list(path[0]["wer"])[0] == "dev"
+    report = (folder / "out/results/report.md").read_text(encoding="utf-8")
+    assert cells(report, "0.25") == [f"{100 * wer:.1f} %" for wer in path[1]["wer"].values()]
+    for share in (0.75, 0, 1):
+        done = succeeded(run_main(tmp_path, *flags, "--output_dir", "out", "--interpolate", share))
+        assert "update 2 of 2" in done.stdout
+        found, again = (
+            load_file(tmp_path / "out/final/model.safetensors"),
+            load_json(tmp_path / "out/results/metrics.json"),
+        )
+        for name in [name for name in base if base[name].is_floating_point()]:
+            between = base[name].double() + share * (tuned[name].double() - base[name].double())
+            torch.testing.assert_close(
+                found[name], between.float(), rtol=0 if share in (0, 1) else 1e-5, atol=1e-7 * share * (1 - share)
+            )
+        (point,) = [point for point in path if point["share"] == share]
+        assert again["also"]["us_english"]["finetuned"]["wer"] == point["wer"]["us_english"] and again["path"] == path
+        texts = [(row["pred_text"], row["baseline_text"]) for row in scored_clips(tmp_path / "out/results")]
+        assert all(ours == before for ours, before in texts) == (share == 0)
+        note = f"is {share:g} of the way from the base"
+        assert all(
+            (note in (tmp_path / "out" / name).read_text(encoding="utf-8")) == (share < 1)
+            for name in ("final/README.md", "results/report.md")
+        )
+        if share == 0.75:
+            clip = US_ENGLISH / "test/00.flac"
+            raw, rate = soundfile.read(clip, dtype="float32")
+            recognise = pipeline("automatic-speech-recognition", model=str(tmp_path / "out/final"))
+            done = succeeded(run_main(tmp_path, "--transcribe", clip, "--model", "out/final"))
+            text = recognise({"raw": raw, "sampling_rate": rate})["text"].replace("</s>", "")  # which the base writes
+            assert text.strip() == done.stdout.strip() != ""
+    assert scored_clips(tmp_path / "out/results") == scored_clips(folder / "out/results")
 
 
 def test_a_finished_run_scores_another_set_without_training(forgetting, tmp_path):

@@ -1,13 +1,15 @@
 """Error rates, their groups and intervals, and what the report makes of them."""
 
+import json
 import random
 import tracemalloc
 
+import medwer.cli
 import numpy as np
 import pandas
 import pytest
 from conftest import load_json, succeeded
-from helpers import run_main, write_table
+from helpers import cells, run_main, write_table
 
 from finetune_medasr import Scores
 
@@ -104,6 +106,40 @@ def test_numbers_and_negations_have_rates_of_their_own():
     assert score(rows[1:], [""])["baseline"]["wer_negations"] is None, "there is none"
 
 
+MEDICAL = [  # (reference, hypotheses before and after)
+    ("Start insulin glargine 10 units, for diabetes mellitus.", "start insulin large in ten units for diabetes", ""),
+    ("She has haemoglobin of twelve and no fever", "she has hemoglobin of 12 and a fever", "no fever"),
+    ("( CCAM ).", "malaria and fever", "seek malaria"),  # without a word for Whisper: not counted
+    ("I went to the market.", "eye went to malaria market", "I'm going to the market"),
+    (
+        "Give paracetamol, amoxicillin and metformin",
+        "give paracetamol a moxy sealing and met for men",
+        "Give metformin",
+    ),
+]
+
+
+def test_whispers_and_the_medical_rate_are_those_of_medwers_command(tmp_path, capsys):
+    references, *texts = map(list, zip(*MEDICAL * 3))
+    rows = [row(text, f"speaker {number}") for number, text in enumerate(references)]
+    metrics = score(rows, *texts)
+    for system, hypotheses in zip(("baseline", "finetuned"), texts):
+        for name, lines in (("refs", references), ("hyps", hypotheses)):
+            write_table(tmp_path / f"{name}.jsonl", [{"id": at, "text": text} for at, text in enumerate(lines)])
+        files = (f"--{name}={tmp_path}/{name}.jsonl" for name in ("refs", "hyps"))
+        assert medwer.cli.main(["score", *files]) == 0
+        theirs = json.loads(capsys.readouterr().out)
+        assert 0 < theirs["medical_wer"] != theirs["wer"] > 0 and theirs["utts"] == 4 * 3
+        ours = [metrics[system][name] for name in ("wer_whisper", "wer_medical")]
+        assert ours == pytest.approx([theirs["wer"], theirs["medical_wer"]], abs=1e-9)
+    for name in ("wer_whisper", "wer_medical"):
+        change, ends = metrics["delta"][name], metrics["delta"][f"{name}_ci95"]
+        assert ends[0] < change < ends[1] and change == metrics["finetuned"][name] - metrics["baseline"][name]
+        assert metrics["delta"]["groups"]["accent"]["igbo"][f"{name}_ci95"] == ends
+    nothing = score(rows[3:4], ["the market"])["baseline"]
+    assert nothing["wer_medical"] is None and nothing["wer_medical_ci95"] is None
+
+
 def test_intervals_are_of_whole_speakers():
     """A few speakers with many clips, each as good or bad throughout."""
     generator, rows, texts, people = np.random.default_rng(1), [], [], []
@@ -149,12 +185,6 @@ def test_the_change_is_paired():
     same, worse = score(rows, before, before)["delta"], score(rows, after, before)["delta"]
     assert (same["wer_ci95"], same["clips_equal"]) == ([0, 0], 1)
     assert worse["clips_worse"] == 1 and worse["groups"]["accent"]["igbo"]["wer"] == pytest.approx(0.25)
-
-
-def cells(table, first):
-    """The cells of the row of a table that begins so."""
-    (line,) = [line for line in table.splitlines() if line.startswith(f"| {first} ")]
-    return [cell.strip() for cell in line.strip("|").split(" | ")][1:]
 
 
 def test_groups_with_few_speakers_or_few_words_are_marked_and_not_ranked(tmp_path):
