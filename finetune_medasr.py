@@ -34,7 +34,6 @@ import io
 import itertools
 import json
 import math
-import mimetypes
 import multiprocessing
 import os
 import re
@@ -503,29 +502,6 @@ def explained_hub_errors(repo, kind, advice=""):
         raise RunError(f"{kind} {repo} {meaning}{advice}") from error
 
 
-class HubStream(io.RawIOBase):
-    """A Hub file as a stream from `position` on, through dropped connections; the client waits out 5xx and 429."""
-
-    def __init__(self, repository, path, position=0):
-        self.file, self.size = repository.on_hub(path, block_size=0), repository.files[path][0]
-        self.file.loc = position
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        if self.file.loc >= self.size:
-            return 0
-        for seconds in (1, 2, 4, 8, 16, 0):  # to wait, while the connection drops without a byte of progress
-            with contextlib.suppress(httpx2.TransportError):
-                if data := self.file.read(min(len(buffer), 1 << 16)):
-                    buffer[: len(data)] = data
-                    return len(data)
-            self.file.response = None  # it connects again, and goes on from the byte reached
-            time.sleep(seconds)
-        raise OSError(f"the connection ends after {self.file.loc:,} of {self.size:,} bytes")
-
-
 @dataclass
 class Repository:
     name: str  # of a dataset on the Hub
@@ -568,13 +544,25 @@ class Repository:
         places = [place for place in (Path(str(cached)), self.cache / "hub" / path) if place.is_file()]
         return next((place for place in places if place.stat().st_size == self.files[path][0]), None)
 
-    def on_hub(self, path, **options):
-        return hub.HfFileSystem().open(f"datasets/{self.name}@{self.revision or 'main'}/{path}", **options)
+    def open(self, path, **options):
+        """A file of the repository to read: the local one, or as much of the Hub's as is read of it."""
+        place, local = f"datasets/{self.name}@{self.revision or 'main'}/{path}", self.local(path)
+        return open(local, "rb") if local else hub.HfFileSystem().open(place, **options)
 
-    def open(self, path):
-        """A file of the repository as a stream of bytes: the local file, or as much of the Hub's as is read."""
-        local = self.local(path)
-        return open(local, "rb") if local else io.BufferedReader(HubStream(self, path), 1 << 16)
+    def download(self, path, file):
+        """Append what `file` lacks of the Hub's, through dropped connections; the client waits out 5xx and 429."""
+        stream, size = self.open(path, block_size=0), self.files[path][0]
+        stream.loc = file.tell()
+        while stream.loc < size:
+            for seconds in (1, 2, 4, 8, 16, 0):  # to wait, while the connection drops without a byte of progress
+                with contextlib.suppress(httpx2.TransportError):
+                    if data := stream.read(1 << 16):
+                        break
+                stream.response = None  # it connects again, and goes on from the byte reached
+                time.sleep(seconds)
+            else:
+                raise OSError(f"the connection ends after {stream.loc:,} of {size:,} bytes")
+            file.write(data)
 
     def fetch(self, path):
         """The local path of a file, downloaded if need be, going on where that stopped; raises RunError."""
@@ -587,8 +575,8 @@ class Repository:
             for _ in range(2):
                 if self.local(path):  # by another process, meanwhile
                     return target
-                with open(partial, "a+b") as file, HubStream(self, path, file.tell()) as stream:
-                    shutil.copyfileobj(stream, file, 1 << 20)
+                with open(partial, "a+b") as file:
+                    self.download(path, file)
                     file.seek(0)
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                 if size == partial.stat().st_size and checksum in (None, found):
@@ -778,9 +766,8 @@ def clip_table(cells, split=""):
 def with_one_spelling(table):
     """`table` with groups that differ in case alone as one."""
     for column in GROUP_COLUMNS[1:]:
-        shown, cells = {}, table[column].value_counts().index  # the most frequent first
-        if odd := {cell: name for cell in cells if (name := shown.setdefault(cell.casefold(), cell)) != cell}:
-            table[column] = table[column].replace(odd)
+        cells = table[column].value_counts().index.to_series()  # the most frequent first
+        table[column] = table[column].map(cells.groupby(cells.str.casefold()).transform("first"))
     return table
 
 
@@ -870,8 +857,8 @@ class Source:
 
     def add_archives(self, archives, splits):
         """AfriSpeech-200's layout, audio/ACCENT/SPLIT/*.tar.gz and transcripts/ACCENT/SPLIT.csv. Yields each table."""
-        folders = [re.match("(?:audio|transcripts)/([^/]+)/", path) for path in self.repository.files]
-        self.accents = {folder[1] for folder in folders if folder}
+        files = self.repository.files
+        self.accents = {path.split("/")[1] for path in files if re.match("(audio|transcripts)/[^/]+/", path)}
         accents = self.accents.intersection(map(slugify, self.asked or self.accents))
         parts = sorted(itertools.product(accents, splits), key="/".join)
         with ThreadPoolExecutor(8) as pool:  # some hundred small files on the Hub, so several at once
@@ -944,16 +931,14 @@ class Source:
     @contextlib.contextmanager
     def open_parquet(self, path):
         """(a pyarrow ParquetFile, the name of its column of audio, structs of bytes and path); raises RunError."""
-        local = self.repository.local(path)
-        with explained(f"{path} cannot be read as parquet"):
-            with open(local, "rb") if local else self.repository.on_hub(path) as stream:
-                file = parquet.ParquetFile(stream)
-                names = [item.name for item in file.schema_arrow if re.match(r"struct<(.*, )?bytes: ", str(item.type))]
-                names = ["audio"] if "audio" in names else names
-                if len(names) != 1:
-                    problem = f"more than one: {', '.join(names)}" if names else "no audio column (of bytes and path)"
-                    raise RunError(f"{path} has {problem}; its columns are {', '.join(file.schema_arrow.names)}")
-                yield file, names[0]
+        with explained(f"{path} cannot be read as parquet"), self.repository.open(path) as stream:
+            file = parquet.ParquetFile(stream)
+            names = [item.name for item in file.schema_arrow if re.match(r"struct<(.*, )?bytes: ", str(item.type))]
+            names = ["audio"] if "audio" in names else names
+            if len(names) != 1:
+                problem = f"more than one: {', '.join(names)}" if names else "no audio column (of bytes and path)"
+                raise RunError(f"{path} has {problem}; its columns are {', '.join(file.schema_arrow.names)}")
+            yield file, names[0]
 
     def read_parquet(self, shard, split):
         """The table of a parquet file's clips; of one that is not converted yet, what is no audio is read."""
@@ -987,16 +972,14 @@ class Source:
             lacking = f"no {' and no '.join(self.made)} split, and {plural(len(sizes), 'speaker')} of train for it"
             raise RunError(f"{self.dataset} has {lacking}: name a speaker, such as speaker, or a split in a column")
         # The order is one of checksums, so that more recordings later move few speakers.
-        left = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
-        for split in self.made:
-            room, drawn = sum(sizes.values()) // 10, set()
-            for speaker in left:
-                if sizes[speaker] <= room:
-                    drawn.add(speaker)
-                    room -= sizes[speaker]
-            drawn = drawn or {min(left, key=sizes.get)}
-            left = [speaker for speaker in left if speaker not in drawn]
-            table["split"] = table["split"].mask(is_train & table["speaker"].isin(drawn), split)
+        order = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
+        room, homes = dict.fromkeys(self.made, sum(sizes.values()) // 10), dict.fromkeys(order, "train")
+        for speaker in order:
+            if split := next((split for split in self.made if sizes[speaker] <= room[split]), None):
+                homes[speaker], room[split] = split, room[split] - sizes[speaker]
+        for split in [split for split in self.made if split not in homes.values()]:  # each has more than a tenth
+            homes[min((one for one in order if homes[one] == "train"), key=sizes.get)] = split
+        table["split"] = table["speaker"].where(is_train).map(homes).fillna(table["split"])
         speakerless = is_train & (table["speaker"] == "") & (table["problem"] == "")
         table["problem"] = table["problem"].mask(speakerless, "no speaker to make a split by")
         say(f"  {' and '.join(self.made)} made of the train split by speaker, by --seed {seed}")
@@ -1029,7 +1012,7 @@ class Source:
         else:
             rows, seen = {row["clip"]: row for row in rows}, set()
             nothing = dict.fromkeys(CLIP_COLUMNS, "") | ARCHIVE.fullmatch(shard.name).groupdict()
-            with self.repository.open(shard.name) as stream:
+            with self.repository.open(shard.name, block_size=2**24) as stream:  # of the Hub's as much at once
                 try:
                     for name, audio, problem in archive_members(stream):
                         row = rows.get(key := clip_key(name)) or {**nothing, "clip": key, "problem": "no transcript"}
@@ -1038,7 +1021,8 @@ class Source:
                         seen.add(key)
                 # Numbers in headers that are none are a ValueError or an OverflowError of tarfile's.
                 except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
-                    problem = f"damaged archive ({one_line(error)}): {plural(len(seen), 'clip')} of it kept"
+                    damage = one_line(error).replace("(b've')", "but a Git LFS pointer: run 'git lfs pull'")
+                    problem = f"damaged archive ({damage}): {plural(len(seen), 'clip')} of it kept"
                     yield make_clip({**nothing, "clip": shard.name, "problem": problem}, None, self.notes)
 
 
@@ -1066,19 +1050,16 @@ def decode_stretch(start, end, path, notes):
 CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
 BLOCK_SAMPLES = 2**20  # at 16 kHz that are decoded at once, 65 s
 CUT_OFF = "it ends"  # how a note begins of a recording that its header says to be longer
-
-
-@functools.cache
-def audio_suffixes():
-    """Of audio and video, dictation machines' too, also what libsndfile cannot read: that should be said."""
-    kinds = mimetypes.MimeTypes().types_map[True].items()  # Python's, not this machine's
-    known = {suffix[1:] for suffix, kind in kinds if kind.startswith(("audio/", "video/"))}
-    known.update("ds2 dss dvf msv 3ga amr awb gsm qcp spx m4a m4b ac3 ape mka mkv oga ogv sph wave wma wmv wv".split())
-    return {*known, *map(str.lower, soundfile.available_formats())} - {"raw", "ass"}
+# Of audio and video, dictation machines' too, also what libsndfile cannot read: that should be said.
+AUDIO_SUFFIXES = set(
+    """3g2 3ga 3gp 3gpp 3gpp2 aac ac3 adts aif aifc aiff amr ape au avi avr awb caf ds2 dss dvf flac
+    gsm htk ircam loas m1v m4a m4b mat4 mat5 mka mkv mov movie mp2 mp3 mp4 mpa mpc2k mpe mpeg mpg msv nist oga ogg ogv opus
+    paf pvf qcp qt ra rf64 sd2 sds snd sph spx svx voc w64 wav wave wavex webm wma wmv wv wve xi""".split()
+)
 
 
 def is_audio_name(path):
-    return os.path.splitext(path)[1][1:].lower() in audio_suffixes()
+    return os.path.splitext(path)[1][1:].lower() in AUDIO_SUFFIXES
 
 
 @contextlib.contextmanager
@@ -1185,8 +1166,6 @@ def make_clip(row, audio, notes, decode=decode_audio):
 
 def archive_members(stream):
     """Yield (name, bytes, problem) for each member of a tar.gz read as a stream; raises gzip's and tarfile's errors."""
-    if stream.peek(64).startswith(b"version https://git-lfs"):
-        raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
     # Not tarfile's own "r|gz": only gzip checks the checksum at the end. "replace": names have to be writable as UTF-8.
     with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", errors="replace") as tar:
         for member in (member for member in tar if not member.isdir()):
@@ -1224,10 +1203,11 @@ def prepare_shard(source, shard):
     return np.array([len(lengths), sum(lengths) / SAMPLE_RATE / 3600]), source.notes
 
 
-def start_worker(connection):
-    """Let this worker process end with the program, at whose death the other end of `connection` is closed."""
+def start_worker():
+    """Let this worker process end with the program, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the program tells its workers
-    threading.Thread(target=lambda: connection.poll(None) and os._exit(1), daemon=True).start()
+    program = multiprocessing.parent_process()
+    threading.Thread(target=lambda: program.join() or os._exit(1), daemon=True).start()
 
 
 def prepare(source, splits, settings):
@@ -1246,9 +1226,8 @@ def prepare(source, splits, settings):
             raise RunError(f"{what}: choose another --data_dir, fewer --accents, or a lower --num_proc")
         done, failures, notes = np.zeros(2), [], {}
         context = multiprocessing.get_context("spawn")  # forked workers inherit the locks of threads and can hang
-        ours, theirs = context.Pipe()
-        pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker, (theirs,))
-        with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool, contextlib.closing(ours):
+        pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker)
+        with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool:
             todo.sort(key=lambda shard: -source.repository.size(shard.files))  # none is left alone at the end
             for job in as_completed([pool.submit(prepare_shard, source.part([shard]), shard) for shard in todo]):
                 try:
