@@ -617,13 +617,10 @@ def load_model(settings):
         model, loading = transformers.AutoModelForCTC.from_pretrained(place, **options, **weights)
         silence = CTCCollator(extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
         model.eval()(**model_inputs(silence, extractor, "cpu"))  # shows what does not fit together
-        labels = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")(["patient PATIENT"])[0]
     if unfit := [key for key, *_ in loading["mismatched_keys"]] + sorted(loading["missing_keys"]):  # filled with noise
         raise RunError(f"{what}: it lacks weights of its config.json, such as {unfit[:1]}")
     if broken := not_finite(model):
         raise RunError(f"{what}: it holds weights that are not finite, in {broken}")
-    if not decode_ids(processor, labels):
-        raise RunError(f"{what}: its tokenizer is not for its vocabulary")
     return processor, model
 
 
@@ -703,7 +700,7 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
             raise RunError(f"{name}: row {wrong[0]} is not an object with keys such as {' and '.join(needed)}")
         names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     columns = choose_columns(names, text_column, name, needed)
-    table = clip_table(cells_of(rows, columns, name))
+    table = clip_table(rows, columns, name)
     # The csv module's key for cells beyond the columns is None. Their row may have lost its order before them.
     surplus = [number for number, row in enumerate(rows) if any(map(str.strip, row.get(None, ())))]
     table.loc[surplus, [*GROUP_COLUMNS, "split"]] = ""
@@ -727,17 +724,13 @@ def choose_columns(names, text_column, table, needed):
     return {ours: theirs[0] for ours, theirs in found.items() if theirs and (ours not in TIMES or "clip" in needed)}
 
 
-def cells_of(rows, columns, table):
-    """{what COLUMNS calls a column: its cells in `rows`}; raises UsageError for texts and names that are no text."""
-    cells = {ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()}
+def clip_table(rows=(), columns=None, name="", split=""):
+    """The table of the clips in `rows` of table `name`; `columns` as of choose_columns. `split` stands for empty ones,
+    pred_text can be missing. Raises UsageError for texts and names that are no text."""
+    cells = {ours: [row.get(theirs) for row in rows] for ours, theirs in (columns or {}).items()}
     for ours in {"text", "pred_text", "baseline_text", "clip"}.intersection(cells):
         if odd := [cell for cell in cells[ours] if isinstance(cell, (list, dict, bytes))]:
-            raise UsageError(f"{table}: column {columns[ours]} holds a {type(odd[0]).__name__}: {str(odd[0])[:80]}")
-    return cells
-
-
-def clip_table(cells, split=""):
-    """The table of clips of lists of `cells` by COLUMNS; `split` stands for empty ones. pred_text can be missing."""
+            raise UsageError(f"{name}: column {columns[ours]} holds a {type(odd[0]).__name__}: {str(odd[0])[:80]}")
 
     def as_text(cell):  # JSON can hold halves of characters, no file can
         return None if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
@@ -817,7 +810,7 @@ class Source:
             raise RunError(f"{name} has {kinds}: it has {plural(len(paths), 'file')}, such as {(paths or ['none'])[0]}")
         parts = enumerate(getattr(self, f"add_{self.kind}")(found, splits))
         tables = [table.assign(part=part) for part, table in parts if len(table)]  # empty ones make concat slow
-        table = pandas.concat(tables or [clip_table({}).assign(part=0)], ignore_index=True)
+        table = pandas.concat(tables or [clip_table().assign(part=0)], ignore_index=True)
         self.announced = self.rows = with_one_spelling(table)
         folded = Counter(map(str.casefold, people := self.rows["speaker"].unique()))
         if alike := [name for name in people if folded[name.casefold()] > 1]:
@@ -840,7 +833,7 @@ class Source:
     def read(self, path):
         """The table of clips of a file of the repository, an empty one if it is not there; warns of its defects."""
         if path not in self.repository.files:
-            return clip_table({})
+            return clip_table()
         table, notes = read_table(self.repository.fetch(path), self.text_column, name=path)
         for note in notes:
             warn(f"{path}: {note}")
@@ -896,7 +889,8 @@ class Source:
         for problem, is_bad in (("no audio", ~is_there), ("a second row of this clip", self.second_rows(table))):
             table["problem"] = table["problem"].mask(is_bad & (table["problem"] == ""), problem)
         names = list(filter(is_audio_name, sorted(set(files) - set(table["file"]))))
-        unlisted = clip_table({"clip": names}).assign(problem="no transcript", file=names)
+        unlisted = clip_table([{"clip": name} for name in names], {"clip": "clip"})
+        unlisted = unlisted.assign(problem="no transcript", file=names)
         table = pandas.concat([table, unlisted], ignore_index=True)
         of_folders = [split_in(f"{os.path.dirname(file)}/") for file in table["file"]]  # "stress-test.wav" is of none
         table["split"] = table["split"].mask(table["split"] == "", of_folders)
@@ -948,13 +942,14 @@ class Source:
             features = datasets.Features.from_arrow_schema(file.schema_arrow)
             columns = choose_columns(list(filter(audio.__ne__, features)), self.text_column, shard.name, ["text"])
             rows = file.read([*columns.values(), f"{audio}.path"]).to_pylist()
-        cells = cells_of(rows, columns, shard.name)
-        for ours in cells:
-            if isinstance(kind := features[columns[ours]], datasets.ClassLabel):
-                cells[ours] = [kind.int2str(cell) if cell is not None and cell >= 0 else None for cell in cells[ours]]
-        names = [os.path.basename((row.get(audio) or {}).get("path") or "") for row in rows]
-        cells["clip"] = [f"{shard.name[:-8]}/{number:05d}-{name}".rstrip("-") for number, name in enumerate(names)]
-        return clip_table(cells, split)[[*CLIP_COLUMNS, "num_samples"]]
+        for column in set(columns.values()):
+            if isinstance(kind := features[column], datasets.ClassLabel):
+                for row in rows:
+                    row[column] = kind.int2str(row[column]) if row[column] not in (None, -1) else None
+        for number, row in enumerate(rows):
+            name = os.path.basename((row[audio] or {}).get("path") or "")
+            row[audio] = f"{shard.name[:-8]}/{number:05d}-{name}".rstrip("-")
+        return clip_table(rows, columns | {"clip": audio}, shard.name, split)[[*CLIP_COLUMNS, "num_samples"]]
 
     def plan_splits(self, splits, seed, unnamed):
         """Draw speakers of train, a tenth of the clips each, for a dev or test that `splits` lack; raises RunError."""
@@ -1051,49 +1046,42 @@ CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a b
 BLOCK_SAMPLES = 2**20  # at 16 kHz that are decoded at once, 65 s
 CUT_OFF = "it ends"  # how a note begins of a recording that its header says to be longer
 # Of audio and video, dictation machines' too, also what libsndfile cannot read: that should be said.
-AUDIO_SUFFIXES = set(
-    """3g2 3ga 3gp 3gpp 3gpp2 aac ac3 adts aif aifc aiff amr ape au avi avr awb caf ds2 dss dvf flac
-    gsm htk ircam loas m1v m4a m4b mat4 mat5 mka mkv mov movie mp2 mp3 mp4 mpa mpc2k mpe mpeg mpg msv nist oga ogg ogv opus
+AUDIO_SUFFIXES = """3g2 3ga 3gp 3gpp 3gpp2 aac ac3 adts aif aifc aiff amr ape au avi avr awb caf ds2 dss dvf flac gsm
+    htk ircam loas m1v m4a m4b mat4 mat5 mka mkv mov movie mp2 mp3 mp4 mpa mpc2k mpe mpeg mpg msv nist oga ogg ogv opus
     paf pvf qcp qt ra rf64 sd2 sds snd sph spx svx voc w64 wav wave wavex webm wma wmv wv wve xi""".split()
-)
 
 
 def is_audio_name(path):
     return os.path.splitext(path)[1][1:].lower() in AUDIO_SUFFIXES
 
 
-@contextlib.contextmanager
-def open_audio(source):
-    """A soundfile.SoundFile of encoded audio, bytes or a path; raises ValueError, also for what it raises in use."""
+def decoded_blocks(source):
+    """Yield (its SoundFile, float32 (frames, channels)) for each block of audio, bytes or a path, to the last frame
+    that decodes: the length in its header may be wrong. Raises ValueError."""
     try:
         # Opened here: of a path that cannot be read libsndfile says "System error".
         stream = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
         with stream, soundfile.SoundFile(stream) as file:
             file.seekable = lambda: False  # it seeks after each read where a file can: some codecs lose the rest by it
-            yield file
+            size = count = min(file.frames + 1, max(1, BLOCK_SAMPLES * file.samplerate // SAMPLE_RATE))
+            while count == size:
+                block = np.full((size, file.channels), np.nan, np.float32)
+                try:
+                    count = len(file.read(out=block))
+                except soundfile.SoundFileError:
+                    decoded = np.flatnonzero(~np.isnan(block[:, 0]))  # before the damage
+                    size, count = -1, decoded[-1] + 1 if len(decoded) else 0
+                yield file, block[:count]
     except (soundfile.SoundFileError, OSError) as error:
         # libsndfile's own words: the exception's text holds a memory address, by which no prepared file may differ.
         problem = getattr(error, "error_string", None) or one_line(error)
         raise ValueError(problem.replace("not recognised.", "not recognised: convert it with ffmpeg")) from error
 
 
-def decoded_blocks(file):
-    """Yield all that decodes of a file, float32 (frames, channels); its header's length may be wrong."""
-    size = count = min(file.frames + 1, max(1, BLOCK_SAMPLES * file.samplerate // SAMPLE_RATE))
-    while count == size:
-        block = np.full((size, file.channels), np.nan, np.float32)
-        try:
-            count = len(file.read(out=block))
-        except soundfile.SoundFileError:
-            decoded = np.flatnonzero(~np.isnan(block[:, 0]))  # before the damage
-            size, count = -1, decoded[-1] + 1 if len(decoded) else 0
-        yield block[:count]
-
-
 def channel_weights(blocks, notes):
     """What each channel of decoded `blocks` counts in mono; raises ValueError where they hold no numbers."""
     products, peak = 0.0, 0.0  # of each channel with each, summed
-    for block in filter(len, blocks):
+    for block in [block for _, block in blocks if len(block)]:
         highest = max(float(block.max()), -float(block.min()))
         if not highest < 1e30:  # full scale is 1; near float32's limit it overflows when it is resampled
             raise ValueError("it holds samples that are not numbers, or absurdly large")
@@ -1111,39 +1099,37 @@ def channel_weights(blocks, notes):
 
 def read_audio(source, notes):
     """Yield the 16 kHz mono float32 samples of audio, bytes or a path, in blocks; `notes` grow; raises ValueError."""
-    with open_audio(source) as file:
-        rate, blocks, count, made, weights = file.samplerate, decoded_blocks(file), 0, 0, None
-        head = list(itertools.islice(blocks, 2))
-        if not len(head[0]):
-            size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
-            mend = "if they are audio, ffmpeg -ignore_length 1 -i FILE new.wav mends it"
-            raise ValueError(f"no audio samples: its header tells of none in {size:,} bytes; {mend}")
-        if file.channels > 1 or file.subtype in ("FLOAT", "DOUBLE"):
-            with open_audio(source) as again:  # the whole tells how its channels go together
-                weights = channel_weights(decoded_blocks(again) if len(head) == 2 else head, notes)
-        resampler = Lazy("soxr").ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
-        for block in itertools.chain(head, blocks):
-            samples = block[:, 0] if weights is None else block @ weights
-            samples = samples if rate == SAMPLE_RATE else resampler.resample_chunk(samples)
-            count, made = count + len(block), made + len(samples)
-            yield samples
-        if rate != SAMPLE_RATE:
-            rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-            yield librosa.util.fix_length(rest, size=math.ceil(count * SAMPLE_RATE / rate) - made)
-        # libsndfile's log says which header it corrected. A WAV out of a pipe claims 2**31 - 2**16 bytes or more.
-        claimed, found = map(int, (re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info) or [(0, 1)])[-1])
-        promised = count * claimed / found if 0 < claimed < 2**31 - 2**16 and found else file.frames
-        if 0.1 < (missing := (promised - count) / rate) < 1e7:  # s: less is a codec's padding, more an unknown length
-            notes.append(f"{CUT_OFF} after {count / rate:,.1f} s, {missing:,.1f} s before what its header says")
+    blocks, count, made, weights = decoded_blocks(source), 0, 0, None
+    (file, first), *_ = head = list(itertools.islice(blocks, 2))
+    rate, log = file.samplerate, file.extra_info
+    if not len(first):
+        size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+        mend = "if they are audio, ffmpeg -ignore_length 1 -i FILE new.wav mends it"
+        raise ValueError(f"no audio samples: its header tells of none in {size:,} bytes; {mend}")
+    if file.channels > 1 or file.subtype in ("FLOAT", "DOUBLE"):  # the whole tells how its channels go together
+        weights = channel_weights(decoded_blocks(source) if len(head) == 2 else head, notes)
+    resampler = Lazy("soxr").ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    for _, block in itertools.chain(head, blocks):
+        samples = block[:, 0] if weights is None else block @ weights
+        samples = samples if rate == SAMPLE_RATE else resampler.resample_chunk(samples)
+        count, made = count + len(block), made + len(samples)
+        yield samples
+    if rate != SAMPLE_RATE:
+        rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        yield librosa.util.fix_length(rest, size=math.ceil(count * SAMPLE_RATE / rate) - made)
+    # libsndfile's log says which header it corrected. A WAV out of a pipe claims 2**31 - 2**16 bytes or more.
+    claimed, found = map(int, (re.findall(r": (\d+) \(should be (\d+)\)", log) or [(0, 1)])[-1])
+    promised = count * claimed / found if 0 < claimed < 2**31 - 2**16 and found else file.frames
+    if 0.1 < (missing := (promised - count) / rate) < 1e7:  # s: less is a codec's padding, more an unknown length
+        notes.append(f"{CUT_OFF} after {count / rate:,.1f} s, {missing:,.1f} s before what its header says")
 
 
 def decode_audio(source, notes=None):
     """The 16 kHz mono float32 samples of a clip, bytes or a path; raises ValueError."""
-    blocks = []
-    for block in read_audio(source, [] if notes is None else notes):
-        blocks.append(block)
-        if sum(block.nbytes for block in blocks) > CLIP_BYTES_LIMIT:
-            raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
+    most = CLIP_BYTES_LIMIT // (4 * BLOCK_SAMPLES)
+    blocks = list(itertools.islice(read_audio(source, [] if notes is None else notes), most + 1))
+    if len(blocks) > most:
+        raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
     return np.concatenate(blocks)
 
 
@@ -1190,24 +1176,23 @@ def clip_features():
 def prepare_shard(source, shard):
     """Convert a shard to its prepared file, complete or absent; returns its size, and notes. Raises RunError."""
     lengths, writer_of = [], Lazy("datasets.arrow_writer").ArrowWriter
+    options = dict(features=clip_features(), writer_batch_size=50)
     with explained(f"{shard.name} cannot be prepared"):
         for path in shard.files:
             source.repository.fetch(path)
-        with complete(shard.path) as partial:
-            with writer_of(path=str(partial), features=clip_features(), writer_batch_size=50) as writer:
-                for clip in source.clips(shard):
-                    writer.write(clip)
-                    lengths.append(clip["num_samples"])
-                writer.finalize()
+        with complete(shard.path) as partial, writer_of(path=str(partial), **options) as writer:
+            for clip in source.clips(shard):
+                writer.write(clip)
+                lengths.append(clip["num_samples"])
+            writer.finalize()
         source.repository.release(() if source.keep else shard.files)
     return np.array([len(lengths), sum(lengths) / SAMPLE_RATE / 3600]), source.notes
 
 
-def start_worker():
-    """Let this worker process end with the program, however that ends."""
+def start_worker(connection):
+    """Let this worker process end with the program, at whose death the other end of `connection` is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the program tells its workers
-    program = multiprocessing.parent_process()
-    threading.Thread(target=lambda: program.join() or os._exit(1), daemon=True).start()
+    threading.Thread(target=lambda: connection.poll(None) and os._exit(1), daemon=True).start()
 
 
 def prepare(source, splits, settings):
@@ -1226,8 +1211,9 @@ def prepare(source, splits, settings):
             raise RunError(f"{what}: choose another --data_dir, fewer --accents, or a lower --num_proc")
         done, failures, notes = np.zeros(2), [], {}
         context = multiprocessing.get_context("spawn")  # forked workers inherit the locks of threads and can hang
-        pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker)
-        with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool:
+        ours, theirs = context.Pipe()
+        pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker, (theirs,))
+        with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool, contextlib.closing(ours):
             todo.sort(key=lambda shard: -source.repository.size(shard.files))  # none is left alone at the end
             for job in as_completed([pool.submit(prepare_shard, source.part([shard]), shard) for shard in todo]):
                 try:
@@ -1360,11 +1346,10 @@ def load_clips(source, splits):
     audio, table = load_prepared(shard.path for shard in shards)
     table = with_one_spelling(table)
     table["row"], announced = np.arange(len(table)), source.announced
-    if source.kind == "archives":  # without Series.isin, which would keep a Python object of each name
-        names = pandas.concat([part["split"] + "/" + part["clip"] for part in (table, announced)], ignore_index=True)
-        missing = announced[~names.duplicated().to_numpy()[len(table) :]]
-        missing = missing.assign(num_samples=0, problem=missing["problem"].replace("", "no audio"), row=-1)
-        table = pandas.concat([table, missing[table.columns]], ignore_index=True) if len(missing) else table
+    if source.kind == "archives":
+        absent = announced.assign(num_samples=0, problem=announced["problem"].replace("", "no audio"), row=-1)
+        table = pandas.concat([table, absent[table.columns]], ignore_index=True)
+        table = table[(table["row"] >= 0) | ~table.duplicated(["split", "clip"])]
     else:  # a prepared file has the rows of its table, in their order, and does not know of the plan
         planned = announced[announced["part"].isin([shard.part for shard in shards])].reset_index()
         table["split"], is_good = planned["split"], table["problem"] == ""
