@@ -995,9 +995,8 @@ class Source:
         rows = self.rows[self.rows["part"] == shard.part].drop(columns="part").to_dict("records")
         if self.kind == "tables":
             for row in rows:
-                file, start, end = (row.pop(name) for name in ("file", *TIMES))
-                decode = decode_audio if math.isnan(start) else functools.partial(decode_stretch, start, end)
-                yield make_clip(row, self.repository.local(file), self.notes, decode)
+                file, *times = (row.pop(name) for name in ("file", *TIMES))
+                yield make_clip(row, self.repository.local(file), self.notes, *times)
         elif self.kind == "parquet":
             with self.open_parquet(shard.name) as (file, audio):
                 batches = file.iter_batches(batch_size=50, columns=[audio])
@@ -1008,36 +1007,16 @@ class Source:
             rows, seen = {row["clip"]: row for row in rows}, set()
             nothing = dict.fromkeys(CLIP_COLUMNS, "") | ARCHIVE.fullmatch(shard.name).groupdict()
             with self.repository.open(shard.name, block_size=2**24) as stream:  # of the Hub's as much at once
-                try:
-                    for name, audio, problem in archive_members(stream):
-                        row = rows.get(key := clip_key(name)) or {**nothing, "clip": key, "problem": "no transcript"}
-                        problem = problem or row["problem"] or ("a second copy" if key in seen else "")
-                        yield make_clip({**row, "problem": problem}, audio, self.notes)
-                        seen.add(key)
-                # Numbers in headers that are none are a ValueError or an OverflowError of tarfile's.
-                except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
-                    damage = one_line(error).replace("(b've')", "but a Git LFS pointer: run 'git lfs pull'")
-                    problem = f"damaged archive ({damage}): {plural(len(seen), 'clip')} of it kept"
-                    yield make_clip({**nothing, "clip": shard.name, "problem": problem}, None, self.notes)
+                for clip, audio, problem in archive_members(stream, shard.name):
+                    row = rows.get(clip) or {**nothing, "clip": clip, "problem": "no transcript"}
+                    problem = problem or row["problem"] or ("a second copy" if clip in seen else "")
+                    yield make_clip({**row, "problem": problem}, audio, self.notes)
+                    seen.add(clip)
 
 
 def clip_key(path):
     """'<session>/<file>', the last two components: a file name alone occurs in more than one session."""
     return "/".join(unicodedata.normalize("NFC", path).replace("\\", "/").strip("/").split("/")[-2:])
-
-
-@functools.lru_cache(1)  # one after the other, clips are of one recording
-def decode_whole(path):
-    return decode_audio(path, notes := []), notes
-
-
-def decode_stretch(start, end, path, notes):
-    """As decode_audio the stretch of a recording from `start` to `end` in seconds."""
-    samples, found = decode_whole(path)
-    notes += [note for note in found if not note.startswith(CUT_OFF)]
-    if (length := len(samples) / SAMPLE_RATE) + 0.5 < end:  # people round
-        notes.append(f"{CUT_OFF} after {length:,.1f} s, its stretch is {start:,.1f} to {end:,.1f} s")
-    return samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
 
 
 # ---------------------------------------------------------------- audio
@@ -1081,7 +1060,7 @@ def decoded_blocks(source):
 def channel_weights(blocks, notes):
     """What each channel of decoded `blocks` counts in mono; raises ValueError where they hold no numbers."""
     products, peak = 0.0, 0.0  # of each channel with each, summed
-    for block in [block for _, block in blocks if len(block)]:
+    for block in (block for _, block in blocks if len(block)):
         highest = max(float(block.max()), -float(block.min()))
         if not highest < 1e30:  # full scale is 1; near float32's limit it overflows when it is resampled
             raise ValueError("it holds samples that are not numbers, or absurdly large")
@@ -1100,9 +1079,9 @@ def channel_weights(blocks, notes):
 def read_audio(source, notes):
     """Yield the 16 kHz mono float32 samples of audio, bytes or a path, in blocks; `notes` grow; raises ValueError."""
     blocks, count, made, weights = decoded_blocks(source), 0, 0, None
-    (file, first), *_ = head = list(itertools.islice(blocks, 2))
-    rate, log = file.samplerate, file.extra_info
-    if not len(first):
+    file, block = next(blocks)
+    rate, log, head = file.samplerate, file.extra_info, [(file, block), *itertools.islice(blocks, 1)]
+    if not len(block):
         size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
         mend = "if they are audio, ffmpeg -ignore_length 1 -i FILE new.wav mends it"
         raise ValueError(f"no audio samples: its header tells of none in {size:,} bytes; {mend}")
@@ -1133,13 +1112,24 @@ def decode_audio(source, notes=None):
     return np.concatenate(blocks)
 
 
-def make_clip(row, audio, notes, decode=decode_audio):
-    """A row of a prepared file: a table's, with `audio` as FLAC; `notes` {what should be said: clips} grow."""
+@functools.lru_cache(1)  # one after the other, stretches are of one recording
+def decode_noted(source):
+    return decode_audio(source, notes := []), notes
+
+
+def make_clip(row, audio, notes, start=math.nan, end=math.nan):
+    """A row of a prepared file: a table's, with `audio`, or its stretch from `start` to `end` in seconds, as FLAC;
+    `notes` {what should be said: clips} grow."""
     samples, found, flac, problem = (), [], io.BytesIO(), row["problem"] or ("" if audio else "no audio")
     try:
-        samples = () if problem else decode(audio, found)
+        samples, found = (samples, found) if problem else decode_noted(audio)
     except ValueError as error:
         problem = f"undecodable audio ({error})"
+    if start >= 0 and not problem:
+        length, found = len(samples) / SAMPLE_RATE, [note for note in found if not note.startswith(CUT_OFF)]
+        samples = samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
+        if length + 0.5 < end:  # people round
+            found.append(f"{CUT_OFF} after {length:,.1f} s, its stretch is {start:,.1f} to {end:,.1f} s")
     for note in found:
         if note.startswith(CUT_OFF):  # its text says more than its audio
             samples, problem = (), f"cut off ({note})"
@@ -1150,19 +1140,26 @@ def make_clip(row, audio, notes, decode=decode_audio):
     return {**row, "audio": flac.getvalue(), "num_samples": len(samples), "problem": problem}
 
 
-def archive_members(stream):
-    """Yield (name, bytes, problem) for each member of a tar.gz read as a stream; raises gzip's and tarfile's errors."""
-    # Not tarfile's own "r|gz": only gzip checks the checksum at the end. "replace": names have to be writable as UTF-8.
-    with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", errors="replace") as tar:
-        for member in (member for member in tar if not member.isdir()):
-            problem = "" if member.isreg() else "refused: it is a link or a device"
-            if member.size > CLIP_BYTES_LIMIT:
-                problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB"
-            if member.name.startswith("/") or ".." in member.name.split("/"):
-                problem = "refused: its path climbs out of the archive"
-            yield member.name, b"" if problem else tar.extractfile(member).read(), problem
-        while plain.read(1 << 20):  # tarfile takes a header that it cannot read for the end; the checksum is behind
-            pass
+def archive_members(stream, path):
+    """Yield (clip, bytes, problem) for each member of a tar.gz read as a stream, and for damage that ends it."""
+    count = 0
+    try:
+        # Not tarfile's own "r|gz": only gzip checks the checksum at the end. "replace": names are written as UTF-8.
+        with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", errors="replace") as tar:
+            for member in (member for member in tar if not member.isdir()):
+                problem = "" if member.isreg() else "refused: it is a link or a device"
+                if member.size > CLIP_BYTES_LIMIT:
+                    problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB"
+                if member.name.startswith("/") or ".." in member.name.split("/"):
+                    problem = "refused: its path climbs out of the archive"
+                yield clip_key(member.name), b"" if problem else tar.extractfile(member).read(), problem
+                count += 1
+            while plain.read(1 << 20):  # tarfile takes a header that it cannot read for the end; the checksum is behind
+                pass
+    # Numbers in headers that are none are a ValueError or an OverflowError of tarfile's.
+    except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
+        damage = one_line(error).replace("(b've')", "but a Git LFS pointer: run 'git lfs pull'")
+        yield path, b"", f"damaged archive ({damage}): {plural(count, 'clip')} of it kept"
 
 
 # ---------------------------------------------------------------- preparation
