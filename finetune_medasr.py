@@ -585,11 +585,6 @@ class Repository:
                 partial.unlink()
         raise RunError(f"{path} was fetched twice and is not what the Hub announces: sha256 {checksum}")
 
-    def release(self, paths):
-        """Delete what was downloaded of files; those in the user's folder or Hub cache are never touched."""
-        for path, ending in itertools.product(paths, () if self.folder else ("", ".partial.lock")):
-            (self.cache / "hub" / f"{path}{ending}").unlink(missing_ok=True)
-
 
 def files_below(folder):
     """The paths of all files below a folder but hidden ones, sorted; raises OSError where a part cannot be read."""
@@ -1057,39 +1052,35 @@ def decoded_blocks(source):
         raise ValueError(problem.replace("not recognised.", "not recognised: convert it with ffmpeg")) from error
 
 
-def channel_weights(blocks, notes):
-    """What each channel of decoded `blocks` counts in mono; raises ValueError where they hold no numbers."""
-    products, peak = 0.0, 0.0  # of each channel with each, summed
-    for block in (block for _, block in blocks if len(block)):
-        highest = max(float(block.max()), -float(block.min()))
-        if not highest < 1e30:  # full scale is 1; near float32's limit it overflows when it is resampled
-            raise ValueError("it holds samples that are not numbers, or absurdly large")
-        products, peak = products + block.T.astype(float) @ block, max(peak, highest)
-    energies, channels = np.diag(products), len(products)
-    weights = np.full(channels, 1 / channels, np.float32)
-    if np.sum(products) / channels**2 < 0.01 * energies.max():  # the mean has lost the signal
-        notes.append("its channels cancel each other; the loudest was taken")
-        weights = np.eye(channels, dtype=np.float32)[energies.argmax()]
-    if peak > 16:  # no loud recording, but floats at the scale of 16-bit integers
-        notes.append("its samples are far beyond full scale, and were divided by 32,768")
-        weights /= 32_768
-    return weights
-
-
 def read_audio(source, notes):
     """Yield the 16 kHz mono float32 samples of audio, bytes or a path, in blocks; `notes` grow; raises ValueError."""
-    blocks, count, made, weights = decoded_blocks(source), 0, 0, None
+    blocks, count, made, products, peak = decoded_blocks(source), 0, 0, 0.0, 0.0
     file, block = next(blocks)
     rate, log, head = file.samplerate, file.extra_info, [(file, block), *itertools.islice(blocks, 1)]
     if not len(block):
         size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
         mend = "if they are audio, ffmpeg -ignore_length 1 -i FILE new.wav mends it"
         raise ValueError(f"no audio samples: its header tells of none in {size:,} bytes; {mend}")
-    if file.channels > 1 or file.subtype in ("FLOAT", "DOUBLE"):  # the whole tells how its channels go together
-        weights = channel_weights(decoded_blocks(source) if len(head) == 2 else head, notes)
+
+    channels, weights = file.channels, np.full(file.channels, 1 / file.channels, np.float32)  # what each counts in mono
+    if channels > 1 or file.subtype in ("FLOAT", "DOUBLE"):
+        for _, block in decoded_blocks(source) if len(head) == 2 else head:  # the whole tells how they go together
+            highest = max(float(block.max(initial=0)), -float(block.min(initial=0)))
+            if not highest < 1e30:  # full scale is 1; near float32's limit it overflows when it is resampled
+                raise ValueError("it holds samples that are not numbers, or absurdly large")
+            # Of each channel with each, summed.
+            products, peak = products + block.T.astype(float) @ block, max(peak, highest)
+        energies = np.diag(products)
+        if np.sum(products) / channels**2 < 0.01 * energies.max():  # the mean has lost the signal
+            notes.append("its channels cancel each other; the loudest was taken")
+            weights = np.eye(channels, dtype=np.float32)[energies.argmax()]
+        if peak > 16:  # no loud recording, but floats at the scale of 16-bit integers
+            notes.append("its samples are far beyond full scale, and were divided by 32,768")
+            weights /= 32_768
+
     resampler = Lazy("soxr").ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
     for _, block in itertools.chain(head, blocks):
-        samples = block[:, 0] if weights is None else block @ weights
+        samples = block @ weights
         samples = samples if rate == SAMPLE_RATE else resampler.resample_chunk(samples)
         count, made = count + len(block), made + len(samples)
         yield samples
@@ -1182,7 +1173,10 @@ def prepare_shard(source, shard):
                 writer.write(clip)
                 lengths.append(clip["num_samples"])
             writer.finalize()
-        source.repository.release(() if source.keep else shard.files)
+        # What lies in the user's folder or Hub cache is never touched.
+        done = () if source.keep or source.repository.folder else shard.files
+        for path, ending in itertools.product(done, ("", ".partial.lock")):
+            (source.folder / "hub" / f"{path}{ending}").unlink(missing_ok=True)
     return np.array([len(lengths), sum(lengths) / SAMPLE_RATE / 3600]), source.notes
 
 
@@ -1337,38 +1331,31 @@ def refuse_empty(split, texts, reasons=None):
         raise RunError(f"no {split} transcript has a word to score: {plural(len(texts), 'clip')} of punctuation")
 
 
-def load_clips(source, splits):
-    """(Dataset of all prepared clips, table of those of `splits`; its `row` is the place in it, -1 without audio)"""
-    shards = source.needed(splits)
-    audio, table = load_prepared(shard.path for shard in shards)
-    table = with_one_spelling(table)
-    table["row"], announced = np.arange(len(table)), source.announced
-    if source.kind == "archives":
-        absent = announced.assign(num_samples=0, problem=announced["problem"].replace("", "no audio"), row=-1)
-        table = pandas.concat([table, absent[table.columns]], ignore_index=True)
-        table = table[(table["row"] >= 0) | ~table.duplicated(["split", "clip"])]
-    else:  # a prepared file has the rows of its table, in their order, and does not know of the plan
-        planned = announced[announced["part"].isin([shard.part for shard in shards])].reset_index()
-        table["split"], is_good = planned["split"], table["problem"] == ""
-        table["problem"] = table["problem"].mask(is_good, planned["problem"])
-    is_asked = table["split"].isin(splits)
-    return audio, table if is_asked.all() else table[is_asked]
-
-
 def select_all(sources, settings, check):
     """{split or test set: Clips, longest first} of {"" or test set: Source}; raises RunError. `check` gives reasons."""
     limits = dict(zip(SPLITS, (settings.max_train_samples, settings.max_eval_samples, settings.max_test_samples)))
     selected, path = {}, Path(settings.output_dir, SKIPPED_FILE)
     for extra, source in sources.items():
-        splits = ("test",) if extra else settings.splits(on_disk=True)
-        audio, table = load_clips(source, splits)
+        splits, announced = ("test",) if extra else settings.splits(on_disk=True), source.announced
+        shards = source.needed(splits)
+        audio, table = load_prepared(shard.path for shard in shards)
+        table = with_one_spelling(table).assign(row=np.arange(len(table)))  # the place in `audio`, -1 without
+        if source.kind == "archives":
+            absent = announced.assign(num_samples=0, problem=announced["problem"].replace("", "no audio"), row=-1)
+            table = pandas.concat([table, absent[table.columns]], ignore_index=True)
+            table = table[(table["row"] >= 0) | ~table.duplicated(["split", "clip"])]
+        else:  # a prepared file has the rows of its table, in their order, and does not know of the plan
+            planned = announced[announced["part"].isin([shard.part for shard in shards])].reset_index()
+            table["split"], is_good = planned["split"], table["problem"] == ""
+            table["problem"] = table["problem"].mask(is_good, planned["problem"])
         wanted = True if extra else is_wanted(table, settings)
         if settings.streaming and not extra and not settings.prepare_only:
-            train = (source.announced["split"] == "train") & is_wanted(source.announced, settings)
-            selected["train"] = Clips(None, source.announced[train], table.iloc[:0].assign(reason=""))
+            train = announced[(announced["split"] == "train") & is_wanted(announced, settings)]
+            selected["train"] = Clips(None, train, table.iloc[:0].assign(reason=""))
         parts = [table[wanted & (table["split"] == split)] for split in splits]
         if not settings.streaming:
-            source.rows = source.announced = table = None  # a million clips are some hundred megabytes
+            source.rows = source.announced = announced = table = None  # a million clips are some hundred megabytes
+
         for split, table in zip(splits, parts):
             reasons = pandas.Series(check(table), table.index, "str")
             reasons = reasons.mask((reasons == "") & table["clip"].where(reasons == "").duplicated(), "a second copy")
