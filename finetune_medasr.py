@@ -522,16 +522,13 @@ class Repository:
         self.files = read_json(listing) or {}
         if self.files and re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             return  # a commit never changes: no network is needed to go on
-        with explained_hub_errors(self.name, "dataset"):
-            try:
-                tree = hub.list_repo_tree(self.name, recursive=True, revision=self.revision, repo_type="dataset")
-                files = [one for one in tree if hasattr(one, "size") and not re.search(r"(^|/)\.", one.path)]
-                self.files = {one.path: [one.size, one.lfs and one.lfs.sha256] for one in files}
-                write_text(listing, json.dumps(self.files, indent=1))
-            except (hub_errors.OfflineModeIsEnabled, httpx2.ConnectError):
-                if not self.files:
-                    raise
-                say("  the Hub cannot be reached: taken as it was when it was listed last")
+        bearable = (hub_errors.OfflineModeIsEnabled, httpx2.ConnectError) if self.files else ()
+        with explained_hub_errors(self.name, "dataset"), contextlib.suppress(*bearable):
+            tree = hub.list_repo_tree(self.name, recursive=True, revision=self.revision, repo_type="dataset")
+            files = [one for one in tree if hasattr(one, "size") and not re.search(r"(^|/)\.", one.path)]
+            self.files = {one.path: [one.size, one.lfs and one.lfs.sha256] for one in files}
+            return write_text(listing, json.dumps(self.files, indent=1))
+        say("  the Hub cannot be reached: taken as it was when it was listed last")
 
     def size(self, paths):
         return sum(self.files[path][0] for path in paths)
@@ -720,8 +717,7 @@ def choose_columns(names, text_column, table, needed):
 
 
 def clip_table(rows=(), columns=None, name="", split=""):
-    """The table of the clips in `rows` of table `name`; `columns` as of choose_columns. `split` stands for empty ones,
-    pred_text can be missing. Raises UsageError for texts and names that are no text."""
+    """The table of clips of `rows`, by choose_columns' `columns`; `split` stands for empty ones. Raises UsageError."""
     cells = {ours: [row.get(theirs) for row in rows] for ours, theirs in (columns or {}).items()}
     for ours in {"text", "pred_text", "baseline_text", "clip"}.intersection(cells):
         if odd := [cell for cell in cells[ours] if isinstance(cell, (list, dict, bytes))]:
@@ -856,9 +852,8 @@ class Source:
             table["accent"] = table["accent"].replace("", accent)
             table = table[table["clip"] != ""].drop(columns=TIMES)
             table = table[~self.second_rows(table)]
-            listed = table.to_csv(index=False)
             for path in [path for path in archives if path.startswith(f"audio/{accent}/{split}/")]:
-                self.add_shard(path, [path], number, listed, [split])
+                self.add_shard(path, [path], number, table.to_csv(index=False), [split])
             yield table
 
     def add_tables(self, paths, splits):
@@ -870,9 +865,9 @@ class Source:
             table, (folder, file) = self.read(path), os.path.split(normal(path))
             folder = os.path.join(folder, "clips") if path.endswith(".tsv") else folder
             names = (os.path.join(folder, name or f"{file}, row {row}") for row, name in enumerate(table["clip"], 1))
-            plain = (name if name in known else os.path.normpath(name.replace("\\", "/")) for name in names)
-            inner = (name.removeprefix(root).removeprefix(given) for name in plain)
-            table["file"] = [known.get(name, name) for name in inner]
+            names = (os.path.normpath(name.replace("\\", "/")) for name in names)
+            names = (name.removeprefix(root).removeprefix(given) for name in names)
+            table["file"] = [known.get(name, name) for name in names]
             tables.append(table.assign(split=table["split"].replace("", split_in(path))))
         table = pandas.concat(tables, ignore_index=True)
         times = zip(table["start"], table["end"])
@@ -884,9 +879,10 @@ class Source:
         for problem, is_bad in (("no audio", ~is_there), ("a second row of this clip", self.second_rows(table))):
             table["problem"] = table["problem"].mask(is_bad & (table["problem"] == ""), problem)
         names = list(filter(is_audio_name, sorted(set(files) - set(table["file"]))))
-        unlisted = clip_table([{"clip": name} for name in names], {"clip": "clip"})
-        unlisted = unlisted.assign(problem="no transcript", file=names)
-        table = pandas.concat([table, unlisted], ignore_index=True)
+        rest = clip_table([{"clip": name} for name in names], {"clip": "clip"}).assign(
+            problem="no transcript", file=names
+        )
+        table = pandas.concat([table, rest], ignore_index=True)
         of_folders = [split_in(f"{os.path.dirname(file)}/") for file in table["file"]]  # "stress-test.wav" is of none
         table["split"] = table["split"].mask(table["split"] == "", of_folders)
         # A file is of one shard, whatever splits its stretches are of: it is released when that is converted.
@@ -1030,13 +1026,13 @@ def is_audio_name(path):
 
 
 def decoded_blocks(source):
-    """Yield (its SoundFile, float32 (frames, channels)) for each block of audio, bytes or a path, to the last frame
-    that decodes: the length in its header may be wrong. Raises ValueError."""
+    """Yield (its SoundFile, float32 (frames, channels)) for each block of audio that decodes; raises ValueError."""
     try:
         # Opened here: of a path that cannot be read libsndfile says "System error".
         stream = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
         with stream, soundfile.SoundFile(stream) as file:
             file.seekable = lambda: False  # it seeks after each read where a file can: some codecs lose the rest by it
+            # To the last frame: the length in the header may be wrong.
             size = count = min(file.frames + 1, max(1, BLOCK_SAMPLES * file.samplerate // SAMPLE_RATE))
             while count == size:
                 block = np.full((size, file.channels), np.nan, np.float32)
@@ -1109,8 +1105,7 @@ def decode_noted(source):
 
 
 def make_clip(row, audio, notes, start=math.nan, end=math.nan):
-    """A row of a prepared file: a table's, with `audio`, or its stretch from `start` to `end` in seconds, as FLAC;
-    `notes` {what should be said: clips} grow."""
+    """A row of a prepared file: a table's, with `audio` (`start` to `end` s) as FLAC; `notes` {note: clips} grow."""
     samples, found, flac, problem = (), [], io.BytesIO(), row["problem"] or ("" if audio else "no audio")
     try:
         samples, found = (samples, found) if problem else decode_noted(audio)
