@@ -72,7 +72,7 @@ class Lazy:
 
 accelerate, datasets, evaluate, filelock, httpx2 = map(Lazy, "accelerate datasets evaluate filelock httpx2".split())
 jiwer, librosa, pandas, soundfile, torch = map(Lazy, "jiwer librosa pandas soundfile torch".split())
-tqdm, transformers, yaml = map(Lazy, "tqdm transformers yaml".split())
+arrow_writer, tqdm, transformers, yaml = map(Lazy, "datasets.arrow_writer tqdm transformers yaml".split())
 hub, hub_errors, parquet = map(Lazy, "huggingface_hub huggingface_hub.errors pyarrow.parquet".split())
 
 PROGRAM = "finetune_medasr.py"
@@ -770,9 +770,8 @@ LAYOUTS = [  # of a corpus: its kind, and files of which it has one
 
 
 class Source:
-    """A corpus as `shards`; raises RunError or UsageError. `rows` is the table of all clips with their `part`,
-    `announced` the same with the splits as planned: those `made`, which it lacks, come from train. To one of
-    --also_score (`is_extra`) the flags on the corpus and its parts do not apply."""
+    """A corpus as `shards`, or a RunError. `rows` is the table of all clips with their `part`, `announced` the same by
+    planned splits: those `made` come from train. Flags on the corpus are not of one of --also_score (`is_extra`)."""
 
     def __init__(self, dataset, settings, splits, is_extra=False):
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
@@ -878,10 +877,8 @@ class Source:
             raise RunError(f"{paths[0]} names no file that is there among {example}")
         for problem, is_bad in (("no audio", ~is_there), ("a second row of this clip", self.second_rows(table))):
             table["problem"] = table["problem"].mask(is_bad & (table["problem"] == ""), problem)
-        names = list(filter(is_audio_name, sorted(set(files) - set(table["file"]))))
-        rest = clip_table([{"clip": name} for name in names], {"clip": "clip"}).assign(
-            problem="no transcript", file=names
-        )
+        rest = [{"clip": file} for file in sorted(set(files) - set(table["file"])) if is_audio_name(file)]
+        rest = clip_table(rest, {"clip": "clip"}).assign(problem="no transcript", file=[row["clip"] for row in rest])
         table = pandas.concat([table, rest], ignore_index=True)
         of_folders = [split_in(f"{os.path.dirname(file)}/") for file in table["file"]]  # "stress-test.wav" is of none
         table["split"] = table["split"].mask(table["split"] == "", of_folders)
@@ -1026,13 +1023,12 @@ def is_audio_name(path):
 
 
 def decoded_blocks(source):
-    """Yield (its SoundFile, float32 (frames, channels)) for each block of audio that decodes; raises ValueError."""
+    """Yield (SoundFile, float32 (frames, channels)) of all that decodes, whatever a header says; raises ValueError."""
     try:
         # Opened here: of a path that cannot be read libsndfile says "System error".
         stream = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
         with stream, soundfile.SoundFile(stream) as file:
             file.seekable = lambda: False  # it seeks after each read where a file can: some codecs lose the rest by it
-            # To the last frame: the length in the header may be wrong.
             size = count = min(file.frames + 1, max(1, BLOCK_SAMPLES * file.samplerate // SAMPLE_RATE))
             while count == size:
                 block = np.full((size, file.channels), np.nan, np.float32)
@@ -1064,8 +1060,7 @@ def read_audio(source, notes):
             highest = max(float(block.max(initial=0)), -float(block.min(initial=0)))
             if not highest < 1e30:  # full scale is 1; near float32's limit it overflows when it is resampled
                 raise ValueError("it holds samples that are not numbers, or absurdly large")
-            # Of each channel with each, summed.
-            products, peak = products + block.T.astype(float) @ block, max(peak, highest)
+            products, peak = products + block.T.astype(float) @ block, max(peak, highest)  # of each channel with each
         energies = np.diag(products)
         if np.sum(products) / channels**2 < 0.01 * energies.max():  # the mean has lost the signal
             notes.append("its channels cancel each other; the loudest was taken")
@@ -1158,12 +1153,11 @@ def clip_features():
 
 def prepare_shard(source, shard):
     """Convert a shard to its prepared file, complete or absent; returns its size, and notes. Raises RunError."""
-    lengths, writer_of = [], Lazy("datasets.arrow_writer").ArrowWriter
-    options = dict(features=clip_features(), writer_batch_size=50)
+    lengths, options = [], dict(features=clip_features(), writer_batch_size=50)
     with explained(f"{shard.name} cannot be prepared"):
         for path in shard.files:
             source.repository.fetch(path)
-        with complete(shard.path) as partial, writer_of(path=str(partial), **options) as writer:
+        with complete(shard.path) as partial, arrow_writer.ArrowWriter(path=str(partial), **options) as writer:
             for clip in source.clips(shard):
                 writer.write(clip)
                 lengths.append(clip["num_samples"])
@@ -1336,16 +1330,16 @@ def select_all(sources, settings, check):
         audio, table = load_prepared(shard.path for shard in shards)
         table = with_one_spelling(table).assign(row=np.arange(len(table)))  # the place in `audio`, -1 without
         if source.kind == "archives":
-            absent = announced.assign(num_samples=0, problem=announced["problem"].replace("", "no audio"), row=-1)
-            table = pandas.concat([table, absent[table.columns]], ignore_index=True)
+            announced = announced.assign(num_samples=0, problem=announced["problem"].replace("", "no audio"), row=-1)
+            table = pandas.concat([table, announced[table.columns]], ignore_index=True)
             table = table[(table["row"] >= 0) | ~table.duplicated(["split", "clip"])]
         else:  # a prepared file has the rows of its table, in their order, and does not know of the plan
-            planned = announced[announced["part"].isin([shard.part for shard in shards])].reset_index()
-            table["split"], is_good = planned["split"], table["problem"] == ""
-            table["problem"] = table["problem"].mask(is_good, planned["problem"])
+            announced = announced[announced["part"].isin([shard.part for shard in shards])].reset_index()
+            table["split"], is_good = announced["split"], table["problem"] == ""
+            table["problem"] = table["problem"].mask(is_good, announced["problem"])
         wanted = True if extra else is_wanted(table, settings)
         if settings.streaming and not extra and not settings.prepare_only:
-            train = announced[(announced["split"] == "train") & is_wanted(announced, settings)]
+            train = source.announced[(source.announced["split"] == "train") & is_wanted(source.announced, settings)]
             selected["train"] = Clips(None, train, table.iloc[:0].assign(reason=""))
         parts = [table[wanted & (table["split"] == split)] for split in splits]
         if not settings.streaming:
@@ -1355,10 +1349,9 @@ def select_all(sources, settings, check):
             reasons = pandas.Series(check(table), table.index, "str")
             reasons = reasons.mask((reasons == "") & table["clip"].where(reasons == "").duplicated(), "a second copy")
             skipped = table.assign(reason=reasons, split=extra or split)[reasons != ""]
-            kept = table.loc[reasons == "", ["num_samples", "clip"]]
+            kept = table[reasons == ""]
             kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[: limits[split]]]
-            kept = kept.sort_values(["num_samples", "clip"], ascending=[False, True])
-            kept = table.loc[kept.index].reset_index(drop=True)
+            kept = kept.sort_values(["num_samples", "clip"], ascending=[False, True], ignore_index=True)
             chosen = audio.select(kept.pop("row").tolist(), keep_in_memory=True)
             selected[extra or split] = Clips(chosen, kept, skipped)
     skipped = pandas.concat([clips.skipped for clips in selected.values()])
