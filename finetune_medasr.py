@@ -530,9 +530,6 @@ class Repository:
             return write_text(listing, json.dumps(self.files, indent=1))
         say("  the Hub cannot be reached: taken as it was when it was listed last")
 
-    def size(self, paths):
-        return sum(self.files[path][0] for path in paths)
-
     def local(self, path):
         """Where a file lies on this machine, None if it does not, or is of another version."""
         if self.folder:
@@ -567,7 +564,6 @@ class Repository:
             return local
         target, (size, checksum) = self.cache / "hub" / path, self.files[path]
         partial = target.with_name(target.name + ".partial")
-        target.parent.mkdir(parents=True, exist_ok=True)
         with explained_hub_errors(self.name, "dataset"), filelock.FileLock(f"{partial}.lock"):
             for _ in range(2):
                 if self.local(path):  # by another process, meanwhile
@@ -757,8 +753,8 @@ def with_one_spelling(table):
 
 # ---------------------------------------------------------------- sources
 
-# What becomes one prepared file, `path`: `files` with the clips, of `splits`, that table number `part` tells of.
-Shard = namedtuple("Shard", "name path files part splits")
+# What becomes one prepared file, `path`: `files`, of `size` bytes, with the clips that table number `part` tells of.
+Shard = namedtuple("Shard", "name path files size part splits")
 ARCHIVE = re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz")
 LAYOUTS = [  # of a corpus: its kind, and files of which it has one
     ("archives", ARCHIVE),
@@ -813,8 +809,9 @@ class Source:
 
     def add_shard(self, name, files, part, listed="", splits=()):
         """A `Shard` whose prepared file is another one where what is `listed` for it, or one of its files, changes."""
+        size = sum(self.repository.files[path][0] for path in files)
         mark = digest([listed, *([path, *self.repository.files[path]] for path in files)])[:12]
-        self.shards.append(Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", files, part, set(splits)))
+        self.shards.append(Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", files, size, part, set(splits)))
 
     @staticmethod
     def stem(name):
@@ -1071,8 +1068,7 @@ def read_audio(source, notes):
 
     resampler = Lazy("soxr").ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
     for _, block in itertools.chain(head, blocks):
-        samples = block @ weights
-        samples = samples if rate == SAMPLE_RATE else resampler.resample_chunk(samples)
+        samples = block @ weights if rate == SAMPLE_RATE else resampler.resample_chunk(block @ weights)
         count, made = count + len(block), made + len(samples)
         yield samples
     if rate != SAMPLE_RATE:
@@ -1177,7 +1173,6 @@ def start_worker(connection):
 
 def prepare(source, splits, settings):
     """Convert the shards of `splits` that are not converted yet; raises RunError. Other programs wait at the lock."""
-    source.folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(source.folder / "prepare.lock"):
         if not (todo := [shard for shard in source.needed(splits) if not shard.path.exists()]):
             return
@@ -1194,7 +1189,7 @@ def prepare(source, splits, settings):
         ours, theirs = context.Pipe()
         pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker, (theirs,))
         with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool, contextlib.closing(ours):
-            todo.sort(key=lambda shard: -source.repository.size(shard.files))  # none is left alone at the end
+            todo.sort(key=lambda shard: -shard.size)  # none is left alone at the end
             for job in as_completed([pool.submit(prepare_shard, source.part([shard]), shard) for shard in todo]):
                 try:
                     with explained("a process was killed, most likely for want of memory", "try a lower --num_proc"):
@@ -1214,8 +1209,8 @@ def prepare(source, splits, settings):
 
 def disk_needed(source, todo, num_proc):
     """The bytes that preparing the shards `todo` fetches, needs at its peak and leaves, by the tables' durations."""
-    sizes = sorted((source.repository.size(shard.files) for shard in todo), reverse=True)
-    share = sum(sizes) / max(1, sum(source.repository.size(shard.files) for shard in source.shards))
+    sizes = sorted((shard.size for shard in todo), reverse=True)
+    share = sum(sizes) / max(1, sum(shard.size for shard in source.shards))
     stays = share * sizes_of(source.announced)["hours"] * 59e6 or sum(sizes)  # FLAC; not every table has durations
     fetched = sizes if not source.repository.folder else []
     return sum(fetched), stays + sum(fetched if source.keep else fetched[:num_proc]), stays + sum(fetched) * source.keep
@@ -1392,7 +1387,7 @@ class TrainingStream:
     """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset."""
 
     def __init__(self, source, settings, check, seed):
-        shards = sorted(source.needed(["train"]), key=lambda shard: -source.repository.size(shard.files))
+        shards = sorted(source.needed(["train"]), key=lambda shard: -shard.size)
         if len(shards) < settings.world_size:
             raise UsageError(f"--streaming has {plural(len(shards), 'archive')} for {settings.world_size} processes")
         shards = shards[settings.process_index :: settings.world_size]
