@@ -34,7 +34,6 @@ import io
 import itertools
 import json
 import math
-import mimetypes
 import multiprocessing
 import os
 import re
@@ -75,6 +74,7 @@ accelerate, datasets, evaluate, filelock, httpx2 = map(Lazy, "accelerate dataset
 jiwer, librosa, medwer, pandas, soundfile = map(Lazy, "jiwer librosa medwer pandas soundfile".split())
 torch, tqdm, transformers, yaml = map(Lazy, "torch tqdm transformers yaml".split())
 hub, hub_errors, parquet = map(Lazy, "huggingface_hub huggingface_hub.errors pyarrow.parquet".split())
+arrow_writer = Lazy("datasets.arrow_writer")
 
 PROGRAM = "finetune_medasr.py"
 FIXTURES = Path(__file__).resolve().parent / "tests" / "fixtures"
@@ -520,29 +520,6 @@ def explained_hub_errors(repo, kind, advice=""):
         raise RunError(f"{kind} {repo} {meaning}{advice}") from error
 
 
-class HubStream(io.RawIOBase):
-    """A Hub file as a stream from `position` on, through dropped connections; the client waits out 5xx and 429."""
-
-    def __init__(self, repository, path, position=0):
-        self.file, self.size = repository.on_hub(path, block_size=0), repository.files[path][0]
-        self.file.loc = position
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        if self.file.loc >= self.size:
-            return 0
-        for seconds in (1, 2, 4, 8, 16, 0):  # to wait, while the connection drops without a byte of progress
-            with contextlib.suppress(httpx2.TransportError):
-                if data := self.file.read(min(len(buffer), 1 << 16)):
-                    buffer[: len(data)] = data
-                    return len(data)
-            self.file.response = None  # it connects again, and goes on from the byte reached
-            time.sleep(seconds)
-        raise OSError(f"the connection ends after {self.file.loc:,} of {self.size:,} bytes")
-
-
 @dataclass
 class Repository:
     name: str  # of a dataset on the Hub
@@ -563,19 +540,13 @@ class Repository:
         self.files = read_json(listing) or {}
         if self.files and re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             return  # a commit never changes: no network is needed to go on
-        with explained_hub_errors(self.name, "dataset"):
-            try:
-                tree = hub.list_repo_tree(self.name, recursive=True, revision=self.revision, repo_type="dataset")
-                files = [one for one in tree if hasattr(one, "size") and not re.search(r"(^|/)\.", one.path)]
-                self.files = {one.path: [one.size, one.lfs and one.lfs.sha256] for one in files}
-                write_text(listing, json.dumps(self.files, indent=1))
-            except (hub_errors.OfflineModeIsEnabled, httpx2.ConnectError):
-                if not self.files:
-                    raise
-                say("  the Hub cannot be reached: taken as it was when it was listed last")
-
-    def size(self, paths):
-        return sum(self.files[path][0] for path in paths)
+        bearable = (hub_errors.OfflineModeIsEnabled, httpx2.ConnectError) if self.files else ()
+        with explained_hub_errors(self.name, "dataset"), contextlib.suppress(*bearable):
+            tree = hub.list_repo_tree(self.name, recursive=True, revision=self.revision, repo_type="dataset")
+            files = [one for one in tree if hasattr(one, "size") and not re.search(r"(^|/)\.", one.path)]
+            self.files = {one.path: [one.size, one.lfs and one.lfs.sha256] for one in files}
+            return write_text(listing, json.dumps(self.files, indent=1))
+        say("  the Hub cannot be reached: taken as it was when it was listed last")
 
     def local(self, path):
         """Where a file lies on this machine, None if it does not, or is of another version."""
@@ -585,13 +556,25 @@ class Repository:
         places = [place for place in (Path(str(cached)), self.cache / "hub" / path) if place.is_file()]
         return next((place for place in places if place.stat().st_size == self.files[path][0]), None)
 
-    def on_hub(self, path, **options):
-        return hub.HfFileSystem().open(f"datasets/{self.name}@{self.revision or 'main'}/{path}", **options)
+    def open(self, path, **options):
+        """A file of the repository to read: the local one, or as much of the Hub's as is read of it."""
+        place, local = f"datasets/{self.name}@{self.revision or 'main'}/{path}", self.local(path)
+        return open(local, "rb") if local else hub.HfFileSystem().open(place, **options)
 
-    def open(self, path):
-        """A file of the repository as a stream of bytes: the local file, or as much of the Hub's as is read."""
-        local = self.local(path)
-        return open(local, "rb") if local else io.BufferedReader(HubStream(self, path), 1 << 16)
+    def download(self, path, file):
+        """Append what `file` lacks of the Hub's, through dropped connections; the client waits out 5xx and 429."""
+        stream, size = self.open(path, block_size=0), self.files[path][0]
+        stream.loc = file.tell()
+        while stream.loc < size:
+            for seconds in (1, 2, 4, 8, 16, 0):  # to wait, while the connection drops without a byte of progress
+                with contextlib.suppress(httpx2.TransportError):
+                    if data := stream.read(1 << 16):
+                        break
+                stream.response = None  # it connects again, and goes on from the byte reached
+                time.sleep(seconds)
+            else:
+                raise OSError(f"the connection ends after {stream.loc:,} of {size:,} bytes")
+            file.write(data)
 
     def fetch(self, path):
         """The local path of a file, downloaded if need be, going on where that stopped; raises RunError."""
@@ -599,13 +582,12 @@ class Repository:
             return local
         target, (size, checksum) = self.cache / "hub" / path, self.files[path]
         partial = target.with_name(target.name + ".partial")
-        target.parent.mkdir(parents=True, exist_ok=True)
         with explained_hub_errors(self.name, "dataset"), filelock.FileLock(f"{partial}.lock"):
             for _ in range(2):
                 if self.local(path):  # by another process, meanwhile
                     return target
-                with open(partial, "a+b") as file, HubStream(self, path, file.tell()) as stream:
-                    shutil.copyfileobj(stream, file, 1 << 20)
+                with open(partial, "a+b") as file:
+                    self.download(path, file)
                     file.seek(0)
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                 if size == partial.stat().st_size and checksum in (None, found):
@@ -613,11 +595,6 @@ class Repository:
                     return target
                 partial.unlink()
         raise RunError(f"{path} was fetched twice and is not what the Hub announces: sha256 {checksum}")
-
-    def release(self, paths):
-        """Delete what was downloaded of files; those in the user's folder or Hub cache are never touched."""
-        for path, ending in itertools.product(paths, () if self.folder else ("", ".partial.lock")):
-            (self.cache / "hub" / f"{path}{ending}").unlink(missing_ok=True)
 
 
 def files_below(folder):
@@ -646,13 +623,10 @@ def load_model(settings):
         model, loading = transformers.AutoModelForCTC.from_pretrained(place, **options, **weights)
         silence = CTCCollator(extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
         model.eval()(**model_inputs(silence, extractor, "cpu"))  # shows what does not fit together
-        labels = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")(["patient PATIENT"])[0]
     if unfit := [key for key, *_ in loading["mismatched_keys"]] + sorted(loading["missing_keys"]):  # filled with noise
         raise RunError(f"{what}: it lacks weights of its config.json, such as {unfit[:1]}")
     if broken := not_finite(model):
         raise RunError(f"{what}: it holds weights that are not finite, in {broken}")
-    if not decode_ids(processor, labels):
-        raise RunError(f"{what}: its tokenizer is not for its vocabulary")
     return processor, model
 
 
@@ -732,7 +706,7 @@ def read_table(path, text_column=None, needed=("clip", "text"), name=None):
             raise RunError(f"{name}: row {wrong[0]} is not an object with keys such as {' and '.join(needed)}")
         names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     columns = choose_columns(names, text_column, name, needed)
-    table = clip_table(cells_of(rows, columns, name))
+    table = clip_table(rows, columns, name)
     # The csv module's key for cells beyond the columns is None. Their row may have lost its order before them.
     surplus = [number for number, row in enumerate(rows) if any(map(str.strip, row.get(None, ())))]
     table.loc[surplus, [*GROUP_COLUMNS, "split"]] = ""
@@ -756,17 +730,12 @@ def choose_columns(names, text_column, table, needed):
     return {ours: theirs[0] for ours, theirs in found.items() if theirs and (ours not in TIMES or "clip" in needed)}
 
 
-def cells_of(rows, columns, table):
-    """{what COLUMNS calls a column: its cells in `rows`}; raises UsageError for texts and names that are no text."""
-    cells = {ours: [row.get(theirs) for row in rows] for ours, theirs in columns.items()}
+def clip_table(rows=(), columns=None, name="", split=""):
+    """The table of clips of `rows`, by choose_columns' `columns`; `split` stands for empty ones. Raises UsageError."""
+    cells = {ours: [row.get(theirs) for row in rows] for ours, theirs in (columns or {}).items()}
     for ours in {"text", "pred_text", "baseline_text", "clip"}.intersection(cells):
         if odd := [cell for cell in cells[ours] if isinstance(cell, (list, dict, bytes))]:
-            raise UsageError(f"{table}: column {columns[ours]} holds a {type(odd[0]).__name__}: {str(odd[0])[:80]}")
-    return cells
-
-
-def clip_table(cells, split=""):
-    """The table of clips of lists of `cells` by COLUMNS; `split` stands for empty ones. pred_text can be missing."""
+            raise UsageError(f"{name}: column {columns[ours]} holds a {type(odd[0]).__name__}: {str(odd[0])[:80]}")
 
     def as_text(cell):  # JSON can hold halves of characters, no file can
         return None if cell is None or cell != cell else str(cell).encode(errors="replace").decode()
@@ -795,16 +764,15 @@ def clip_table(cells, split=""):
 def with_one_spelling(table):
     """`table` with groups that differ in case alone as one."""
     for column in GROUP_COLUMNS[1:]:
-        shown, cells = {}, table[column].value_counts().index  # the most frequent first
-        if odd := {cell: name for cell in cells if (name := shown.setdefault(cell.casefold(), cell)) != cell}:
-            table[column] = table[column].replace(odd)
+        cells = table[column].value_counts().index.to_series()  # the most frequent first
+        table[column] = table[column].map(cells.groupby(cells.str.casefold()).transform("first"))
     return table
 
 
 # ---------------------------------------------------------------- sources
 
-# What becomes one prepared file, `path`: `files` with the clips, of `splits`, that table number `part` tells of.
-Shard = namedtuple("Shard", "name path files part splits")
+# What becomes one prepared file, `path`: `files`, of `size` bytes, with the clips that table number `part` tells of.
+Shard = namedtuple("Shard", "name path files size part splits")
 ARCHIVE = re.compile(r"audio/(?P<accent>[^/]+)/(?P<split>[^/]+)/[^/]+\.tar\.gz")
 LAYOUTS = [  # of a corpus: its kind, and files of which it has one
     ("archives", ARCHIVE),
@@ -816,9 +784,9 @@ LAYOUTS = [  # of a corpus: its kind, and files of which it has one
 
 
 class Source:
-    """A corpus as `shards`; raises RunError or UsageError. `rows` is the table of all clips with their `part`,
-    `announced` the same with the splits as planned: those `made`, which it lacks, come from train. To one of
-    --also_score or --replay (`is_extra`) the flags on the corpus and its parts do not apply."""
+    """A corpus as `shards`, or a RunError. `rows` is the table of all clips with their `part`, `announced` the same by
+    planned splits: those `made` come from train. Flags on the corpus are not of those scored or replayed beside it
+    (`is_extra`)."""
 
     def __init__(self, dataset, settings, splits, is_extra=False):
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
@@ -847,7 +815,7 @@ class Source:
             raise RunError(f"{name} has {kinds}: it has {plural(len(paths), 'file')}, such as {(paths or ['none'])[0]}")
         parts = enumerate(getattr(self, f"add_{self.kind}")(found, splits))
         tables = [table.assign(part=part) for part, table in parts if len(table)]  # empty ones make concat slow
-        table = pandas.concat(tables or [clip_table({}).assign(part=0)], ignore_index=True)
+        table = pandas.concat(tables or [clip_table().assign(part=0)], ignore_index=True)
         self.announced = self.rows = with_one_spelling(table)
         folded = Counter(map(str.casefold, people := self.rows["speaker"].unique()))
         if alike := [name for name in people if folded[name.casefold()] > 1]:
@@ -860,8 +828,9 @@ class Source:
 
     def add_shard(self, name, files, part, listed="", splits=()):
         """A `Shard` whose prepared file is another one where what is `listed` for it, or one of its files, changes."""
+        size = sum(self.repository.files[path][0] for path in files)
         mark = digest([listed, *([path, *self.repository.files[path]] for path in files)])[:12]
-        self.shards.append(Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", files, part, set(splits)))
+        self.shards.append(Shard(name, self.folder / f"{self.stem(name)}.{mark}.arrow", files, size, part, set(splits)))
 
     @staticmethod
     def stem(name):
@@ -870,7 +839,7 @@ class Source:
     def read(self, path):
         """The table of clips of a file of the repository, an empty one if it is not there; warns of its defects."""
         if path not in self.repository.files:
-            return clip_table({})
+            return clip_table()
         table, notes = read_table(self.repository.fetch(path), self.text_column, name=path)
         for note in notes:
             warn(f"{path}: {note}")
@@ -887,8 +856,8 @@ class Source:
 
     def add_archives(self, archives, splits):
         """AfriSpeech-200's layout, audio/ACCENT/SPLIT/*.tar.gz and transcripts/ACCENT/SPLIT.csv. Yields each table."""
-        folders = [re.match("(?:audio|transcripts)/([^/]+)/", path) for path in self.repository.files]
-        self.accents = {folder[1] for folder in folders if folder}
+        files = self.repository.files
+        self.accents = {path.split("/")[1] for path in files if re.match("(audio|transcripts)/[^/]+/", path)}
         accents = self.accents.intersection(map(slugify, self.asked or self.accents))
         parts = sorted(itertools.product(accents, splits), key="/".join)
         with ThreadPoolExecutor(8) as pool:  # some hundred small files on the Hub, so several at once
@@ -898,9 +867,8 @@ class Source:
             table["accent"] = table["accent"].replace("", accent)
             table = table[table["clip"] != ""].drop(columns=TIMES)
             table = table[~self.second_rows(table)]
-            listed = table.to_csv(index=False)
             for path in [path for path in archives if path.startswith(f"audio/{accent}/{split}/")]:
-                self.add_shard(path, [path], number, listed, [split])
+                self.add_shard(path, [path], number, table.to_csv(index=False), [split])
             yield table
 
     def add_tables(self, paths, splits):
@@ -912,9 +880,9 @@ class Source:
             table, (folder, file) = self.read(path), os.path.split(normal(path))
             folder = os.path.join(folder, "clips") if path.endswith(".tsv") else folder
             names = (os.path.join(folder, name or f"{file}, row {row}") for row, name in enumerate(table["clip"], 1))
-            plain = (name if name in known else os.path.normpath(name.replace("\\", "/")) for name in names)
-            inner = (name.removeprefix(root).removeprefix(given) for name in plain)
-            table["file"] = [known.get(name, name) for name in inner]
+            names = (os.path.normpath(name.replace("\\", "/")) for name in names)
+            names = (name.removeprefix(root).removeprefix(given) for name in names)
+            table["file"] = [known.get(name, name) for name in names]
             tables.append(table.assign(split=table["split"].replace("", split_in(path))))
         table = pandas.concat(tables, ignore_index=True)
         times = zip(table["start"], table["end"])
@@ -925,9 +893,9 @@ class Source:
             raise RunError(f"{paths[0]} names no file that is there among {example}")
         for problem, is_bad in (("no audio", ~is_there), ("a second row of this clip", self.second_rows(table))):
             table["problem"] = table["problem"].mask(is_bad & (table["problem"] == ""), problem)
-        names = list(filter(is_audio_name, sorted(set(files) - set(table["file"]))))
-        unlisted = clip_table({"clip": names}).assign(problem="no transcript", file=names)
-        table = pandas.concat([table, unlisted], ignore_index=True)
+        rest = [{"clip": file} for file in sorted(set(files) - set(table["file"])) if is_audio_name(file)]
+        rest = clip_table(rest, {"clip": "clip"}).assign(problem="no transcript", file=[row["clip"] for row in rest])
+        table = pandas.concat([table, rest], ignore_index=True)
         of_folders = [split_in(f"{os.path.dirname(file)}/") for file in table["file"]]  # "stress-test.wav" is of none
         table["split"] = table["split"].mask(table["split"] == "", of_folders)
         # A file is of one shard, whatever splits its stretches are of: it is released when that is converted.
@@ -961,16 +929,14 @@ class Source:
     @contextlib.contextmanager
     def open_parquet(self, path):
         """(a pyarrow ParquetFile, the name of its column of audio, structs of bytes and path); raises RunError."""
-        local = self.repository.local(path)
-        with explained(f"{path} cannot be read as parquet"):
-            with open(local, "rb") if local else self.repository.on_hub(path) as stream:
-                file = parquet.ParquetFile(stream)
-                names = [item.name for item in file.schema_arrow if re.match(r"struct<(.*, )?bytes: ", str(item.type))]
-                names = ["audio"] if "audio" in names else names
-                if len(names) != 1:
-                    problem = f"more than one: {', '.join(names)}" if names else "no audio column (of bytes and path)"
-                    raise RunError(f"{path} has {problem}; its columns are {', '.join(file.schema_arrow.names)}")
-                yield file, names[0]
+        with explained(f"{path} cannot be read as parquet"), self.repository.open(path) as stream:
+            file = parquet.ParquetFile(stream)
+            names = [item.name for item in file.schema_arrow if re.match(r"struct<(.*, )?bytes: ", str(item.type))]
+            names = ["audio"] if "audio" in names else names
+            if len(names) != 1:
+                problem = f"more than one: {', '.join(names)}" if names else "no audio column (of bytes and path)"
+                raise RunError(f"{path} has {problem}; its columns are {', '.join(file.schema_arrow.names)}")
+            yield file, names[0]
 
     def read_parquet(self, shard, split):
         """The table of a parquet file's clips; of one that is not converted yet, what is no audio is read."""
@@ -980,13 +946,14 @@ class Source:
             features = datasets.Features.from_arrow_schema(file.schema_arrow)
             columns = choose_columns(list(filter(audio.__ne__, features)), self.text_column, shard.name, ["text"])
             rows = file.read([*columns.values(), f"{audio}.path"]).to_pylist()
-        cells = cells_of(rows, columns, shard.name)
-        for ours in cells:
-            if isinstance(kind := features[columns[ours]], datasets.ClassLabel):
-                cells[ours] = [kind.int2str(cell) if cell is not None and cell >= 0 else None for cell in cells[ours]]
-        names = [os.path.basename((row.get(audio) or {}).get("path") or "") for row in rows]
-        cells["clip"] = [f"{shard.name[:-8]}/{number:05d}-{name}".rstrip("-") for number, name in enumerate(names)]
-        return clip_table(cells, split)[[*CLIP_COLUMNS, "num_samples"]]
+        for column in set(columns.values()):
+            if isinstance(kind := features[column], datasets.ClassLabel):
+                for row in rows:
+                    row[column] = kind.int2str(row[column]) if row[column] not in (None, -1) else None
+        for number, row in enumerate(rows):
+            name = os.path.basename((row[audio] or {}).get("path") or "")
+            row[audio] = f"{shard.name[:-8]}/{number:05d}-{name}".rstrip("-")
+        return clip_table(rows, columns | {"clip": audio}, shard.name, split)[[*CLIP_COLUMNS, "num_samples"]]
 
     def plan_splits(self, splits, seed, unnamed):
         """Draw speakers of train, a tenth of the clips each, for a dev or test that `splits` lack; raises RunError."""
@@ -1004,16 +971,14 @@ class Source:
             lacking = f"no {' and no '.join(self.made)} split, and {plural(len(sizes), 'speaker')} of train for it"
             raise RunError(f"{self.dataset} has {lacking}: name a speaker, such as speaker, or a split in a column")
         # The order is one of checksums, so that more recordings later move few speakers.
-        left = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
-        for split in self.made:
-            room, drawn = sum(sizes.values()) // 10, set()
-            for speaker in left:
-                if sizes[speaker] <= room:
-                    drawn.add(speaker)
-                    room -= sizes[speaker]
-            drawn = drawn or {min(left, key=sizes.get)}
-            left = [speaker for speaker in left if speaker not in drawn]
-            table["split"] = table["split"].mask(is_train & table["speaker"].isin(drawn), split)
+        order = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
+        room, homes = dict.fromkeys(self.made, sum(sizes.values()) // 10), dict.fromkeys(order, "train")
+        for speaker in order:
+            if split := next((split for split in self.made if sizes[speaker] <= room[split]), None):
+                homes[speaker], room[split] = split, room[split] - sizes[speaker]
+        for split in [split for split in self.made if split not in homes.values()]:  # each has more than a tenth
+            homes[min((one for one in order if homes[one] == "train"), key=sizes.get)] = split
+        table["split"] = table["speaker"].where(is_train).map(homes).fillna(table["split"])
         speakerless = is_train & (table["speaker"] == "") & (table["problem"] == "")
         table["problem"] = table["problem"].mask(speakerless, "no speaker to make a split by")
         say(f"  {' and '.join(self.made)} made of the train split by speaker, by --seed {seed}")
@@ -1034,9 +999,8 @@ class Source:
         rows = self.rows[self.rows["part"] == shard.part].drop(columns="part").to_dict("records")
         if self.kind == "tables":
             for row in rows:
-                file, start, end = (row.pop(name) for name in ("file", *TIMES))
-                decode = decode_audio if math.isnan(start) else functools.partial(decode_stretch, start, end)
-                yield make_clip(row, self.repository.local(file), self.notes, decode)
+                file, *times = (row.pop(name) for name in ("file", *TIMES))
+                yield make_clip(row, self.repository.local(file), self.notes, *times)
         elif self.kind == "parquet":
             with self.open_parquet(shard.name) as (file, audio):
                 batches = file.iter_batches(batch_size=50, columns=[audio])
@@ -1046,17 +1010,12 @@ class Source:
         else:
             rows, seen = {row["clip"]: row for row in rows}, set()
             nothing = dict.fromkeys(CLIP_COLUMNS, "") | ARCHIVE.fullmatch(shard.name).groupdict()
-            with self.repository.open(shard.name) as stream:
-                try:
-                    for name, audio, problem in archive_members(stream):
-                        row = rows.get(key := clip_key(name)) or {**nothing, "clip": key, "problem": "no transcript"}
-                        problem = problem or row["problem"] or ("a second copy" if key in seen else "")
-                        yield make_clip({**row, "problem": problem}, audio, self.notes)
-                        seen.add(key)
-                # Numbers in headers that are none are a ValueError or an OverflowError of tarfile's.
-                except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
-                    problem = f"damaged archive ({one_line(error)}): {plural(len(seen), 'clip')} of it kept"
-                    yield make_clip({**nothing, "clip": shard.name, "problem": problem}, None, self.notes)
+            with self.repository.open(shard.name, block_size=2**24) as stream:  # of the Hub's as much at once
+                for clip, audio, problem in archive_members(stream, shard.name):
+                    row = rows.get(clip) or {**nothing, "clip": clip, "problem": "no transcript"}
+                    problem = problem or row["problem"] or ("a second copy" if clip in seen else "")
+                    yield make_clip({**row, "problem": problem}, audio, self.notes)
+                    seen.add(clip)
 
 
 def clip_key(path):
@@ -1064,132 +1023,109 @@ def clip_key(path):
     return "/".join(unicodedata.normalize("NFC", path).replace("\\", "/").strip("/").split("/")[-2:])
 
 
-@functools.lru_cache(1)  # one after the other, clips are of one recording
-def decode_whole(path):
-    return decode_audio(path, notes := []), notes
-
-
-def decode_stretch(start, end, path, notes):
-    """As decode_audio the stretch of a recording from `start` to `end` in seconds."""
-    samples, found = decode_whole(path)
-    notes += [note for note in found if not note.startswith(CUT_OFF)]
-    if (length := len(samples) / SAMPLE_RATE) + 0.5 < end:  # people round
-        notes.append(f"{CUT_OFF} after {length:,.1f} s, its stretch is {start:,.1f} to {end:,.1f} s")
-    return samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
-
-
 # ---------------------------------------------------------------- audio
 
 CLIP_BYTES_LIMIT = 1_000_000_000  # a clip that decodes to more than this is a bomb, not speech
 BLOCK_SAMPLES = 2**20  # at 16 kHz that are decoded at once, 65 s
 CUT_OFF = "it ends"  # how a note begins of a recording that its header says to be longer
-
-
-@functools.cache
-def audio_suffixes():
-    """Of audio and video, dictation machines' too, also what libsndfile cannot read: that should be said."""
-    kinds = mimetypes.MimeTypes().types_map[True].items()  # Python's, not this machine's
-    known = {suffix[1:] for suffix, kind in kinds if kind.startswith(("audio/", "video/"))}
-    known.update("ds2 dss dvf msv 3ga amr awb gsm qcp spx m4a m4b ac3 ape mka mkv oga ogv sph wave wma wmv wv".split())
-    return {*known, *map(str.lower, soundfile.available_formats())} - {"raw", "ass"}
+# Of audio and video, dictation machines' too, also what libsndfile cannot read: that should be said.
+AUDIO_SUFFIXES = """3g2 3ga 3gp 3gpp 3gpp2 aac ac3 adts aif aifc aiff amr ape au avi avr awb caf ds2 dss dvf flac gsm
+    htk ircam loas m1v m4a m4b mat4 mat5 mka mkv mov movie mp2 mp3 mp4 mpa mpc2k mpe mpeg mpg msv nist oga ogg ogv opus
+    paf pvf qcp qt ra rf64 sd2 sds snd sph spx svx voc w64 wav wave wavex webm wma wmv wv wve xi""".split()
 
 
 def is_audio_name(path):
-    return os.path.splitext(path)[1][1:].lower() in audio_suffixes()
+    return os.path.splitext(path)[1][1:].lower() in AUDIO_SUFFIXES
 
 
-@contextlib.contextmanager
-def open_audio(source):
-    """A soundfile.SoundFile of encoded audio, bytes or a path; raises ValueError, also for what it raises in use."""
+def decoded_blocks(source):
+    """Yield (SoundFile, float32 (frames, channels)) of all that decodes, whatever a header says; raises ValueError."""
     try:
         # Opened here: of a path that cannot be read libsndfile says "System error".
         stream = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
         with stream, soundfile.SoundFile(stream) as file:
             file.seekable = lambda: False  # it seeks after each read where a file can: some codecs lose the rest by it
-            yield file
+            size = count = min(file.frames + 1, max(1, BLOCK_SAMPLES * file.samplerate // SAMPLE_RATE))
+            while count == size:
+                block = np.full((size, file.channels), np.nan, np.float32)
+                try:
+                    count = len(file.read(out=block))
+                except soundfile.SoundFileError:
+                    decoded = np.flatnonzero(~np.isnan(block[:, 0]))  # before the damage
+                    size, count = -1, decoded[-1] + 1 if len(decoded) else 0
+                yield file, block[:count]
     except (soundfile.SoundFileError, OSError) as error:
         # libsndfile's own words: the exception's text holds a memory address, by which no prepared file may differ.
         problem = getattr(error, "error_string", None) or one_line(error)
         raise ValueError(problem.replace("not recognised.", "not recognised: convert it with ffmpeg")) from error
 
 
-def decoded_blocks(file):
-    """Yield all that decodes of a file, float32 (frames, channels); its header's length may be wrong."""
-    size = count = min(file.frames + 1, max(1, BLOCK_SAMPLES * file.samplerate // SAMPLE_RATE))
-    while count == size:
-        block = np.full((size, file.channels), np.nan, np.float32)
-        try:
-            count = len(file.read(out=block))
-        except soundfile.SoundFileError:
-            decoded = np.flatnonzero(~np.isnan(block[:, 0]))  # before the damage
-            size, count = -1, decoded[-1] + 1 if len(decoded) else 0
-        yield block[:count]
-
-
-def channel_weights(blocks, notes):
-    """What each channel of decoded `blocks` counts in mono; raises ValueError where they hold no numbers."""
-    products, peak = 0.0, 0.0  # of each channel with each, summed
-    for block in filter(len, blocks):
-        highest = max(float(block.max()), -float(block.min()))
-        if not highest < 1e30:  # full scale is 1; near float32's limit it overflows when it is resampled
-            raise ValueError("it holds samples that are not numbers, or absurdly large")
-        products, peak = products + block.T.astype(float) @ block, max(peak, highest)
-    energies, channels = np.diag(products), len(products)
-    weights = np.full(channels, 1 / channels, np.float32)
-    if np.sum(products) / channels**2 < 0.01 * energies.max():  # the mean has lost the signal
-        notes.append("its channels cancel each other; the loudest was taken")
-        weights = np.eye(channels, dtype=np.float32)[energies.argmax()]
-    if peak > 16:  # no loud recording, but floats at the scale of 16-bit integers
-        notes.append("its samples are far beyond full scale, and were divided by 32,768")
-        weights /= 32_768
-    return weights
-
-
 def read_audio(source, notes):
     """Yield the 16 kHz mono float32 samples of audio, bytes or a path, in blocks; `notes` grow; raises ValueError."""
-    with open_audio(source) as file:
-        rate, blocks, count, made, weights = file.samplerate, decoded_blocks(file), 0, 0, None
-        head = list(itertools.islice(blocks, 2))
-        if not len(head[0]):
-            size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
-            mend = "if they are audio, ffmpeg -ignore_length 1 -i FILE new.wav mends it"
-            raise ValueError(f"no audio samples: its header tells of none in {size:,} bytes; {mend}")
-        if file.channels > 1 or file.subtype in ("FLOAT", "DOUBLE"):
-            with open_audio(source) as again:  # the whole tells how its channels go together
-                weights = channel_weights(decoded_blocks(again) if len(head) == 2 else head, notes)
-        resampler = Lazy("soxr").ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
-        for block in itertools.chain(head, blocks):
-            samples = block[:, 0] if weights is None else block @ weights
-            samples = samples if rate == SAMPLE_RATE else resampler.resample_chunk(samples)
-            count, made = count + len(block), made + len(samples)
-            yield samples
-        if rate != SAMPLE_RATE:
-            rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-            yield librosa.util.fix_length(rest, size=math.ceil(count * SAMPLE_RATE / rate) - made)
-        # libsndfile's log says which header it corrected. A WAV out of a pipe claims 2**31 - 2**16 bytes or more.
-        claimed, found = map(int, (re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info) or [(0, 1)])[-1])
-        promised = count * claimed / found if 0 < claimed < 2**31 - 2**16 and found else file.frames
-        if 0.1 < (missing := (promised - count) / rate) < 1e7:  # s: less is a codec's padding, more an unknown length
-            notes.append(f"{CUT_OFF} after {count / rate:,.1f} s, {missing:,.1f} s before what its header says")
+    blocks, count, made, products, peak = decoded_blocks(source), 0, 0, 0.0, 0.0
+    file, block = next(blocks)
+    rate, log, head = file.samplerate, file.extra_info, [(file, block), *itertools.islice(blocks, 1)]
+    if not len(block):
+        size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+        mend = "if they are audio, ffmpeg -ignore_length 1 -i FILE new.wav mends it"
+        raise ValueError(f"no audio samples: its header tells of none in {size:,} bytes; {mend}")
+
+    channels, weights = file.channels, np.full(file.channels, 1 / file.channels, np.float32)  # what each counts in mono
+    if channels > 1 or file.subtype in ("FLOAT", "DOUBLE"):
+        for _, block in decoded_blocks(source) if len(head) == 2 else head:  # the whole tells how they go together
+            highest = max(float(block.max(initial=0)), -float(block.min(initial=0)))
+            if not highest < 1e30:  # full scale is 1; near float32's limit it overflows when it is resampled
+                raise ValueError("it holds samples that are not numbers, or absurdly large")
+            products, peak = products + block.T.astype(float) @ block, max(peak, highest)  # of each channel with each
+        energies = np.diag(products)
+        if np.sum(products) / channels**2 < 0.01 * energies.max():  # the mean has lost the signal
+            notes.append("its channels cancel each other; the loudest was taken")
+            weights = np.eye(channels, dtype=np.float32)[energies.argmax()]
+        if peak > 16:  # no loud recording, but floats at the scale of 16-bit integers
+            notes.append("its samples are far beyond full scale, and were divided by 32,768")
+            weights /= 32_768
+
+    resampler = Lazy("soxr").ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    for _, block in itertools.chain(head, blocks):
+        samples = block @ weights if rate == SAMPLE_RATE else resampler.resample_chunk(block @ weights)
+        count, made = count + len(block), made + len(samples)
+        yield samples
+    if rate != SAMPLE_RATE:
+        rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        yield librosa.util.fix_length(rest, size=math.ceil(count * SAMPLE_RATE / rate) - made)
+    # libsndfile's log says which header it corrected. A WAV out of a pipe claims 2**31 - 2**16 bytes or more.
+    claimed, found = map(int, (re.findall(r": (\d+) \(should be (\d+)\)", log) or [(0, 1)])[-1])
+    promised = count * claimed / found if 0 < claimed < 2**31 - 2**16 and found else file.frames
+    if 0.1 < (missing := (promised - count) / rate) < 1e7:  # s: less is a codec's padding, more an unknown length
+        notes.append(f"{CUT_OFF} after {count / rate:,.1f} s, {missing:,.1f} s before what its header says")
 
 
 def decode_audio(source, notes=None):
     """The 16 kHz mono float32 samples of a clip, bytes or a path; raises ValueError."""
-    blocks = []
-    for block in read_audio(source, [] if notes is None else notes):
-        blocks.append(block)
-        if sum(block.nbytes for block in blocks) > CLIP_BYTES_LIMIT:
-            raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
+    most = CLIP_BYTES_LIMIT // (4 * BLOCK_SAMPLES)
+    blocks = list(itertools.islice(read_audio(source, [] if notes is None else notes), most + 1))
+    if len(blocks) > most:
+        raise ValueError(f"it decodes to over {CLIP_BYTES_LIMIT / 1e9:g} GB")
     return np.concatenate(blocks)
 
 
-def make_clip(row, audio, notes, decode=decode_audio):
-    """A row of a prepared file: a table's, with `audio` as FLAC; `notes` {what should be said: clips} grow."""
+@functools.lru_cache(1)  # one after the other, stretches are of one recording
+def decode_noted(source):
+    return decode_audio(source, notes := []), notes
+
+
+def make_clip(row, audio, notes, start=math.nan, end=math.nan):
+    """A row of a prepared file: a table's, with `audio` (`start` to `end` s) as FLAC; `notes` {note: clips} grow."""
     samples, found, flac, problem = (), [], io.BytesIO(), row["problem"] or ("" if audio else "no audio")
     try:
-        samples = () if problem else decode(audio, found)
+        samples, found = (samples, found) if problem else decode_noted(audio)
     except ValueError as error:
         problem = f"undecodable audio ({error})"
+    if start >= 0 and not problem:
+        length, found = len(samples) / SAMPLE_RATE, [note for note in found if not note.startswith(CUT_OFF)]
+        samples = samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
+        if length + 0.5 < end:  # people round
+            found.append(f"{CUT_OFF} after {length:,.1f} s, its stretch is {start:,.1f} to {end:,.1f} s")
     for note in found:
         if note.startswith(CUT_OFF):  # its text says more than its audio
             samples, problem = (), f"cut off ({note})"
@@ -1200,21 +1136,26 @@ def make_clip(row, audio, notes, decode=decode_audio):
     return {**row, "audio": flac.getvalue(), "num_samples": len(samples), "problem": problem}
 
 
-def archive_members(stream):
-    """Yield (name, bytes, problem) for each member of a tar.gz read as a stream; raises gzip's and tarfile's errors."""
-    if stream.peek(64).startswith(b"version https://git-lfs"):
-        raise tarfile.ReadError("a Git LFS pointer, not the file: run 'git lfs pull'")
-    # Not tarfile's own "r|gz": only gzip checks the checksum at the end. "replace": names have to be writable as UTF-8.
-    with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", errors="replace") as tar:
-        for member in (member for member in tar if not member.isdir()):
-            problem = "" if member.isreg() else "refused: it is a link or a device"
-            if member.size > CLIP_BYTES_LIMIT:
-                problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB"
-            if member.name.startswith("/") or ".." in member.name.split("/"):
-                problem = "refused: its path climbs out of the archive"
-            yield member.name, b"" if problem else tar.extractfile(member).read(), problem
-        while plain.read(1 << 20):  # tarfile takes a header that it cannot read for the end; the checksum is behind
-            pass
+def archive_members(stream, path):
+    """Yield (clip, bytes, problem) for each member of a tar.gz read as a stream, and for damage that ends it."""
+    count = 0
+    try:
+        # Not tarfile's own "r|gz": only gzip checks the checksum at the end. "replace": names are written as UTF-8.
+        with gzip.open(stream) as plain, tarfile.open(fileobj=plain, mode="r|", errors="replace") as tar:
+            for member in (member for member in tar if not member.isdir()):
+                problem = "" if member.isreg() else "refused: it is a link or a device"
+                if member.size > CLIP_BYTES_LIMIT:
+                    problem = f"refused: it is over {CLIP_BYTES_LIMIT / 1e9:g} GB"
+                if member.name.startswith("/") or ".." in member.name.split("/"):
+                    problem = "refused: its path climbs out of the archive"
+                yield clip_key(member.name), b"" if problem else tar.extractfile(member).read(), problem
+                count += 1
+            while plain.read(1 << 20):  # tarfile takes a header that it cannot read for the end; the checksum is behind
+                pass
+    # Numbers in headers that are none are a ValueError or an OverflowError of tarfile's.
+    except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
+        damage = one_line(error).replace("(b've')", "but a Git LFS pointer: run 'git lfs pull'")
+        yield path, b"", f"damaged archive ({damage}): {plural(count, 'clip')} of it kept"
 
 
 # ---------------------------------------------------------------- preparation
@@ -1227,17 +1168,19 @@ def clip_features():
 
 def prepare_shard(source, shard):
     """Convert a shard to its prepared file, complete or absent; returns its size, and notes. Raises RunError."""
-    lengths, writer_of = [], Lazy("datasets.arrow_writer").ArrowWriter
+    lengths, options = [], dict(features=clip_features(), writer_batch_size=50)
     with explained(f"{shard.name} cannot be prepared"):
         for path in shard.files:
             source.repository.fetch(path)
-        with complete(shard.path) as partial:
-            with writer_of(path=str(partial), features=clip_features(), writer_batch_size=50) as writer:
-                for clip in source.clips(shard):
-                    writer.write(clip)
-                    lengths.append(clip["num_samples"])
-                writer.finalize()
-        source.repository.release(() if source.keep else shard.files)
+        with complete(shard.path) as partial, arrow_writer.ArrowWriter(path=str(partial), **options) as writer:
+            for clip in source.clips(shard):
+                writer.write(clip)
+                lengths.append(clip["num_samples"])
+            writer.finalize()
+        # What lies in the user's folder or Hub cache is never touched.
+        done = () if source.keep or source.repository.folder else shard.files
+        for path, ending in itertools.product(done, ("", ".partial.lock")):
+            (source.folder / "hub" / f"{path}{ending}").unlink(missing_ok=True)
     return np.array([len(lengths), sum(lengths) / SAMPLE_RATE / 3600]), source.notes
 
 
@@ -1249,7 +1192,6 @@ def start_worker(connection):
 
 def prepare(source, splits, settings):
     """Convert the shards of `splits` that are not converted yet; raises RunError. Other programs wait at the lock."""
-    source.folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(source.folder / "prepare.lock"):
         if not (todo := [shard for shard in source.needed(splits) if not shard.path.exists()]):
             return
@@ -1266,7 +1208,7 @@ def prepare(source, splits, settings):
         ours, theirs = context.Pipe()
         pool = ProcessPoolExecutor(min(settings.num_proc, len(todo)), context, start_worker, (theirs,))
         with tqdm.tqdm(total=len(todo), desc="preparing audio", unit="archive") as bar, pool, contextlib.closing(ours):
-            todo.sort(key=lambda shard: -source.repository.size(shard.files))  # none is left alone at the end
+            todo.sort(key=lambda shard: -shard.size)  # none is left alone at the end
             for job in as_completed([pool.submit(prepare_shard, source.part([shard]), shard) for shard in todo]):
                 try:
                     with explained("a process was killed, most likely for want of memory", "try a lower --num_proc"):
@@ -1286,8 +1228,8 @@ def prepare(source, splits, settings):
 
 def disk_needed(source, todo, num_proc):
     """The bytes that preparing the shards `todo` fetches, needs at its peak and leaves, by the tables' durations."""
-    sizes = sorted((source.repository.size(shard.files) for shard in todo), reverse=True)
-    share = sum(sizes) / max(1, sum(source.repository.size(shard.files) for shard in source.shards))
+    sizes = sorted((shard.size for shard in todo), reverse=True)
+    share = sum(sizes) / max(1, sum(shard.size for shard in source.shards))
     stays = share * sizes_of(source.announced)["hours"] * 59e6 or sum(sizes)  # FLAC; not every table has durations
     fetched = sizes if not source.repository.folder else []
     return sum(fetched), stays + sum(fetched if source.keep else fetched[:num_proc]), stays + sum(fetched) * source.keep
@@ -1398,28 +1340,25 @@ def refuse_empty(split, texts, reasons=None):
         raise RunError(f"no {split} transcript has a word to score: {plural(len(texts), 'clip')} of punctuation")
 
 
-def load_clips(source, splits):
-    """(Dataset of all prepared clips, table of those of `splits`; its `row` is the place in it, -1 without audio)"""
-    shards = source.needed(splits)
-    audio, table = load_prepared(shard.path for shard in shards)
-    table = with_one_spelling(table)
-    table["row"], announced = np.arange(len(table)), source.announced
-    if source.kind == "archives":  # without Series.isin, which would keep a Python object of each name
-        names = pandas.concat([part["split"] + "/" + part["clip"] for part in (table, announced)], ignore_index=True)
-        missing = announced[~names.duplicated().to_numpy()[len(table) :]]
-        missing = missing.assign(num_samples=0, problem=missing["problem"].replace("", "no audio"), row=-1)
-        table = pandas.concat([table, missing[table.columns]], ignore_index=True) if len(missing) else table
-    else:  # a prepared file has the rows of its table, in their order, and does not know of the plan
-        planned = announced[announced["part"].isin([shard.part for shard in shards])].reset_index()
-        table["split"], is_good = planned["split"], table["problem"] == ""
-        table["problem"] = table["problem"].mask(is_good, planned["problem"])
-    is_asked = table["split"].isin(splits)
-    return audio, table if is_asked.all() else table[is_asked]
-
-
 def splits_of(extra, settings):
     """The splits of a run's source that have to lie on the disk: of the corpus, "", a further test set or "replay"."""
     return ("train",) if extra == "replay" else ("test",) if extra else settings.splits(on_disk=True)
+
+
+def load_clips(source, splits):
+    """(Dataset of prepared clips, table of them and of what has no audio; its `row` is the place in it, or -1)."""
+    shards, announced = source.needed(splits), source.announced
+    audio, table = load_prepared(shard.path for shard in shards)
+    table = with_one_spelling(table).assign(row=np.arange(len(table)))
+    if source.kind == "archives":
+        announced = announced.assign(num_samples=0, problem=announced["problem"].replace("", "no audio"), row=-1)
+        table = pandas.concat([table, announced[table.columns]], ignore_index=True)
+        table = table[(table["row"] >= 0) | ~table.duplicated(["split", "clip"])]
+    else:  # a prepared file has the rows of its table, in their order, and does not know of the plan
+        announced = announced[announced["part"].isin([shard.part for shard in shards])].reset_index()
+        table["split"], is_good = announced["split"], table["problem"] == ""
+        table["problem"] = table["problem"].mask(is_good, announced["problem"])
+    return audio, table
 
 
 def select_all(sources, settings, check):
@@ -1431,19 +1370,19 @@ def select_all(sources, settings, check):
         audio, table = load_clips(source, splits)
         wanted = True if extra else is_wanted(table, settings)
         if settings.streaming and not extra and not settings.prepare_only:
-            train = (source.announced["split"] == "train") & is_wanted(source.announced, settings)
-            selected["train"] = Clips(None, source.announced[train], table.iloc[:0].assign(reason=""))
+            train = source.announced[(source.announced["split"] == "train") & is_wanted(source.announced, settings)]
+            selected["train"] = Clips(None, train, table.iloc[:0].assign(reason=""))
         parts = [table[wanted & (table["split"] == split)] for split in splits]
         if not settings.streaming:
             source.rows = source.announced = table = None  # a million clips are some hundred megabytes
+
         for split, table in zip(splits, parts):
             reasons = pandas.Series(check(table), table.index, "str")
             reasons = reasons.mask((reasons == "") & table["clip"].where(reasons == "").duplicated(), "a second copy")
             skipped = table.assign(reason=reasons, split=extra or split)[reasons != ""]
-            kept = table.loc[reasons == "", ["num_samples", "clip"]]
+            kept = table[reasons == ""]
             kept = kept.iloc[np.random.default_rng(settings.seed).permutation(len(kept))[: limits[split]]]
-            kept = kept.sort_values(["num_samples", "clip"], ascending=[False, True])
-            kept = table.loc[kept.index].reset_index(drop=True)
+            kept = kept.sort_values(["num_samples", "clip"], ascending=[False, True], ignore_index=True)
             chosen = audio.select(kept.pop("row").tolist(), keep_in_memory=True)
             selected[extra or split] = Clips(chosen, kept, skipped)
     skipped = pandas.concat([clips.skipped for clips in selected.values()])
@@ -1487,7 +1426,7 @@ class TrainingStream:
     """The training clips of this process as endless batches, pass after pass, mixed with torch's IterableDataset."""
 
     def __init__(self, source, settings, check, seed):
-        shards = sorted(source.needed(["train"]), key=lambda shard: -source.repository.size(shard.files))
+        shards = sorted(source.needed(["train"]), key=lambda shard: -shard.size)
         if len(shards) < settings.world_size:
             raise UsageError(f"--streaming has {plural(len(shards), 'archive')} for {settings.world_size} processes")
         shards = shards[settings.process_index :: settings.world_size]
