@@ -1635,29 +1635,14 @@ def spec_augment(mels, seed):
         mels.narrow(axis, int(generator.integers(size - width + 1)), width).fill_(math.log(1e-5))  # as in `log_mels`
 
 
-@functools.cache
-def mel_bands(extractor, device):
-    """The mel filters in bands: [(slice of the spectrum, real and imaginary parts side by side; weights)]."""
-    # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
-    exact, bands = torch.float64 if torch.device(device).type == "cuda" else torch.float32, []
-    filters = extractor.mel_filters.float().repeat_interleave(2, 0)
-    for band in filters.tensor_split(8, 1):  # a filter spans a few bins: bands leave most zeros out of the product
-        spanned = band.any(1).nonzero().flatten().tolist()
-        span = slice(spanned[0], spanned[-1] + 1)
-        bands.append((span, band[span].contiguous().to(device, exact)))
-    return bands
-
-
 def log_mels(waveforms, lengths, extractor):
     """(log-mels (clips, frames, bins), mask (clips, frames)): LasrFeatureExtractor's but for float32, within 1e-3."""
-    bands, features = mel_bands(extractor, waveforms.device), []
-    window = torch.hann_window(extractor.win_length, False, dtype=torch.float64).float().to(waveforms.device)
-    for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):  # a CPU's cache holds one clip's frames
-        frames = part.unfold(-1, extractor.win_length, extractor.hop_length) * window
-        squares = torch.view_as_real(torch.fft.rfft(frames, n=extractor.n_fft)).flatten(-2).square_()
-        mels = [squares[..., span].to(band.dtype) @ band for span, band in bands]
-        features.append(torch.cat(mels, -1).float().clamp_(min=1e-5).log_())
-    features = torch.cat(features)
+    window = torch.hann_window(extractor.win_length, False, dtype=torch.float64).to(waveforms)
+    frames = waveforms.unfold(-1, extractor.win_length, extractor.hop_length) * window
+    power = torch.fft.rfft(frames, n=extractor.n_fft).abs().square_()
+    # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
+    filters = extractor.mel_filters.to(power.device, torch.float64 if power.is_cuda else torch.float32)
+    features = (power.to(filters.dtype) @ filters).float().clamp_(min=1e-5).log_()
     ends = torch.arange(features.shape[1], device=features.device) * extractor.hop_length + extractor.win_length
     return features, ends <= lengths[:, None]
 
