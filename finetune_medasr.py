@@ -1519,8 +1519,6 @@ class LabelEncoder:
     def __init__(self, tokenizer, vocab_size, target_text):
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
         self.opens, self.dropped, self.table = self.covered("("), Counter(), {}  # of code points, for str.translate
-        plain = filter(self.covered, filter(re.compile("[a-zA-Z0-9.,'-]").match, map(chr, range(128))))
-        self.plain = re.compile(f"[ {re.escape(''.join(plain))}]*")  # most transcripts: nothing in them is folded
 
     def covered(self, character):
         """Whether the tokenizer has a piece that the head can emit for `character`, inside a word and on its own."""
@@ -1539,8 +1537,6 @@ class LabelEncoder:
 
     def fold(self, text):
         """The transcript in the characters that the tokenizer covers; what is lost is counted in `dropped`."""
-        if self.target_text != "words" and self.plain.fullmatch(text):
-            return " ".join(text.split())
         text = normalize_wer(text) if self.target_text == "words" else tidy(text)
         # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
         while not self.opens and re.search(r"\([^()]*\)", text):
@@ -1691,19 +1687,16 @@ Emissions = namedtuple("Emissions", "ids log_probs")
 Span = namedtuple("Span", "row start stop first last is_whole")
 
 
+@dataclass
 class Windows:
-    """The samples of `Span`s of `clips`: what has been decoded to a file of them, `raw`, is read from there."""
+    """The samples of `Span`s of `clips`."""
 
-    def __init__(self, clips):
-        self.clips, self.decoded = clips, (None, None)
+    clips: object
 
     def __getitem__(self, span):
-        clip, size = self.clips[span.row], span.stop - span.start
-        if "raw" in clip:
-            return {"samples": np.fromfile(clip["raw"], np.float32, size, offset=4 * span.start)}
-        if span.row != self.decoded[0]:  # windows of one clip follow each other
-            self.decoded = span.row, decode_audio(clip["audio"])
-        return {"samples": self.decoded[1][span.start : span.stop], "text": clip.get("text")}
+        clip = self.clips[span.row]
+        samples = clip["samples"] if "samples" in clip else decode_whole(clip["audio"])[0]
+        return {"samples": samples[span.start : span.stop], "text": clip.get("text")}
 
 
 class Decoder:
@@ -1949,7 +1942,7 @@ def text_of(words, formatted):
 
 def transcript(kind, words, formatted, name=""):
     """The words of a recording as a file of --transcript_format `kind`, with `name` if given; json as of Whisper."""
-    text, parts, segments, cues = text_of(words, formatted), [], [], []
+    text, parts = text_of(words, formatted), []
     wrap = textwrap.TextWrapper(42, break_long_words=False, break_on_hyphens=False).wrap  # as usual in television
     if kind == "text":
         name = re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", " ", name)  # one line a file, whatever its name
@@ -1961,17 +1954,17 @@ def transcript(kind, words, formatted, name=""):
             parts.append([])
         parts[-1].append(word)
     if kind == "json":
+        segments = []
         for number, part in enumerate(parts):
             span = {"id": number, "start": part[0].start, "end": part[-1].end, "text": text_of(part, formatted)}
             segments.append(span | {"words": [word._asdict() for word in part]})
         content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
         return json.dumps(content) + "\n"  # in ASCII, which every terminal can show
-    for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
-        # A subtitle stays for half a second where there is room.
-        end = min(part[-1].end + 0.5, following[0].start if following else np.inf)
-        times = [round(seconds * 1000) for seconds in (part[0].start, end)]
-        times = (f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms % 60_000 / 1000:06.3f}" for ms in times)
-        times, lines = " --> ".join(times), "\n".join(wrap(text_of(part, formatted)))
+    cues, following = [], [*(part[0].start for part in parts[1:]), math.inf]
+    for number, (part, limit) in enumerate(zip(parts, following), start=1):
+        times = part[0].start, min(part[-1].end + 0.5, limit)  # it stays for half a second where there is room
+        times = " --> ".join(str(np.datetime64(round(seconds * 1000), "ms"))[11:] for seconds in times)
+        lines = "\n".join(wrap(text_of(part, formatted)))
         srt = f"{number}\n{times.replace('.', ',')}\n{lines}\n"
         cues.append(srt if kind == "srt" else f"{times}\n{html.escape(lines, quote=False)}\n")
     return "\n".join(cues if kind == "srt" else ["WEBVTT\n", *cues])
@@ -1979,7 +1972,7 @@ def transcript(kind, words, formatted, name=""):
 
 def find_recordings(settings):
     """{path of a recording of --transcribe: its file in --transcript_dir, if that is given}; raises UsageError."""
-    found, keeps = {}, settings.transcript_dir is not None
+    found, recordings, keeps = {}, {}, settings.transcript_dir is not None
     for path in settings.transcribe:
         matches = [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         parts = [filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match] for match in matches]
@@ -1993,36 +1986,35 @@ def find_recordings(settings):
             found.setdefault(os.path.abspath(file), (file, below))
     if settings.transcript_format in ("srt", "vtt") and not keeps and len(found) > 1:
         raise UsageError("--transcript_format srt and vtt need --transcript_dir for several files: each starts at 0")
-    recordings, taken = {file: os.path.splitext(below)[0] for file, below in found.values()}, {}
-    stems = Counter(map(str.casefold, recordings.values()))
-    for file, below in found.values():
-        if stems[recordings[file].casefold()] > 1:
-            recordings[file] = below
-        other = taken.setdefault(recordings[file].casefold(), file)
-        if keeps and other != file:
-            raise UsageError(f"--transcript_dir: {other} and {file} have one name; give the folder that both are in")
     folder, suffix = Path(settings.transcript_dir or "").expanduser(), settings.transcript_format.replace("text", "txt")
-    return {file: folder / f"{stem}.{suffix}" if keeps else None for file, stem in recordings.items()}
+    stems, owners = Counter(os.path.splitext(below)[0].casefold() for _, below in found.values()), {}
+    for file, below in found.values():
+        stem = os.path.splitext(below)[0]
+        stem = below if stems[stem.casefold()] > 1 else stem
+        if keeps and (other := owners.setdefault(stem.casefold(), file)) != file:
+            raise UsageError(f"--transcript_dir: {other} and {file} have one name; give the folder that both are in")
+        recordings[file] = folder / f"{stem}.{suffix}" if keeps else None
+    return recordings
 
 
-def decode_recording(name, spool):
-    """Decode a recording into a file of the folder `spool`: (a row of `Clips`, why it cannot be read or "")."""
-    raw, source, notes, problem = os.path.join(spool, digest(name)), name, [], ""
+def decode_recording(name):
+    """A row of `Clips`, its samples mapped from a file that has no name; None where the recording cannot be read."""
+    source, notes = name, []
     try:
-        with open(raw, "wb") as file:
-            if name == "-" or Path(name).is_fifo():  # libsndfile reads headers back and forth
-                source = f"{raw}.encoded"
-                with open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe, open(source, "wb") as kept:
-                    shutil.copyfileobj(pipe, kept)
-            for samples in read_audio(source, notes):
-                samples.tofile(file)
+        if name == "-" or Path(name).is_fifo():  # libsndfile reads headers back and forth
+            source = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        with tempfile.TemporaryFile() as file:
+            for block in read_audio(source, notes):
+                block.tofile(file)
+            samples = np.memmap(file, np.float32)
+        return {"samples": samples, "num_samples": len(samples)}
     except (ValueError, OSError) as error:
         if is_full_disk(error):
             raise
-        problem = one_line(error)
-    for note in notes:
-        warn(f"{name}: {note}")
-    return {"raw": raw, "num_samples": os.path.getsize(raw) // 4}, problem
+        warn(f"{name} cannot be read as audio: {one_line(error)}", "error")
+    finally:
+        for note in notes:
+            warn(f"{name}: {note}")
 
 
 def transcribe(settings):
@@ -2041,30 +2033,26 @@ def transcribe(settings):
     decoder.in_bfloat16 = bool(settings.bf16 or settings.fp16) and has_bfloat16
     kind, formatted = settings.transcript_format, settings.format_dictation
     with_names = folder is None and [*recordings] != settings.transcribe[:1]  # a single file needs none
-    failed, heard, at_once = 0, 0.0, max(1, settings.dataloader_num_workers)
+    todo, done, heard = len(names), 0, 0.0
+    at_once, settings.dataloader_num_workers = max(1, settings.dataloader_num_workers), 0  # its workers decode clips
     try:
         while names:
-            with tempfile.TemporaryDirectory() as spool, ThreadPoolExecutor(at_once) as pool:
-                part, seconds = {}, 0.0
+            part, seconds = {}, 0.0
+            with ThreadPoolExecutor(at_once) as pool:
                 while names and seconds < 3_600 * settings.world_size:  # enough to fill batches, little to lose
                     some, names = names[:at_once], names[at_once:]
-                    for name, (row, problem) in zip(some, pool.map(decode_recording, some, itertools.repeat(spool))):
-                        if problem:
-                            warn(f"{name} cannot be read as audio: {problem}", "error")
-                            failed += 1
-                        else:
-                            part[name] = row
-                            seconds += row["num_samples"] / SAMPLE_RATE
-                rows = [*part.values()]
-                table = pandas.DataFrame(rows, columns=["raw", "num_samples"])
-                emissions, _ = decoder.emissions(Clips(rows, table), doing="transcribing")
-                for name, found in zip(part, emissions) if settings.is_first else ():
-                    text = transcript(kind, clip_words(decoder, found), formatted, name if with_names else "")
-                    if recordings[name]:
-                        write_text(recordings[name], text)
-                    else:
-                        print(text, end="", flush=True)
-                heard += seconds
+                    part |= {name: row for name, row in zip(some, pool.map(decode_recording, some)) if row}
+                    seconds = sum(row["num_samples"] for row in part.values()) / SAMPLE_RATE
+            rows = [*part.values()]
+            table = pandas.DataFrame(rows, columns=["num_samples"])
+            emissions, _ = decoder.emissions(Clips(rows, table), doing="transcribing")
+            for name, found in zip(part, emissions) if settings.is_first else ():
+                text = transcript(kind, clip_words(decoder, found), formatted, name if with_names else "")
+                if recordings[name]:
+                    write_text(recordings[name], text)
+                else:
+                    print(text, end="", flush=True)
+            done, heard = done + len(part), heard + seconds
     except BrokenPipeError:  # `| head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -2072,7 +2060,7 @@ def transcribe(settings):
         took = time.monotonic() - loaded
         speed = f"{took:,.1f} s, {heard / took:,.1f} times as fast as it was spoken"
         say(f"{heard:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s", sys.stderr)
-    return 1 if failed else 0
+    return 0 if done == todo else 1
 
 
 # ---------------------------------------------------------------- scores
@@ -2364,26 +2352,25 @@ def write_results(folder, content, scores, title, notes=(), history=()):
 def write_model_card(final, results, settings, metrics):
     model, dataset, data = public(settings.model), public(settings.dataset), metrics["data"]
     is_own, train, task = data["layout"] == "recordings", data["train"], "automatic-speech-recognition"
-    found, decoding, is_hub_id = [], "", re.compile(r"[\w.-]+/[\w.-]+").fullmatch
-    for name, part in {dataset: metrics, **metrics.get("also", {})}.items():
-        label = "AfriSpeech-200" if name == DEFAULT_DATASET else name
-        for rate in [rate for rate in RATES if part["finetuned"][rate] is not None]:  # None: of another script
+    found, decoding, sets = [], "", {dataset: metrics, **metrics.get("also", {})}
+    for (name, part), rate in itertools.product(sets.items(), RATES):
+        if part["finetuned"][rate] is not None:  # as some are of texts in another script
             value = round(100 * part["finetuned"][rate], 2)
-            found.append(hub.EvalResult(task, name, label, rate[:3], value, metric_name=rate, dataset_split="test"))
+            found.append(hub.EvalResult(task, name, name, rate[:3], value, metric_name=rate, dataset_split="test"))
     named = settings.model, settings.dataset.partition(":")[0]
-    base, corpus = (name if is_hub_id(name) and not Path(name).exists() else None for name in named)
-    header = dict(language="en", license="other", license_name="health-ai-developer-foundations")
+    base, corpus = (None if Path(name).expanduser().is_dir() else name for name in named)  # of the Hub
+    header = dict(language="en", license="other", license_name="health-ai-developer-foundations", pipeline_tag=task)
     header |= dict(license_link="https://developers.google.com/health-ai-developer-foundations/terms")
-    header |= dict(base_model=base, datasets=corpus and [corpus], library_name="transformers", pipeline_tag=task)
-    header |= dict(tags=["medical", *([] if is_own else ["african-accents"]), "ctc"], eval_results=found)
-    header |= dict(model_name="medasr-own-data" if is_own else "medasr-afrispeech-200")
+    header |= dict(base_model=base, datasets=corpus and [corpus], library_name="transformers", eval_results=found)
+    header |= dict(
+        tags=["medical", "ctc", *["african-accents"] * (not is_own)],
+        model_name=Path(settings.output_dir).resolve().name,
+    )
     new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
     if lm := metrics.get("lm"):
-        greedy, searched = (percent(metrics[system]["wer"]) for system in ("finetuned", "finetuned_lm"))
         flags = {"lm": public(settings.lm), **{f"lm_{name}": lm[name] for name in ("weight", "word_score", "beam")}}
         command = shlex.join(["python", PROGRAM, "--transcribe", "visit.wav", "--model", "final", *as_flags(flags)])
-        decoding = f"\nThis is the greedy text (WER {greedy}). With the language model {markdown_text(lm['name'])} "
-        decoding += f"(WER {searched}):\n\n```\n{command}\n```\n"
+        decoding = f"\nWith the language model {markdown_text(lm['name'])}:\n\n```\n{command}\n```\n"
     card = f"""---
 {hub.ModelCardData(**header).to_yaml()}
 ---
@@ -2394,12 +2381,10 @@ by `{PROGRAM}`. The scores below are of its test split{", whose speakers are not
 
 ```python
 import librosa
-from transformers import AutoModelForCTC, AutoProcessor
+from transformers import pipeline
 
-processor, model = AutoProcessor.from_pretrained("final"), AutoModelForCTC.from_pretrained("final")
-audio, _ = librosa.load("visit.wav", sr=16000)
-ids = model.generate(**processor(audio, sampling_rate=16000))
-print(processor.batch_decode(ids, skip_special_tokens=True)[0])
+recognise = pipeline("automatic-speech-recognition", model="final")
+print(recognise(librosa.load("visit.wav", sr=16000)[0])["text"])
 ```
 {decoding}
 The base model's terms (Health AI Developer Foundations) hold for this derivative too, and those of the data:
