@@ -1794,14 +1794,6 @@ class Decoder:
 # ---------------------------------------------------------------- language model
 
 
-@dataclass(eq=False, slots=True)
-class Prefix:
-    """A text: the n-gram's `state` after it, {token: (`longer` text, what the token adds to the score)}."""
-
-    state: object
-    longer: dict = field(default_factory=dict)
-
-
 # The defaults are pyctcdecode's: less probable ids of a frame are left out, hypotheses so far behind the best one too.
 LM_FIELDS = "name kenlm words counts_as blank weight word_score beam min_log_prob max_behind"
 
@@ -1827,23 +1819,22 @@ def beam_search(emissions, lm):
     ids, log_probs = lm.counts_as[emissions.ids].tolist(), emissions.log_probs.tolist()
     counts = np.maximum(1, (emissions.log_probs >= lm.min_log_prob).sum(axis=1)).tolist()
     # (text, id of the last frame) -> (score, the ids so far as nested pairs); the last id tells repeats from doubles.
-    hypotheses = {(Prefix(lm.kenlm.start(False)), lm.blank): (0.0, ())}
+    # A text is the n-gram's state after it, which is one object, however often it is asked for.
+    hypotheses = {(lm.kenlm.start(False), lm.blank): (0.0, ())}
     for frame_ids, frame_log_probs, count in zip(ids, log_probs, counts):
         grown = {}
-        for (prefix, last), (score, path) in hypotheses.items():
+        for (text, last), (score, path) in hypotheses.items():
             for token, log_prob in zip(frame_ids[:count], frame_log_probs):
-                longer, added = prefix, 0.0
+                longer, added = text, 0.0
                 if token != lm.blank and token != last:
-                    if token not in prefix.longer:
-                        state, log10 = lm.kenlm.score(prefix.state, lm.words[token])
-                        prefix.longer[token] = Prefix(state), lm.weight * log10 * math.log(10) + lm.word_score
-                    longer, added = prefix.longer[token]
+                    longer, log10 = lm.kenlm.score(text, lm.words[token])
+                    added = lm.weight * log10 * math.log(10) + lm.word_score
                 add(grown, (longer, token), score + log_prob + added, (path, token))
         best = sorted(grown.items(), key=lambda item: -item[1][0])[: lm.beam]
         hypotheses = {key: item for key, item in best if item[0] >= best[0][1][0] - lm.max_behind}
     ended = {}
-    for (prefix, _), (score, path) in hypotheses.items():
-        add(ended, prefix, score + lm.weight * lm.kenlm.finish(prefix.state)[1] * math.log(10), path)
+    for (text, _), (score, path) in hypotheses.items():
+        add(ended, text, score + lm.weight * lm.kenlm.finish(text)[1] * math.log(10), path)
     score, path = max(ended.values(), key=lambda item: item[0])
     frames = []
     while path:
