@@ -36,6 +36,7 @@ import json
 import math
 import mimetypes
 import multiprocessing
+import operator
 import os
 import re
 import shlex
@@ -1518,15 +1519,11 @@ class LabelEncoder:
 
     def __init__(self, tokenizer, vocab_size, target_text):
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
-        self.opens, self.dropped, self.table = self.covered("("), Counter(), {}  # of code points, for str.translate
-
-    def covered(self, character):
-        """Whether the tokenizer has a piece that the head can emit for `character`, inside a word and on its own."""
-        ids = self.tokenizer(f"{character}a{character}", add_special_tokens=False).input_ids
-        return self.tokenizer.unk_token_id not in ids and max(ids) < self.vocab_size
+        self.covered = {" ", *tokenizer.convert_ids_to_tokens(range(vocab_size))}  # characters, and longer pieces
+        self.dropped, self.table = Counter(), {}  # of code points, for str.translate
 
     def fold_character(self, character):
-        if self.covered(character):
+        if character in self.covered:
             return character
         decomposed = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
         folded = FOLDS.get(ord(character), "".join(decomposed)) or character
@@ -1539,7 +1536,7 @@ class LabelEncoder:
         """The transcript in the characters that the tokenizer covers; what is lost is counted in `dropped`."""
         text = normalize_wer(text) if self.target_text == "words" else tidy(text)
         # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
-        while not self.opens and re.search(r"\([^()]*\)", text):
+        while "(" not in self.covered and re.search(r"\([^()]*\)", text):
             text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
         for character in set(text) - {" "}:
             if ord(character) not in self.table:
@@ -1601,23 +1598,18 @@ def skip_reasons(config, extractor, encoder, max_train_seconds, table):
     """Why each clip of a table cannot be used, or ""; dev and test clips are never left out for their length."""
 
     def reason(problem, split, text, samples, room):
-        if problem or not (text[:1].isalnum() or tidy(text)):
-            return problem or "empty text"
-        if split != "train":
-            return ""
-        if room < 1:
-            return f"too short: {samples / SAMPLE_RATE:.2f} s"
-        if samples / SAMPLE_RATE > max_train_seconds:
-            return f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s"
-        folded = encoder.fold(text)
-        # Each label has a character, the space before a word included, and CTC puts a blank between two equal ones.
-        if folded.isascii() and 0 < len(folded) < room - len(re.findall(r"(.)(?=\1)", folded)):
-            return ""
-        labels = encoder([folded])[0]
-        needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
-        if needed > room:
-            return f"more labels than frames: {needed} labels, {room} logits"
-        return "" if labels else "no text left that the tokenizer covers"
+        seconds, labels = samples / SAMPLE_RATE, encoder([text])[0] if split == "train" else []
+        needed = len(labels) + sum(map(operator.eq, labels, labels[1:]))  # CTC puts a blank between two equal ones
+        reasons = (
+            (problem, problem),
+            ("empty text", not tidy(text)),
+            ("", split != "train"),
+            (f"too short: {seconds:.2f} s", room < 1),
+            (f"over --max_train_seconds: {seconds:.1f} s", seconds > max_train_seconds),
+            (f"more labels than frames: {needed} labels, {room} logits", needed > room),
+            ("no text left that the tokenizer covers", not labels),
+        )
+        return next((words for words, applies in reasons if applies), "")
 
     rooms = logit_count(config, extractor, table["num_samples"])
     return list(map(reason, table["problem"], table["split"], table["text"], table["num_samples"], rooms))
@@ -2000,8 +1992,6 @@ def decode_recording(name):
             samples = np.memmap(file, np.float32)
         return {"samples": samples, "num_samples": len(samples)}
     except (ValueError, OSError) as error:
-        if is_full_disk(error):
-            raise
         warn(f"{name} cannot be read as audio: {one_line(error)}", "error")
     finally:
         for note in notes:
@@ -2034,9 +2024,8 @@ def transcribe(settings):
                     some, names = names[:at_once], names[at_once:]
                     part |= {name: row for name, row in zip(some, pool.map(decode_recording, some)) if row}
                     seconds = sum(row["num_samples"] for row in part.values()) / SAMPLE_RATE
-            rows = [*part.values()]
-            table = pandas.DataFrame(rows, columns=["num_samples"])
-            emissions, _ = decoder.emissions(Clips(rows, table), doing="transcribing")
+            clips = Clips([*part.values()], pandas.DataFrame(part.values(), columns=["num_samples"]))
+            emissions, _ = decoder.emissions(clips, doing="transcribing")
             for name, found in zip(part, emissions) if settings.is_first else ():
                 text = transcript(kind, clip_words(decoder, found), formatted, name if with_names else "")
                 if recordings[name]:
