@@ -36,7 +36,6 @@ import json
 import math
 import mimetypes
 import multiprocessing
-import operator
 import os
 import re
 import shlex
@@ -1520,7 +1519,7 @@ class LabelEncoder:
     def __init__(self, tokenizer, vocab_size, target_text):
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
         self.covered = {" ", *tokenizer.convert_ids_to_tokens(range(vocab_size))}  # characters, and longer pieces
-        self.dropped, self.table = Counter(), {}  # of code points, for str.translate
+        self.dropped, self.unknown = Counter(), tokenizer.unk_token_id
 
     def fold_character(self, character):
         if character in self.covered:
@@ -1538,18 +1537,16 @@ class LabelEncoder:
         # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
         while "(" not in self.covered and re.search(r"\([^()]*\)", text):
             text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
+        folded = {ord(character): self.fold_character(character) for character in set(text)}
         for character in set(text) - {" "}:
-            if ord(character) not in self.table:
-                self.table[ord(character)] = self.fold_character(character)
             # Zero-width, control and combining characters are no text of their own: nothing is lost with them.
-            if not self.table[ord(character)].strip() and unicodedata.category(character) not in ("Cf", "Cc", "Mn"):
+            if not folded[ord(character)].strip() and unicodedata.category(character) not in ("Cf", "Cc", "Mn"):
                 self.dropped[character] += text.count(character)
-        return " ".join(text.translate(self.table).split())
+        return " ".join(text.translate(folded).split())
 
     def __call__(self, texts):
         all_ids = self.tokenizer(list(map(self.fold, texts)), add_special_tokens=False).input_ids
-        unknown = self.tokenizer.unk_token_id
-        return [[token for token in ids if token != unknown and token < self.vocab_size] for ids in all_ids]
+        return [[token for token in ids if token != self.unknown and token < self.vocab_size] for ids in all_ids]
 
 
 @functools.cache
@@ -1599,7 +1596,7 @@ def skip_reasons(config, extractor, encoder, max_train_seconds, table):
 
     def reason(problem, split, text, samples, room):
         seconds, labels = samples / SAMPLE_RATE, encoder([text])[0] if split == "train" else []
-        needed = len(labels) + sum(map(operator.eq, labels, labels[1:]))  # CTC puts a blank between two equal ones
+        needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))  # a blank parts equal ones
         reasons = (
             (problem, problem),
             ("empty text", not tidy(text)),
@@ -1733,8 +1730,7 @@ class Decoder:
         options = {"batch_sampler": mine, "collate_fn": collator, "pin_memory": settings.device.type == "cuda"}
         # A generator of its own: scoring must not move what training draws next.
         options |= {"num_workers": min(settings.dataloader_num_workers, len(mine)), "generator": torch.Generator()}
-        bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent)
-        with bar, STOP_SIGNALS:
+        with tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent) as bar, STOP_SIGNALS:
             for spans, batch in zip(mine, torch.utils.data.DataLoader(Windows(clips.audio), **options)):
                 if STOP_SIGNALS.number:
                     break
@@ -1785,7 +1781,6 @@ class Decoder:
 
 # ---------------------------------------------------------------- language model
 
-
 # The defaults are pyctcdecode's: less probable ids of a frame are left out, hypotheses so far behind the best one too.
 LM_FIELDS = "name kenlm words counts_as blank weight word_score beam min_log_prob max_behind"
 
@@ -1803,10 +1798,8 @@ def beam_search(emissions, lm):
     """(the id of each frame, the score) of the best text by a prefix beam search (Graves & Jaitly 2014)."""
 
     def add(hypotheses, key, score, path):  # sums two alignments of one text, and keeps the path of the likelier one
-        if known := hypotheses.get(key):
-            (low, _), (score, path) = sorted(((score, path), known), key=lambda item: item[0])
-            score += math.log1p(math.exp(low - score))
-        hypotheses[key] = score, path
+        known, kept = hypotheses.get(key, (-math.inf, None))
+        hypotheses[key] = float(np.logaddexp(score, known)), path if score > known else kept
 
     ids, log_probs = lm.counts_as[emissions.ids].tolist(), emissions.log_probs.tolist()
     counts = np.maximum(1, (emissions.log_probs >= lm.min_log_prob).sum(axis=1)).tolist()
@@ -1884,12 +1877,9 @@ def tune_lm(decoder, dev):
 
 # ---------------------------------------------------------------- transcribing
 
-# Of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames.
-Word = namedtuple("Word", "word start end probability")
-
 
 def clip_words(decoder, emissions):
-    """The `Word`s of a clip, whose texts, joined by spaces, are its text."""
+    """The words of a clip as in the json of a transcript: times in seconds, the mean probability of their frames."""
     tokenizer, lm = decoder.processor.tokenizer, decoder.lm
     path = beam_search(emissions, lm)[0] if lm else emissions.ids[:, 0].tolist()
     pieces, before, words = tokenizer.convert_ids_to_tokens(path), [None, *path], []
@@ -1902,7 +1892,8 @@ def clip_words(decoder, emissions):
     for part in filter(len, np.split(frames, np.flatnonzero(begins))):
         if text := decode_ids(decoder.processor, path[part[0] : part[-1] + 1]):
             start, end = (round(first + int(frame) * step, 3) for frame in (part[0], part[-1] + 1))
-            words.append(Word(text, start, end, round(float(probabilities[part].mean()), 4)))
+            probability = round(float(probabilities[part].mean()), 4)
+            words.append({"word": text, "start": start, "end": end, "probability": probability})
     return words
 
 
@@ -1915,8 +1906,8 @@ DICTATED = {
 
 
 def text_of(words, formatted):
-    """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for."""
-    text = " ".join(word.word for word in words)
+    """The text of words; if `formatted` with what dictated punctuation and layout stand for."""
+    text = " ".join(word["word"] for word in words)
     for name in [name for name in DICTATED if formatted and f"{{{name}}}" in text]:
         # A token however often in a row, with the whitespace around it and its sign before it, as in "5. {period}".
         text = re.sub(rf"{re.escape(DICTATED[name][0])}?(?:\s*\{{{name}\}})+\s*", DICTATED[name], text)
@@ -1931,21 +1922,21 @@ def transcript(kind, words, formatted, name=""):
         name = re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", " ", name)  # one line a file, whatever its name
         return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
     for word in words:  # each part is a subtitle: 7 s and two lines at most, parted at pauses and dictated line breaks
-        ends = not parts or word.start - parts[-1][-1].end >= 1.0 or word.end - parts[-1][0].start > 7.0
-        ends = ends or (formatted and parts[-1][-1].word in ("line}", "paragraph}"))
+        ends = not parts or word["start"] - parts[-1][-1]["end"] >= 1.0 or word["end"] - parts[-1][0]["start"] > 7.0
+        ends = ends or (formatted and parts[-1][-1]["word"] in ("line}", "paragraph}"))
         if ends or len(wrap(text_of([*parts[-1], word], formatted))) > 2:
             parts.append([])
         parts[-1].append(word)
     if kind == "json":
         segments = []
         for number, part in enumerate(parts):
-            span = {"id": number, "start": part[0].start, "end": part[-1].end, "text": text_of(part, formatted)}
-            segments.append(span | {"words": [word._asdict() for word in part]})
+            span = {"id": number, "start": part[0]["start"], "end": part[-1]["end"]}
+            segments.append({**span, "text": text_of(part, formatted), "words": part})
         content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
         return json.dumps(content) + "\n"  # in ASCII, which every terminal can show
-    cues, following = [], [*(part[0].start for part in parts[1:]), math.inf]
+    cues, following = [], [*(part[0]["start"] for part in parts[1:]), math.inf]
     for number, (part, limit) in enumerate(zip(parts, following), start=1):
-        times = part[0].start, min(part[-1].end + 0.5, limit)  # it stays for half a second where there is room
+        times = part[0]["start"], min(part[-1]["end"] + 0.5, limit)  # it stays for half a second where there is room
         times = " --> ".join(str(np.datetime64(round(seconds * 1000), "ms"))[11:] for seconds in times)
         lines = "\n".join(wrap(text_of(part, formatted)))
         srt = f"{number}\n{times.replace('.', ',')}\n{lines}\n"
@@ -1966,13 +1957,12 @@ def find_recordings(settings):
         fixed = os.path.dirname(path) if os.path.isfile(path) else re.split(r"[^/\\]*[*?\[]", path)[0]
         for file in files:
             below = "stdin" if file == "-" else os.path.relpath(file, fixed or ".")
-            found.setdefault(os.path.abspath(file), (file, below))
+            found.setdefault(os.path.abspath(file), (file, below, os.path.splitext(below)[0]))
     if settings.transcript_format in ("srt", "vtt") and not keeps and len(found) > 1:
         raise UsageError("--transcript_format srt and vtt need --transcript_dir for several files: each starts at 0")
     folder, suffix = Path(settings.transcript_dir or "").expanduser(), settings.transcript_format.replace("text", "txt")
-    stems, owners = Counter(os.path.splitext(below)[0].casefold() for _, below in found.values()), {}
-    for file, below in found.values():
-        stem = os.path.splitext(below)[0]
+    stems, owners = Counter(stem.casefold() for *_, stem in found.values()), {}
+    for file, below, stem in found.values():
         stem = below if stems[stem.casefold()] > 1 else stem
         if keeps and (other := owners.setdefault(stem.casefold(), file)) != file:
             raise UsageError(f"--transcript_dir: {other} and {file} have one name; give the folder that both are in")
