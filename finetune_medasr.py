@@ -1488,17 +1488,11 @@ class LabelEncoder:
 
     def __init__(self, tokenizer, vocab_size, target_text):
         self.tokenizer, self.vocab_size, self.target_text = tokenizer, vocab_size, target_text
-        self.opens, self.dropped, self.table = self.covered("("), Counter(), {}  # of code points, for str.translate
-        plain = filter(self.covered, filter(re.compile("[a-zA-Z0-9.,'-]").match, map(chr, range(128))))
-        self.plain = re.compile(f"[ {re.escape(''.join(plain))}]*")  # most transcripts: nothing in them is folded
-
-    def covered(self, character):
-        """Whether the tokenizer has a piece that the head can emit for `character`, inside a word and on its own."""
-        ids = self.tokenizer(f"{character}a{character}", add_special_tokens=False).input_ids
-        return self.tokenizer.unk_token_id not in ids and max(ids) < self.vocab_size
+        self.covered = {" ", *tokenizer.convert_ids_to_tokens(range(vocab_size))}  # characters, and longer pieces
+        self.dropped, self.unknown = Counter(), tokenizer.unk_token_id
 
     def fold_character(self, character):
-        if self.covered(character):
+        if character in self.covered:
             return character
         decomposed = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
         folded = FOLDS.get(ord(character), "".join(decomposed)) or character
@@ -1509,24 +1503,20 @@ class LabelEncoder:
 
     def fold(self, text):
         """The transcript in the characters that the tokenizer covers; what is lost is counted in `dropped`."""
-        if self.target_text != "words" and self.plain.fullmatch(text):
-            return " ".join(text.split())
         text = normalize_wer(text) if self.target_text == "words" else tidy(text)
         # MedASR has ")" without "(": a pair goes together, and "1)" keeps its own.
-        while not self.opens and re.search(r"\([^()]*\)", text):
+        while "(" not in self.covered and re.search(r"\([^()]*\)", text):
             text = re.sub(r"\(([^()]*)\)", r" \1 ", text)
+        folded = {ord(character): self.fold_character(character) for character in set(text)}
         for character in set(text) - {" "}:
-            if ord(character) not in self.table:
-                self.table[ord(character)] = self.fold_character(character)
             # Zero-width, control and combining characters are no text of their own: nothing is lost with them.
-            if not self.table[ord(character)].strip() and unicodedata.category(character) not in ("Cf", "Cc", "Mn"):
+            if not folded[ord(character)].strip() and unicodedata.category(character) not in ("Cf", "Cc", "Mn"):
                 self.dropped[character] += text.count(character)
-        return " ".join(text.translate(self.table).split())
+        return " ".join(text.translate(folded).split())
 
     def __call__(self, texts):
         all_ids = self.tokenizer(list(map(self.fold, texts)), add_special_tokens=False).input_ids
-        unknown = self.tokenizer.unk_token_id
-        return [[token for token in ids if token != unknown and token < self.vocab_size] for ids in all_ids]
+        return [[token for token in ids if token != self.unknown and token < self.vocab_size] for ids in all_ids]
 
 
 @functools.cache
@@ -1575,23 +1565,18 @@ def skip_reasons(config, extractor, encoder, max_train_seconds, table):
     """Why each clip of a table cannot be used, or ""; dev and test clips are never left out for their length."""
 
     def reason(problem, split, text, samples, room):
-        if problem or not (text[:1].isalnum() or tidy(text)):
-            return problem or "empty text"
-        if split != "train":
-            return ""
-        if room < 1:
-            return f"too short: {samples / SAMPLE_RATE:.2f} s"
-        if samples / SAMPLE_RATE > max_train_seconds:
-            return f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s"
-        folded = encoder.fold(text)
-        # Each label has a character, the space before a word included, and CTC puts a blank between two equal ones.
-        if folded.isascii() and 0 < len(folded) < room - len(re.findall(r"(.)(?=\1)", folded)):
-            return ""
-        labels = encoder([folded])[0]
-        needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))
-        if needed > room:
-            return f"more labels than frames: {needed} labels, {room} logits"
-        return "" if labels else "no text left that the tokenizer covers"
+        seconds, labels = samples / SAMPLE_RATE, encoder([text])[0] if split == "train" else []
+        needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))  # a blank parts equal ones
+        reasons = (
+            (problem, problem),
+            ("empty text", not tidy(text)),
+            ("", split != "train"),
+            (f"too short: {seconds:.2f} s", room < 1),
+            (f"over --max_train_seconds: {seconds:.1f} s", seconds > max_train_seconds),
+            (f"more labels than frames: {needed} labels, {room} logits", needed > room),
+            ("no text left that the tokenizer covers", not labels),
+        )
+        return next((words for words, applies in reasons if applies), "")
 
     rooms = logit_count(config, extractor, table["num_samples"])
     return list(map(reason, table["problem"], table["split"], table["text"], table["num_samples"], rooms))
@@ -1605,29 +1590,14 @@ def spec_augment(mels, seed):
         mels.narrow(axis, int(generator.integers(size - width + 1)), width).fill_(math.log(1e-5))  # as in `log_mels`
 
 
-@functools.cache
-def mel_bands(extractor, device):
-    """The mel filters in bands: [(slice of the spectrum, real and imaginary parts side by side; weights)]."""
-    # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
-    exact, bands = torch.float64 if torch.device(device).type == "cuda" else torch.float32, []
-    filters = extractor.mel_filters.float().repeat_interleave(2, 0)
-    for band in filters.tensor_split(8, 1):  # a filter spans a few bins: bands leave most zeros out of the product
-        spanned = band.any(1).nonzero().flatten().tolist()
-        span = slice(spanned[0], spanned[-1] + 1)
-        bands.append((span, band[span].contiguous().to(device, exact)))
-    return bands
-
-
 def log_mels(waveforms, lengths, extractor):
     """(log-mels (clips, frames, bins), mask (clips, frames)): LasrFeatureExtractor's but for float32, within 1e-3."""
-    bands, features = mel_bands(extractor, waveforms.device), []
-    window = torch.hann_window(extractor.win_length, False, dtype=torch.float64).float().to(waveforms.device)
-    for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):  # a CPU's cache holds one clip's frames
-        frames = part.unfold(-1, extractor.win_length, extractor.hop_length) * window
-        squares = torch.view_as_real(torch.fft.rfft(frames, n=extractor.n_fft)).flatten(-2).square_()
-        mels = [squares[..., span].to(band.dtype) @ band for span, band in bands]
-        features.append(torch.cat(mels, -1).float().clamp_(min=1e-5).log_())
-    features = torch.cat(features)
+    window = torch.hann_window(extractor.win_length, False, dtype=torch.float64).to(waveforms)
+    frames = waveforms.unfold(-1, extractor.win_length, extractor.hop_length) * window
+    power = torch.fft.rfft(frames, n=extractor.n_fft).abs().square_()
+    # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
+    filters = extractor.mel_filters.to(power.device, torch.float64 if power.is_cuda else torch.float32)
+    features = (power.to(filters.dtype) @ filters).float().clamp_(min=1e-5).log_()
     ends = torch.arange(features.shape[1], device=features.device) * extractor.hop_length + extractor.win_length
     return features, ends <= lengths[:, None]
 
@@ -1676,19 +1646,16 @@ Emissions = namedtuple("Emissions", "ids log_probs")
 Span = namedtuple("Span", "row start stop first last is_whole")
 
 
+@dataclass
 class Windows:
-    """The samples of `Span`s of `clips`: what has been decoded to a file of them, `raw`, is read from there."""
+    """The samples of `Span`s of `clips`."""
 
-    def __init__(self, clips):
-        self.clips, self.decoded = clips, (None, None)
+    clips: object
 
     def __getitem__(self, span):
-        clip, size = self.clips[span.row], span.stop - span.start
-        if "raw" in clip:
-            return {"samples": np.fromfile(clip["raw"], np.float32, size, offset=4 * span.start)}
-        if span.row != self.decoded[0]:  # windows of one clip follow each other
-            self.decoded = span.row, decode_audio(clip["audio"])
-        return {"samples": self.decoded[1][span.start : span.stop], "text": clip.get("text")}
+        clip = self.clips[span.row]
+        samples = clip["samples"] if "samples" in clip else decode_whole(clip["audio"])[0]
+        return {"samples": samples[span.start : span.stop], "text": clip.get("text")}
 
 
 class Decoder:
@@ -1733,8 +1700,7 @@ class Decoder:
         options = {"batch_sampler": mine, "collate_fn": collator, "pin_memory": settings.device.type == "cuda"}
         # A generator of its own: scoring must not move what training draws next.
         options |= {"num_workers": min(settings.dataloader_num_workers, len(mine)), "generator": torch.Generator()}
-        bar = tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent)
-        with bar, STOP_SIGNALS:
+        with tqdm.tqdm(total=sum(map(len, mine)), desc=doing, unit="clip", disable=self.is_silent) as bar, STOP_SIGNALS:
             for spans, batch in zip(mine, torch.utils.data.DataLoader(Windows(clips.audio), **options)):
                 if STOP_SIGNALS.number:
                     break
@@ -1785,15 +1751,6 @@ class Decoder:
 
 # ---------------------------------------------------------------- language model
 
-
-@dataclass(eq=False, slots=True)
-class Prefix:
-    """A text: the n-gram's `state` after it, {token: (`longer` text, what the token adds to the score)}."""
-
-    state: object
-    longer: dict = field(default_factory=dict)
-
-
 # The defaults are pyctcdecode's: less probable ids of a frame are left out, hypotheses so far behind the best one too.
 LM_FIELDS = "name kenlm words counts_as blank weight word_score beam min_log_prob max_behind"
 
@@ -1811,31 +1768,28 @@ def beam_search(emissions, lm):
     """(the id of each frame, the score) of the best text by a prefix beam search (Graves & Jaitly 2014)."""
 
     def add(hypotheses, key, score, path):  # sums two alignments of one text, and keeps the path of the likelier one
-        if known := hypotheses.get(key):
-            (low, _), (score, path) = sorted(((score, path), known), key=lambda item: item[0])
-            score += math.log1p(math.exp(low - score))
-        hypotheses[key] = score, path
+        known, kept = hypotheses.get(key, (-math.inf, None))
+        hypotheses[key] = float(np.logaddexp(score, known)), path if score > known else kept
 
     ids, log_probs = lm.counts_as[emissions.ids].tolist(), emissions.log_probs.tolist()
     counts = np.maximum(1, (emissions.log_probs >= lm.min_log_prob).sum(axis=1)).tolist()
     # (text, id of the last frame) -> (score, the ids so far as nested pairs); the last id tells repeats from doubles.
-    hypotheses = {(Prefix(lm.kenlm.start(False)), lm.blank): (0.0, ())}
+    # A text is the n-gram's state after it, which is one object, however often it is asked for.
+    hypotheses = {(lm.kenlm.start(False), lm.blank): (0.0, ())}
     for frame_ids, frame_log_probs, count in zip(ids, log_probs, counts):
         grown = {}
-        for (prefix, last), (score, path) in hypotheses.items():
+        for (text, last), (score, path) in hypotheses.items():
             for token, log_prob in zip(frame_ids[:count], frame_log_probs):
-                longer, added = prefix, 0.0
+                longer, added = text, 0.0
                 if token != lm.blank and token != last:
-                    if token not in prefix.longer:
-                        state, log10 = lm.kenlm.score(prefix.state, lm.words[token])
-                        prefix.longer[token] = Prefix(state), lm.weight * log10 * math.log(10) + lm.word_score
-                    longer, added = prefix.longer[token]
+                    longer, log10 = lm.kenlm.score(text, lm.words[token])
+                    added = lm.weight * log10 * math.log(10) + lm.word_score
                 add(grown, (longer, token), score + log_prob + added, (path, token))
         best = sorted(grown.items(), key=lambda item: -item[1][0])[: lm.beam]
         hypotheses = {key: item for key, item in best if item[0] >= best[0][1][0] - lm.max_behind}
     ended = {}
-    for (prefix, _), (score, path) in hypotheses.items():
-        add(ended, prefix, score + lm.weight * lm.kenlm.finish(prefix.state)[1] * math.log(10), path)
+    for (text, _), (score, path) in hypotheses.items():
+        add(ended, text, score + lm.weight * lm.kenlm.finish(text)[1] * math.log(10), path)
     score, path = max(ended.values(), key=lambda item: item[0])
     frames = []
     while path:
@@ -1892,12 +1846,9 @@ def tune_lm(decoder, dev):
 
 # ---------------------------------------------------------------- transcribing
 
-# Of a transcript, `start` and `end` in seconds; `probability` is the mean of those of its frames.
-Word = namedtuple("Word", "word start end probability")
-
 
 def clip_words(decoder, emissions):
-    """The `Word`s of a clip, whose texts, joined by spaces, are its text."""
+    """The words of a clip as in the json of a transcript: times in seconds, the mean probability of their frames."""
     tokenizer, lm = decoder.processor.tokenizer, decoder.lm
     path = beam_search(emissions, lm)[0] if lm else emissions.ids[:, 0].tolist()
     pieces, before, words = tokenizer.convert_ids_to_tokens(path), [None, *path], []
@@ -1910,7 +1861,8 @@ def clip_words(decoder, emissions):
     for part in filter(len, np.split(frames, np.flatnonzero(begins))):
         if text := decode_ids(decoder.processor, path[part[0] : part[-1] + 1]):
             start, end = (round(first + int(frame) * step, 3) for frame in (part[0], part[-1] + 1))
-            words.append(Word(text, start, end, round(float(probabilities[part].mean()), 4)))
+            probability = round(float(probabilities[part].mean()), 4)
+            words.append({"word": text, "start": start, "end": end, "probability": probability})
     return words
 
 
@@ -1923,8 +1875,8 @@ DICTATED = {
 
 
 def text_of(words, formatted):
-    """The text of `Word`s; if `formatted` with what dictated punctuation and layout stand for."""
-    text = " ".join(word.word for word in words)
+    """The text of words; if `formatted` with what dictated punctuation and layout stand for."""
+    text = " ".join(word["word"] for word in words)
     for name in [name for name in DICTATED if formatted and f"{{{name}}}" in text]:
         # A token however often in a row, with the whitespace around it and its sign before it, as in "5. {period}".
         text = re.sub(rf"{re.escape(DICTATED[name][0])}?(?:\s*\{{{name}\}})+\s*", DICTATED[name], text)
@@ -1933,29 +1885,29 @@ def text_of(words, formatted):
 
 def transcript(kind, words, formatted, name=""):
     """The words of a recording as a file of --transcript_format `kind`, with `name` if given; json as of Whisper."""
-    text, parts, segments, cues = text_of(words, formatted), [], [], []
+    text, parts = text_of(words, formatted), []
     wrap = textwrap.TextWrapper(42, break_long_words=False, break_on_hyphens=False).wrap  # as usual in television
     if kind == "text":
         name = re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", " ", name)  # one line a file, whatever its name
         return f"{name}\t{' '.join(text.split())}\n" if name else text + "\n"
     for word in words:  # each part is a subtitle: 7 s and two lines at most, parted at pauses and dictated line breaks
-        ends = not parts or word.start - parts[-1][-1].end >= 1.0 or word.end - parts[-1][0].start > 7.0
-        ends = ends or (formatted and parts[-1][-1].word in ("line}", "paragraph}"))
+        ends = not parts or word["start"] - parts[-1][-1]["end"] >= 1.0 or word["end"] - parts[-1][0]["start"] > 7.0
+        ends = ends or (formatted and parts[-1][-1]["word"] in ("line}", "paragraph}"))
         if ends or len(wrap(text_of([*parts[-1], word], formatted))) > 2:
             parts.append([])
         parts[-1].append(word)
     if kind == "json":
+        segments = []
         for number, part in enumerate(parts):
-            span = {"id": number, "start": part[0].start, "end": part[-1].end, "text": text_of(part, formatted)}
-            segments.append(span | {"words": [word._asdict() for word in part]})
+            span = {"id": number, "start": part[0]["start"], "end": part[-1]["end"]}
+            segments.append({**span, "text": text_of(part, formatted), "words": part})
         content = ({"file": name} if name else {}) | {"text": text, "segments": segments, "language": "en"}
         return json.dumps(content) + "\n"  # in ASCII, which every terminal can show
-    for number, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:]), start=1):
-        # A subtitle stays for half a second where there is room.
-        end = min(part[-1].end + 0.5, following[0].start if following else np.inf)
-        times = [round(seconds * 1000) for seconds in (part[0].start, end)]
-        times = (f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms % 60_000 / 1000:06.3f}" for ms in times)
-        times, lines = " --> ".join(times), "\n".join(wrap(text_of(part, formatted)))
+    cues, following = [], [*(part[0]["start"] for part in parts[1:]), math.inf]
+    for number, (part, limit) in enumerate(zip(parts, following), start=1):
+        times = part[0]["start"], min(part[-1]["end"] + 0.5, limit)  # it stays for half a second where there is room
+        times = " --> ".join(str(np.datetime64(round(seconds * 1000), "ms"))[11:] for seconds in times)
+        lines = "\n".join(wrap(text_of(part, formatted)))
         srt = f"{number}\n{times.replace('.', ',')}\n{lines}\n"
         cues.append(srt if kind == "srt" else f"{times}\n{html.escape(lines, quote=False)}\n")
     return "\n".join(cues if kind == "srt" else ["WEBVTT\n", *cues])
@@ -1963,7 +1915,7 @@ def transcript(kind, words, formatted, name=""):
 
 def find_recordings(settings):
     """{path of a recording of --transcribe: its file in --transcript_dir, if that is given}; raises UsageError."""
-    found, keeps = {}, settings.transcript_dir is not None
+    found, recordings, keeps = {}, {}, settings.transcript_dir is not None
     for path in settings.transcribe:
         matches = [path] if path == "-" or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         parts = [filter(is_audio_name, files_below(match)) if os.path.isdir(match) else [match] for match in matches]
@@ -1974,39 +1926,35 @@ def find_recordings(settings):
         fixed = os.path.dirname(path) if os.path.isfile(path) else re.split(r"[^/\\]*[*?\[]", path)[0]
         for file in files:
             below = "stdin" if file == "-" else os.path.relpath(file, fixed or ".")
-            found.setdefault(os.path.abspath(file), (file, below))
+            found.setdefault(os.path.abspath(file), (file, below, os.path.splitext(below)[0]))
     if settings.transcript_format in ("srt", "vtt") and not keeps and len(found) > 1:
         raise UsageError("--transcript_format srt and vtt need --transcript_dir for several files: each starts at 0")
-    recordings, taken = {file: os.path.splitext(below)[0] for file, below in found.values()}, {}
-    stems = Counter(map(str.casefold, recordings.values()))
-    for file, below in found.values():
-        if stems[recordings[file].casefold()] > 1:
-            recordings[file] = below
-        other = taken.setdefault(recordings[file].casefold(), file)
-        if keeps and other != file:
-            raise UsageError(f"--transcript_dir: {other} and {file} have one name; give the folder that both are in")
     folder, suffix = Path(settings.transcript_dir or "").expanduser(), settings.transcript_format.replace("text", "txt")
-    return {file: folder / f"{stem}.{suffix}" if keeps else None for file, stem in recordings.items()}
+    stems, owners = Counter(stem.casefold() for *_, stem in found.values()), {}
+    for file, below, stem in found.values():
+        stem = below if stems[stem.casefold()] > 1 else stem
+        if keeps and (other := owners.setdefault(stem.casefold(), file)) != file:
+            raise UsageError(f"--transcript_dir: {other} and {file} have one name; give the folder that both are in")
+        recordings[file] = folder / f"{stem}.{suffix}" if keeps else None
+    return recordings
 
 
-def decode_recording(name, spool):
-    """Decode a recording into a file of the folder `spool`: (a row of `Clips`, why it cannot be read or "")."""
-    raw, source, notes, problem = os.path.join(spool, digest(name)), name, [], ""
+def decode_recording(name):
+    """A row of `Clips`, its samples mapped from a file that has no name; None where the recording cannot be read."""
+    source, notes = name, []
     try:
-        with open(raw, "wb") as file:
-            if name == "-" or Path(name).is_fifo():  # libsndfile reads headers back and forth
-                source = f"{raw}.encoded"
-                with open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe, open(source, "wb") as kept:
-                    shutil.copyfileobj(pipe, kept)
-            for samples in read_audio(source, notes):
-                samples.tofile(file)
+        if name == "-" or Path(name).is_fifo():  # libsndfile reads headers back and forth
+            source = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        with tempfile.TemporaryFile() as file:
+            for block in read_audio(source, notes):
+                block.tofile(file)
+            samples = np.memmap(file, np.float32)
+        return {"samples": samples, "num_samples": len(samples)}
     except (ValueError, OSError) as error:
-        if is_full_disk(error):
-            raise
-        problem = one_line(error)
-    for note in notes:
-        warn(f"{name}: {note}")
-    return {"raw": raw, "num_samples": os.path.getsize(raw) // 4}, problem
+        warn(f"{name} cannot be read as audio: {one_line(error)}", "error")
+    finally:
+        for note in notes:
+            warn(f"{name}: {note}")
 
 
 def transcribe(settings):
@@ -2025,30 +1973,25 @@ def transcribe(settings):
     decoder.in_bfloat16 = bool(settings.bf16 or settings.fp16) and has_bfloat16
     kind, formatted = settings.transcript_format, settings.format_dictation
     with_names = folder is None and [*recordings] != settings.transcribe[:1]  # a single file needs none
-    failed, heard, at_once = 0, 0.0, max(1, settings.dataloader_num_workers)
+    todo, done, heard = len(names), 0, 0.0
+    at_once, settings.dataloader_num_workers = max(1, settings.dataloader_num_workers), 0  # its workers decode clips
     try:
         while names:
-            with tempfile.TemporaryDirectory() as spool, ThreadPoolExecutor(at_once) as pool:
-                part, seconds = {}, 0.0
+            part, seconds = {}, 0.0
+            with ThreadPoolExecutor(at_once) as pool:
                 while names and seconds < 3_600 * settings.world_size:  # enough to fill batches, little to lose
                     some, names = names[:at_once], names[at_once:]
-                    for name, (row, problem) in zip(some, pool.map(decode_recording, some, itertools.repeat(spool))):
-                        if problem:
-                            warn(f"{name} cannot be read as audio: {problem}", "error")
-                            failed += 1
-                        else:
-                            part[name] = row
-                            seconds += row["num_samples"] / SAMPLE_RATE
-                rows = [*part.values()]
-                table = pandas.DataFrame(rows, columns=["raw", "num_samples"])
-                emissions, _ = decoder.emissions(Clips(rows, table), doing="transcribing")
-                for name, found in zip(part, emissions) if settings.is_first else ():
-                    text = transcript(kind, clip_words(decoder, found), formatted, name if with_names else "")
-                    if recordings[name]:
-                        write_text(recordings[name], text)
-                    else:
-                        print(text, end="", flush=True)
-                heard += seconds
+                    part |= {name: row for name, row in zip(some, pool.map(decode_recording, some)) if row}
+                    seconds = sum(row["num_samples"] for row in part.values()) / SAMPLE_RATE
+            clips = Clips([*part.values()], pandas.DataFrame(part.values(), columns=["num_samples"]))
+            emissions, _ = decoder.emissions(clips, doing="transcribing")
+            for name, found in zip(part, emissions) if settings.is_first else ():
+                text = transcript(kind, clip_words(decoder, found), formatted, name if with_names else "")
+                if recordings[name]:
+                    write_text(recordings[name], text)
+                else:
+                    print(text, end="", flush=True)
+            done, heard = done + len(part), heard + seconds
     except BrokenPipeError:  # `| head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -2056,7 +1999,7 @@ def transcribe(settings):
         took = time.monotonic() - loaded
         speed = f"{took:,.1f} s, {heard / took:,.1f} times as fast as it was spoken"
         say(f"{heard:,.1f} s of audio in {speed}; loading took {loaded - started:.1f} s", sys.stderr)
-    return 1 if failed else 0
+    return 0 if done == todo else 1
 
 
 # ---------------------------------------------------------------- scores
@@ -2396,26 +2339,25 @@ def write_results(folder, content, scores, title, notes=(), history=()):
 def write_model_card(final, results, settings, metrics):
     model, dataset, data = public(settings.model), public(settings.dataset), metrics["data"]
     is_own, train, task = data["layout"] == "recordings", data["train"], "automatic-speech-recognition"
-    found, decoding, is_hub_id = [], "", re.compile(r"[\w.-]+/[\w.-]+").fullmatch
-    for name, part in {dataset: metrics, **metrics.get("also", {})}.items():
-        label = "AfriSpeech-200" if name == DEFAULT_DATASET else name
-        for rate in [rate for rate in RATES if part["finetuned"][rate] is not None]:  # None: of another script
+    found, decoding, sets = [], "", {dataset: metrics, **metrics.get("also", {})}
+    for (name, part), rate in itertools.product(sets.items(), RATES):
+        if part["finetuned"][rate] is not None:  # as some are of texts in another script
             value = round(100 * part["finetuned"][rate], 2)
-            found.append(hub.EvalResult(task, name, label, rate[:3], value, metric_name=rate, dataset_split="test"))
+            found.append(hub.EvalResult(task, name, name, rate[:3], value, metric_name=rate, dataset_split="test"))
     named = settings.model, settings.dataset.partition(":")[0]
-    base, corpus = (name if is_hub_id(name) and not Path(name).exists() else None for name in named)
-    header = dict(language="en", license="other", license_name="health-ai-developer-foundations")
+    base, corpus = (None if Path(name).expanduser().is_dir() else name for name in named)  # of the Hub
+    header = dict(language="en", license="other", license_name="health-ai-developer-foundations", pipeline_tag=task)
     header |= dict(license_link="https://developers.google.com/health-ai-developer-foundations/terms")
-    header |= dict(base_model=base, datasets=corpus and [corpus], library_name="transformers", pipeline_tag=task)
-    header |= dict(tags=["medical", *([] if is_own else ["african-accents"]), "ctc"], eval_results=found)
-    header |= dict(model_name="medasr-own-data" if is_own else "medasr-afrispeech-200")
+    header |= dict(base_model=base, datasets=corpus and [corpus], library_name="transformers", eval_results=found)
+    header |= dict(
+        tags=["medical", "ctc", *["african-accents"] * (not is_own)],
+        model_name=Path(settings.output_dir).resolve().name,
+    )
     new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
     if lm := metrics.get("lm"):
-        greedy, searched = (percent(metrics[system]["wer"]) for system in ("finetuned", "finetuned_lm"))
         flags = {"lm": public(settings.lm), **{f"lm_{name}": lm[name] for name in ("weight", "word_score", "beam")}}
         command = shlex.join(["python", PROGRAM, "--transcribe", "visit.wav", "--model", "final", *as_flags(flags)])
-        decoding = f"\nThis is the greedy text (WER {greedy}). With the language model {markdown_text(lm['name'])} "
-        decoding += f"(WER {searched}):\n\n```\n{command}\n```\n"
+        decoding = f"\nWith the language model {markdown_text(lm['name'])}:\n\n```\n{command}\n```\n"
     card = f"""---
 {hub.ModelCardData(**header).to_yaml()}
 ---
@@ -2426,12 +2368,10 @@ by `{PROGRAM}`. The scores below are of its test split{", whose speakers are not
 
 ```python
 import librosa
-from transformers import AutoModelForCTC, AutoProcessor
+from transformers import pipeline
 
-processor, model = AutoProcessor.from_pretrained("final"), AutoModelForCTC.from_pretrained("final")
-audio, _ = librosa.load("visit.wav", sr=16000)
-ids = model.generate(**processor(audio, sampling_rate=16000))
-print(processor.batch_decode(ids, skip_special_tokens=True)[0])
+recognise = pipeline("automatic-speech-recognition", model="final")
+print(recognise(librosa.load("visit.wav", sr=16000)[0])["text"])
 ```
 {decoding}
 The base model's terms (Health AI Developer Foundations) hold for this derivative too, and those of the data:

@@ -106,7 +106,7 @@ def test_each_recording_gets_a_file_of_its_own_which_is_never_overwritten(demo, 
     assert texts[0].read_text() == spoken[0][1] + "\n" and "kept" not in done.stderr
     texts[0].write_text("corrected by a person")
     texts[1].unlink()
-    monkeypatch.setattr(script, "decode_recording", lambda name, spool: decoded.append(name) or decode(name, spool))
+    monkeypatch.setattr(script, "decode_recording", lambda name: decoded.append(name) or decode(name))
     done = run_main(tmp_path, *flags, "--model", demo.final)
     assert "2 transcripts in out/texts kept" in succeeded(done).stderr and decoded == ["in/tuesday/visit.wav"]
     assert [path.read_text() for path in texts] == ["corrected by a person", *(f"{text}\n" for _, text in spoken[1:3])]
