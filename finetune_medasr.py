@@ -251,8 +251,8 @@ Updates = Annotated[int, "above 0, or -1 for --num_train_epochs", lambda value: 
 Seed = Annotated[int, "from 0 to 2**32 - 1", range(2**32).__contains__]
 # Of TrainingArguments' other flags: the collator reads columns that are not arguments of the model.
 FIXED = {"remove_unused_columns": False, "length_column_name": "num_samples", "label_smoothing_factor": 0.0}
-# These would give an update fewer clips, or none, and keep the masks of an epoch.
-FIXED |= dict.fromkeys(("auto_find_batch_size", "dataloader_drop_last", "dataloader_persistent_workers"), False)
+# These would give an update fewer clips, or none.
+FIXED |= dict.fromkeys(("auto_find_batch_size", "dataloader_drop_last"), False)
 BEST_METRICS = ("wer", "cer", "loss", "wer_by_domain/clinical", "wer_by_domain/general")
 OTHER_RULES = {name: (f"{value}: leave the flag out", value.__eq__) for name, value in FIXED.items()}
 OTHER_RULES["metric_for_best_model"] = ", ".join(BEST_METRICS), lambda name: name.removeprefix("eval_") in BEST_METRICS
@@ -1450,7 +1450,7 @@ class TrainingStream:
     def __iter__(self):
         for self.epoch in itertools.count():
             batch = None
-            self.loader_options["collate_fn"].epoch = self.epoch
+            self.loader_options["collate_fn"].epoch.fill_(self.epoch)
             clips = self.clips.shuffle(self.seed + self.epoch, buffer_size=1_000)  # about 100 MB a worker
             for batch in torch.utils.data.DataLoader(clips, num_workers=self.workers, **self.loader_options):
                 yield batch
@@ -1604,7 +1604,11 @@ def log_mels(waveforms, lengths, extractor):
 
 def model_inputs(batch, extractor, device):
     """What the model's forward takes, on `device`, of a batch of CTCCollator: the log-mels are computed there."""
-    inputs = {name: item.to(device, non_blocking=True) for name, item in batch.items() if torch.is_tensor(item)}
+    inputs = {
+        name: item.to(device, non_blocking=torch.device(device).type == "cuda")
+        for name, item in batch.items()
+        if torch.is_tensor(item)
+    }
     with torch.no_grad():
         features, mask = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
         for mels, is_real, seed in zip(features, mask, batch.get("mask_seeds", ())):
@@ -1620,7 +1624,8 @@ class CTCCollator:
     encoder: LabelEncoder | None = None
     shortest: int = 0
     seed: int | None = None  # of SpecAugment
-    epoch: int = 0
+    # In memory that a worker shares: it has its own copy of this object, for all epochs if it is persistent.
+    epoch: object = field(default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_())
 
     def __call__(self, rows):
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
@@ -1634,7 +1639,7 @@ class CTCCollator:
             labels = [torch.tensor(ids).long() for ids in self.encoder([row["text"] for row in rows])]
             batch["labels"] = pad(labels, padding_value=-100)
         if self.seed is not None:
-            batch["mask_seeds"] = [(self.seed, self.epoch, zlib.crc32(row["clip"].encode())) for row in rows]
+            batch["mask_seeds"] = [(self.seed, int(self.epoch), zlib.crc32(row["clip"].encode())) for row in rows]
         return batch
 
 
@@ -2530,7 +2535,7 @@ class CTCTrainer:
 
     def _run_epoch(self, epoch, **options):
         self.order.manual_seed(self.args.seed + epoch)  # the Trainer restores its state only after the first batch
-        self.data_collator.epoch = epoch
+        self.data_collator.epoch.fill_(epoch)
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(epoch=epoch, **options)  # which would make one more update at the end
 
