@@ -1659,7 +1659,7 @@ class Windows:
 
     def __getitem__(self, span):
         clip = self.clips[span.row]
-        samples = clip["samples"] if "samples" in clip else decode_whole(clip["audio"])[0]
+        samples = clip["samples"] if "samples" in clip else decode_noted(clip["audio"])[0]
         return {"samples": samples[span.start : span.stop], "text": clip.get("text")}
 
 

@@ -4,9 +4,9 @@
     python tests/forgetting.py --seeds 42 43 44 45 --results forgetting.jsonl
 
 The base was pre-trained on synthesised US-English voices. Each way hears the accents in 120 updates, unless its name
-says otherwise, and replays voices that the base was trained on, never those that are scored. Printed are, for each way, test
-WERs on accents and on US English along the models between the base and the fine-tuned one, then those on US English
-where those on accents are the same, beside interpolation alone. Needs espeak-ng for the replayed voices."""
+says otherwise, and replays voices that the base was trained on, never those that are scored. Printed are, for each
+way, test WERs on accents and on US English along the models between the base and the fine-tuned one, then those on US
+English where those on accents are the same, beside interpolation alone. Needs espeak-ng for the replayed voices."""
 
 import argparse
 import contextlib

@@ -137,18 +137,29 @@ def test_spec_augment_masks_bands_and_stretches_with_silence_inside_the_clip():
 def test_masks_depend_on_seed_epoch_and_clip_alone():
     def masks(name, seed, epoch, *more):
         rows = [{"text": "", "samples": noise(5), "clip": name}, *more]
-        return inputs_of(rows, seed=seed, epoch=epoch)["input_features"][0, :498]
+        return inputs_of(rows, seed=seed, epoch=torch.tensor(epoch))["input_features"][0, :498]
 
     assert torch.equal(masks("a", 1, 2), masks("a", 1, 2, {"text": "", "samples": noise(6), "clip": "c"}))
     for other in (("a", 1, 3), ("a", 2, 2), ("b", 1, 2)):
         assert not torch.equal(masks("a", 1, 2), masks(*other))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_masks_of_a_clip_differ_between_the_epochs_of_a_training(tmp_path, clips, workers):
+@pytest.mark.parametrize("workers, live_on", [(0, False), (1, False), (1, True)])
+def test_the_masks_of_a_clip_differ_between_the_epochs_of_a_training(tmp_path, clips, workers, live_on):
     flags = ["--num_train_epochs", 3, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2]
     two = make_clips("train", *(("No fever.", noise(seconds)) for seconds in (1.5, 1.2)))
-    trainer, seen = make_trainer(tmp_path, (two, clips[1]), *flags, "--dataloader_num_workers", workers), {}
+    trainer, seen = (
+        make_trainer(
+            tmp_path,
+            (two, clips[1]),
+            *flags,
+            "--dataloader_num_workers",
+            workers,
+            "--dataloader_persistent_workers",
+            live_on,
+        ),
+        {},
+    )
 
     def watch(module, inputs, options):
         features = options["input_features"]
