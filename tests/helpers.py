@@ -78,7 +78,7 @@ def write_table(path, rows):
     if path.suffix == ".jsonl":
         text.writelines(json.dumps(row) + "\n" for row in rows)
     else:
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     write(path, text.getvalue())
