@@ -7,16 +7,16 @@ python tests/benchmark.py speed     # data path, evaluation, start, long audio, 
 
 import argparse
 import contextlib
-import csv
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
+import timeit
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +26,9 @@ import numpy as np
 import soundfile
 import soxr
 import torch
-from conftest import CORPUS, HERE, MODEL, SCRIPT
+from conftest import CORPUS, HERE, MODEL, SCRIPT, corpus_audio
 from datasets import Dataset
-from helpers import RATE, script, sound, tar, write, write_table
+from helpers import RATE, read_csv, script, sound, tar, write, write_table
 from small_model import inputs_of, label_encoder, make_trainer, processor
 from transformers import LasrCTCConfig, LasrForCTC, Trainer, TrainingArguments
 
@@ -115,11 +115,9 @@ def benchmark_gpu(folder):
 def speech():
     """The fixture's clips as 16 kHz samples, one after the other."""
     clips = []
-    for archive in sorted(CORPUS.glob("audio/*/*/*.tar.gz")):
-        with tarfile.open(archive) as file:
-            for member in file:
-                with contextlib.suppress(ValueError):
-                    clips.append(script.decode_audio(file.extractfile(member).read()))
+    for audio in itertools.chain.from_iterable(corpus_audio(split).values() for split in script.SPLITS):
+        with contextlib.suppress(ValueError):
+            clips.append(script.decode_audio(audio))
     return np.concatenate(clips)
 
 
@@ -183,17 +181,15 @@ def make_silent_corpus(folder, count):
 
 def prepare_the_usual_way(corpus, out):
     """Unpack the archive, then `datasets.map` with librosa into cached features."""
-    with tarfile.open(next(corpus.glob("audio/*/*/*.tar.gz"))) as file:
-        file.extractall(out / "wav", filter="data")
-    with next(corpus.glob("transcripts/*/*.csv")).open(newline="") as file:
-        rows = [{"name": row["audio_paths"], "text": row["transcript"]} for row in csv.DictReader(file)]
+    shutil.unpack_archive(next(corpus.glob("audio/*/*/*.tar.gz")), out / "wav", filter="data")
+    rows = read_csv(next(corpus.glob("transcripts/*/*.csv")))
 
     def samples(row):
-        return librosa.load(out / "wav/data/data/intron" / row["name"].removeprefix("/AfriSpeech-100/train/"), sr=RATE)[
-            0
-        ]
+        return librosa.load(
+            out / "wav/data/data/intron" / row["audio_paths"].removeprefix("/AfriSpeech-100/train/"), sr=RATE
+        )[0]
 
-    cached_features(Dataset.from_list(rows), out, samples)
+    cached_features(Dataset.from_list(rows).rename_column("transcript", "text"), out, samples)
 
 
 def memory_of_group(group):
@@ -222,12 +218,12 @@ def measured(*command):
     return {"wall": time.monotonic() - began, "cpu": ended[2].ru_utime + ended[2].ru_stime, "memory": memory}
 
 
-def benchmark_prepare(folder):
+def preparation(folder):
+    """Converting an archive as the Hub has them, of 300 MB, in a single process; beside it the usual way, which caches
+    log-mels: this script computes them when it makes a batch."""
     lengths, figures = np.random.default_rng(0).uniform(10, 20, 158), []
-    hours = lengths.sum() / 3600
     make_corpus(folder / "one", as_on_hub=True, train=lengths[:1])  # what starting the program costs
     make_corpus(folder / "full", as_on_hub=True, train=lengths)
-    print(f"one archive of 300 MB: {len(lengths)} clips, {hours:.2f} h; a single process converts it")
     for way, name in itertools.product(("ours", "usual"), ("one", "full")):
         corpus, out = folder / name / "corpus", folder / f"{way}-{name}"
         out.mkdir()
@@ -235,17 +231,14 @@ def benchmark_prepare(folder):
         usual = ["-c", f"import benchmark as b; b.prepare_the_usual_way(b.Path('{corpus}'), b.Path('{out}'))"]
         taken = measured(*(usual if way == "usual" else [*ours, "--output_dir", folder / "output"]))
         figures.append(taken | {"kept": sum(path.stat().st_size for path in out.rglob("*") if path.is_file())})
-    for label, key, scale in (
-        ("ms a clip on one core, without start-up", "cpu", 1e3 / (len(lengths) - 1)),
-        ("memory at the peak, MB", "memory", 1e-6),
-        ("disk that stays, MB an hour", "kept", 1e-6 / hours),
-    ):
-        one_clip, ours, one_usual, usual = (found[key] * scale for found in figures)
-        if key == "cpu":
-            ours, usual = ours - one_clip, usual - one_usual
-        print(f"{label:<50}{ours:>12,.1f}, the usual way {usual:,.1f}, ratio {usual / ours:.1f}")
-    print("The usual way caches log-mels; this script computes them when it makes a batch.")
-    return True
+    one, ours, one_usual, usual = figures
+    cost = [
+        1e3 * (full["cpu"] - alone["cpu"]) / (len(lengths) - 1) for full, alone in ((ours, one), (usual, one_usual))
+    ]
+    memory, kept = ([found[name] / 1e6 for found in (ours, usual)] for name in ("memory", "kept"))
+    kept = [3600 * size / lengths.sum() for size in kept]
+    rows = [("ms a clip on one core", *cost), ("memory at the peak, MB", *memory), ("MB kept an hour", *kept)]
+    return [(label, mine, theirs, theirs / mine) for label, mine, theirs in rows]
 
 
 def corpus_flags(folder, *more):
@@ -292,11 +285,9 @@ def paired(repeats, *calls):
     """The median seconds of each of `calls`, made in turn. Each is called twice and the second time counts: after
     another's large arrays the first finds its memory given back to the system, and pays for every page anew."""
     times = [[] for _ in calls]
-    for call, taken in itertools.chain.from_iterable(zip(calls, times) for _ in range(repeats + 1)):
+    for call, taken in [*zip(calls, times)] * (repeats + 1):
         call()
-        began = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - began)
+        taken.append(timeit.timeit(call, number=1))
     return [statistics.median(taken[1:]) for taken in times]
 
 
@@ -401,21 +392,21 @@ def training(folder):
     return [*rows, ("  share of time waiting for data, %", wait)]
 
 
-def benchmark_speed(folder):
+def print_table(*parts):
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'':<60}{'this script':>12}{'usual way':>12}{'ratio':>8}")
-    for part in (data_path, evaluation, start, long_audio, training):
-        with contextlib.redirect_stdout(sys.stderr):
-            rows = part(folder / part.__name__)
+    for part in parts:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            rows = part(Path(folder))
         for label, *figures in rows:
             print(f"{label:<60}", *(f"{figure:>{width},.1f}" for figure, width in zip(figures, (11, 11, 7))))
-    return True
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {"gpu": benchmark_gpu, "prepare": benchmark_prepare, "speed": benchmark_speed}
-    parser.add_argument("command", choices=commands)
-    benchmark = commands[parser.parse_args().command]
-    with tempfile.TemporaryDirectory() as folder:
-        sys.exit(not benchmark(Path(folder)))
+    parser.add_argument("command", choices=("gpu", "prepare", "speed"))
+    command = parser.parse_args().command
+    if command == "gpu":
+        with tempfile.TemporaryDirectory() as folder:
+            sys.exit(not benchmark_gpu(Path(folder)))
+    print_table(*([preparation] if command == "prepare" else [data_path, evaluation, start, long_audio, training]))

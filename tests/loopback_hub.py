@@ -5,13 +5,11 @@ import contextlib
 import fnmatch
 import functools
 import hashlib
-import io
 import json
 import os
 import re
 import socket
 import struct
-import tarfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,40 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
-import soundfile
-import soxr
-from helpers import sound, tar, write
-
 MODEL, DATASET = "google/medasr", "intronhealth/afrispeech-200"
 COMMITS = {DATASET: "b538c6e111914a812af28ff677f8cffc9b404b7d"}
 LFS_SUFFIXES = {".csv", ".gz", ".parquet", ".ogg", ".wav", ".safetensors", ".bin", ".model", ".kenlm"}
-HUB_RATE = 44100
 BLOCK = 1 << 16
-
-
-def hub_copy(corpus_dir, out_dir, accents):
-    """Copy the folders `accents` (a pattern) of a corpus with the Hub's kind of audio, 44.1 kHz stereo WAV."""
-    for source in [path for path in corpus_dir.glob(f"*/{accents}/**/*") if path.is_file()]:
-        if source.suffix == ".gz":
-            content = tar(hub_archive(source), compresslevel=1)
-        else:
-            content = re.sub(rb"(/AfriSpeech-100/[^,\"\n]*)\.ogg", rb"\1.wav", source.read_bytes())
-        write(out_dir / source.relative_to(corpus_dir), content)
-    (out_dir / "afrispeech-200.py").write_text("import datasets\n")  # `datasets` refuses a repository with a script
-    return out_dir
-
-
-def hub_archive(source):
-    """The members of an archive with their clips as WAV, or unchanged under that name if they cannot be decoded."""
-    with tarfile.open(source) as clips:
-        for clip in clips:
-            audio = clips.extractfile(clip).read()
-            with contextlib.suppress(soundfile.LibsndfileError):
-                samples, rate = soundfile.read(io.BytesIO(audio), dtype="float32", always_2d=True)
-                mono = soxr.resample(samples.mean(axis=1), rate, HUB_RATE)
-                audio = sound(np.stack([mono, 0.9 * mono], axis=1), HUB_RATE)
-            yield re.sub(r"\.ogg$", ".wav", clip.name), audio
 
 
 @functools.cache

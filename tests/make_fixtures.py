@@ -89,20 +89,6 @@ def digest(*parts):
     return hashlib.md5("/".join(map(str, parts)).encode()).hexdigest()
 
 
-def make_speakers(accent, split, rng, variants):
-    """Each speaker of an accent in a split: columns of the CSV, and a way of speaking from the end of `variants`."""
-    for number in range(accent.sizes[split][0]):
-        gender, variant = variants.pop()
-        voice = "en-029" if accent.voice != "en-us" and rng.random() < MILD_SHARE else accent.voice
-        columns = dict(accent=accent.name, country=accent.country, gender=gender, age_group=rng.choice(AGES))
-        yield columns | dict(
-            user_ids=digest("speaker", accent.name, split, number),
-            espeak=f"-v {voice}+{variant} -p {rng.randint(25, 75)} -s {rng.randint(130, 175)}".split(),
-            habits=None if voice.startswith("en") else accent.habits,
-            says_marks=number % 3 == 1,  # aloud: "comma" and "full stop" or "period"
-        )
-
-
 def make_sentence(domain, rng):
     """A random sentence of a domain; no word fills two of its slots."""
     sentence, used = rng.choice(TEMPLATES[domain]), set()
@@ -119,10 +105,20 @@ def make_clips(accents, rng):
     for accent in accents:
         # No two speakers share a voice variant while there are enough.
         variants = sum((rng.sample(VARIANTS, len(VARIANTS)) for _ in range(3)), [])
-        for split, (_, count) in accent.sizes.items():
-            speakers = list(make_speakers(accent, split, rng, variants))
+        for split, (people, count) in accent.sizes.items():
+            speakers = []
+            for number in range(people):
+                gender, variant = variants.pop()
+                voice = "en-029" if accent.voice != "en-us" and rng.random() < MILD_SHARE else accent.voice
+                speakers.append(dict(
+                    accent=accent.name, country=accent.country, gender=gender, age_group=rng.choice(AGES),
+                    user_ids=digest("speaker", accent.name, split, number),
+                    espeak=f"-v {voice}+{variant} -p {rng.randint(25, 75)} -s {rng.randint(130, 175)}".split(),
+                    habits=None if voice.startswith("en") else accent.habits,
+                    says_marks=number % 3 == 1,  # aloud: "comma" and "full stop" or "period"
+                ))  # fmt: skip
             for number in range(count):
-                turn, speaker = divmod(number, len(speakers))
+                turn, speaker = divmod(number, people)
                 clip = SimpleNamespace(split=split, domain=rng.choice(list(TEMPLATES)), **speakers[speaker])
                 clip.session = str(uuid.UUID(digest("session", accent.name, split, speaker, turn % 2)))
                 clip.file = digest(accent.name, split, number)
@@ -229,14 +225,14 @@ def write_hub(out, clips):
     shutil.rmtree(out, ignore_errors=True)
     for split in dict.fromkeys(clip.split for clip in clips):
         of_split = [clip for clip in clips if clip.split == split]
-        write_table(out / "transcripts" / f"{split}.csv", list(csv_rows(of_split)))
+        write_table(out / "transcripts" / f"{split}.csv", csv_rows(of_split), "\n")
         for accent in dict.fromkeys(clip.accent for clip in of_split):
             chosen = [clip for clip in of_split if clip.accent == accent]
             slug = re.sub(r"\W+", "-", accent).strip("-")
             # Like some of the Hub's train files, one has two archives and one names a column otherwise.
             count = 2 if (split, accent) == ("train", "yoruba") else 1
             path_column = "audio_path" if (split, accent) == ("train", "igbo") else "audio_paths"
-            write_table(out / "transcripts" / slug / f"{split}.csv", list(csv_rows(chosen, path_column)))
+            write_table(out / "transcripts" / slug / f"{split}.csv", csv_rows(chosen, path_column), "\n")
             with_audio = list({(clip.session, clip.file): clip for clip in chosen if clip.audio}.values())
             size = -(-len(with_audio) // count)
             for number in range(count):
@@ -282,7 +278,7 @@ def make_us_test(out):
          "accent": clip.accent, "gender": clip.gender, "domain": clip.domain}
         for number, clip in enumerate(clips)
     ]  # fmt: skip
-    write_table(out / "test/metadata.csv", rows)
+    write_table(out / "test/metadata.csv", rows, "\n")
     for row, clip in zip(rows, clips):
         samples = np.round(heard(clip.audio) * 2**8) / 2**8
         write(out / "test" / row["file_name"], sound(samples, format="FLAC", compression_level=1.0))
@@ -297,9 +293,11 @@ PRETRAINING = """--learning_rate 2e-3 --per_device_train_batch_size 16 --gradien
 """
 
 
-def make_processor():
-    """MedASR's kind of processor: pieces for the grammar's words, single digits and characters for all the rest."""
-    from transformers import LasrFeatureExtractor, LasrProcessor, LasrTokenizer
+def make_model(out):
+    """Pre-train a LASR with random weights, 1/140 of MedASR's size, with the script itself in a temporary folder. Its
+    processor is of MedASR's kind: pieces for the grammar's words, single digits and characters for all the rest."""
+    import torch
+    import transformers as library
 
     rng = random.Random(SEED)
     sentences = " ".join(make_sentence(domain, rng) for domain in list(TEMPLATES) * 2000)
@@ -307,27 +305,19 @@ def make_processor():
     pieces = {"▁": -2.0} | dict.fromkeys(TOKENS, -4.0) | dict.fromkeys(CHARACTERS, -10.0)
     pieces |= {f"▁{word}": round(math.log(count / counts.total()), 3) for word, count in counts.most_common()}
     vocab = [(piece, 0.0) for piece in SPECIALS] + list(pieces.items())
-    tokenizer = LasrTokenizer(vocab=vocab, bos_token="<s>", pad_token="<epsilon>", extra_ids=EXTRA_IDS)
-    return LasrProcessor(LasrFeatureExtractor(), tokenizer)
-
-
-def make_model(out):
-    """Pre-train a LASR with random weights, 1/140 of MedASR's size, with the script itself in a temporary folder."""
-    import torch
-    from transformers import AutoModelForCTC, AutoProcessor, LasrCTCConfig, LasrForCTC
+    tokenizer = library.LasrTokenizer(vocab=vocab, bos_token="<s>", pad_token="<epsilon>", extra_ids=EXTRA_IDS)
 
     torch.manual_seed(SEED)
     encoder = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256)
     # One of four layers is too much to lose; with MedASR's momentum of 0.01 a short run scores as if untrained.
     encoder |= dict(conv_kernel_size=9, subsampling_conv_channels=64, layerdrop=0.0, batch_norm_momentum=0.1)
-    processor = make_processor()
-    config = LasrCTCConfig(vocab_size=len(processor.tokenizer) - EXTRA_IDS, encoder_config=encoder)
+    config = library.LasrCTCConfig(vocab_size=len(tokenizer) - EXTRA_IDS, encoder_config=encoder)
     # MedASR was trained on labels that end in `</s>`; the script's own fine-tuning leaves it out.
-    encode, end = script.LabelEncoder.__call__, processor.tokenizer.eos_token_id
+    encode, end = script.LabelEncoder.__call__, tokenizer.eos_token_id
     script.LabelEncoder.__call__ = lambda self, texts: [[*ids, end] for ids in encode(self, texts)]
     with tempfile.TemporaryDirectory() as folder:
-        for part in (processor, LasrForCTC(config)):
-            part.save_pretrained(f"{folder}/initial")
+        library.LasrProcessor(library.LasrFeatureExtractor(), tokenizer).save_pretrained(f"{folder}/initial")
+        library.LasrForCTC(config).save_pretrained(f"{folder}/initial")
         write_hub(Path(folder, "corpus"), record(make_us_clips(), "period"))
         paths = (
             f"--model {folder}/initial --dataset {folder}/corpus --output_dir {folder}/run --data_dir {folder}/audio"
@@ -335,7 +325,7 @@ def make_model(out):
         if status := script.main([*paths.split(), *PRETRAINING.split()]):
             raise SystemExit(status)
         shutil.rmtree(out, ignore_errors=True)
-        for kind in (AutoProcessor, AutoModelForCTC):
+        for kind in (library.AutoProcessor, library.AutoModelForCTC):
             kind.from_pretrained(f"{folder}/run/final").save_pretrained(out)
 
 

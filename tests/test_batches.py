@@ -5,38 +5,25 @@ import types
 import numpy as np
 import pandas
 import pytest
-import soundfile
 import torch
 from conftest import MODEL, corpus_audio, succeeded
-from helpers import RATE, noise, read_csv, run_main, sound
-from small_model import inputs_of, label_encoder, make_clips, make_decoder, make_trainer, processor, random_model
+from helpers import RATE, noise, one_table, run_main, skipped, sound
+from small_model import (
+    inputs_of,
+    label_encoder,
+    make_clips,
+    make_decoder,
+    make_trainer,
+    processor,
+    random_model,
+    watched_model,
+)
 
 import finetune_medasr as script
 
 
 def rows_of(*texts_and_samples):
     return [{"text": text, "samples": samples} for text, samples in texts_and_samples]
-
-
-@pytest.fixture(scope="module")
-def clips():
-    """(train, dev) of a few clips of unequal lengths."""
-    train = make_clips("train", *(("The patient has a fever.", noise(1.5, seed)) for seed in range(2)))
-    dev = [("Give 200 mg.", noise(1.9, 5)), ("No cough.", noise(0.7, 6)), ("A book, 11 letters", noise(1.2, 7))]
-    return train, make_clips("dev", *dev)
-
-
-@pytest.mark.parametrize("rate, seconds", [(44_100, 0.777), (8_000, 1.0), (16_000, 1.0), (48_000, 0.5)])
-def test_audio_is_mixed_down_and_resampled_to_16_khz_without_folding_high_tones_into_speech(rate, seconds):
-    time = np.arange(round(seconds * rate)) / rate
-    tone, high = (0.5 * np.sin(2 * np.pi * frequency * time) for frequency in (1_000, 12_000))
-    left = tone + high if rate > 40_000 else tone
-    channels = [left] if rate == 8_000 else [2 * left, 0 * left]
-    samples = script.decode_audio(sound(np.stack(channels, axis=1), rate, subtype="FLOAT"))
-    assert samples.dtype == np.float32 and abs(len(samples) - len(time) * RATE / rate) <= 1
-    middle = slice(len(samples) // 4, -len(samples) // 4)
-    expected = 0.5 * np.sin(2 * np.pi * 1_000 * np.arange(len(samples)) / RATE)
-    np.testing.assert_allclose(samples[middle], expected[middle], atol=0.01)
 
 
 def test_a_clip_is_left_out_exactly_where_it_cannot_be_trained_on_or_scored(tmp_path):
@@ -61,14 +48,13 @@ def test_a_clip_is_left_out_exactly_where_it_cannot_be_trained_on_or_scored(tmp_
     ]  # fmt: skip
     table = pandas.DataFrame(rows, columns=["split", "text", "samples", "reason"])
     table["file_name"] = [f"{number}.wav" for number in table.index]
-    table[["file_name", "text", "split"]].to_csv(tmp_path / "metadata.csv", index=False)
-    for row in table.itertuples():
-        soundfile.write(tmp_path / row.file_name, noise(1 + row.samples / RATE)[: row.samples], RATE)
+    audio = {row.file_name: sound(noise(1 + row.samples / RATE)[: row.samples]) for row in table.itertuples()}
+    one_table(tmp_path, table[["file_name", "text", "split"]].to_dict("records"), audio)
     flags = f"""--model {MODEL} --dataset . --data_dir audio --output_dir out --max_train_seconds 4.015 --max_steps 1
         --max_train_samples 1 --max_eval_samples 1 --skip_baseline --num_proc 1 --dataloader_num_workers 0"""
     succeeded(run_main(tmp_path, *flags.split()))
-    skipped = {row["clip"]: row["reason"].split(":")[0] for row in read_csv(tmp_path / "out/results/skipped_clips.csv")}
-    assert skipped == {row.file_name: row.reason for row in table.itertuples() if row.reason}
+    reasons = {clip: reason.split(":")[0] for _, clip, reason in skipped(tmp_path / "out")}
+    assert reasons == {row.file_name: row.reason for row in table.itertuples() if row.reason}
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_clips_and_padding_is_silence():
@@ -243,16 +229,8 @@ class Gpu(str):
 def test_the_largest_step_that_fits_is_chosen_and_trials_leave_no_trace(
     tmp_path, clips, monkeypatch, capsys, most, chosen
 ):
-    decoder, tried = make_decoder(tmp_path), []
-
-    class Cramped(type(decoder.model)):
-        def forward(self, **inputs):
-            tried.append(inputs["input_features"].shape[:2])
-            if len(inputs["input_features"]) > most:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            return super().forward(**inputs)
-
-    decoder.model.__class__ = Cramped
+    model, tried = watched_model(most)
+    decoder = make_decoder(tmp_path, model=model)
     before = {name: value.clone() for name, value in decoder.model.state_dict().items()}
     monkeypatch.setattr(type(decoder.settings), "device", Gpu("cpu"))
     memory = types.SimpleNamespace(total_memory=1e6)

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import kills
 import pytest
+import warm as starts
 from conftest import IN_TWO, MODEL, load_json, refused, run_script, succeeded, tensorboard
 from helpers import modified, run_main
 
 pytestmark = pytest.mark.slow
-# Runs the program; at the nth call of a function it does what $MOMENT says.
+# At the nth call of a function of the program it does what $MOMENT says.
 AT_A_MOMENT = """
-import json, os, signal, sys
+import json, signal
 import torch.utils.tensorboard, transformers
-import finetune_medasr as script
 
 (function, count, action), calls = json.loads(os.environ["MOMENT"]), 0
 original, (owner, _, name) = eval(function), function.rpartition(".")
@@ -31,9 +31,7 @@ def counted(*inputs, **options):
         exec(action, globals())
     return original(*inputs, **options)
 
-if __name__ == "__main__":  # not in a process that converts audio
-    setattr(eval(owner), name, counted)
-    sys.exit(script.main(sys.argv[1:]))"""
+setattr(eval(owner), name, counted)"""
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 TERM = "os.kill(os.getpid(), signal.SIGTERM)"
 STEP = "transformers.Trainer.training_step"
@@ -46,7 +44,6 @@ QUICK = ["--skip_baseline", "--max_test_samples", "1"]  # where the texts are of
 def folder(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupted")
     (folder / "audio").symlink_to(demo.audio)
-    (folder / "moment.py").write_text(AT_A_MOMENT)
     return folder
 
 
@@ -57,8 +54,7 @@ def run_at(folder, warm):
 
     def run_at(output, moment=None, *flags, start=warm.run, **env):
         words = kills.flags(folder / "audio", output, *flags)
-        program = {} if moment is None else {"program": folder / "moment.py"}
-        return start(*words, cwd=folder, env={**env, "MOMENT": json.dumps(moment)}, **program)
+        return start(*words, cwd=folder, env={**env, "MOMENT": json.dumps(moment)}, patch=moment and AT_A_MOMENT)
 
     return run_at
 
@@ -279,10 +275,10 @@ def test_two_processes_stopped_and_killed_past_the_first_epoch_end_as_if_they_ha
     straight, output = folder / "two", folder / "two-killed"
     assert [done.returncode for done in run_at(straight, None, *IN_TWO, start=run_two)] == [0, 0]
 
-    def torchrun(*words, program, cwd, env):
-        env = {**kills.ENV, **env, "PYTHONPATH": str(kills.SCRIPT.parent)}
+    def torchrun(*words, patch, cwd, env):
+        env = {**kills.ENV, **env, "PYTHONPATH": str(kills.SCRIPT.parent), "PATCH": patch}
         launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-        return run_script(*words, cwd=cwd, env=env, script=program, launcher=launcher)
+        return run_script(*words, cwd=cwd, env=env, script=starts.__file__, launcher=launcher)
 
     stop = f'if os.environ["RANK"] == "0": {TERM}; os.kill(os.getppid(), signal.SIGTERM)'
     fresh = ["--data_dir", folder / "prepared-by-two"]

@@ -10,19 +10,12 @@ import pytest
 import torch
 from conftest import IN_TWO, MODEL, load_json, refused, scored_clips, succeeded, tensorboard
 from helpers import noise, run_main
-from small_model import inputs_of, label_encoder, make_clips, make_trainer, random_model
+from small_model import inputs_of, label_encoder, make_clips, make_trainer, random_model, watched_model
 from transformers import AutoModelForCTC, TrainerCallback, TrainingArguments
 
 import finetune_medasr as script
 
 TWO_A_STEP = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1]
-
-
-@pytest.fixture(scope="module")
-def clips():
-    """(train, dev) of a few short clips."""
-    train = make_clips("train", *(("No fever.", noise(0.8, seed)) for seed in range(4)))
-    return train, make_clips("dev", ("No cough.", noise(0.9, 5)), ("Give 200 mg.", noise(0.7, 6)))
 
 
 @pytest.mark.parametrize("flags, half", [([], True), (["--bf16"], False), (["--fp16", "false"], False)])
@@ -125,24 +118,11 @@ def test_sharding_that_accelerate_asks_for_is_refused(name, tmp_path, monkeypatc
     assert (done.returncode, done.stderr) == (2, ""), "one process says it"
 
 
-def watched_model(limit):
-    """(a model on a GPU that holds so many clips at a time, clips and frames of each batch that it is given)"""
-    model, shapes = random_model(), []
-
-    def watch(module, inputs, options):
-        shapes.append(tuple(options["input_features"].shape[:2]))
-        if len(options["input_features"]) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model.register_forward_pre_hook(watch, with_kwargs=True)
-    return model, shapes
-
-
 def test_the_dev_evaluation_halves_batches_that_do_not_fit(tmp_path, clips):
     roomy = make_trainer(tmp_path, clips, "--per_device_eval_batch_size", 1).evaluate()
     model, shapes = watched_model(1)
     cramped = make_trainer(tmp_path, clips, model=model).evaluate()
-    assert [size for size, _ in shapes] == [2, 1, 1], "clips are scored together where they fit"
+    assert [size for size, _ in shapes] == [3, 1, 1, 1], "clips are scored together where they fit"
     for name in ("eval_loss", "eval_wer", "eval_cer"):
         assert cramped[name] == pytest.approx(roomy[name], rel=1e-4)
     with pytest.raises(script.RunError, match="single clip.*--window_seconds"):
@@ -160,8 +140,7 @@ def test_long_dev_clips_are_scored_in_windows(tmp_path, clips):
 
 # Notes down the clips that a process draws. No time passes, so that speeds are a thousand times the seconds of audio.
 RECORDED = """
-import os, sys, types
-import finetune_medasr as script
+import types
 
 collate = script.CTCCollator.__call__
 
@@ -172,8 +151,7 @@ def recorded(self, rows):
     return collate(self, rows)
 
 script.CTCCollator.__call__ = recorded
-script.time = types.SimpleNamespace(monotonic=lambda: 1.0)
-sys.exit(script.main(sys.argv[1:]))"""
+script.time = types.SimpleNamespace(monotonic=lambda: 1.0)"""
 
 
 def model_with(folder, layerdrop, **encoder_config):
@@ -192,10 +170,9 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_pat
     from safetensors.torch import load_file
 
     model = model_with(tmp_path / "model", 0.0, dropout=0.0, activation_dropout=0.0, attention_dropout=0.0)
-    (tmp_path / "recorded.py").write_text(RECORDED)
     flags = f"--model {model} --learning_rate 1e-3 --eval_steps 8 --save_steps 8 --skip_baseline".split()
     one, two = (kills.flags(demo.audio, tmp_path / name, *flags) for name in ("one", "two"))
-    place = {"program": tmp_path / "recorded.py", "cwd": tmp_path}
+    place = {"patch": RECORDED, "cwd": tmp_path}
     both = run_two(*two, *IN_TWO, **place)
     alone = warm.run(*one, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, **place)
     assert [done.returncode for done in (*both, alone)] == [0, 0, 0], both[0].stderr + alone.stderr

@@ -109,11 +109,6 @@ NORMAL = {
 }
 
 
-@pytest.mark.parametrize("text", NORMAL)
-def test_normalize_wer_leaves_lower_case_words(text):
-    assert normalize_wer(text) == NORMAL[text]
-
-
 def check_normalised(text):
     """The result is lower-case words, a fixed point, and the same however the accents of the text are encoded."""
     result = normalize_wer(text)
@@ -168,6 +163,6 @@ PAPER = {
 }
 
 
-@pytest.mark.parametrize("text", PAPER)
-def test_normalize_paper_follows_the_authors_steps_in_their_order(text):
-    assert normalize_paper(text) == PAPER[text]
+@pytest.mark.parametrize("normalize, expected", [(normalize_wer, NORMAL), (normalize_paper, PAPER)])
+def test_texts_are_normalised_as_words_and_in_the_steps_of_the_authors(normalize, expected):
+    assert {text: normalize(text) for text in expected} == expected
