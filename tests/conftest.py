@@ -28,10 +28,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: model
 sys.path.insert(0, str(HERE.parent))  # so that `pytest tests` finds the script as `python -m pytest tests` does
 
 
-def run_script(*arguments, cwd, env=None, launcher=(sys.executable,), script=SCRIPT):
+def run_script(*arguments, cwd, env=None, script=SCRIPT):
     """The finished process of `python finetune_medasr.py ARGUMENTS`, its output as text."""
-    command = [*launcher, script, *arguments]
-    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+    command = list(map(str, [sys.executable, script, *arguments]))
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
 def succeeded(done):
@@ -130,15 +130,3 @@ def known_clip(demo):
     """(clip, text) of a test clip that the demo's model writes down in several words."""
     row = next(row for row in reversed(demo.predictions) if len(row["pred_text"].split()) >= 4)
     return row["audio_filepath"], row["pred_text"]
-
-
-@pytest.fixture(scope="session")
-def clips():
-    """(train, dev) of a few clips of unequal lengths."""
-    from helpers import noise
-    from small_model import make_clips
-
-    dev = [("Give 200 mg.", noise(1.9, 5)), ("No cough.", noise(0.7, 6)), ("A book, 11 letters", noise(1.2, 7))]
-    return make_clips("train", *[("The patient has a fever.", noise(1.5, seed)) for seed in (0, 1)]), make_clips(
-        "dev", *dev
-    )

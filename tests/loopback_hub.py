@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 MODEL, DATASET = "google/medasr", "intronhealth/afrispeech-200"
 COMMITS = {DATASET: "b538c6e111914a812af28ff677f8cffc9b404b7d"}
+DENIED, INVALID = "hf_denied", "hf_bad"  # tokens
 LFS_SUFFIXES = {".csv", ".gz", ".parquet", ".ogg", ".wav", ".safetensors", ".bin", ".model", ".kenlm"}
 BLOCK = 1 << 16
 
@@ -48,16 +49,15 @@ class HubError(Exception):
 class LoopbackHub:
     """The server, as a context manager. `models` and `datasets` map Hub ids to folders.
 
-    Files of the `token_required` repositories are gated: they need a token, and not one of `denied_tokens`, as a new
-    repository does; listing files is open to all. `invalid_tokens` are refused everywhere. A repository has the
-    revisions `main` and `commit(name)`. `uploads` has (repository, {path: bytes}) for each commit that a client made.
+    Files of the `gated` repositories need a token, and not DENIED, as a new repository does; listing files is open to
+    all. INVALID is refused everywhere. A repository has the revisions `main` and `commit(name)`. `uploads` has
+    (repository, {path: bytes}) for each commit that a client made.
     """
 
-    def __init__(self, models, datasets, token_required=(), denied_tokens=(), invalid_tokens=()):
+    def __init__(self, models, datasets, gated=()):
         self.folders = {("models", name): folder for name, folder in models.items()}
         self.folders |= {("datasets", name): folder for name, folder in datasets.items()}
-        self.token_required, self.denied_tokens, self.invalid_tokens = token_required, denied_tokens, invalid_tokens
-        self.requests, self.uploads = [], []
+        self.gated, self.requests, self.uploads = gated, [], []
         self._faults, self._lock = [], threading.Lock()
 
     def __enter__(self):
@@ -143,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.fault.kind == "status":
                 raise HubError(self.fault.value, "", "Internal Error", **self.fault.headers)
-            if self.token in self.hub.invalid_tokens:
+            if self.token == INVALID:
                 raise HubError(401, "", "Invalid credentials in Authorization header")
             for route, pattern in ROUTES.items():
                 if match := re.fullmatch(pattern, path):
@@ -182,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, kind, name, revision, path):
         """The file itself, with what the client reads from HEAD (commit, ETag, size) and ranges to resume with."""
         folder = self.repository(kind or "models", name, revision)
-        if name in self.hub.token_required and self.token in {"", *self.hub.denied_tokens}:
+        if name in self.hub.gated and self.token in ("", DENIED):
             raise HubError(403 if self.token else 401, "GatedRepo", f"Access to {name} is restricted.")
         headers, entry = {"X-Repo-Commit": self.hub.commit(name)}, listing(folder).get(path)
         if entry is None or self.fault.kind == "missing":
@@ -203,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def create_repo(self):
         """Create an empty model repository, or say that there is one."""
-        if self.token in {"", *self.hub.denied_tokens}:
+        if self.token in ("", DENIED):
             raise HubError(403 if self.token else 401, "", "You may not create this repository.")
         asked = json.loads(self.body)
         repository = "models", f"{asked['organization'] or 'tester'}/{asked['name']}"

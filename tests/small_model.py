@@ -80,16 +80,3 @@ def make_trainer(place, clips, *flags, model=None, half=False, **options):
         # accelerate offers neither on a CPU, and uses both when they are there.
         trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=256)
     return trainer
-
-
-def watched_model(limit):
-    """(a model on a GPU that holds so many clips at a time, clips and frames of each batch that it is given)"""
-    model, shapes = random_model(), []
-
-    def watch(module, inputs, options):
-        shapes.append(tuple(options["input_features"].shape[:2]))
-        if len(options["input_features"]) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model.register_forward_pre_hook(watch, with_kwargs=True)
-    return model, shapes

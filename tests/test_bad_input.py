@@ -388,15 +388,12 @@ def test_a_model_that_cannot_be_used_is_refused(tmp_path, kind):
     refused(run_main(tmp_path, "--transcribe", "visit.wav", "--model", "./model"), 1, f"model \\./model .*{message}")
 
 
-TRAINING_FLAGS = [
+@pytest.mark.parametrize("flags, message", [
     ("--optim adamw_bnb_8bit", "bitsandbytes"),
     ("--lr_scheduler_kwargs foo", "."),
     ("--adam_beta1 2", "Invalid beta"),
     ("--neftune_noise_alpha 5", "get_input_embeddings"),
-]
-
-
-@pytest.mark.parametrize("flags, message", TRAINING_FLAGS)
+])  # fmt: skip
 def test_what_the_trainer_alone_can_judge_is_a_usage_error(demo, tmp_path, flags, message):
     done = run_main(tmp_path, *kills.flags(demo.audio, "out", "--skip_baseline", *flags.split()))
     refused(done, 2, message)

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -277,8 +276,8 @@ def test_two_processes_stopped_and_killed_past_the_first_epoch_end_as_if_they_ha
 
     def torchrun(*words, patch, cwd, env):
         env = {**kills.ENV, **env, "PYTHONPATH": str(kills.SCRIPT.parent), "PATCH": patch}
-        launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-        return run_script(*words, cwd=cwd, env=env, script=starts.__file__, launcher=launcher)
+        launcher = f"torch.distributed.run --standalone --nproc_per_node 2 {starts.__file__}".split()
+        return run_script(*launcher, *words, script="-m", cwd=cwd, env=env)
 
     stop = f'if os.environ["RANK"] == "0": {TERM}; os.kill(os.getppid(), signal.SIGTERM)'
     fresh = ["--data_dir", folder / "prepared-by-two"]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis.strategies import sampled_from, text
 from small_model import label_encoder, processor
+from transformers import LasrTokenizer
 
 from finetune_medasr import RATES, LabelEncoder, normalize_paper, normalize_wer
 
@@ -68,8 +69,6 @@ def test_dropped_characters_are_counted_and_invisible_ones_are_not():
 
 
 def test_what_a_tokenizer_covers_decides_what_is_folded():
-    from transformers import LasrTokenizer
-
     pieces = ["<epsilon>", "<s>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz(é"]
     vocabulary = [(piece, -2.0) for piece in pieces]
     tokenizer = LasrTokenizer(vocab=vocabulary, bos_token="<s>", pad_token="<epsilon>", extra_ids=0)
