@@ -170,12 +170,11 @@ def make_silent_corpus(folder, count):
         write_part(corpus, "accent0", split, lengths[:8])
     settings = script.parse_settings(corpus_flags(folder))
     source = script.Source(settings.dataset, settings, script.SPLITS)
-    parts = dict(list(source.rows[[*script.CLIP_COLUMNS, "num_samples", "part"]].groupby("part")))
-    source.keep, source.clips = (
-        True,
-        lambda shard: (row | {"audio": silence} for row in parts[shard.part].drop(columns="part").to_dict("records")),
-    )
+    source.keep = True
     for shard in source.shards:
+        table = source.rows.loc[source.rows["part"] == shard.part, [*script.CLIP_COLUMNS, "num_samples"]]
+        clips = table.assign(audio=silence).to_dict("records")
+        source.clips = lambda shard, clips=clips: clips
         script.prepare_shard(source, shard)
 
 
@@ -185,9 +184,8 @@ def prepare_the_usual_way(corpus, out):
     rows = read_csv(next(corpus.glob("transcripts/*/*.csv")))
 
     def samples(row):
-        return librosa.load(
-            out / "wav/data/data/intron" / row["audio_paths"].removeprefix("/AfriSpeech-100/train/"), sr=RATE
-        )[0]
+        name = row["audio_paths"].removeprefix("/AfriSpeech-100/train/")
+        return librosa.load(out / "wav/data/data/intron" / name, sr=RATE)[0]
 
     cached_features(Dataset.from_list(rows).rename_column("transcript", "text"), out, samples)
 
@@ -232,13 +230,14 @@ def preparation(folder):
         taken = measured(*(usual if way == "usual" else [*ours, "--output_dir", folder / "output"]))
         figures.append(taken | {"kept": sum(path.stat().st_size for path in out.rglob("*") if path.is_file())})
     one, ours, one_usual, usual = figures
-    cost = [
-        1e3 * (full["cpu"] - alone["cpu"]) / (len(lengths) - 1) for full, alone in ((ours, one), (usual, one_usual))
+    for full, alone in ((ours, one), (usual, one_usual)):
+        full["cost"] = (full["cpu"] - alone["cpu"]) / (len(lengths) - 1)
+    scales = {"cost": ("ms a clip on one core", 1e3), "memory": ("memory at the peak, MB", 1e-6)}
+    scales["kept"] = "disk that stays, MB an hour", 3600e-6 / lengths.sum()
+    return [
+        (label, scale * ours[name], scale * usual[name], usual[name] / ours[name])
+        for name, (label, scale) in scales.items()
     ]
-    memory, kept = ([found[name] / 1e6 for found in (ours, usual)] for name in ("memory", "kept"))
-    kept = [3600 * size / lengths.sum() for size in kept]
-    rows = [("ms a clip on one core", *cost), ("memory at the peak, MB", *memory), ("MB kept an hour", *kept)]
-    return [(label, mine, theirs, theirs / mine) for label, mine, theirs in rows]
 
 
 def corpus_flags(folder, *more):
