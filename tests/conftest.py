@@ -28,10 +28,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: model
 sys.path.insert(0, str(HERE.parent))  # so that `pytest tests` finds the script as `python -m pytest tests` does
 
 
-def run_script(*arguments, cwd, env=None, launcher=(sys.executable,), script=SCRIPT):
+def run_script(*arguments, cwd, env=None, script=SCRIPT):
     """The finished process of `python finetune_medasr.py ARGUMENTS`, its output as text."""
-    command = [*launcher, script, *arguments]
-    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+    command = list(map(str, [sys.executable, script, *arguments]))
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
 def succeeded(done):

@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 
 import numpy as np
+import pandas
 import soundfile
 from conftest import corpus_audio
 from datasets import Dataset
@@ -72,16 +73,19 @@ def tar(members, mode="w:gz", **options):
     return buffer.getvalue()
 
 
-def write_table(path, rows):
+def write_table(path, rows, end="\r\n"):
     """Write rows as JSON lines or CSV, by the ending of the name."""
-    text = io.StringIO()
-    if path.suffix == ".jsonl":
-        text.writelines(json.dumps(row) + "\n" for row in rows)
-    else:
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    write(path, text.getvalue())
+    is_json = path.suffix == ".jsonl"
+    lines = (json.dumps(row) + "\n" for row in rows)
+    write(path, "".join(lines) if is_json else pandas.DataFrame(rows).to_csv(index=False, lineterminator=end))
+
+
+def one_table(folder, rows, audio=None):
+    """A folder with one table of `rows`, and {file: audio} or all the same recordings; returns `folder`."""
+    write_table(folder / "metadata.csv", rows)
+    for row in rows:
+        write(folder / row["file_name"], audio[row["file_name"]] if audio else GOOD)
+    return folder
 
 
 def read_csv(path):

@@ -103,10 +103,8 @@ def main():
         seconds = run_straight(folder / "audio", folder / "timed")
         made, runs = survive(folder, folder / "straight", seconds, options.kills)
         print(f"{made} kills in {runs} runs: all ended with the undisturbed run's weights, texts and scores")
-        generator = random.Random(0)
-        stops = []
-        for n in range(1, 6):
-            stops.append(seconds_to_stop(folder / "audio", folder / f"stopped-{n}", n, generator.uniform(0, 1)))
+        moments = enumerate(random.Random(0).choices([0.1, 0.3, 0.5, 0.7, 0.9], k=5), 1)
+        stops = [seconds_to_stop(folder / "audio", folder / f"stopped-{n}", n, wait) for n, wait in moments]
         print(f"SIGTERM to exit in 5 runs: {min(stops):.1f} to {max(stops):.1f} s")
 
 

@@ -5,13 +5,11 @@ import contextlib
 import fnmatch
 import functools
 import hashlib
-import io
 import json
 import os
 import re
 import socket
 import struct
-import tarfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,40 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
-import soundfile
-import soxr
-from helpers import sound, tar, write
-
 MODEL, DATASET = "google/medasr", "intronhealth/afrispeech-200"
 COMMITS = {DATASET: "b538c6e111914a812af28ff677f8cffc9b404b7d"}
+DENIED, INVALID = "hf_denied", "hf_bad"  # tokens
 LFS_SUFFIXES = {".csv", ".gz", ".parquet", ".ogg", ".wav", ".safetensors", ".bin", ".model", ".kenlm"}
-HUB_RATE = 44100
 BLOCK = 1 << 16
-
-
-def hub_copy(corpus_dir, out_dir, accents):
-    """Copy the folders `accents` (a pattern) of a corpus with the Hub's kind of audio, 44.1 kHz stereo WAV."""
-    for source in [path for path in corpus_dir.glob(f"*/{accents}/**/*") if path.is_file()]:
-        if source.suffix == ".gz":
-            content = tar(hub_archive(source), compresslevel=1)
-        else:
-            content = re.sub(rb"(/AfriSpeech-100/[^,\"\n]*)\.ogg", rb"\1.wav", source.read_bytes())
-        write(out_dir / source.relative_to(corpus_dir), content)
-    (out_dir / "afrispeech-200.py").write_text("import datasets\n")  # `datasets` refuses a repository with a script
-    return out_dir
-
-
-def hub_archive(source):
-    """The members of an archive with their clips as WAV, or unchanged under that name if they cannot be decoded."""
-    with tarfile.open(source) as clips:
-        for clip in clips:
-            audio = clips.extractfile(clip).read()
-            with contextlib.suppress(soundfile.LibsndfileError):
-                samples, rate = soundfile.read(io.BytesIO(audio), dtype="float32", always_2d=True)
-                mono = soxr.resample(samples.mean(axis=1), rate, HUB_RATE)
-                audio = sound(np.stack([mono, 0.9 * mono], axis=1), HUB_RATE)
-            yield re.sub(r"\.ogg$", ".wav", clip.name), audio
 
 
 @functools.cache
@@ -80,16 +49,15 @@ class HubError(Exception):
 class LoopbackHub:
     """The server, as a context manager. `models` and `datasets` map Hub ids to folders.
 
-    Files of the `token_required` repositories are gated: they need a token, and not one of `denied_tokens`, as a new
-    repository does; listing files is open to all. `invalid_tokens` are refused everywhere. A repository has the
-    revisions `main` and `commit(name)`. `uploads` has (repository, {path: bytes}) for each commit that a client made.
+    Files of the `gated` repositories need a token, and not DENIED, as a new repository does; listing files is open to
+    all. INVALID is refused everywhere. A repository has the revisions `main` and `commit(name)`. `uploads` has
+    (repository, {path: bytes}) for each commit that a client made.
     """
 
-    def __init__(self, models, datasets, token_required=(), denied_tokens=(), invalid_tokens=()):
+    def __init__(self, models, datasets, gated=()):
         self.folders = {("models", name): folder for name, folder in models.items()}
         self.folders |= {("datasets", name): folder for name, folder in datasets.items()}
-        self.token_required, self.denied_tokens, self.invalid_tokens = token_required, denied_tokens, invalid_tokens
-        self.requests, self.uploads = [], []
+        self.gated, self.requests, self.uploads = gated, [], []
         self._faults, self._lock = [], threading.Lock()
 
     def __enter__(self):
@@ -175,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.fault.kind == "status":
                 raise HubError(self.fault.value, "", "Internal Error", **self.fault.headers)
-            if self.token in self.hub.invalid_tokens:
+            if self.token == INVALID:
                 raise HubError(401, "", "Invalid credentials in Authorization header")
             for route, pattern in ROUTES.items():
                 if match := re.fullmatch(pattern, path):
@@ -214,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, kind, name, revision, path):
         """The file itself, with what the client reads from HEAD (commit, ETag, size) and ranges to resume with."""
         folder = self.repository(kind or "models", name, revision)
-        if name in self.hub.token_required and self.token in {"", *self.hub.denied_tokens}:
+        if name in self.hub.gated and self.token in ("", DENIED):
             raise HubError(403 if self.token else 401, "GatedRepo", f"Access to {name} is restricted.")
         headers, entry = {"X-Repo-Commit": self.hub.commit(name)}, listing(folder).get(path)
         if entry is None or self.fault.kind == "missing":
@@ -235,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def create_repo(self):
         """Create an empty model repository, or say that there is one."""
-        if self.token in {"", *self.hub.denied_tokens}:
+        if self.token in ("", DENIED):
             raise HubError(403 if self.token else 401, "", "You may not create this repository.")
         asked = json.loads(self.body)
         repository = "models", f"{asked['organization'] or 'tester'}/{asked['name']}"

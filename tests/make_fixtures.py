@@ -8,7 +8,6 @@ it to the corpus is the real task in small; the US-English test clips, of other 
 Needs espeak-ng; the model takes 10 minutes on 2 idle cores. What is made anew is not the same byte for byte (Ogg serial
 numbers, the order of sums)."""
 
-import csv
 import hashlib
 import io
 import math
@@ -27,7 +26,7 @@ import numpy as np
 import soundfile as sf
 import soxr
 from conftest import CORPUS, MODEL
-from helpers import RATE, script, sound, tar, write
+from helpers import RATE, heard, script, sound, tar, write, write_table
 
 SEED = 7
 
@@ -80,26 +79,14 @@ ACCENTS = [
 ]
 US_ENGLISH = [Accent("american", "US", "en-us", (), {"train": (26, 2400), "dev": (2, 24), "test": (4, 60)})]
 VARIANTS = [("Male", f"m{number}") for number in range(1, 9)] + [("Female", f"f{number}") for number in range(1, 6)]
+# Ogg Vorbis at its lowest quality: small, and the headers that clips share compress away in the archive.
+VORBIS = dict(format="OGG", subtype="VORBIS", compression_level=1.0)
 MILD_SHARE = 0.3  # of the speakers: their accent is slight, that of espeak's Caribbean English
 AGES = ["<18yrs", "19-25", "26-40", "41-55", "56yrs", ""]
 
 
 def digest(*parts):
     return hashlib.md5("/".join(map(str, parts)).encode()).hexdigest()
-
-
-def make_speakers(accent, split, rng, variants):
-    """Each speaker of an accent in a split: columns of the CSV, and a way of speaking from the end of `variants`."""
-    for number in range(accent.sizes[split][0]):
-        gender, variant = variants.pop()
-        voice = "en-029" if accent.voice != "en-us" and rng.random() < MILD_SHARE else accent.voice
-        columns = dict(accent=accent.name, country=accent.country, gender=gender, age_group=rng.choice(AGES))
-        yield columns | dict(
-            user_ids=digest("speaker", accent.name, split, number),
-            espeak=f"-v {voice}+{variant} -p {rng.randint(25, 75)} -s {rng.randint(130, 175)}".split(),
-            habits=None if voice.startswith("en") else accent.habits,
-            says_marks=number % 3 == 1,  # aloud: "comma" and "full stop" or "period"
-        )
 
 
 def make_sentence(domain, rng):
@@ -118,10 +105,20 @@ def make_clips(accents, rng):
     for accent in accents:
         # No two speakers share a voice variant while there are enough.
         variants = sum((rng.sample(VARIANTS, len(VARIANTS)) for _ in range(3)), [])
-        for split, (_, count) in accent.sizes.items():
-            speakers = list(make_speakers(accent, split, rng, variants))
+        for split, (people, count) in accent.sizes.items():
+            speakers = []
+            for number in range(people):
+                gender, variant = variants.pop()
+                voice = "en-029" if accent.voice != "en-us" and rng.random() < MILD_SHARE else accent.voice
+                speakers.append(dict(
+                    accent=accent.name, country=accent.country, gender=gender, age_group=rng.choice(AGES),
+                    user_ids=digest("speaker", accent.name, split, number),
+                    espeak=f"-v {voice}+{variant} -p {rng.randint(25, 75)} -s {rng.randint(130, 175)}".split(),
+                    habits=None if voice.startswith("en") else accent.habits,
+                    says_marks=number % 3 == 1,  # aloud: "comma" and "full stop" or "period"
+                ))  # fmt: skip
             for number in range(count):
-                turn, speaker = divmod(number, len(speakers))
+                turn, speaker = divmod(number, people)
                 clip = SimpleNamespace(split=split, domain=rng.choice(list(TEMPLATES)), **speakers[speaker])
                 clip.session = str(uuid.UUID(digest("session", accent.name, split, speaker, turn % 2)))
                 clip.file = digest(accent.name, split, number)
@@ -150,16 +147,11 @@ def synthesise(words, clip):
     return soxr.resample(samples, rate, RATE).astype(np.float32)
 
 
-def encode(samples):
-    """Ogg Vorbis at its lowest quality: small, and the headers that clips share compress away in the archive."""
-    return sound(samples, format="OGG", subtype="VORBIS", compression_level=1.0)
-
-
 def record(clips, full_stop):
     """Let every clip be spoken; returns them."""
     for clip in clips:
         samples = synthesise(spoken_words(clip, full_stop), clip)
-        clip.audio, clip.duration = encode(samples), len(samples) / RATE
+        clip.audio, clip.duration = sound(samples, **VORBIS), len(samples) / RATE
     return clips
 
 
@@ -205,10 +197,10 @@ def dirty_audio(clips):
     """Faults of single clips: unreadable, too short, too long, without a transcript, without audio, listed twice."""
     train = [clip for clip in clips if clip.split == "train" and clip.accent == "swahili"]
     train[5].audio = b"OggS" + bytes(range(256)) * 4
-    train[11].audio, train[11].duration = encode(synthesise("e", train[11])[2400:3200]), 0.05
+    train[11].audio, train[11].duration = sound(synthesise("e", train[11])[2400:3200], **VORBIS), 0.05
     train[17].transcript = "\n"
-    samples, _ = sf.read(io.BytesIO(train[23].audio))
-    train[23].audio, train[23].duration = encode(np.pad(samples, (0, 31 * RATE - len(samples)))), 31.0
+    samples = heard(train[23].audio)
+    train[23].audio, train[23].duration = sound(np.pad(samples, (0, 31 * RATE - len(samples))), **VORBIS), 31.0
     test = [clip for clip in clips if clip.split == "test"]
     test[9].audio = None
     clips.append(test[12])
@@ -216,19 +208,16 @@ def dirty_audio(clips):
 
 COLUMNS = (
     "idx user_ids accent age_group country transcript nchars audio_ids audio_paths duration origin domain split gender"
-).split()
+)
 
 
-def write_csv(path, clips, path_column="audio_paths"):
-    """One transcript file; `idx` starts anew in each, so it is not unique in the corpus."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writerow(dict(zip(COLUMNS, COLUMNS)) | {"audio_paths": path_column})
-        for idx, clip in enumerate(clips):
-            name, row = f"{clip.session}/{clip.file}", dict(idx=idx, nchars=len(clip.transcript), origin="intron")
-            row |= dict(audio_ids=name, audio_paths=f"/AfriSpeech-100/{clip.split}/{name}.ogg")
-            writer.writerow(vars(clip) | row | {"duration": round(clip.duration, 3)})
+def csv_rows(clips, path_column="audio_paths"):
+    """The rows of a transcript file; `idx` starts anew in each, so it is not unique in the corpus."""
+    for idx, clip in enumerate(clips):
+        name, duration = f"{clip.session}/{clip.file}", round(clip.duration, 3)
+        row = dict(idx=idx, nchars=len(clip.transcript), audio_ids=name, origin="intron", duration=duration)
+        row |= {path_column: f"/AfriSpeech-100/{clip.split}/{name}.ogg"}
+        yield {column: (vars(clip) | row)[column] for column in COLUMNS.replace("audio_paths", path_column).split()}
 
 
 def write_hub(out, clips):
@@ -236,14 +225,14 @@ def write_hub(out, clips):
     shutil.rmtree(out, ignore_errors=True)
     for split in dict.fromkeys(clip.split for clip in clips):
         of_split = [clip for clip in clips if clip.split == split]
-        write_csv(out / "transcripts" / f"{split}.csv", of_split)
+        write_table(out / "transcripts" / f"{split}.csv", csv_rows(of_split), "\n")
         for accent in dict.fromkeys(clip.accent for clip in of_split):
             chosen = [clip for clip in of_split if clip.accent == accent]
             slug = re.sub(r"\W+", "-", accent).strip("-")
             # Like some of the Hub's train files, one has two archives and one names a column otherwise.
             count = 2 if (split, accent) == ("train", "yoruba") else 1
             path_column = "audio_path" if (split, accent) == ("train", "igbo") else "audio_paths"
-            write_csv(out / "transcripts" / slug / f"{split}.csv", chosen, path_column)
+            write_table(out / "transcripts" / slug / f"{split}.csv", csv_rows(chosen, path_column), "\n")
             with_audio = list({(clip.session, clip.file): clip for clip in chosen if clip.audio}.values())
             size = -(-len(with_audio) // count)
             for number in range(count):
@@ -284,15 +273,15 @@ def make_us_test(out):
     clips = record([clip for clip in clips if clip.split == "test"], "period")
     assert not trained_on & {tuple(clip.espeak) for clip in clips}  # voice variant, pitch and rate: a speaker
     shutil.rmtree(out, ignore_errors=True)
-    (out / "test").mkdir(parents=True)
-    with (out / "test" / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow("file_name text speaker_id accent gender domain".split())
-        for number, clip in enumerate(clips):
-            name = f"{number:02d}.flac"
-            writer.writerow([name, clip.transcript, clip.user_ids, clip.accent, clip.gender, clip.domain])
-            samples, _ = sf.read(io.BytesIO(clip.audio))
-            sf.write(out / "test" / name, np.round(samples * 2**8) / 2**8, RATE, "PCM_16", compression_level=1.0)
+    rows = [
+        {"file_name": f"{number:02d}.flac", "text": clip.transcript, "speaker_id": clip.user_ids,
+         "accent": clip.accent, "gender": clip.gender, "domain": clip.domain}
+        for number, clip in enumerate(clips)
+    ]  # fmt: skip
+    write_table(out / "test/metadata.csv", rows, "\n")
+    for row, clip in zip(rows, clips):
+        samples = np.round(heard(clip.audio) * 2**8) / 2**8
+        write(out / "test" / row["file_name"], sound(samples, format="FLAC", compression_level=1.0))
 
 
 SPECIALS = ["<epsilon>", "<s>", "</s>", "<unk>"]
@@ -304,9 +293,11 @@ PRETRAINING = """--learning_rate 2e-3 --per_device_train_batch_size 16 --gradien
 """
 
 
-def make_processor():
-    """MedASR's kind of processor: pieces for the grammar's words, single digits and characters for all the rest."""
-    from transformers import LasrFeatureExtractor, LasrProcessor, LasrTokenizer
+def make_model(out):
+    """Pre-train a LASR with random weights, 1/140 of MedASR's size, with the script itself in a temporary folder. Its
+    processor is of MedASR's kind: pieces for the grammar's words, single digits and characters for all the rest."""
+    import torch
+    import transformers as library
 
     rng = random.Random(SEED)
     sentences = " ".join(make_sentence(domain, rng) for domain in list(TEMPLATES) * 2000)
@@ -314,42 +305,28 @@ def make_processor():
     pieces = {"▁": -2.0} | dict.fromkeys(TOKENS, -4.0) | dict.fromkeys(CHARACTERS, -10.0)
     pieces |= {f"▁{word}": round(math.log(count / counts.total()), 3) for word, count in counts.most_common()}
     vocab = [(piece, 0.0) for piece in SPECIALS] + list(pieces.items())
-    tokenizer = LasrTokenizer(vocab=vocab, bos_token="<s>", pad_token="<epsilon>", extra_ids=EXTRA_IDS)
-    return LasrProcessor(LasrFeatureExtractor(), tokenizer)
-
-
-def make_initial_model(vocab_size):
-    """A LASR with random weights, 1/140 of MedASR's size."""
-    import torch
-    from transformers import LasrCTCConfig, LasrForCTC
+    tokenizer = library.LasrTokenizer(vocab=vocab, bos_token="<s>", pad_token="<epsilon>", extra_ids=EXTRA_IDS)
 
     torch.manual_seed(SEED)
     encoder = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256)
     # One of four layers is too much to lose; with MedASR's momentum of 0.01 a short run scores as if untrained.
     encoder |= dict(conv_kernel_size=9, subsampling_conv_channels=64, layerdrop=0.0, batch_norm_momentum=0.1)
-    return LasrForCTC(LasrCTCConfig(vocab_size=vocab_size, encoder_config=encoder))
-
-
-def make_model(out):
-    """Pre-train the small model with the script itself, in a temporary folder."""
-    from transformers import AutoModelForCTC, AutoProcessor
-
+    config = library.LasrCTCConfig(vocab_size=len(tokenizer) - EXTRA_IDS, encoder_config=encoder)
     # MedASR was trained on labels that end in `</s>`; the script's own fine-tuning leaves it out.
-    encode, end = script.LabelEncoder.__call__, make_processor().tokenizer.eos_token_id
+    encode, end = script.LabelEncoder.__call__, tokenizer.eos_token_id
     script.LabelEncoder.__call__ = lambda self, texts: [[*ids, end] for ids in encode(self, texts)]
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        write_hub(work / "corpus", record(make_us_clips(), "period"))
-        processor = make_processor()
-        processor.save_pretrained(work / "initial")
-        make_initial_model(len(processor.tokenizer) - EXTRA_IDS).save_pretrained(work / "initial")
-        paths = {"model": "initial", "dataset": "corpus", "output_dir": "run", "data_dir": "audio"}
-        flags = [word for flag, name in paths.items() for word in (f"--{flag}", str(work / name))]
-        if status := script.main(flags + PRETRAINING.split()):
+        library.LasrProcessor(library.LasrFeatureExtractor(), tokenizer).save_pretrained(f"{folder}/initial")
+        library.LasrForCTC(config).save_pretrained(f"{folder}/initial")
+        write_hub(Path(folder, "corpus"), record(make_us_clips(), "period"))
+        paths = (
+            f"--model {folder}/initial --dataset {folder}/corpus --output_dir {folder}/run --data_dir {folder}/audio"
+        )
+        if status := script.main([*paths.split(), *PRETRAINING.split()]):
             raise SystemExit(status)
         shutil.rmtree(out, ignore_errors=True)
-        AutoProcessor.from_pretrained(work / "run/final").save_pretrained(out)
-        AutoModelForCTC.from_pretrained(work / "run/final").save_pretrained(out)
+        for kind in (library.AutoProcessor, library.AutoModelForCTC):
+            kind.from_pretrained(f"{folder}/run/final").save_pretrained(out)
 
 
 if __name__ == "__main__":

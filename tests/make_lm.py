@@ -4,21 +4,15 @@
 
 Interpolated Kneser-Ney (Chen & Goodman 1999) as back-off weights in ARPA's format."""
 
-import csv
 import math
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-FIXTURES = Path(__file__).resolve().parent / "fixtures"
-sys.path.insert(0, str(FIXTURES.parents[1]))
+from conftest import corpus_rows
+from small_model import label_encoder, processor
+
 DISCOUNT = 0.75
-
-
-def training_texts():
-    for path in sorted(FIXTURES.glob("corpus/transcripts/*/train.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            yield from (row["transcript"] for row in csv.DictReader(file) if (row.get("transcript") or "").strip())
 
 
 def count_ngrams(sentences, order):
@@ -74,15 +68,11 @@ def write_arpa(path, probabilities, back_off):
 
 def make_lm(path, order=4, spell=str):
     """Write the n-gram of the small model's tokens, each as `spell(piece)` in the file."""
-    from transformers import AutoConfig, AutoProcessor
-
-    from finetune_medasr import LabelEncoder
-
-    tokenizer = AutoProcessor.from_pretrained(FIXTURES / "model").tokenizer
-    size = AutoConfig.from_pretrained(FIXTURES / "model").vocab_size
-    pieces = [spell(piece) for piece in tokenizer.convert_ids_to_tokens(range(size))]
+    tokenizer, encoder = processor().tokenizer, label_encoder()
+    pieces = [spell(piece) for piece in tokenizer.convert_ids_to_tokens(range(encoder.vocab_size))]
     special = set(map(spell, tokenizer.all_special_tokens))
-    sentences = [[pieces[id] for id in ids] for ids in LabelEncoder(tokenizer, size, "as_written")([*training_texts()])]
+    texts = [text for row in corpus_rows("train").values() if (text := row["transcript"]).strip()]
+    sentences = [[pieces[id] for id in ids] for ids in encoder(texts)]
     write_arpa(path, *estimate(sentences, [piece for piece in pieces if piece not in special], order))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import MODEL
-from helpers import RATE, TEXT, heard, rows_in, run_main, skipped, sound, write, write_table
+from helpers import RATE, TEXT, heard, one_table, rows_in, run_main, skipped, sound, write
 from hypothesis import given, settings, strategies
 
 import finetune_medasr as script
@@ -53,10 +53,8 @@ def encoded(kind, codec, channels):
 
 def prepared(folder, files):
     """{name: (samples, problem)} of files in a folder of recordings after --prepare_only, and what the program said."""
-    for name, content in files.items():
-        write(folder / "corpus" / name, content)
     rows = [{"file_name": name, "text": TEXT, "speaker": number} for number, name in enumerate(files)]
-    write_table(folder / "corpus/metadata.csv", rows)
+    one_table(folder / "corpus", rows, files)
     done = run_main(folder, *"--prepare_only --dataset corpus --num_proc 2 --data_dir data --output_dir out".split())
     rows = rows_in(folder / "data")
     return {row["clip"]: (heard(row["audio"]) if row["audio"] else (), row["problem"]) for row in rows}, done
@@ -149,7 +147,9 @@ def test_blocks_and_windows_of_any_size_are_the_whole(rate, frames, block, cuts,
     mono = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)[0].mean(axis=1)
     expected = librosa.resample(mono, orig_sr=rate, target_sr=RATE) if rate != RATE else mono
     with mock.patch.object(script, "BLOCK_SAMPLES", block):
-        np.testing.assert_allclose(script.decode_audio(data), expected, atol=1e-6)
+        found = script.decode_audio(data)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert found.dtype == np.float32
     ends = sorted({0, len(expected), *(cut for cut in cuts if cut < len(expected))})
     windows = script.Windows([{"audio": data}])
     spans = [script.Span(0, start, stop, 0, 0, False) for start, stop in zip(ends, ends[1:])]

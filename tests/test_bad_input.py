@@ -1,6 +1,5 @@
 """Bad input of each kind through the command line: exit status, message, and what is used of it all the same."""
 
-import os
 import re
 import shutil
 import struct
@@ -16,13 +15,14 @@ import pyarrow.parquet
 import pytest
 from conftest import CORPUS, MODEL, load_json, refused, scored_clips, succeeded
 from helpers import GOOD, TEXT, modified, rows_in, run_main, skipped, sound, tar, write
+from safetensors.torch import load, save
 
 BOUNDS = """max_train_samples=-3 max_eval_samples=0 max_train_seconds=nan num_proc=0 learning_rate=0 learning_rate=inf
     learning_rate=-1e-05 num_train_epochs=0 max_steps=0 max_steps=-7 warmup_steps=nan weight_decay=nan max_grad_norm=inf
     per_device_train_batch_size=0 gradient_accumulation_steps=0 eval_steps=0 save_total_limit=-1 window_seconds=1
     early_stopping_patience=-1 dataloader_num_workers=-1 seed=-1 seed=4294967296 metric_for_best_model=foo
     remove_unused_columns=True label_smoothing_factor=0.1
-    auto_find_batch_size=True dataloader_drop_last=True dataloader_persistent_workers=True""".split()
+    auto_find_batch_size=True dataloader_drop_last=True""".split()
 SMALL, ALSO = f"--model {MODEL} --dataset {CORPUS}", f"--model {MODEL} --dataset {CORPUS} --accents zulu --also_score"
 FLAGS = [  # (flags, what the message says)
     *((f"--{bound}", f"--{bound.replace('=', ' is ')}") for bound in BOUNDS),
@@ -344,70 +344,56 @@ def test_a_source_that_cannot_be_used_is_refused(tmp_path, name):
     refused(run_main(tmp_path, *mode, *folders, MODEL), status, message)
 
 
-def change(name, old, new):
-    """A function that changes a part of a file of a model."""
-    return lambda folder: write(folder / name, (folder / name).read_text().replace(old, new))
+def edit(old, new):
+    return lambda content: content.replace(old.encode(), new.encode())
 
 
 def edit_weights(change):
-    """A function that puts {new name: new value} of change(name, value) in place of each weight of a model."""
+    """A function that puts {new name: new value} of change(name, value) in place of each weight."""
 
-    def edit(folder):
-        from safetensors.torch import load_file, save_file
+    def edited(content):
+        weights = [change(name, value) for name, value in load(content).items()]
+        return save({name: value for part in weights for name, value in part.items()}, {"format": "pt"})
 
-        weights = [change(name, value) for name, value in load_file(folder / "model.safetensors").items()]
-        weights = {name: value for part in weights for name, value in part.items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return edit
+    return edited
 
 
-def remove(*names):
-    return lambda folder: [(folder / name).unlink() for name in names]
-
-
-def replace(name, content):
-    return lambda folder: write(folder / name, content)
-
-
-PROCESSOR = "processor_config.json"
-MODELS = {  # kind: (what is done to a copy of the small model, what the message says)
-    "no config": (remove("config.json"), "config.json"),
-    "no weights": (remove("model.safetensors"), "safetensors"),
-    "no processor": (remove("processor_config.json"), "processor"),
-    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
-    "broken tokenizer": (replace("tokenizer.json", "{}"), "cannot be loaded"),
-    "cut weights": (lambda folder: os.truncate(folder / "model.safetensors", 99_999), "cannot be loaded"),
-    "another class": (replace("config.json", '{"model_type": "wav2vec2"}'), "wav2vec2.*lasr_ctc"),
-    "another size": (change("config.json", '"hidden_size": 96', '"hidden_size": 192'), "lacks weights"),
-    "another vocabulary": (change("config.json", '"vocab_size": 172', '"vocab_size": 179'), "lacks weights.*ctc_head"),
-    "weights missing": (edit_weights(lambda name, value: {} if "head" in name else {name: value}), "lacks .*head"),
-    "other names": (edit_weights(lambda name, value: {f"x.{name}": value}), "lacks weights"),
-    "NaN": (edit_weights(lambda name, value: {name: value * float("nan")}), "not finite"),
-    "8 kHz": (change(PROCESSOR, "16000", "8000"), "8,?000 Hz"),
-    "64 mel bins": (change(PROCESSOR, '"feature_size": 128', '"feature_size": 64'), "processor|features|mel"),
-    "another extractor": (change(PROCESSOR, "LasrFeature", "ParakeetFeature"), "cannot be loaded"),
+CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "processor_config.json"
+MODELS = {  # kind: (files of a copy of the small model, their content made of what it was or None, what is said)
+    "no config": (CONFIG, None, "config.json"),
+    "no weights": (WEIGHTS, None, "safetensors"),
+    "no processor": (PROCESSOR, None, "processor"),
+    "no tokenizer": ("tokenizer.json tokenizer_config.json", None, "tokenizer"),
+    "broken tokenizer": ("tokenizer.json", lambda _: b"{}", "cannot be loaded"),
+    "cut weights": (WEIGHTS, lambda content: content[:99_999], "cannot be loaded"),
+    "another class": (CONFIG, lambda _: b'{"model_type": "wav2vec2"}', "wav2vec2.*lasr_ctc"),
+    "another size": (CONFIG, edit('"hidden_size": 96', '"hidden_size": 192'), "lacks weights"),
+    "another vocabulary": (CONFIG, edit('"vocab_size": 172', '"vocab_size": 179'), "lacks weights.*ctc_head"),
+    "weights missing": (WEIGHTS, edit_weights(lambda name, one: {} if "head" in name else {name: one}), "lacks .*head"),
+    "other names": (WEIGHTS, edit_weights(lambda name, one: {f"x.{name}": one}), "lacks weights"),
+    "NaN": (WEIGHTS, edit_weights(lambda name, one: {name: one * float("nan")}), "not finite"),
+    "8 kHz": (PROCESSOR, edit("16000", "8000"), "8,?000 Hz"),
+    "64 mel bins": (PROCESSOR, edit('"feature_size": 128', '"feature_size": 64'), "processor|features|mel"),
+    "another extractor": (PROCESSOR, edit("LasrFeature", "ParakeetFeature"), "cannot be loaded"),
 }
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_model_that_cannot_be_used_is_refused(tmp_path, kind):
-    spoil, message = MODELS[kind]
+    names, spoil, message = MODELS[kind]
     shutil.copytree(MODEL, tmp_path / "model")
-    spoil(tmp_path / "model")
+    for path in (tmp_path / "model" / name for name in names.split()):
+        path.write_bytes(spoil(path.read_bytes())) if spoil else path.unlink()
     write(tmp_path / "visit.wav", GOOD)
     refused(run_main(tmp_path, "--transcribe", "visit.wav", "--model", "./model"), 1, f"model \\./model .*{message}")
 
 
-TRAINING_FLAGS = [
+@pytest.mark.parametrize("flags, message", [
     ("--optim adamw_bnb_8bit", "bitsandbytes"),
     ("--lr_scheduler_kwargs foo", "."),
     ("--adam_beta1 2", "Invalid beta"),
     ("--neftune_noise_alpha 5", "get_input_embeddings"),
-]
-
-
-@pytest.mark.parametrize("flags, message", TRAINING_FLAGS)
+])  # fmt: skip
 def test_what_the_trainer_alone_can_judge_is_a_usage_error(demo, tmp_path, flags, message):
     done = run_main(tmp_path, *kills.flags(demo.audio, "out", "--skip_baseline", *flags.split()))
     refused(done, 2, message)
@@ -434,10 +420,8 @@ def test_audio_inside_the_output_folder_survives_a_new_start(demo, tmp_path):
 
 # Root without its capabilities is refused what others are.
 POWERLESS = """
-import ctypes, struct, sys
-import finetune_medasr
-ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-sys.exit(finetune_medasr.main(sys.argv[1:]))"""
+import ctypes, struct
+ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))"""
 CLOSED = {  # what is closed: (its mode, flags, exit status, what the message says)
     "shut": (0o555, "--output_dir shut/out", 2, "--output_dir is .*shut is no folder that can be written"),
     "shut/": (0o555, "--data_dir shut/audio", 2, "--data_dir is .*shut is no folder that can be written"),
@@ -455,10 +439,10 @@ def test_what_may_not_be_opened_is_named(tmp_path, warm, name):
     mode, flags, status, message = CLOSED[name]
     add_accent(tmp_path / "corpus", "x", tar(two("x")), rows_of("x"))
     shutil.copytree(MODEL, tmp_path / "model")
-    files = {"scores.jsonl": ROW, "run.yaml": "seed: 7", "visit.wav": GOOD, "shut/x": "", "program.py": POWERLESS}
+    files = {"scores.jsonl": ROW, "run.yaml": "seed: 7", "visit.wav": GOOD, "shut/x": ""}
     for file, content in files.items():
         write(tmp_path / file, content)
     (tmp_path / name).chmod(mode)
-    done = warm.run(*flags.split(), "--use_cpu", "true", program=tmp_path / "program.py", cwd=tmp_path)
+    done = warm.run(*flags.split(), "--use_cpu", "true", patch=POWERLESS, cwd=tmp_path)
     (tmp_path / name).chmod(0o755)
     refused(done, status, message)

@@ -5,21 +5,20 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
 import kills
 import pytest
+import warm as starts
 from conftest import IN_TWO, MODEL, load_json, refused, run_script, succeeded, tensorboard
 from helpers import modified, run_main
 
 pytestmark = pytest.mark.slow
-# Runs the program; at the nth call of a function it does what $MOMENT says.
+# At the nth call of a function of the program it does what $MOMENT says.
 AT_A_MOMENT = """
-import json, os, signal, sys
+import json, signal
 import torch.utils.tensorboard, transformers
-import finetune_medasr as script
 
 (function, count, action), calls = json.loads(os.environ["MOMENT"]), 0
 original, (owner, _, name) = eval(function), function.rpartition(".")
@@ -31,9 +30,7 @@ def counted(*inputs, **options):
         exec(action, globals())
     return original(*inputs, **options)
 
-if __name__ == "__main__":  # not in a process that converts audio
-    setattr(eval(owner), name, counted)
-    sys.exit(script.main(sys.argv[1:]))"""
+setattr(eval(owner), name, counted)"""
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 TERM = "os.kill(os.getpid(), signal.SIGTERM)"
 STEP = "transformers.Trainer.training_step"
@@ -46,7 +43,6 @@ QUICK = ["--skip_baseline", "--max_test_samples", "1"]  # where the texts are of
 def folder(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupted")
     (folder / "audio").symlink_to(demo.audio)
-    (folder / "moment.py").write_text(AT_A_MOMENT)
     return folder
 
 
@@ -57,8 +53,7 @@ def run_at(folder, warm):
 
     def run_at(output, moment=None, *flags, start=warm.run, **env):
         words = kills.flags(folder / "audio", output, *flags)
-        program = {} if moment is None else {"program": folder / "moment.py"}
-        return start(*words, cwd=folder, env={**env, "MOMENT": json.dumps(moment)}, **program)
+        return start(*words, cwd=folder, env={**env, "MOMENT": json.dumps(moment)}, patch=moment and AT_A_MOMENT)
 
     return run_at
 
@@ -121,6 +116,25 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(folder, straigh
             assert "checkpoint-4 is left aside: it was not finished" in run_at(output, [STEP, 1, KILL]).stderr
     assert "as it is on the test split" not in succeeded(run_at(output)).stdout
     assert_same(output, straight)
+
+
+def test_a_killed_run_replays_the_same_clips_and_scores_the_same_models_on_the_way(folder, run_at):
+    """A corpus without a split is one of test clips where it is also scored, and of training clips where replayed."""
+    if not (voices := folder / "voices").exists():
+        shutil.copytree(MODEL.parent / "us_english/test", voices)
+    flags, whole, output = ["--also_score", voices, "--replay", f"{voices}:0.5"], folder / "whole", folder / "replaying"
+    done = succeeded(run_at(whole, None, *flags))
+    assert "3 speakers of voices in training too" in done.stderr
+    metrics, state = load_json(whole / "results/metrics.json"), state_of(whole)
+    assert metrics["data"]["replay"]["clips"] == 16 and state["epoch"] == 1, "8 updates of 4, half of them replayed"
+    assert "50.0 % of the training clips are of voices" in (whole / "final/README.md").read_text()
+    for moment in ((STEP, 6), (DECODE, 5)):  # with a checkpoint amid an epoch; of the first model on the way
+        killed = run_at(output, [*moment, KILL], *flags)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert "checkpoint-8, update 8 of 8" in succeeded(run_at(output, None, *flags)).stdout
+    assert_same(output, whole)
+    assert load_json(output / "results/metrics.json")["path"] == metrics["path"] != []
+    refused(run_at(whole, None, *flags[:-1], voices), 2, "holds a run with --replay .*voices:0.5, not .*voices;")
 
 
 def test_a_signal_ends_the_program_at_once_where_the_same_command_goes_on(folder, straight, run_at):
@@ -279,10 +293,10 @@ def test_two_processes_stopped_and_killed_past_the_first_epoch_end_as_if_they_ha
     straight, output = folder / "two", folder / "two-killed"
     assert [done.returncode for done in run_at(straight, None, *IN_TWO, start=run_two)] == [0, 0]
 
-    def torchrun(*words, program, cwd, env):
-        env = {**kills.ENV, **env, "PYTHONPATH": str(kills.SCRIPT.parent)}
-        launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-        return run_script(*words, cwd=cwd, env=env, script=program, launcher=launcher)
+    def torchrun(*words, patch, cwd, env):
+        env = {**kills.ENV, **env, "PYTHONPATH": str(kills.SCRIPT.parent), "PATCH": patch}
+        launcher = f"torch.distributed.run --standalone --nproc_per_node 2 {starts.__file__}".split()
+        return run_script(*launcher, *words, script="-m", cwd=cwd, env=env)
 
     stop = f'if os.environ["RANK"] == "0": {TERM}; os.kill(os.getppid(), signal.SIGTERM)'
     fresh = ["--data_dir", folder / "prepared-by-two"]

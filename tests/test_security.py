@@ -1,5 +1,6 @@
 """What others give to the program (models, checkpoints, texts), and tokens that nobody else may read."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -96,11 +97,11 @@ def test_a_token_of_the_command_line_is_used_and_not_written_anywhere(tmp_path, 
     assert "--hub" in load_json(tmp_path / "out/results/metrics.json")["config"]["command"]
 
 
+@dataclasses.dataclass
 class Bomb:
     """Pickled, a file that appears when somebody loads it."""
 
-    def __init__(self, path):
-        self.path = path
+    path: Path
 
     def __reduce__(self):
         return Path.touch, (self.path,)

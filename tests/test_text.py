@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis.strategies import sampled_from, text
 from small_model import label_encoder, processor
+from transformers import LasrTokenizer
 
 from finetune_medasr import RATES, LabelEncoder, normalize_paper, normalize_wer
 
@@ -68,8 +69,6 @@ def test_dropped_characters_are_counted_and_invisible_ones_are_not():
 
 
 def test_what_a_tokenizer_covers_decides_what_is_folded():
-    from transformers import LasrTokenizer
-
     pieces = ["<epsilon>", "<s>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz(é"]
     vocabulary = [(piece, -2.0) for piece in pieces]
     tokenizer = LasrTokenizer(vocab=vocabulary, bos_token="<s>", pad_token="<epsilon>", extra_ids=0)
@@ -107,11 +106,6 @@ NORMAL = {
     "Ọlọ́run café cafe\u0301 ɔkyɛ": "olorun cafe cafe okye",
     "ﬁnding m² soft\u00adhyphen zero\u200bwidth": "finding m2 softhyphen zerowidth",
 }
-
-
-@pytest.mark.parametrize("text", NORMAL)
-def test_normalize_wer_leaves_lower_case_words(text):
-    assert normalize_wer(text) == NORMAL[text]
 
 
 def check_normalised(text):
@@ -168,6 +162,6 @@ PAPER = {
 }
 
 
-@pytest.mark.parametrize("text", PAPER)
-def test_normalize_paper_follows_the_authors_steps_in_their_order(text):
-    assert normalize_paper(text) == PAPER[text]
+@pytest.mark.parametrize("normalize, expected", [(normalize_wer, NORMAL), (normalize_paper, PAPER)])
+def test_texts_are_normalised_as_words_and_in_the_steps_of_the_authors(normalize, expected):
+    assert {text: normalize(text) for text in expected} == expected

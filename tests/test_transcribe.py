@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import CORPUS, MODEL, SCRIPT, corpus_audio, refused, succeeded
-from helpers import RATE, noise, read_csv, run_main, sound
+from conftest import MODEL, SCRIPT, corpus_audio, refused, succeeded
+from helpers import RATE, noise, run_main, sound
 from helpers import write as write_file
 from small_model import frames_of, label_encoder
 
@@ -63,35 +63,32 @@ def test_standard_input_is_read_and_the_pipe_stays_clean(demo, spoken, tmp_path)
     assert done.stdout == "" and refused(done, 1, "- cannot be read as audio")
 
 
-def test_broken_files_are_named_and_the_others_are_done_to_their_ends(demo, spoken, tmp_path):
+def test_each_recording_gets_one_line_and_broken_ones_are_named(demo, spoken, tmp_path):
+    """All are done to their ends, and a line is what every terminal can show."""
     content, whole = sound(spoken[0][0]), sound(noise(180), format="FLAC")
     at = content.index(b"data") + 4
-    lying = content[:at] + struct.pack("<I", len(content) * 10) + content[at + 4 :]
-    files = {"first.wav": content, "broken.wav": b"RIFF, but nothing else", "empty.wav": b"", "lying.wav": lying,
-             "cut.flac": whole[: len(whole) // 2]}  # fmt: skip
+    files = {
+        "two\nlines and a\ttab.wav": content,
+        "two  spaces é.wav": sound(spoken[1][0]),
+        "broken\n.wav": b"RIFF, but nothing else",
+        "empty.wav": b"",
+        "lying.wav": content[:at] + struct.pack("<I", len(content) * 10) + content[at + 4 :],
+        "cut.flac": whole[: len(whole) // 2],
+    }
     for name, data in files.items():
         write_file(tmp_path / name, data)
-    done = run_main(tmp_path, "--transcribe", *files, "--model", demo.final)
+    flags, odd = ["--model", demo.final], list(files)[:3]
+    done = run_main(tmp_path, "--transcribe", *files, *flags)
     *good, long = done.stdout.splitlines()
-    assert done.returncode == 1 and good == [f"{name}.wav\t{spoken[0][1]}" for name in ("first", "lying")]
+    texts = {"two lines and a tab.wav": spoken[0][1], odd[1]: spoken[1][1], "lying.wav": spoken[0][1]}
+    assert done.returncode == 1 and good == [f"{name}\t{text}" for name, text in texts.items()]
     assert long.startswith("cut.flac\t") and len(long.split()) > 50
-    assert re.findall(r"error: (\w+.wav) cannot be read", done.stderr) == ["broken.wav", "empty.wav"]
+    assert re.findall(r"error: (\w+ ?.wav) cannot be read as audio", done.stderr) == ["broken .wav", "empty.wav"]
     assert re.search(r"cut.flac: it ends after [\d.]+ s, [\d.]+ s before what its header says", done.stderr)
     assert {path.name for path in tmp_path.iterdir()} == set(files)
-
-
-def test_each_recording_gets_one_line_of_what_every_terminal_can_show(demo, spoken, tmp_path):
-    names = ["two\nlines and a\ttab.wav", "two  spaces é.wav", "broken\n.wav"]
-    for name, (samples, _) in zip(names[:2], spoken):
-        write(tmp_path / name, samples)
-    (tmp_path / names[2]).write_text("no audio")
-    done = run_main(tmp_path, "--transcribe", *names, "--model", demo.final)
-    lines = [f"{name}\t{text}" for name, (_, text) in zip(("two lines and a tab.wav", names[1]), spoken)]
-    assert done.returncode == 1 and done.stdout.splitlines() == lines
-    assert "error: broken .wav cannot be read as audio" in done.stderr
     assert refused(run_main(tmp_path, "--transcribe", "a\nb.wav"), 2, "--transcribe is a b.wav")
-    done = run_main(tmp_path, "--transcribe", *names, "--model", demo.final, "--transcript_format", "json")
-    assert [json.loads(line)["file"] for line in done.stdout.splitlines()] == names[:2] and done.stdout.isascii()
+    done = run_main(tmp_path, "--transcribe", *odd, *flags, "--transcript_format", "json")
+    assert [json.loads(line)["file"] for line in done.stdout.splitlines()] == odd[:2] and done.stdout.isascii()
 
 
 def test_each_recording_gets_a_file_of_its_own_which_is_never_overwritten(demo, spoken, tmp_path, monkeypatch):
@@ -231,15 +228,3 @@ def test_dictated_punctuation_is_written_as_such_where_asked_for(say):
     assert [segment["text"] for segment in content["segments"]] == ["No fever.", "Rest"], "line breaks part subtitles"
     assert "No fever.\n\n2\n" in say(said, "--transcript_format", "srt", "--format_dictation")
     assert "No fever {period}" in say(said, "--transcript_format", "srt")
-
-
-def test_the_model_knows_the_us_english_voices():
-    """It was pre-trained on others of their kind: what it forgets shows against a low WER."""
-    folder = CORPUS.parent / "us_english/test"
-    clips = read_csv(folder / "metadata.csv")
-    names, references = ([clip[column] for clip in clips] for column in ("file_name", "text"))
-    done = succeeded(run_main(folder, "--transcribe", *names, "--model", MODEL))
-    texts = dict(line.split("\t") for line in done.stdout.splitlines())
-    assert len(names) == 60 and len({clip["speaker_id"] for clip in clips}) == 4
-    written = [script.normalize_wer(texts[name]) for name in names]
-    assert jiwer.wer(list(map(script.normalize_wer, references)), written) < 0.03

@@ -84,12 +84,12 @@ class WarmStarts:
         self.channel.close()
         self.process.wait(60)
 
-    def start(self, *arguments, program=SCRIPT, cwd=".", env=()):
-        """The process id of `python PROGRAM ARGUMENTS`, which is its group's too."""
-        self.command = list(map(str, [program, *arguments]))
+    def start(self, *arguments, program=SCRIPT, patch="", cwd=".", env=()):
+        """The process id of `python PROGRAM ARGUMENTS`, which is its group's too; the program is changed by `patch`."""
+        self.command = list(map(str, [__file__ if patch else program, *arguments]))
         pipes = [open_pipe() for _ in ("stdout", "stderr")]
         self.outputs, inputs = zip(*pipes)
-        variables = {name: str(value) for name, value in dict(env).items()}
+        variables = {name: str(value) for name, value in {**dict(env), "PATCH": patch}.items()}
         message = json.dumps([os.path.abspath(cwd), variables, *self.command])
         socket.send_fds(self.channel, [message.encode()], inputs)
         for end in inputs:
@@ -118,3 +118,12 @@ def run_ranks(starts, *arguments, **options):
                  "MASTER_PORT": port}  # fmt: skip
         start.start(*arguments, **options, env=place | env, cwd=folder.replace("{rank}", str(rank)))
     return [start.wait() for start in starts]
+
+
+if (
+    __name__ == "__main__"
+):  # the program, which the Python in $PATCH changes; workers that convert audio stay as they are
+    import finetune_medasr as script
+
+    exec(os.environ["PATCH"])
+    sys.exit(script.main(sys.argv[1:]))
