@@ -623,10 +623,13 @@ def load_model(settings):
         model, loading = transformers.AutoModelForCTC.from_pretrained(place, **options, **weights)
         silence = CTCCollator(extractor)([{"samples": np.zeros(SAMPLE_RATE, np.float32)}])
         model.eval()(**model_inputs(silence, extractor, "cpu"))  # shows what does not fit together
+        labels = LabelEncoder(processor.tokenizer, model.config.vocab_size, "as_written")(["patient PATIENT"])[0]
     if unfit := [key for key, *_ in loading["mismatched_keys"]] + sorted(loading["missing_keys"]):  # filled with noise
         raise RunError(f"{what}: it lacks weights of its config.json, such as {unfit[:1]}")
     if broken := not_finite(model):
         raise RunError(f"{what}: it holds weights that are not finite, in {broken}")
+    if not decode_ids(processor, labels):
+        raise RunError(f"{what}: its tokenizer is not for its vocabulary")
     return processor, model
 
 
