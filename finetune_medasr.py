@@ -1567,8 +1567,8 @@ def logit_count(config, extractor, samples):
 def skip_reasons(config, extractor, encoder, max_train_seconds, table):
     """Why each clip of a table cannot be used, or ""; dev and test clips are never left out for their length."""
 
-    def reason(problem, split, text, samples, room):
-        seconds, labels = samples / SAMPLE_RATE, encoder([text])[0] if split == "train" else []
+    def reason(problem, split, text, samples, room, labels):
+        seconds = samples / SAMPLE_RATE
         needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))  # a blank parts equal ones
         reasons = (
             (problem, problem),
@@ -1581,8 +1581,12 @@ def skip_reasons(config, extractor, encoder, max_train_seconds, table):
         )
         return next((words for words, applies in reasons if applies), "")
 
-    rooms = logit_count(config, extractor, table["num_samples"])
-    return list(map(reason, table["problem"], table["split"], table["text"], table["num_samples"], rooms))
+    names = ["problem", "split", "text", "num_samples"]
+    columns = [*(table[name] for name in names), logit_count(config, extractor, table["num_samples"])]
+    texts = table["text"].where((table["split"] == "train") & (table["problem"] == ""), "").tolist()
+    # A thousand at a time: the tokenizer takes one almost as long.
+    labels = (ids for start in range(0, len(texts), 1000) for ids in encoder(texts[start : start + 1000]))
+    return list(map(reason, *columns, labels))
 
 
 def spec_augment(mels, seed):
@@ -1959,6 +1963,8 @@ def decode_recording(name):
             samples = np.memmap(file, np.float32)
         return {"samples": samples, "num_samples": len(samples)}
     except (ValueError, OSError) as error:
+        if is_full_disk(error):
+            raise
         warn(f"{name} cannot be read as audio: {one_line(error)}", "error")
     finally:
         for note in notes:
@@ -2376,10 +2382,12 @@ by `{PROGRAM}`. The scores below are of its test split{", whose speakers are not
 
 ```python
 import librosa
-from transformers import pipeline
+from transformers import AutoModelForCTC, AutoProcessor
 
-recognise = pipeline("automatic-speech-recognition", model="final")
-print(recognise(librosa.load("visit.wav", sr=16000)[0])["text"])
+processor, model = AutoProcessor.from_pretrained("final"), AutoModelForCTC.from_pretrained("final")
+audio, _ = librosa.load("visit.wav", sr=16000)
+ids = model.generate(**processor(audio, sampling_rate=16000))
+print(processor.batch_decode(ids, skip_special_tokens=True)[0])
 ```
 {decoding}
 The base model's terms (Health AI Developer Foundations) hold for this derivative too, and those of the data:
@@ -2585,12 +2593,12 @@ class CTCTrainer:
             say(f"  checkpoint-{self.state.global_step} written")
             raise Stopped(stopped)
         self.started += time.monotonic() - start
-        self.bar.update(self.state.global_step - self.bar.n)
-        made, left = self.state.global_step - self.first, self.state.max_steps - self.state.global_step
-        hours = left * (time.monotonic() - self.begun) / made / 3600
-        if made == 3 and hours > 1 and self.args.device.type == "cpu":
+        done, left = self.state.global_step - self.first, self.state.max_steps - self.state.global_step
+        hours = left * (time.monotonic() - self.begun) / done / 3600
+        if done == 3 and self.bar.n < self.state.global_step and hours > 1 and self.args.device.type == "cpu":
             shorter = "a GPU, fewer --accents or --max_train_samples make it shorter"
             say(f"  training takes some {hours:,.0f} h more on this machine; {shorter}")
+        self.bar.update(self.state.global_step - self.bar.n)
         self.stop_early()
 
     def _save_rng_state(self, output_dir):
