@@ -2530,7 +2530,7 @@ class CTCTrainer:
     def on_train_begin(self, args, state, control, **kwargs):
         looks = {"desc": "training", "unit": "update", "disable": self.decoder.is_silent}
         self.bar = tqdm.tqdm(total=state.max_steps, initial=state.global_step, **looks)
-        self.begun, self.first = time.monotonic(), state.global_step
+        self.begun = time.monotonic(), state.global_step
         self.skipped = max((entry.get("skipped_updates", 0) for entry in state.log_history), default=0)
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"  # the folder may have been moved
         state.best_model_checkpoint = str(best) if best.exists() else state.best_model_checkpoint
@@ -2593,11 +2593,12 @@ class CTCTrainer:
             say(f"  checkpoint-{self.state.global_step} written")
             raise Stopped(stopped)
         self.started += time.monotonic() - start
-        done, left = self.state.global_step - self.first, self.state.max_steps - self.state.global_step
-        hours = left * (time.monotonic() - self.begun) / done / 3600
-        if done == 3 and self.bar.n < self.state.global_step and hours > 1 and self.args.device.type == "cpu":
-            shorter = "a GPU, fewer --accents or --max_train_samples make it shorter"
-            say(f"  training takes some {hours:,.0f} h more on this machine; {shorter}")
+        if self.begun and self.state.global_step == self.begun[1] + 3:
+            updates, (begun, _), self.begun = self.state.max_steps - self.state.global_step, self.begun, None
+            hours = updates * (time.monotonic() - begun) / 3 / 3600
+            if hours > 1 and self.args.device.type == "cpu":
+                shorter = "a GPU, fewer --accents or --max_train_samples make it shorter"
+                say(f"  training takes some {hours:,.0f} h more on this machine; {shorter}")
         self.bar.update(self.state.global_step - self.bar.n)
         self.stop_early()
 
