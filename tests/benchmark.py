@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -93,23 +94,62 @@ def is_good(name, log):
 
 
 def benchmark_gpu(folder):
+    """Runs of the program on a CUDA GPU: prints a table of what they have shown, returns whether all is well."""
     # float16 is emulated on a CPU and takes minutes an update at full depth; what overflows is in the first layers.
-    gpus, good = torch.cuda.device_count(), True
+    gpus, shown = torch.cuda.device_count(), {}
     full_size_model(folder / "model", layers=17 if gpus else 2)
     flags = f"""--model {folder}/model --dataset {CORPUS} --data_dir {folder}/audio --max_steps 50 --warmup_steps 5
-        --logging_steps 1 --eval_steps 50 --save_steps 50 --save_total_limit 1 --gradient_accumulation_steps 1
-        --per_device_train_batch_size {8 if gpus else 2} --learning_rate 3e-4 --skip_baseline --max_test_samples 8
-        --output_dir""".split()
+        --logging_steps 1 --eval_steps 50 --save_steps 50 --save_total_limit 1 --learning_rate 3e-4 --skip_baseline
+        --max_test_samples 8 --output_dir""".split()
+    eight = ["--per_device_train_batch_size", 8 if gpus else 2, "--gradient_accumulation_steps", 1]
     if not gpus:
         print("no CUDA GPU: the same trainer under float16 autocast on the CPU")
-        return is_good("guarded float16", train_on_cpu([*flags, folder / "out"]))
+        return is_good("guarded float16", train_on_cpu([*flags, folder / "out", *eight]))
     print(gpus, "x", torch.cuda.get_device_name(), torch.__version__)
-    for precision, count in [("fp16", 1), ("bf16", 1)] + [("fp16", 2)] * (gpus > 1):
+
+    def run(output, *more, count=1, **env):
         launcher = f"-m torch.distributed.run --standalone --nproc_per_node {count}".split() if count > 1 else []
-        output = folder / f"{precision}-{count}"
-        subprocess.run([sys.executable, *launcher, SCRIPT, *flags, output, f"--{precision}"], check=True)
-        good &= is_good(f"{precision} on {count}", logged(output))
-    return good
+        command = map(str, [sys.executable, *launcher, SCRIPT, *flags, folder / output, *more])
+        done = subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True)
+        print(done.stdout, file=sys.stderr)
+        return done.returncode == 0, done.stdout
+
+    def trained(output, *more, says="computing on", **options):
+        done, said = run(output, *more, **options)
+        where = re.search("computing on (.*)", said)
+        return done and says in said and is_good(f"{output} on {where[1]}", logged(folder / output))
+
+    shown["float16, with its guards and scaler"] = trained("float16", *eight)
+    shown["bfloat16"] = trained("bfloat16", *eight, "--bf16")
+    shown["going on from a checkpoint"] = trained("float16", *eight, "--max_steps", 60, says="going on from")
+    sizes, a_step = {}, re.compile(r"(\d+) a step x")
+    for memory in (1.0, 0.15):  # shares of the card's
+        limits = {"PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{memory}"}
+        done, said = run(f"auto-{memory}", "--max_steps", 3, "--eval_steps", 3, "--save_steps", 3, **limits)
+        sizes[memory] = done and int(a_step.search(said)[1])
+    shown[f"clips a step in all its memory and in 15 %: {sizes[1.0]} and {sizes[0.15]}"] = sizes[1.0] >= sizes[0.15] > 0
+    scores = []
+    for output, more in (("scored", []), ("scored-cpu", ["--use_cpu", "true"])):
+        run(output, "--eval_only", "--model", MODEL, *more)
+        scores.append(json.loads((folder / output / "results/metrics.json").read_text())["baseline"]["cer"])
+    shown["scores of the small model: CER {:.4f}, on the CPU {:.4f}".format(*scores)] = (
+        abs(scores[0] - scores[1]) < 0.005
+    )
+    done, said = run("text", "--transcribe", next((HERE / "fixtures/us_english/test").glob("*.flac")), "--model", MODEL)
+    shown[f"--transcribe: {said.strip()[:40]}"] = done and bool(said.strip())
+    samples, extractor = 0.1 * torch.randn(2, 10 * RATE), processor().feature_extractor
+    ours, theirs = (
+        script.log_mels(samples.to(device), torch.tensor([10 * RATE] * 2, device=device), extractor)[0].cpu()
+        for device in ("cuda", "cpu")
+    )
+    shown[f"log-mels within {float((ours - theirs).abs().max()):.1g} of the CPU's"] = torch.allclose(
+        ours, theirs, atol=1e-3
+    )
+    if gpus > 1:
+        shown["two GPUs"] = trained("two", *eight, count=2)
+    for name, is_shown in {**shown, **({} if gpus > 1 else {"two GPUs": None})}.items():
+        print(f"{name:<60}", {True: "shown", None: "not run"}.get(is_shown, "FAILED"))
+    return all(shown.values())
 
 
 def speech():
