@@ -94,9 +94,10 @@ def main():
         for target in TARGETS:
             pairs = [[us_wer(paths[name, seed], target) for name in (way, ALONE)] for seed in options.seeds]
             pairs = [pair for pair in pairs if None not in pair]
-            changes = [here - there for here, there in pairs]
             cell = with_spread([here for here, _ in pairs]) if pairs else "not reached"
-            rows[-1].append(cell + f"; {with_spread(changes, '+.1f')} ({len(pairs)})" * bool(pairs and way != ALONE))
+            if pairs and way != ALONE:
+                cell += f"; {with_spread([here - there for here, there in pairs], '+.1f')} ({len(pairs)})"
+            rows[-1].append(cell)
     print("\n".join(script.markdown_table(["US English where accents are at", *map(str, TARGETS)], rows)))
 
 
