@@ -387,6 +387,7 @@ def test_a_preparation_that_was_ended_goes_on_and_a_finished_one_needs_no_hub(hu
         for (before, sent), (start, _) in zip(requests, requests[1:]):
             # What was sent and did not reach the disk before a kill is asked for again.
             assert before + sent - 2_000_000 <= start <= before + sent, "a download started anew"
+    assert any(start > 0 for requests in archive_requests(hub).values() for start, _ in requests), "all started anew"
     assert left_behind(audio) == []
 
     made = modified(audio, "*.arrow")
@@ -404,7 +405,7 @@ def test_a_stream_gives_each_clip_once_a_pass_and_other_ones_after_a_resumption(
     used = {f"{name}.wav" for name, row in BAD_CLIPS.items() if not row[2]}
     used |= {clip_file(clip["name"]) for clip in make_clips(bad={}) if clip["split"] == "train"}
     flags = flags_of("clinic/archives", "--streaming", *TRAINING, "--skip_baseline", "--dataloader_num_workers", 2)
-    flags += "--per_device_train_batch_size 5 --save_steps 8 --eval_steps 8 --max_steps".split()
+    flags += "--per_device_train_batch_size 5 --save_steps 8 --eval_steps 8 --max_test_samples 1 --max_steps".split()
     runs = [online.run(*flags, updates, patch=helpers.WATCHED, cwd=tmp_path) for updates in (8, 12)]
     first, second = ([(clip_file(clip), crc) for batch in helpers.seen(run) for clip, crc in batch] for run in runs)
     passes = [first[: len(used)], first[len(used) :], second]
