@@ -1,12 +1,11 @@
 """What several test files share: paths, the program as a user starts it, what it ended with and wrote, the demo."""
 
 import csv
-import functools
-import io
 import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tarfile
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import filelock
 import kills
 import pytest
-from warm import WarmStarts, run_ranks
+from warm import WarmStarts
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parent / "finetune_medasr.py"
@@ -40,20 +39,15 @@ def succeeded(done):
     return done
 
 
-def error_line(stderr):
-    """The program's message on a stderr with nothing else but progress bars, warnings and the Hub client's retries."""
-    others = r"\d+%\||warning: |HTTP Error|Rate limited|Retrying|thrown while requesting"
-    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.search(others, line)]
-    assert len(lines) == 1 and lines[0].startswith("finetune_medasr.py: error: "), stderr
-    return lines[0].removeprefix("finetune_medasr.py: error: ")
-
-
 def refused(done, status, *patterns):
-    """The message of a process that has ended with `status`, which has something for each of the patterns."""
-    line = error_line(done.stderr)
-    assert done.returncode == status and "report it" not in line, done.stderr
-    assert all(re.search(pattern, line) for pattern in patterns), line
-    return line
+    """The message of a process that has ended with `status`, which has something for each of the patterns; its stderr
+    has nothing else but progress bars, warnings and the Hub client's retries."""
+    others = r"\d+%\||warning: |HTTP Error|Rate limited|Retrying|thrown while requesting"
+    lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and not re.search(others, line)]
+    assert done.returncode == status and len(lines) == 1 and "report it" not in lines[0], done.stderr
+    program, message = lines[0].split(" error: ", 1)
+    assert program == "finetune_medasr.py:" and all(re.search(pattern, message) for pattern in patterns), lines[0]
+    return message
 
 
 def load_json(path):
@@ -72,11 +66,16 @@ def tensorboard(path):
     return EventAccumulator(str(path)).Reload()
 
 
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def corpus_rows(split):
     """{clip: CSV row} of the fixture corpus, the first of rows with the same path."""
     rows = {}
     for path in sorted(CORPUS.glob(f"transcripts/*/{split}.csv")):
-        for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")):
+        for row in read_csv(path):
             rows.setdefault("/".join((row.get("audio_paths") or row["audio_path"]).split("/")[-2:]), row)
     return rows
 
@@ -99,9 +98,20 @@ def warm():
 
 @pytest.fixture(scope="session")
 def run_two(warm):
-    """run_two(flag, ...) -> the two processes of a run, as a cluster starts them, without torchrun."""
+    """run_two(flag, ...) -> the CompletedProcesses of a run in two, as a cluster starts them, without torchrun, in the
+    folder `cwd`, in which {rank} stands for their numbers."""
     with WarmStarts(kills.ENV) as second:
-        yield functools.partial(run_ranks, (warm, second))
+
+        def run_two(*arguments, env=(), cwd=".", **options):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+            for rank, start in enumerate((warm, second)):
+                variables = {**place, "RANK": rank, "LOCAL_RANK": rank, **dict(env)}
+                start.start(*arguments, **options, env=variables, cwd=str(cwd).replace("{rank}", str(rank)))
+            return [start.wait() for start in (warm, second)]
+
+        yield run_two
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,16 @@
 """The program in the test's own process, and the files that it is given and writes."""
 
 import contextlib
-import csv
 import io
 import json
+import re
 import subprocess
 import tarfile
 
 import numpy as np
 import pandas
 import soundfile
-from conftest import corpus_audio
+from conftest import corpus_audio, read_csv, succeeded
 from datasets import Dataset
 
 import finetune_medasr as script
@@ -73,24 +73,31 @@ def tar(members, mode="w:gz", **options):
     return buffer.getvalue()
 
 
-def write_table(path, rows, end="\r\n"):
+def as_csv(rows, end="\r\n"):
+    return pandas.DataFrame(rows).to_csv(index=False, lineterminator=end)
+
+
+def write_table(path, rows):
     """Write rows as JSON lines or CSV, by the ending of the name."""
-    is_json = path.suffix == ".jsonl"
     lines = (json.dumps(row) + "\n" for row in rows)
-    write(path, "".join(lines) if is_json else pandas.DataFrame(rows).to_csv(index=False, lineterminator=end))
+    write(path, "".join(lines) if path.suffix == ".jsonl" else as_csv(rows))
 
 
-def one_table(folder, rows, audio=None):
+def write_part(corpus, accent, split, table, *archives):
+    """Write the table and the archives of an accent's split as they lie in AfriSpeech-200; returns `corpus`."""
+    place = re.sub(r"\W+", "-", accent).strip("-")
+    write(corpus / f"transcripts/{place}/{split}.csv", table)
+    for number, archive in enumerate(archives):
+        write(corpus / f"audio/{place}/{split}/{split}_{place}_{number}.tar.gz", archive)
+    return corpus
+
+
+def one_table(folder, rows, audio=None, end="\r\n"):
     """A folder with one table of `rows`, and {file: audio} or all the same recordings; returns `folder`."""
-    write_table(folder / "metadata.csv", rows)
+    write(folder / "metadata.csv", as_csv(rows, end))
     for row in rows:
         write(folder / row["file_name"], audio[row["file_name"]] if audio else GOOD)
     return folder
-
-
-def read_csv(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def rows_in(data_dir):
@@ -104,8 +111,29 @@ def modified(folder, pattern="*"):
 
 def write_wav(path, clip):
     """Decode a test clip of the fixture corpus to a 16-bit WAV file."""
-    samples, rate = soundfile.read(io.BytesIO(corpus_audio("test")[clip]))
-    soundfile.write(path, samples, rate, subtype="PCM_16")
+    write(path, sound(heard(corpus_audio("test")[clip])))
+
+
+# A patch of the program that prints the clips of each training batch, and checksums of their masked log-mels.
+WATCHED = """
+import zlib
+
+inputs_of = script.model_inputs
+
+def watched(batch, extractor, device):
+    inputs = inputs_of(batch, extractor, device)
+    if "mask_seeds" in batch:  # a training batch
+        mels = [mels[real].numpy() for mels, real in zip(inputs["input_features"], inputs["attention_mask"])]
+        print("SEEN", *(f"{clip}:{zlib.crc32(mels.tobytes())}" for clip, mels in zip(batch["clips"], mels)))
+    return inputs
+
+script.model_inputs = watched"""
+
+
+def seen(done):
+    """[[(clip, checksum), ...] of each batch that a run of WATCHED was trained on]"""
+    batches = re.findall("^SEEN (.*)$", succeeded(done).stdout, re.MULTILINE)
+    return [[tuple(clip.rsplit(":", 1)) for clip in batch.split()] for batch in batches]
 
 
 def skipped(output_dir):

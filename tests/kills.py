@@ -46,7 +46,7 @@ def result(output):
     return [*sums, *(metrics[name] for name in ("baseline", "finetuned", "delta"))]
 
 
-def run_with_kills(data_dir, output, generator, kills, longest):
+def run_with_kills(data_dir, output, generator=random, kills=0, longest=0.0):
     """Kill runs into `output` after random times, up to `kills` of them, then let one finish; returns the kills."""
     for made in itertools.count():
         process = start(data_dir, output)
@@ -58,13 +58,6 @@ def run_with_kills(data_dir, output, generator, kills, longest):
             continue
         assert process.returncode == 0, f"after {made} kills: {printed[-2000:]}"
         return made
-
-
-def run_straight(data_dir, output):
-    """The seconds of a run that nothing disturbs."""
-    began = time.monotonic()
-    run_with_kills(data_dir, output, random, 0, 0)
-    return time.monotonic() - began
 
 
 def survive(folder, straight, longest, kills, seed=0):
@@ -99,9 +92,10 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        run_straight(folder / "audio", folder / "straight")  # prepares the audio too
-        seconds = run_straight(folder / "audio", folder / "timed")
-        made, runs = survive(folder, folder / "straight", seconds, options.kills)
+        run_with_kills(folder / "audio", folder / "straight")  # prepares the audio too
+        began = time.monotonic()
+        run_with_kills(folder / "audio", folder / "timed")
+        made, runs = survive(folder, folder / "straight", time.monotonic() - began, options.kills)
         print(f"{made} kills in {runs} runs: all ended with the undisturbed run's weights, texts and scores")
         moments = enumerate(random.Random(0).choices([0.1, 0.3, 0.5, 0.7, 0.9], k=5), 1)
         stops = [seconds_to_stop(folder / "audio", folder / f"stopped-{n}", n, wait) for n, wait in moments]

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
-MODEL, DATASET = "google/medasr", "intronhealth/afrispeech-200"
+HUB_MODEL, DATASET = "google/medasr", "intronhealth/afrispeech-200"
 COMMITS = {DATASET: "b538c6e111914a812af28ff677f8cffc9b404b7d"}
 DENIED, INVALID = "hf_denied", "hf_bad"  # tokens
 LFS_SUFFIXES = {".csv", ".gz", ".parquet", ".ogg", ".wav", ".safetensors", ".bin", ".model", ".kenlm"}
@@ -85,14 +85,13 @@ class LoopbackHub:
         """How many requests had a path that matches the pattern."""
         return sum(fnmatch.fnmatch(log.path, pattern) for log in self.requests)
 
-    def fault(self, pattern, kind, value=None, times=float("inf"), headers=None):
+    def fault(self, pattern, kind, value=None, times=float("inf"), **headers):
         """Let the next `times` GET requests whose path matches the pattern go wrong, by `kind`:
         drop_after, reset_after: close the connection after `value` bytes of the body, or reset it; stall: send nothing
         after them until the client gives up; slow: send `value` bytes per second; status: answer with the HTTP status
         `value`, and with `headers`; corrupt, truncate: serve the file with 16 other bytes in its middle, or as if it
         ended there; missing: answer as for a file that is not in the repository."""
-        fault = dict(pattern=pattern, kind=kind, value=value, times=times, headers=headers or {})
-        self._faults.append(SimpleNamespace(**fault))
+        self._faults.append(SimpleNamespace(pattern=pattern, kind=kind, value=value, times=times, headers=headers))
 
     def clear(self):
         """Forget faults and requests."""

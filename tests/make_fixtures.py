@@ -26,7 +26,7 @@ import numpy as np
 import soundfile as sf
 import soxr
 from conftest import CORPUS, MODEL
-from helpers import RATE, heard, script, sound, tar, write, write_table
+from helpers import RATE, as_csv, heard, one_table, script, sound, tar, write, write_part
 
 SEED = 7
 
@@ -120,8 +120,8 @@ def make_clips(accents, rng):
             for number in range(count):
                 turn, speaker = divmod(number, people)
                 clip = SimpleNamespace(split=split, domain=rng.choice(list(TEMPLATES)), **speakers[speaker])
-                clip.session = str(uuid.UUID(digest("session", accent.name, split, speaker, turn % 2)))
-                clip.file = digest(accent.name, split, number)
+                session = uuid.UUID(digest("session", accent.name, split, speaker, turn % 2))
+                clip.name = f"{session}/{digest(accent.name, split, number)}"
                 clip.transcript = clip.said = make_sentence(clip.domain, rng)
                 clips.append(clip)
     return clips
@@ -182,7 +182,7 @@ def dirty_texts(clips, rng):
             clip.transcript, clip.said = line.split(" | ")
     for split in ("train", "test"):
         first, second = [clip for clip in clips if clip.split == split][:2]
-        second.file = first.file  # one base name in two sessions
+        second.name = f"{second.name.split('/')[0]}/{first.name.split('/')[1]}"  # one base name in two sessions
     long = [clip for clip in clips if clip.split == "test"][6]  # about 25 s of speech
     long.transcript = long.said = " ".join(make_sentence(domain, rng) for domain in list(TEMPLATES) * 5)
     for clip in clips:  # a line break inside the quoted field in about a third of the rows
@@ -206,18 +206,16 @@ def dirty_audio(clips):
     clips.append(test[12])
 
 
-COLUMNS = (
-    "idx user_ids accent age_group country transcript nchars audio_ids audio_paths duration origin domain split gender"
-)
-
-
-def csv_rows(clips, path_column="audio_paths"):
-    """The rows of a transcript file; `idx` starts anew in each, so it is not unique in the corpus."""
-    for idx, clip in enumerate(clips):
-        name, duration = f"{clip.session}/{clip.file}", round(clip.duration, 3)
-        row = dict(idx=idx, nchars=len(clip.transcript), audio_ids=name, origin="intron", duration=duration)
-        row |= {path_column: f"/AfriSpeech-100/{clip.split}/{name}.ogg"}
-        yield {column: (vars(clip) | row)[column] for column in COLUMNS.replace("audio_paths", path_column).split()}
+def table_of(clips, path_column="audio_paths"):
+    """A transcript file; `idx` starts anew in each, so it is not unique in the corpus."""
+    rows = [
+        {"idx": idx, "user_ids": clip.user_ids, "accent": clip.accent, "age_group": clip.age_group,
+         "country": clip.country, "transcript": clip.transcript, "nchars": len(clip.transcript), "audio_ids": clip.name,
+         path_column: f"/AfriSpeech-100/{clip.split}/{clip.name}.ogg", "duration": round(clip.duration, 3),
+         "origin": "intron", "domain": clip.domain, "split": clip.split, "gender": clip.gender}
+        for idx, clip in enumerate(clips)
+    ]  # fmt: skip
+    return as_csv(rows, "\n")
 
 
 def write_hub(out, clips):
@@ -225,20 +223,16 @@ def write_hub(out, clips):
     shutil.rmtree(out, ignore_errors=True)
     for split in dict.fromkeys(clip.split for clip in clips):
         of_split = [clip for clip in clips if clip.split == split]
-        write_table(out / "transcripts" / f"{split}.csv", csv_rows(of_split), "\n")
+        write(out / "transcripts" / f"{split}.csv", table_of(of_split))
         for accent in dict.fromkeys(clip.accent for clip in of_split):
             chosen = [clip for clip in of_split if clip.accent == accent]
-            slug = re.sub(r"\W+", "-", accent).strip("-")
             # Like some of the Hub's train files, one has two archives and one names a column otherwise.
-            count = 2 if (split, accent) == ("train", "yoruba") else 1
             path_column = "audio_path" if (split, accent) == ("train", "igbo") else "audio_paths"
-            write_table(out / "transcripts" / slug / f"{split}.csv", csv_rows(chosen, path_column), "\n")
-            with_audio = list({(clip.session, clip.file): clip for clip in chosen if clip.audio}.values())
-            size = -(-len(with_audio) // count)
-            for number in range(count):
-                part = with_audio[number * size : (number + 1) * size]
-                members = [(f"data/data/intron/{clip.session}/{clip.file}.ogg", clip.audio) for clip in part]
-                write(out / "audio" / slug / split / f"{split}_{slug}_{number}.tar.gz", tar(members))
+            members = {f"data/data/intron/{clip.name}.ogg": clip.audio for clip in chosen if clip.audio}
+            members = list(members.items())
+            size = -(-len(members) // 2) if (split, accent) == ("train", "yoruba") else len(members)
+            parts = [members[start : start + size] for start in range(0, len(members), size)]
+            write_part(out, accent, split, table_of(chosen, path_column), *map(tar, parts))
 
 
 def make_corpus(out):
@@ -273,15 +267,13 @@ def make_us_test(out):
     clips = record([clip for clip in clips if clip.split == "test"], "period")
     assert not trained_on & {tuple(clip.espeak) for clip in clips}  # voice variant, pitch and rate: a speaker
     shutil.rmtree(out, ignore_errors=True)
-    rows = [
-        {"file_name": f"{number:02d}.flac", "text": clip.transcript, "speaker_id": clip.user_ids,
-         "accent": clip.accent, "gender": clip.gender, "domain": clip.domain}
-        for number, clip in enumerate(clips)
-    ]  # fmt: skip
-    write_table(out / "test/metadata.csv", rows, "\n")
-    for row, clip in zip(rows, clips):
+    rows, audio = [], {}
+    for number, clip in enumerate(clips):
+        cells = {"text": clip.transcript, "speaker_id": clip.user_ids, "accent": clip.accent, "gender": clip.gender}
+        rows.append({"file_name": f"{number:02d}.flac", **cells, "domain": clip.domain})
         samples = np.round(heard(clip.audio) * 2**8) / 2**8
-        write(out / "test" / row["file_name"], sound(samples, format="FLAC", compression_level=1.0))
+        audio[f"{number:02d}.flac"] = sound(samples, format="FLAC", compression_level=1.0)
+    one_table(out / "test", rows, audio, "\n")
 
 
 SPECIALS = ["<epsilon>", "<s>", "</s>", "<unk>"]
@@ -319,10 +311,9 @@ def make_model(out):
         library.LasrProcessor(library.LasrFeatureExtractor(), tokenizer).save_pretrained(f"{folder}/initial")
         library.LasrForCTC(config).save_pretrained(f"{folder}/initial")
         write_hub(Path(folder, "corpus"), record(make_us_clips(), "period"))
-        paths = (
-            f"--model {folder}/initial --dataset {folder}/corpus --output_dir {folder}/run --data_dir {folder}/audio"
-        )
-        if status := script.main([*paths.split(), *PRETRAINING.split()]):
+        paths = {"model": "initial", "dataset": "corpus", "output_dir": "run", "data_dir": "audio"}
+        paths = script.as_flags({flag: f"{folder}/{name}" for flag, name in paths.items()})
+        if status := script.main([*paths, *PRETRAINING.split()]):
             raise SystemExit(status)
         shutil.rmtree(out, ignore_errors=True)
         for kind in (library.AutoProcessor, library.AutoModelForCTC):

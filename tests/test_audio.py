@@ -1,5 +1,6 @@
 """The reader of audio: every container and codec that libsndfile writes, whole and damaged, and what people record."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -43,12 +44,8 @@ def encoded(kind, codec, channels):
     """A recording in a format, None where libsndfile does not write it with so many channels."""
     rate = 8_000 if codec.startswith(("GSM", "G72")) or kind == "WVE" else RATE
     samples = speech_like(rate) if channels == 1 else np.stack([speech_like(rate), speech_like(rate) / 2], axis=1)
-    buffer = io.BytesIO()
-    try:
-        soundfile.write(buffer, samples, rate, format=kind, subtype=codec)
-    except soundfile.SoundFileError:
-        return None
-    return buffer.getvalue()
+    with contextlib.suppress(soundfile.SoundFileError):
+        return sound(samples, rate, format=kind, subtype=codec)
 
 
 def prepared(folder, files):

@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import struct
-import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import CORPUS, MODEL, load_json, refused, scored_clips, succeeded
-from helpers import GOOD, TEXT, modified, rows_in, run_main, skipped, sound, tar, write
+from helpers import GOOD, TEXT, modified, rows_in, run_main, skipped, sound, tar, write, write_part
 from safetensors.torch import load, save
 
 BOUNDS = """max_train_samples=-3 max_eval_samples=0 max_train_seconds=nan num_proc=0 learning_rate=0 learning_rate=inf
@@ -171,20 +169,15 @@ def two(folder, *more):
     return [(member(f"{folder}/first"), GOOD), *more, (member(f"{folder}/second"), GOOD)]
 
 
-def spoiled(how):
+def ten(folder):
     """An archive of ten clips that gzip cannot make small, so that damage in the middle falls between clips."""
     noise = np.random.default_rng(0)
-    archive = tar([(member(f"{how}/{index}"), sound(noise.uniform(-0.5, 0.5, 8_000))) for index in range(10)])
-    middle = len(archive) // 2
-    return {
-        "cut": archive[:middle],
-        "corrupt": archive[:middle] + bytes(100) + archive[middle + 100 :],
-        "checksum": archive[:-8] + struct.pack("<I", ~zlib.crc32(b"") & 0xFFFFFFFF) + archive[-4:],
-    }[how]
+    return tar([(member(f"{folder}/{name}"), sound(noise.uniform(-0.5, 0.5, 8_000))) for name in TEN])
 
 
-DAMAGED = "^damaged archive"
-TEN, SPOILED = [str(index) for index in range(10)], ("cut", "corrupt", "checksum")
+DAMAGED, TEN = "^damaged archive", list("0123456789")
+CUT, CORRUPT, CHECKSUM = map(ten, ("cut", "corrupt", "checksum"))
+HALF = len(CUT) // 2
 ARCHIVES = {  # accent: (archive, clips used, {clip or archive: why it is left out})
     "climbs": (tar(two("climbs", ("../../../outside/climbs.wav", GOOD))), BOTH, {"outside/climbs.wav": "climbs out"}),
     "absolute": (tar(two("absolute", ("/tmp/outside/absolute.wav", GOOD))), BOTH, {"outside/absolute": "climbs out"}),
@@ -197,10 +190,11 @@ ARCHIVES = {  # accent: (archive, clips used, {clip or archive: why it is left o
     "nothing": (b"", [], {"train_nothing_0": DAMAGED, "nothing/first.wav": "no audio"}),
     "html-page": (b"<html>Service unavailable</html>", [], {"train_html-page_0": DAMAGED}),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\n", [], {"train_lfs_0": DAMAGED + ".*git lfs pull"}),
-    "cut": (spoiled("cut"), TEN[:4], {"train_cut_0": DAMAGED + ".*4 clips", "cut/9.wav": "no audio"}),
-    "corrupt": (spoiled("corrupt"), TEN[:5], {"train_corrupt_0": DAMAGED + ".*5 clips", "corrupt/9.wav": "no audio"}),
-    "checksum": (spoiled("checksum"), TEN, {"train_checksum_0": DAMAGED}),
-}
+    "cut": (CUT[:HALF], TEN[:4], {"train_cut_0": DAMAGED + ".*4 clips", "cut/9.wav": "no audio"}),
+    "corrupt": (CORRUPT[:HALF] + bytes(100) + CORRUPT[HALF + 100 :], TEN[:5],
+                {"train_corrupt_0": DAMAGED + ".*5 clips", "corrupt/9.wav": "no audio"}),
+    "checksum": (CHECKSUM[:-8] + bytes(4) + CHECKSUM[-4:], TEN, {"train_checksum_0": DAMAGED}),
+}  # fmt: skip
 
 
 def bare(name, quote=""):
@@ -229,20 +223,15 @@ TABLES = {  # name: (CSV, the texts of its two clips, None of one that has no tr
 }
 
 
-def add_accent(corpus, accent, archive, table, split="train"):
-    write(corpus / "audio" / accent / split / f"{split}_{accent}_0.tar.gz", archive)
-    write(corpus / "transcripts" / accent / f"{split}.csv", table)
-
-
 @pytest.fixture(scope="module")
 def horrors(tmp_path_factory, warm):
     """A preparation of a corpus in which next to everything is bad."""
     folder = tmp_path_factory.mktemp("horrors")
     corpus = folder / "corpus"
     for accent, (archive, *_) in ARCHIVES.items():
-        add_accent(corpus, accent, archive, rows_of(accent, TEN if accent in SPOILED else [*BOTH, "x"]))
+        write_part(corpus, accent, "train", rows_of(accent, [*BOTH, "x", *TEN]), archive)
     for name, (table, *_) in TABLES.items():
-        add_accent(corpus, name, tar(two(name)), table)
+        write_part(corpus, name, "train", table, tar(two(name)))
     before = modified(corpus)
     flags = "--dataset corpus --data_dir audio --output_dir out --prepare_only --num_proc 1".split()
     done = succeeded(warm.run(*flags, cwd=folder))
@@ -278,7 +267,7 @@ def test_an_odd_table_is_read_and_said_to_be_odd(horrors, name):
 
 def archives(table=None, archive=None, split="train"):
     table = rows_of("x", split=split) if table is None else table
-    return lambda folder: add_accent(folder, "x", tar(two("x")) if archive is None else archive, table, split)
+    return lambda folder: write_part(folder, "x", split, table, tar(two("x")) if archive is None else archive)
 
 
 def recordings(table, name="metadata.csv"):
@@ -349,13 +338,8 @@ def edit(old, new):
 
 
 def edit_weights(change):
-    """A function that puts {new name: new value} of change(name, value) in place of each weight."""
-
-    def edited(content):
-        weights = [change(name, value) for name, value in load(content).items()]
-        return save({name: value for part in weights for name, value in part.items()}, {"format": "pt"})
-
-    return edited
+    """A function that makes change({name: weight}) out of a safetensors file's content."""
+    return lambda content: save(change(load(content)), {"format": "pt"})
 
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "processor_config.json"
@@ -369,9 +353,9 @@ MODELS = {  # kind: (files of a copy of the small model, their content made of w
     "another class": (CONFIG, lambda _: b'{"model_type": "wav2vec2"}', "wav2vec2.*lasr_ctc"),
     "another size": (CONFIG, edit('"hidden_size": 96', '"hidden_size": 192'), "lacks weights"),
     "another vocabulary": (CONFIG, edit('"vocab_size": 172', '"vocab_size": 179'), "lacks weights.*ctc_head"),
-    "weights missing": (WEIGHTS, edit_weights(lambda name, one: {} if "head" in name else {name: one}), "lacks .*head"),
-    "other names": (WEIGHTS, edit_weights(lambda name, one: {f"x.{name}": one}), "lacks weights"),
-    "NaN": (WEIGHTS, edit_weights(lambda name, one: {name: one * float("nan")}), "not finite"),
+    "no head": (WEIGHTS, edit_weights(lambda w: {name: w[name] for name in w if "head" not in name}), "lacks .*head"),
+    "other names": (WEIGHTS, edit_weights(lambda w: {f"x.{name}": w[name] for name in w}), "lacks weights"),
+    "NaN": (WEIGHTS, edit_weights(lambda w: {name: w[name] * float("nan") for name in w}), "not finite"),
     "8 kHz": (PROCESSOR, edit("16000", "8000"), "8,?000 Hz"),
     "64 mel bins": (PROCESSOR, edit('"feature_size": 128', '"feature_size": 64'), "processor|features|mel"),
     "another extractor": (PROCESSOR, edit("LasrFeature", "ParakeetFeature"), "cannot be loaded"),
@@ -437,7 +421,7 @@ CLOSED = {  # what is closed: (its mode, flags, exit status, what the message sa
 @pytest.mark.parametrize("name", CLOSED)
 def test_what_may_not_be_opened_is_named(tmp_path, warm, name):
     mode, flags, status, message = CLOSED[name]
-    add_accent(tmp_path / "corpus", "x", tar(two("x")), rows_of("x"))
+    write_part(tmp_path / "corpus", "x", "train", rows_of("x"), tar(two("x")))
     shutil.copytree(MODEL, tmp_path / "model")
     files = {"scores.jsonl": ROW, "run.yaml": "seed: 7", "visit.wav": GOOD, "shut/x": ""}
     for file, content in files.items():

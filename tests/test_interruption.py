@@ -12,7 +12,7 @@ import kills
 import pytest
 import warm as starts
 from conftest import IN_TWO, MODEL, load_json, refused, run_script, succeeded, tensorboard
-from helpers import modified, run_main
+from helpers import modified, run_main, write
 
 pytestmark = pytest.mark.slow
 # At the nth call of a function of the program it does what $MOMENT says.
@@ -61,7 +61,7 @@ def run_at(folder, warm):
 @pytest.fixture(scope="module")
 def straight(folder):
     """The output folder of a run that nothing disturbs, SpecAugment and dropout on, in a Python of its own."""
-    kills.run_straight(folder / "audio", folder / "straight")
+    kills.run_with_kills(folder / "audio", folder / "straight")
     return folder / "straight"
 
 
@@ -227,9 +227,7 @@ def test_another_run_is_refused_with_the_difference(folder, straight, tmp_path):
 
 @pytest.mark.parametrize("name", ["final/notes.txt", "checkpoint-500/pytorch_model.bin"])
 def test_what_no_run_has_made_is_not_deleted(name, tmp_path):
-    file = tmp_path / "out" / name
-    file.parent.mkdir(parents=True)
-    file.write_text("mine")
+    file = write(tmp_path / "out" / name, "mine")
     done = run_main(tmp_path, *kills.flags("audio", "out"))
     refused(done, 2, f"out/{file.parent.name} .*--overwrite_output_dir")
     assert file.read_text() == "mine" and os.listdir(tmp_path / "out") == [file.parent.name]

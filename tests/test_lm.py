@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from conftest import CORPUS, MODEL, SCRIPT, load_json, refused, run_script, scored_clips, succeeded, tensorboard
 from helpers import run_main, write_wav
-from loopback_hub import MODEL as HUB_MODEL
-from loopback_hub import LoopbackHub
+from loopback_hub import HUB_MODEL, LoopbackHub
 from make_lm import estimate, make_lm, write_arpa
 from small_model import processor
 

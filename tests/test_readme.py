@@ -16,7 +16,7 @@ from finetune_medasr import ScriptFlags, TrainingFlags, parse_settings
 
 ROOT = SCRIPT.parent
 README, SOURCE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", SCRIPT.name))
-FLAGS = {item.name: item.default for kind in (ScriptFlags, TrainingFlags) for item in dataclasses.fields(kind)}
+FLAGS = {item.name: item for kind in (ScriptFlags, TrainingFlags) for item in dataclasses.fields(kind)}
 
 
 def blocks(language):
@@ -71,11 +71,10 @@ def test_a_command_is_accepted(tmp_path, monkeypatch, command):
 
 def test_the_option_table_has_each_flag_with_its_default_and_help():
     rows = {re.search(r"--(\w+)", row[0])[1]: row[1:] for row in table("flag")}
-    texts = {item.name: item.metadata for kind in (ScriptFlags, TrainingFlags) for item in dataclasses.fields(kind)}
-    assert set(rows) == {name for name, text in texts.items() if text}
+    assert set(rows) == {name for name, item in FLAGS.items() if item.metadata}
     for name, (default, text) in rows.items():
-        written, real = default.strip("`"), FLAGS[name]
-        assert text == texts[name]["help"]
+        written, real = default.strip("`"), FLAGS[name].default
+        assert text == FLAGS[name].metadata["help"]
         if real is None or isinstance(real, bool):
             assert written == ("on" if real else "."), name
         else:

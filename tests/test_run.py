@@ -9,12 +9,11 @@ import soundfile
 import torch
 import yaml
 from conftest import CORPUS, MODEL, corpus_audio, corpus_rows, load_json, scored_clips, succeeded, tensorboard
-from helpers import cells, modified, read_csv, run_main, write, write_table, write_wav
+from helpers import cells, modified, one_table, read_csv, run_main, write, write_table, write_wav
 from safetensors.torch import load_file
 from transformers import AutoModelForCTC, AutoProcessor, TrainingArguments, pipeline
 
 import finetune_medasr as script
-from finetune_medasr import normalize_paper, normalize_wer
 
 pytestmark = pytest.mark.slow
 US_ENGLISH = CORPUS.parent / "us_english"
@@ -89,8 +88,8 @@ def test_the_metrics_have_the_keys_that_programs_read_and_the_rates_of_the_predi
         assert errors == round(scores["wer"] * scores["words"])
         for kind, groups in scores["groups"].items():
             assert sum(group["clips"] for group in groups.values()) == scores["clips"] == len(rows), kind
-        texts, normalizers = {}, {"wer_paper": normalize_paper, "wer_raw": lambda text: " ".join(text.split())}
-        for name, normalize in {**normalizers, "wer": normalize_wer}.items():
+        normalizers = {"wer_paper": script.normalize_paper, "wer_raw": lambda text: " ".join(text.split())}
+        for name, normalize in {**normalizers, "wer": script.normalize_wer}.items():
             texts = [tuple(normalize(row[key]) for key in ("text", field)) for row in rows]
             assert scores[name] == pytest.approx(jiwer.wer(*map(list, zip(*texts)))), name
         assert scores["cer"] == pytest.approx(jiwer.cer(*map(list, zip(*texts))))
@@ -222,11 +221,8 @@ def forgetting(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("also")
     shutil.copytree(demo.audio, folder / "audio")
     rows = read_csv(US_ENGLISH / "test/metadata.csv")[:4]
-    (folder / "clinic").mkdir()
-    for row in rows:
-        shutil.copy(US_ENGLISH / "test" / row["file_name"], folder / "clinic")
-    (folder / "clinic" / rows[3]["file_name"]).write_bytes(b"fLaC, but nothing else")
-    write_table(folder / "clinic/metadata.csv", rows)
+    audio = {row["file_name"]: (US_ENGLISH / "test" / row["file_name"]).read_bytes() for row in rows}
+    one_table(folder / "clinic", rows, audio | {rows[3]["file_name"]: b"fLaC, but nothing else"})
     flags = f"""--model {MODEL} --dataset {CORPUS} --data_dir {folder}/audio --accents zulu
         --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_steps 2 --eval_steps 2 --save_steps 2
         --warmup_steps 0 --learning_rate 2e-3 --max_test_samples 6 --dataloader_num_workers 0 --disable_tqdm true
@@ -255,14 +251,8 @@ def test_each_further_test_set_has_its_scores_before_and_after(forgetting, tmp_p
     assert damaged["reason"].startswith("undecodable audio")
     assert metrics["data"]["clinic"]["skipped"] == {"undecodable audio": 1}
     assert names(out / "results") >= {"path.png"}
-    tags = {
-        "interpolated_by_percent/dev",
-        "test_finetuned/wer",
-        "us-english_baseline/wer",
-        "us-english_finetuned/wer",
-        "clinic_finetuned/cer",
-    }
-    assert tags <= set(tensorboard(out / "runs").Tags()["scalars"])
+    tags = "test_finetuned/wer us-english_baseline/wer us-english_finetuned/wer clinic_finetuned/cer".split()
+    assert {*tags, "interpolated_by_percent/dev"} <= set(tensorboard(out / "runs").Tags()["scalars"])
 
     succeeded(run_main(tmp_path, *flags, "--eval_only", "--model", out / "final", "--output_dir", "."))
     for name, part in load_json(tmp_path / "results/metrics.json")["also"].items():
@@ -284,24 +274,19 @@ def test_a_finished_run_gives_the_models_between_the_base_and_the_fine_tuned(for
     for share in (0.75, 0, 1):
         done = succeeded(run_main(tmp_path, *flags, "--output_dir", "out", "--interpolate", share))
         assert "update 2 of 2" in done.stdout
-        found, again = (
-            load_file(tmp_path / "out/final/model.safetensors"),
-            load_json(tmp_path / "out/results/metrics.json"),
-        )
+        found = load_file(tmp_path / "out/final/model.safetensors")
+        again = load_json(tmp_path / "out/results/metrics.json")
+        rounding = share * (1 - share)  # nothing is rounded where a model is the base, or the fine-tuned one
         for name in [name for name in base if base[name].is_floating_point()]:
             between = base[name].double() + share * (tuned[name].double() - base[name].double())
-            torch.testing.assert_close(
-                found[name], between.float(), rtol=0 if share in (0, 1) else 1e-5, atol=1e-7 * share * (1 - share)
-            )
+            torch.testing.assert_close(found[name], between.float(), rtol=5e-5 * rounding, atol=1e-7 * rounding)
         (point,) = [point for point in path if point["share"] == share]
         assert again["also"]["us_english"]["finetuned"]["wer"] == point["wer"]["us_english"] and again["path"] == path
         texts = [(row["pred_text"], row["baseline_text"]) for row in scored_clips(tmp_path / "out/results")]
         assert all(ours == before for ours, before in texts) == (share == 0)
         note = f"is {share:g} of the way from the base"
-        assert all(
-            (note in (tmp_path / "out" / name).read_text(encoding="utf-8")) == (share < 1)
-            for name in ("final/README.md", "results/report.md")
-        )
+        for name in ("final/README.md", "results/report.md"):
+            assert (note in (tmp_path / "out" / name).read_text(encoding="utf-8")) == (share < 1), name
         if share == 0.75:
             clip = US_ENGLISH / "test/00.flac"
             raw, rate = soundfile.read(clip, dtype="float32")

@@ -1,7 +1,6 @@
 """Error rates, their groups and intervals, and what the report makes of them."""
 
 import json
-import random
 import tracemalloc
 
 import medwer.cli
@@ -111,12 +110,9 @@ MEDICAL = [  # (reference, hypotheses before and after)
     ("She has haemoglobin of twelve and no fever", "she has hemoglobin of 12 and a fever", "no fever"),
     ("( CCAM ).", "malaria and fever", "seek malaria"),  # without a word for Whisper: not counted
     ("I went to the market.", "eye went to malaria market", "I'm going to the market"),
-    (
-        "Give paracetamol, amoxicillin and metformin",
-        "give paracetamol a moxy sealing and met for men",
-        "Give metformin",
-    ),
-]
+    ("Give paracetamol, amoxicillin and metformin", "give paracetamol a moxy sealing and met for men",
+     "Give metformin"),
+]  # fmt: skip
 
 
 def test_whispers_and_the_medical_rate_are_those_of_medwers_command(tmp_path, capsys):
@@ -142,19 +138,18 @@ def test_whispers_and_the_medical_rate_are_those_of_medwers_command(tmp_path, ca
 
 def test_intervals_are_of_whole_speakers():
     """A few speakers with many clips, each as good or bad throughout."""
-    generator, rows, texts, people = np.random.default_rng(1), [], [], []
+    generator, rows, texts, people = np.random.default_rng(1), [], [], []  # (errors, words) of each
     for number, clips in enumerate([15, 12, 8, 6, 5, 4, 3, 2, 2, 1, 1, 1]):
         quality, words = generator.uniform(0.05, 0.8), generator.integers(4, 30, clips)
-        people.append([(generator.binomial(count, quality), count) for count in words])
+        errors = generator.binomial(words, quality)
+        people.append([sum(errors), sum(words)])
         rows += [row("a " * count, f"speaker-{number}") for count in words]
-        texts += ["x " * wrong + "a " * (count - wrong) for wrong, count in people[-1]]
-    drawing, rates = random.Random(5), []
-    for _ in range(6000):
-        clips = [clip for person in drawing.choices(people, k=len(people)) for clip in person]
-        rates.append(sum(errors for errors, _ in clips) / sum(words for _, words in clips))
+        texts += ["x " * wrong + "a " * (count - wrong) for wrong, count in zip(errors, words)]
+    drawn = generator.integers(len(people), size=(6000, len(people)))
+    errors, words = np.array(people)[drawn].sum(axis=1).T
     order = generator.permutation(len(rows))
     interval = score([rows[at] for at in order], [texts[at] for at in order])["baseline"]["wer_ci95"]
-    expected = np.percentile(rates, [2.5, 97.5])
+    expected = np.percentile(errors / words, [2.5, 97.5])
     # Clips drawn one by one would give an interval of half the width, which the tolerance tells apart.
     np.testing.assert_allclose(interval, expected, atol=0.015)
     assert np.ptp(expected) > 0.2

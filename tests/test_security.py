@@ -12,7 +12,7 @@ from pathlib import Path
 import kills
 import pytest
 import yaml
-from conftest import MODEL, error_line, load_json, refused, run_script, succeeded, tensorboard
+from conftest import MODEL, load_json, refused, run_script, succeeded, tensorboard
 from helpers import GOOD, TEXT, read_csv, run_main, sound, tone, write, write_table
 from huggingface_hub import get_token
 from warm import WarmStarts
@@ -73,7 +73,7 @@ def test_no_message_of_a_refused_run_holds_a_token(tmp_path, with_tokens, flags)
     (tmp_path / "kept").touch()
     model = [] if "--model" in flags else ["--model", MODEL]
     done = with_tokens.run("--output_dir", "out", "--data_dir", "audio", *model, *flags.split(), cwd=tmp_path)
-    assert done.returncode in (1, 2) and error_line(done.stderr), done.stdout
+    assert done.returncode in (1, 2) and refused(done, done.returncode), done.stdout
     assert found_tokens(tmp_path, done.stdout, done.stderr) == []
 
 

@@ -22,23 +22,8 @@ import soundfile
 import soxr
 from conftest import MODEL, corpus_audio, corpus_rows, load_json, refused, run_script, scored_clips, succeeded
 from datasets import Audio, ClassLabel, Dataset, Features, Value
-from helpers import (
-    GOOD,
-    RATE,
-    TEXT,
-    modified,
-    one_table,
-    read_csv,
-    run_main,
-    skipped,
-    sound,
-    tar,
-    tone,
-    write,
-    write_table,
-)
-from loopback_hub import DATASET, LoopbackHub
-from loopback_hub import MODEL as HUB_MODEL
+from helpers import GOOD, RATE, TEXT, modified, one_table, run_main, skipped, sound, tar, tone, write, write_table
+from loopback_hub import DATASET, HUB_MODEL, LoopbackHub
 from transformers import AutoModelForCTC, AutoProcessor
 from warm import WarmStarts
 
@@ -99,7 +84,7 @@ def write_archives(folder, clips):
     """AfriSpeech-200's layout; its training clips in two archives."""
     parts = {}
     for clip in clips:
-        parts.setdefault((re.sub(r"\W+", "-", clip["accent"]).strip("-"), clip["split"]), []).append(clip)
+        parts.setdefault((clip["accent"], clip["split"]), []).append(clip)
     for (accent, split), part in parts.items():
         rows = [
             {"audio_paths": f"/AfriSpeech-100/{split}/{clip['name']}", "transcript": clip["text"],
@@ -107,13 +92,10 @@ def write_archives(folder, clips):
             | {THEIRS.get(group, group): clip[group] for group in GROUPS}
             for clip in part if clip["text"] is not None
         ]  # fmt: skip
-        write_table(folder / f"transcripts/{accent}/{split}.csv", rows)
         members = [(f"data/data/intron/{clip['name']}", clip["audio"]) for clip in part if clip["audio"] is not None]
-        for number in range(count := 2 if split == "train" else 1):
-            write(
-                folder / f"audio/{accent}/{split}/{split}_{accent}_{number}.tar.gz",
-                tar(members[number::count], compresslevel=1),
-            )
+        count = 2 if split == "train" else 1
+        archives = [tar(members[number::count], compresslevel=1) for number in range(count)]
+        helpers.write_part(folder, accent, split, helpers.as_csv(rows), *archives)
     return folder
 
 
@@ -172,11 +154,6 @@ def clip_file(name):
     return re.sub(r"^\d{5}-", "", name.split("/")[-1])
 
 
-def prepared(data_dir):
-    """{(split, file): row} of all prepared files."""
-    return {(row["split"], clip_file(row["clip"])): row for row in helpers.rows_in(data_dir)}
-
-
 def digests(data_dir):
     """{prepared file, without the mark of what it is made of: SHA-256}"""
     files = {path.name.split(".")[0]: path.read_bytes() for path in data_dir.rglob("*.arrow")}
@@ -194,15 +171,15 @@ def flags_of(dataset, *flags):
 
 @pytest.fixture(scope="module")
 def runs(corpora, warm, tmp_path_factory):
-    """runs(kind) -> a whole run on a folder of that kind."""
+    """runs(kind) -> a whole run on a folder of that kind: {(split, file): row} of what it prepared, results."""
 
     @functools.cache
     def run_once(kind):
         folder = tmp_path_factory.mktemp(kind)
         succeeded(warm.run(*flags_of(corpora[kind], *TRAINING), cwd=folder))
         return SimpleNamespace(
-            folder=folder, clips=prepared(folder / "audio"), skipped=skipped(folder / "out"),
-            metrics=load_json(folder / "out/results/metrics.json"),
+            folder=folder, skipped=skipped(folder / "out"), metrics=load_json(folder / "out/results/metrics.json"),
+            clips={(row["split"], clip_file(row["clip"])): row for row in helpers.rows_in(folder / "audio")},
             texts={clip_file(row["audio_filepath"]): row for row in scored_clips(folder / "out/results")},
         )  # fmt: skip
 
@@ -227,12 +204,10 @@ def test_bad_clips_are_named_with_their_reasons_and_the_others_are_used(runs, ki
 @pytest.mark.parametrize("kind", list(KINDS)[1:])
 def test_all_kinds_give_the_same_audio_texts_and_scores(runs, kind):
     """The FLAC is the same byte for byte; the untouched model hears the same."""
-    audio, texts = [], []
+    audio, texts, columns = [], [], ("audio", "num_samples", "text", *GROUPS)
     for run in map(runs, (kind, "archives")):
         used = {key: row for key, row in run.clips.items() if row["audio"] and row["text"]}
-        audio.append(
-            {key: [row[name] for name in ("audio", "num_samples", "text", *GROUPS)] for key, row in used.items()}
-        )
+        audio.append({key: [row[name] for name in columns] for key, row in used.items()})
         texts.append({name: (row["text"], row["baseline_text"], row["duration"]) for name, row in run.texts.items()})
     assert audio[0] == audio[1] and texts[0] == texts[1]
     assert runs(kind).metrics["baseline"] == runs("archives").metrics["baseline"]
@@ -316,7 +291,7 @@ def test_a_bad_hub_gives_what_a_folder_does_and_then_is_not_needed(kind, hub, on
             # What is asked for in parts, as the texts of parquet files, has no checksum.
             if (kind, fault) != ("parquet", "truncate"):
                 place, wait = path.relative_to(corpora[kind]).as_posix(), {"Retry-After": "0"} if value == 429 else {}
-                hub.fault(f"*/resolve/*/{place}", fault, value, times=1, headers=wait)
+                hub.fault(f"*/resolve/*/{place}", fault, value, times=1, **wait)
     dataset = f"clinic/{kind}"
     succeeded(online.run(*PREPARE, "--dataset", dataset, cwd=tmp_path))
     assert not any(fault.times > 0 for fault in hub._faults), "a fault was not met"
@@ -385,14 +360,12 @@ def workers_of(pid):
 def test_a_preparation_that_was_ended_goes_on_and_a_finished_one_needs_no_hub(hub, online, warm, tmp_path):
     audio, flags = tmp_path / "audio", [*PREPARE, "--accents", "damara"]
 
-    def start_and_end(number, whom, is_converting=False):
-        """Send a signal to the processes whom(pid) of a new start in the midst of work; what it ended with."""
+    def start_and_end(number, whom, is_converting=None):
+        """Send a signal to the processes whom(pid) of a new start amid a download, or when it is converting audio; what
+        it ended with."""
         before = sum(log.sent for log in hub.requests)
         pid = online.start(*flags, cwd=tmp_path)
-        if is_converting:
-            wait_until(lambda: list(audio.rglob("*.arrow.*.tmp")))
-        else:
-            wait_until(lambda: sum(log.sent for log in hub.requests) > before + 1_500_000)
+        wait_until(is_converting or (lambda: sum(log.sent for log in hub.requests) > before + 1_500_000))
         for process in whom(pid):
             os.kill(process, number)
         ended = online.wait()
@@ -408,12 +381,13 @@ def test_a_preparation_that_was_ended_goes_on_and_a_finished_one_needs_no_hub(hu
     killed = start_and_end(signal.SIGKILL, workers_of)  # as the kernel does for want of memory
     assert killed.returncode == 1 and "--num_proc" in killed.stderr.splitlines()[-1]
     hub._faults.clear()
-    start_and_end(signal.SIGKILL, lambda pid: [-pid], is_converting=True)
+    start_and_end(signal.SIGKILL, lambda pid: [-pid], lambda: list(audio.rglob("*.arrow.*.tmp")))
     succeeded(online.run(*flags, cwd=tmp_path))
     for requests in archive_requests(hub).values():
         for (before, sent), (start, _) in zip(requests, requests[1:]):
             # What was sent and did not reach the disk before a kill is asked for again.
             assert before + sent - 2_000_000 <= start <= before + sent, "a download started anew"
+    assert any(start > 0 for requests in archive_requests(hub).values() for start, _ in requests), "all started anew"
     assert left_behind(audio) == []
 
     made = modified(audio, "*.arrow")
@@ -426,34 +400,14 @@ def test_a_preparation_that_was_ended_goes_on_and_a_finished_one_needs_no_hub(hu
     assert digests(audio) == digests(tmp_path / "other")
 
 
-WATCHED = """
-import zlib
-
-inputs_of = script.model_inputs
-
-def watched(batch, extractor, device):
-    inputs = inputs_of(batch, extractor, device)
-    if "mask_seeds" in batch:  # a training batch
-        for clip, mels, real in zip(batch["clips"], inputs["input_features"], inputs["attention_mask"]):
-            print("SEEN", clip, zlib.crc32(mels[real].numpy().tobytes()))
-    return inputs
-
-script.model_inputs = watched"""
-
-
-def seen(done):
-    """[(clip, checksum of its masked log-mels)] of what a run of WATCHED was trained on, in its order."""
-    found = re.findall(r"^SEEN (.*) (\d+)$", succeeded(done).stdout, re.MULTILINE)
-    return [(clip_file(clip), int(checksum)) for clip, checksum in found]
-
-
-def test_a_stream_gives_each_clip_once_a_pass_and_other_ones_after_a_resumption(hub, online, runs, tmp_path):
+def test_a_stream_gives_each_clip_once_a_pass_and_other_ones_after_a_resumption(hub, online, tmp_path):
     hub.fault("*/train_damara_0.tar.gz", "drop_after", 300_000, times=2)
     used = {f"{name}.wav" for name, row in BAD_CLIPS.items() if not row[2]}
     used |= {clip_file(clip["name"]) for clip in make_clips(bad={}) if clip["split"] == "train"}
     flags = flags_of("clinic/archives", "--streaming", *TRAINING, "--skip_baseline", "--dataloader_num_workers", 2)
-    flags += "--per_device_train_batch_size 5 --save_steps 8 --eval_steps 8 --max_steps".split()
-    first, second = (seen(online.run(*flags, updates, patch=WATCHED, cwd=tmp_path)) for updates in (8, 12))
+    flags += "--per_device_train_batch_size 5 --save_steps 8 --eval_steps 8 --max_test_samples 1 --max_steps".split()
+    runs = [online.run(*flags, updates, patch=helpers.WATCHED, cwd=tmp_path) for updates in (8, 12)]
+    first, second = ([(clip_file(clip), crc) for batch in helpers.seen(run) for clip, crc in batch] for run in runs)
     passes = [first[: len(used)], first[len(used) :], second]
     for found in passes:
         assert sorted(clip for clip, _ in found) == sorted(used)
@@ -468,11 +422,8 @@ def test_a_stream_gives_each_clip_once_a_pass_and_other_ones_after_a_resumption(
 
 
 def test_the_main_command_goes_from_nothing_to_a_final_model_on_the_hub(hub, online, tmp_path):
-    flags = (
-        """--max_steps 2 --gradient_accumulation_steps 1 --num_proc 1 --data_dir audio --output_dir out
-        --push_to_hub --hub_model_id clinic/medasr-accents --accents damara""".split()
-        + ["akan (fante)"]
-    )
+    flags = """--max_steps 2 --gradient_accumulation_steps 1 --num_proc 1 --data_dir audio --output_dir out
+        --push_to_hub --hub_model_id clinic/medasr-accents --accents akan-fante damara""".split()
     logged_in = {"HF_TOKEN": "hf_good"}
     succeeded(online.run(*flags, cwd=tmp_path, env=logged_in))
     final, results = tmp_path / "out/final", tmp_path / "out/results"
@@ -482,7 +433,7 @@ def test_the_main_command_goes_from_nothing_to_a_final_model_on_the_hub(hub, onl
     config = load_json(results / "metrics.json")["config"]
     assert (config["model"], config["dataset"]) == (HUB_MODEL, DATASET)
     rows = corpus_rows("test")
-    test = {name for name in corpus_audio("test") if rows[name]["accent"] in config["accents"]}
+    test = {name for name in corpus_audio("test") if rows[name]["accent"] in ("akan (fante)", "damara")}
     assert {row["audio_filepath"] for row in scored_clips(results)} == test
 
     fetched = Counter(log.path for log in hub.requests if log.method == "GET" and f"{DATASET}/resolve/" in log.path)
@@ -528,7 +479,7 @@ def test_what_the_hub_refuses_is_one_line_before_any_audio_is_fetched(case, hub,
     flags, token, message = REFUSED[case]
     flags = f"{flags} --data_dir audio --output_dir out" + ("" if "--model " in flags else f" --model {MODEL}")
     if case == "answers of 503":
-        hub.fault("/api/datasets/*", "status", 503, headers={"Retry-After": "0"})
+        hub.fault("/api/datasets/*", "status", 503, **{"Retry-After": "0"})
     refused(online.run(*flags.split(), cwd=tmp_path, env={"HF_TOKEN": token} if token else {}), 1, message)
     assert not list(tmp_path.rglob("*.arrow")) and not (tmp_path / "out").exists()
     assert hub.count("*.tar.gz") == 0 and (str(MODEL) in flags or hub.count("*datasets*") == 0)
@@ -774,38 +725,33 @@ def scored_files(folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flags_choose_clips_and_a_limit_draws_them_by_the_seed(kind, runs, corpora, tmp_path):
-    bad = {f"{name}.wav" for name, row in BAD_CLIPS.items() if row[3]}
-    test = [clip for clip in make_clips() if clip["split"] == "test" and clip_file(clip["name"]) not in bad]
+    test = runs(kind).texts
 
     def scored(*flags):
         paths = ["--eval_only", "--data_dir", runs(kind).folder / "audio"]
         succeeded(run_main(tmp_path, *flags_of(corpora[kind], *paths, *flags)))
         return scored_files(tmp_path)
 
-    for flag, value, column, name in (
-        ("--accents", "Akan (Fante)", "accent", "akan (fante)"),
-        ("--countries", "na", "country", "NA"),
-        ("--domains", "Clinical", "domain", "clinical"),
+    for flags, columns in (
+        (["--accents", "Akan (Fante)"], {"accent": "akan (fante)"}),
+        (["--countries", "na", "--domains", "Clinical"], {"country": "NA", "domain": "clinical"}),
     ):
-        chosen = {clip_file(clip["name"]) for clip in test if clip[column] == name}
-        assert 0 < len(chosen) < len(test) and scored(flag, value) == chosen
+        of_each = [{file for file, row in test.items() if row[column] == name} for column, name in columns.items()]
+        chosen = set.intersection(*of_each)
+        assert 0 < len(chosen) < len(test) and scored(*flags) == chosen
+        assert len(of_each) == 1 or chosen not in of_each, "each of the flags leaves clips out"
     first, second, again = (scored("--max_test_samples", 5, "--seed", seed) for seed in (1, 2, 1))
-    whole = [clip_file(row["audio_filepath"]) for row in runs(kind).texts.values()]
     assert len(first) == len(second) == 5 and first == again != second, "another start draws others"
-    assert all(drawn not in (set(whole[:5]), set(whole[-5:])) for drawn in (first, second))
+    assert all(drawn not in (set(list(test)[:5]), set(list(test)[-5:])) for drawn in (first, second))
 
 
 def test_a_clip_in_two_archives_is_used_once_the_first_and_listed(tmp_path):
-    first, second = (sound(tone(seconds)) for seconds in (2, 3))
-    clip = dict.fromkeys(GROUPS, "") | {"name": "x/a.wav", "accent": "zulu", "split": "test"}
-    folder = write_archives(tmp_path / "own", [clip | {"text": TEXT, "audio": first}])
-    for number, members in enumerate(("a 2", "a 3 b 3", "b 2")):
-        words = members.split()
-        clips = zip(words[::2], words[1::2])
-        members = [(f"data/data/intron/x/{name}.wav", first if length == "2" else second) for name, length in clips]
-        write(folder / f"audio/zulu/test/test_zulu_{number}.tar.gz", tar(members))
-    table = folder / "transcripts/zulu/test.csv"
-    write_table(table, [row | {"audio_paths": f"/x/{name}.wav"} for name in "ab" for row in read_csv(table)])
+    archives = []
+    for lengths in ({"a": 2}, {"a": 3, "b": 3}, {"b": 2}):  # of the clips, in seconds
+        members = [(f"data/data/intron/x/{name}.wav", sound(tone(seconds))) for name, seconds in lengths.items()]
+        archives.append(tar(members))
+    rows = helpers.as_csv([{"audio_paths": f"/x/{name}.wav", "transcript": TEXT} for name in "ab"])
+    folder = helpers.write_part(tmp_path / "own", "zulu", "test", rows, *archives)
     succeeded(run_main(tmp_path, *flags_of(folder, "--eval_only")))
     lengths = {row["audio_filepath"]: row["duration"] for row in scored_clips(tmp_path / "out/results")}
     assert lengths == {"x/a.wav": 2, "x/b.wav": 3}
@@ -820,7 +766,9 @@ def test_a_dry_run_counts_without_fetching_audio(hub, online, tmp_path):
     size = sum(path.stat().st_size for path in corpus.rglob("*.tar.gz"))
     assert f"to fetch {size / 1e9:.2f} GB in 5 archives" in done.stdout
     for split, count in (("train", 30), ("dev", 6), ("test", 18)):
-        seconds = sum(float(row["duration"]) for path in corpus.rglob(f"*/{split}.csv") for row in read_csv(path))
+        seconds = sum(
+            float(row["duration"]) for path in corpus.rglob(f"*/{split}.csv") for row in helpers.read_csv(path)
+        )
         assert re.search(rf"{split} +{count} clips +{seconds / 3600:.2f} h", done.stdout), done.stdout
     assert re.search("akan .fante. +10 clips", done.stdout)
     assert re.search("10 updates, 1 an epoch, of 32 clips", done.stdout)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import IN_TWO, MODEL, corpus_audio, load_json, refused, scored_clips, succeeded, tensorboard
 from datasets import Dataset
-from helpers import RATE, noise, one_table, run_main, skipped, sound
+from helpers import RATE, WATCHED, noise, one_table, run_main, seen, skipped, sound
 from safetensors.torch import load_file
 from small_model import inputs_of, label_encoder, make_clips, make_decoder, make_trainer, processor, random_model
 from transformers import AutoModelForCTC, TrainerCallback, TrainingArguments
@@ -156,27 +156,17 @@ def test_masks_depend_on_seed_epoch_and_clip_alone():
 @pytest.mark.parametrize("workers, live_on", [(0, False), (1, False), (1, True)])
 def test_the_masks_of_a_clip_differ_between_the_epochs_of_a_training(tmp_path, clips, workers, live_on):
     flags = ["--num_train_epochs", 3, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2]
+    flags += ["--dataloader_num_workers", workers, "--dataloader_persistent_workers", live_on]
     two = make_clips("train", *(("No fever.", noise(seconds)) for seconds in (1.5, 1.2)))
-    trainer, seen = (
-        make_trainer(
-            tmp_path,
-            (two, clips[1]),
-            *flags,
-            "--dataloader_num_workers",
-            workers,
-            "--dataloader_persistent_workers",
-            live_on,
-        ),
-        {},
-    )
+    trainer, masked = make_trainer(tmp_path, (two, clips[1]), *flags), {}
 
     def watch(module, inputs, options):
         features = options["input_features"]
-        seen.setdefault(features.shape, set()).add(features.numpy().tobytes())
+        masked.setdefault(features.shape, set()).add(features.numpy().tobytes())
 
     trainer.model.register_forward_pre_hook(watch, with_kwargs=True)
     trainer.train()
-    assert [len(features) for features in seen.values()] == [3, 3]
+    assert [len(features) for features in masked.values()] == [3, 3]
 
 
 def test_dev_clips_are_never_masked_and_training_clips_may_be_left_alone(tmp_path, clips):
@@ -474,20 +464,8 @@ def test_long_dev_clips_are_scored_in_windows(tmp_path, clips):
     assert scores["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-4), "the loss is that of clips in one piece"
 
 
-# Notes down the clips that a process draws. No time passes, so that speeds are a thousand times the seconds of audio.
-RECORDED = """
-import types
-
-collate = script.CTCCollator.__call__
-
-def recorded(self, rows):
-    if "clip" in rows[0]:  # of training: windows that are scored have no names
-        with open(f"drawn-{os.environ.get('RANK')}.txt", "a") as file:
-            file.write(" ".join(row["clip"] for row in rows) + "\\n")
-    return collate(self, rows)
-
-script.CTCCollator.__call__ = recorded
-script.time = types.SimpleNamespace(monotonic=lambda: 1.0)"""
+# No time passes, so that speeds are a thousand times the seconds of audio.
+TIMELESS = WATCHED + "\nimport types; script.time = types.SimpleNamespace(monotonic=lambda: 1.0)"
 
 
 def model_with(folder, layerdrop, **encoder_config):
@@ -506,16 +484,13 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(demo, tmp_pat
     model = model_with(tmp_path / "model", 0.0, dropout=0.0, activation_dropout=0.0, attention_dropout=0.0)
     flags = f"--model {model} --learning_rate 1e-3 --eval_steps 8 --save_steps 8 --skip_baseline".split()
     one, two = (kills.flags(demo.audio, tmp_path / name, *flags) for name in ("one", "two"))
-    place = {"patch": RECORDED, "cwd": tmp_path}
-    both = run_two(*two, *IN_TWO, **place)
-    alone = warm.run(*one, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, **place)
-    assert [done.returncode for done in (*both, alone)] == [0, 0, 0], both[0].stderr + alone.stderr
-
-    drawn = {rank: (tmp_path / f"drawn-{rank}.txt").read_text().splitlines() for rank in ("0", "1", "None")}
-    updates = [set(f"{first} {second}".split()) for first, second in zip(drawn["0"], drawn["1"])]
-    assert updates[:8] == [set(" ".join(drawn["None"][at : at + 2]).split()) for at in range(0, 16, 2)]
+    both = run_two(*two, *IN_TWO, patch=TIMELESS)
+    alone = warm.run(*one, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, patch=TIMELESS)
+    drawn = [[{clip for clip, _ in batch} for batch in seen(done)] for done in (*both, alone)]
+    updates = [first | second for first, second in zip(*drawn[:2])]
+    assert len(updates) == 8 and updates == [drawn[2][at] | drawn[2][at + 1] for at in range(0, 16, 2)]
     epochs = [set().union(*updates[start : start + 4]) for start in (0, 4)]
-    assert [len(names) for names in epochs] == [16, 16] and updates[:4] != updates[4:8]
+    assert [len(names) for names in epochs] == [16, 16] and updates[:4] != updates[4:]
 
     states = [load_json(tmp_path / name / "checkpoint-8/trainer_state.json") for name in ("one", "two")]
     for name in ("loss", "grad_norm", "learning_rate", "padding_percent", "audio_seconds_per_second"):

@@ -1,6 +1,5 @@
 """--transcribe: what it finds, what it writes, and when each word was said."""
 
-import io
 import json
 import re
 import struct
@@ -10,11 +9,9 @@ import sys
 import jiwer
 import numpy as np
 import pytest
-import soundfile
 import torch
 from conftest import MODEL, SCRIPT, corpus_audio, refused, succeeded
-from helpers import RATE, noise, run_main, sound
-from helpers import write as write_file
+from helpers import RATE, heard, noise, run_main, sound, write
 from small_model import frames_of, label_encoder
 
 import finetune_medasr as script
@@ -25,21 +22,17 @@ SPEED = r"[\d,.]+ s of audio in [\d,.]+ s, [\d,.]+ times as fast as it was spoke
 @pytest.fixture(scope="module")
 def spoken(demo):
     """[(samples, text by the demo's model)] of the test clips that it writes down in three words and more."""
-    audio, clips = corpus_audio("test"), []
-    for row in demo.predictions:
-        samples, rate = soundfile.read(io.BytesIO(audio[row["audio_filepath"]]), dtype="float32")
-        if len(row["pred_text"].split()) >= 3 and rate == RATE and samples.ndim == 1:
-            clips.append((samples, row["pred_text"]))
-    return clips
+    audio, rows = corpus_audio("test"), [row for row in demo.predictions if len(row["pred_text"].split()) >= 3]
+    return [(heard(audio[row["audio_filepath"]]), row["pred_text"]) for row in rows]
 
 
-def write(path, samples):
-    write_file(path, sound(samples, format=path.suffix[1:].upper(), subtype=None))
+def record(path, samples):
+    write(path, sound(samples, format=path.suffix[1:].upper(), subtype=None))
 
 
 def test_folders_patterns_and_files_are_found_once_and_in_order(demo, spoken, tmp_path):
     for name, (samples, _) in zip(("z.wav", "in/b/one.flac", "in/two.OGG", "in/.hidden.wav"), spoken):
-        write(tmp_path / name, samples)
+        record(tmp_path / name, samples)
     (tmp_path / "in/notes.txt").write_text("not audio")
     texts, model = [text for _, text in spoken[:3]], ["--model", demo.final]
     done = succeeded(run_main(tmp_path, "--transcribe", "z.wav", "in", "in/*/*.flac", *model))
@@ -76,7 +69,7 @@ def test_each_recording_gets_one_line_and_broken_ones_are_named(demo, spoken, tm
         "cut.flac": whole[: len(whole) // 2],
     }
     for name, data in files.items():
-        write_file(tmp_path / name, data)
+        write(tmp_path / name, data)
     flags, odd = ["--model", demo.final], list(files)[:3]
     done = run_main(tmp_path, "--transcribe", *files, *flags)
     *good, long = done.stdout.splitlines()
@@ -93,7 +86,7 @@ def test_each_recording_gets_one_line_and_broken_ones_are_named(demo, spoken, tm
 
 def test_each_recording_gets_a_file_of_its_own_which_is_never_overwritten(demo, spoken, tmp_path, monkeypatch):
     for name, (samples, _) in zip(("in/monday/visit.wav", "in/tuesday/visit.wav", "in/tuesday/visit.flac"), spoken):
-        write(tmp_path / name, samples)
+        record(tmp_path / name, samples)
     flags, decoded, decode = ["--transcribe", "in", "--transcript_dir", "out/texts"], [], script.decode_recording
     done = run_main(tmp_path, *flags, "--model", demo.final)
     found = {path.relative_to(tmp_path / "out/texts").as_posix() for path in (tmp_path / "out").rglob("*.*")}
@@ -122,7 +115,7 @@ def test_words_of_a_long_recording_are_neither_lost_nor_doubled_nor_late(demo, s
         places.append((length / RATE, (length + len(samples)) / RATE, text))
         parts += [samples, np.zeros(RATE * 3 // 2, np.float32)]
         length += len(samples) + RATE * 3 // 2
-    write(tmp_path / "ward round.flac", np.concatenate(parts))
+    record(tmp_path / "ward round.flac", np.concatenate(parts))
     flags = ["--transcript_format", "json", "--model", demo.final]
     words = words_of(json.loads(succeeded(run_main(tmp_path, "--transcribe", "ward round.flac", *flags)).stdout))
     assert all(before["end"] <= after["start"] for before, after in zip(words, words[1:]))
@@ -131,11 +124,11 @@ def test_words_of_a_long_recording_are_neither_lost_nor_doubled_nor_late(demo, s
     seams = np.arange(18, places[-1][1], 16)  # the middles of the overlaps of windows of 20 s that begin every 16 s
     texts, late = {True: ([], []), False: ([], [])}, []
     for start, end, text in places:
-        heard = [word for word in words if start - 0.1 < word["start"] < end + 0.1]
-        late += [word["start"] - start for word in heard[:1]]
+        found = [word for word in words if start - 0.1 < word["start"] < end + 0.1]
+        late += [word["start"] - start for word in found[:1]]
         references, hypotheses = texts[bool(((start < seams) & (seams < end)).any())]
         references.append(text)
-        hypotheses.append(" ".join(word["word"] for word in heard))
+        hypotheses.append(" ".join(word["word"] for word in found))
     assert np.median(late) < 0.08, "each clip begins with speech"
     across, between = (jiwer.process_words(*texts[kind]) for kind in (True, False))
     assert len(texts[True][0]) > 30 and across.wer < between.wer + 0.05
@@ -144,7 +137,7 @@ def test_words_of_a_long_recording_are_neither_lost_nor_doubled_nor_late(demo, s
 
 def test_bfloat16_is_for_the_model_alone(tmp_path, monkeypatch):
     """As on a GPU: matrices in bfloat16, log-mels in float32."""
-    write(tmp_path / "visit.wav", noise(3))
+    record(tmp_path / "visit.wav", noise(3))
     kinds, features, made = set(), [], script.model_inputs
 
     def watch(module, inputs, output):
@@ -164,7 +157,7 @@ def test_bfloat16_is_for_the_model_alone(tmp_path, monkeypatch):
 def say(tmp_path, monkeypatch):
     """say([(text, seconds of silence after it), ...], flag, ...) -> what --transcribe writes for a recording in which
     the model hears these texts, a label and a blank in each two frames of 0.04 s."""
-    write(tmp_path / "visit.wav", noise(1))
+    record(tmp_path / "visit.wav", noise(1))
 
     def say(parts, *flags):
         ids = []

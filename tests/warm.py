@@ -4,6 +4,7 @@ One process imports them, and forks for each run. A run ends as it does by itsel
 with what it does at exit. Tests of a start itself, and of launchers, start Python anew.
 """
 
+import contextlib
 import fcntl
 import io
 import json
@@ -67,7 +68,7 @@ def read_now(pipe):
         return (file.readall() or b"").decode().replace("\r\n", "\n").replace("\r", "\n")
 
 
-class WarmStarts:
+class WarmStarts(contextlib.AbstractContextManager):
     """Starts one run after the other, each in a new process and process group."""
 
     def __init__(self, env):
@@ -76,9 +77,6 @@ class WarmStarts:
         command = [sys.executable, "-c", STARTER, str(end.fileno())]
         self.process = subprocess.Popen(command, env=env, pass_fds=[end.fileno()], stdout=subprocess.DEVNULL)
         end.close()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.channel.close()
@@ -106,23 +104,7 @@ class WarmStarts:
         return self.wait()
 
 
-def run_ranks(starts, *arguments, **options):
-    """The CompletedProcesses of a run in several processes, as a cluster starts them: one for each of `starts`, in the
-    folder `cwd`, in which {rank} stands for their numbers."""
-    env, folder = dict(options.pop("env", ())), str(options.pop("cwd", "."))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for rank, start in enumerate(starts):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(starts), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": port}  # fmt: skip
-        start.start(*arguments, **options, env=place | env, cwd=folder.replace("{rank}", str(rank)))
-    return [start.wait() for start in starts]
-
-
-if (
-    __name__ == "__main__"
-):  # the program, which the Python in $PATCH changes; workers that convert audio stay as they are
+if __name__ == "__main__":  # the program, which $PATCH, Python, changes; workers that convert audio stay as they are
     import finetune_medasr as script
 
     exec(os.environ["PATCH"])
