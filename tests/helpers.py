@@ -4,13 +4,14 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import tarfile
 
 import numpy as np
 import pandas
 import soundfile
-from conftest import corpus_audio, read_csv, succeeded
+from conftest import MODEL, corpus_audio, load_json, read_csv, succeeded
 from datasets import Dataset
 
 import finetune_medasr as script
@@ -146,3 +147,12 @@ def cells(table, first):
     """The cells of the row of a table that begins so."""
     (line,) = [line for line in table.splitlines() if line.startswith(f"| {first} ")]
     return [cell.strip() for cell in line.strip("|").split(" | ")][1:]
+
+
+def model_with(folder, layerdrop, **encoder_config):
+    """A copy of the small model with other settings of its encoder."""
+    shutil.copytree(MODEL, folder)
+    config = load_json(folder / "config.json")
+    config["encoder_config"] |= {"layerdrop": layerdrop, **encoder_config}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -335,13 +335,19 @@ atexit.register(lambda: open("{tmp_path}/" + os.environ["RANK"], "w").write(str(
     assert [(tmp_path / name).read_text() for name in ("0", "1", "all")] == ["True"] * 3
 
 
-@pytest.mark.parametrize("moment", [[STEP, 2], ["transformers.Trainer._save_rng_state", 1]])
-def test_when_one_process_fails_all_end_with_its_message(moment, tmp_path, run_at, run_two):
-    fail = 'if os.environ["RANK"] == "1": raise script.RunError("the second process cannot go on")'
+@pytest.mark.parametrize(
+    "moment, error, says",
+    [
+        ([STEP, 2], "torch.OutOfMemoryError('CUDA out of memory')", "memory is full with 2 clips a step: try"),
+        (["transformers.Trainer._save_rng_state", 1], "script.RunError('it cannot go on')", "it cannot go on"),
+    ],
+)
+def test_when_one_process_fails_all_end_with_its_message(moment, error, says, tmp_path, run_at, run_two):
+    fail = f'if os.environ["RANK"] == "1": raise {error}'
     start = time.monotonic()
     first, second = run_at(tmp_path / "out", [*moment, fail], *IN_TWO, *QUICK, start=run_two)
     assert (first.returncode, second.returncode) == (1, 1) and time.monotonic() - start < 60
-    assert "error (process 1): the second process cannot go on" in second.stderr
+    assert "error (process 1): " in second.stderr and says in second.stderr
     assert "another process has ended; its own message says why" in first.stderr
 
 
