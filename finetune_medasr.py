@@ -1835,21 +1835,6 @@ def load_lm(settings, processor, vocab_size):
     return LanguageModel(path.name, kenlm, numbers, counts_as, tokenizer.pad_token_id, *weights)
 
 
-def tune_lm(decoder, dev):
-    """Give the decoder's `lm` the weight and word score of the lowest WER on `dev`; returns what was tried."""
-    clips = dev.some()
-    say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
-    emissions, tried = decoder.emissions(clips)[0], []
-    for weight, word_score in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)):
-        lm = decoder.lm._replace(weight=weight, word_score=word_score)
-        tried.append([weight, word_score, corpus_rate(clips.table["text"], decoder.texts(emissions, lm))])
-    weight, word_score, wer = min(tried, key=lambda entry: entry[-1])  # the first of equals
-    decoder.lm = decoder.lm._replace(weight=weight, word_score=word_score)
-    greedy = corpus_rate(clips.table["text"], decoder.texts(emissions))
-    say(f"  --lm_weight {weight:g} --lm_word_score {word_score:g}: dev WER {percent(wer)}, greedy {percent(greedy)}")
-    return {**decoder.lm.settings, "clips": len(clips), "wer": wer, "wer_greedy": greedy, "tried": tried}
-
-
 # ---------------------------------------------------------------- transcribing
 
 
@@ -1956,9 +1941,7 @@ def decode_recording(name):
                 block.tofile(file)
             samples = np.memmap(file, np.float32)
         return {"samples": samples, "num_samples": len(samples)}
-    except (ValueError, OSError) as error:
-        if is_full_disk(error):
-            raise
+    except ValueError as error:
         warn(f"{name} cannot be read as audio: {one_line(error)}", "error")
     finally:
         for note in notes:
@@ -2029,16 +2012,12 @@ NUMBERS = re.compile(
     r"\w*\d\w*|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|"
     r"sixty|seventy|eighty|ninety|hundred|thousand|million|half|once|twice"
 )
+# medwer's normaliser, which is Whisper's for English, and the medical terms on which its medical WER is.
+protocol = functools.cache(lambda: medwer.Scorer())
 
 
 def keep(pattern):
     return lambda text: " ".join(filter(pattern.fullmatch, normalize_wer(text).split()))
-
-
-@functools.cache
-def protocol():
-    """medwer's normaliser, which is Whisper's for English, and the medical terms on which its medical WER is."""
-    return medwer.Scorer()
 
 
 def keep_medical(text):
@@ -2113,19 +2092,11 @@ class Scores:
         self.table, self.texts, self.counts = table, texts, pandas.DataFrame(columns)
         self.endings = [ending for ending in ("", "_lm") if any(system.endswith(ending) for system in texts)]
 
-    def metrics(self):
-        """metrics.json's part of a test set: {system, or "delta": rates of all clips, and "groups": of each group}."""
-        everything = self.metrics_of(self.table)
-        for kind in GROUP_KINDS:
-            for name, part in self.table.groupby(kind):
-                for key, figures in self.metrics_of(part).items():
-                    if figures:
-                        everything[key].setdefault("groups", {}).setdefault(kind, {})[name] = figures
-        return everything
-
-    def metrics_of(self, part):
-        """{system or "delta": rates}. Intervals resample whole speakers, paired (doi 10.1109/ICASSP.2004.1326009)."""
-        counts, generator, found = self.counts.loc[part.index], np.random.default_rng(0), {}
+    def metrics(self, part=None, kinds=GROUP_KINDS):
+        """metrics.json's part of a test set, or of a part of it: {system, or "delta": rates, and "groups" of `kinds`}.
+        Intervals resample whole speakers, paired (doi 10.1109/ICASSP.2004.1326009)."""
+        part, generator, found = self.table if part is None else part, np.random.default_rng(0), {}
+        counts = self.counts.loc[part.index]
         columns = list(itertools.product((*self.texts, "of"), WITH_INTERVALS))
         people, sums = counts[columns].groupby(part["speaker_or_clip"]).sum().to_numpy(float), counts.sum()
         draw = functools.partial(generator.integers, len(people), size=(100, len(people)), dtype=np.int32)
@@ -2139,8 +2110,7 @@ class Scores:
             found |= dict.fromkeys((before, after, delta))
             for system in [system for system in (before, after) if system in self.texts]:
                 rates = {rate: float(sums[system, rate] / of) if of else None for rate, of in sums["of"].items()}
-                kinds = {kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}
-                found[system] = {**rates, **sizes, **kinds}
+                found[system] = {**rates, **sizes, **{kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}}
             if found[before] and found[after]:
                 drawn |= {(delta, rate): drawn[after, rate] - drawn[before, rate] for rate in WITH_INTERVALS}
                 more = counts[after, "wer"] - counts[before, "wer"]
@@ -2150,6 +2120,11 @@ class Scores:
         for system, rate in [key for key in drawn if key[0] != "of"]:
             ends = np.percentile(drawn[system, rate], (2.5, 97.5)).tolist()
             found[system][f"{rate}_ci95"] = ends if sums["of", rate] else None
+        for kind in kinds:
+            for name, group in part.groupby(kind):
+                for system, figures in self.metrics(group, kinds=()).items():
+                    if figures:
+                        found[system].setdefault("groups", {}).setdefault(kind, {})[name] = figures
         return found
 
 
@@ -2244,25 +2219,6 @@ def show_scores(metrics):
     say("\n".join(lines))
 
 
-def error_lines(scores):
-    lines, table, texts = [], scores.table, last_of(scores.texts)
-    errors = count_errors("wer", table["text"], texts)[1]
-    for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
-        common = ", ".join(f"{words} ({count})" for words, count in errors[kind].most_common(15))
-        lines.append(f"Commonest {label}: {common or 'none'}.\n")
-    lengths = np.array([len(normalize_wer(text).split()) for text in texts])
-    empty, runaway = sum(lengths == 0), sum(lengths > 2 * scores.counts["of", "wer"] + 5)
-    lines.append(f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.\n")
-    if {"baseline", "finetuned"} <= set(scores.texts):
-        more, rows = scores.counts["finetuned", "wer"] - scores.counts["baseline", "wer"], []
-        table = table.assign(errors=more, reference=table["text"], before=scores.texts["baseline"], now=texts)
-        header = ["errors", "accent", "reference", "before", "now"]
-        for errors, *cells in table.loc[more > 0, header].nlargest(10, "errors").itertuples(index=False):
-            rows.append([f"+{errors}", *(markdown_text(tidy(cell)[:200]) for cell in cells)])
-        lines += ["Clips that got worse most:\n", *markdown_table(header, rows)] if rows else []
-    return lines
-
-
 def draw_pictures(folder, metrics, history):
     """PNGs beside the report, of what the data allows; returns the Markdown lines that show them."""
     figure_of, pictures = functools.partial(Lazy("matplotlib.figure").Figure, dpi=110, layout="tight"), {}
@@ -2276,8 +2232,7 @@ def draw_pictures(folder, metrics, history):
         rates, ends = (100 * np.array([group[name] for group in chosen]).T for name in ("wer", "wer_ci95"))
         errors = np.abs(ends - rates) * [group["speakers"] >= MIN_GROUP_SPEAKERS for group in chosen]
         axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=SYSTEMS[system])
-    labels = [group[:40] + " *" * groups[group]["small"] for group in order]
-    axes.set_yticks(range(len(order)), labels, parse_math=False)
+    axes.set_yticks(range(len(order)), [name[:40] + " *" * groups[name]["small"] for name in order], parse_math=False)
     axes.set(xlabel="WER, % (95 % interval over speakers; * too small to rank)", xlim=(0, None), title="WER by accent")
     if evaluations := [(entry["step"], 100 * entry["eval_wer"]) for entry in history if "eval_wer" in entry]:
         axes = pictures["training.png"] = figure_of(figsize=(8, 3.5)).subplots()
@@ -2328,7 +2283,23 @@ def write_results(folder, content, scores, title, notes=(), history=()):
     lines += ["## Between the base and the fine-tuned\n", *path_lines(metrics["path"])] if metrics.get("path") else []
     for name, part in parts.items():
         lines += [f"## Also scored: {markdown_text(name)}\n", *score_lines(part), *group_lines(part, "###", fewest=2)]
-    write_text(folder / "report.md", "\n".join([*lines, "## What goes wrong\n", *error_lines(scores["test"])]) + "\n")
+    lines.append("## What goes wrong\n")
+    test, table, texts = scores["test"], scores["test"].table, scores["test"].texts[last]
+    errors = count_errors("wer", table["text"], texts)[1]
+    for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
+        common = ", ".join(f"{words} ({count})" for words, count in errors[kind].most_common(15))
+        lines.append(f"Commonest {label}: {common or 'none'}.\n")
+    lengths = np.array([len(normalize_wer(text).split()) for text in texts])
+    empty, runaway = sum(lengths == 0), sum(lengths > 2 * test.counts["of", "wer"] + 5)
+    lines.append(f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.\n")
+    if before in test.texts:
+        more = test.counts[last, "wer"] - test.counts[before, "wer"]
+        worst = more[more > 0].nlargest(10).map("+{}".format)
+        told = table.assign(errors=worst, reference=table["text"], before=test.texts[before], now=texts)
+        told = told.loc[worst.index, ["errors", "accent", "reference", "before", "now"]]
+        told = told.map(lambda cell: markdown_text(tidy(cell)[:200]))
+        lines += ["Clips that got worse most:\n", *markdown_table(list(told), told.to_numpy())] if len(told) else []
+    write_text(folder / "report.md", "\n".join(lines) + "\n")
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
     show_scores(metrics)
     return metrics
@@ -2584,8 +2555,8 @@ class CTCTrainer:
                 raise
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        start = time.monotonic()
+    def evaluation_loop(self, *inputs, metric_key_prefix="eval", **options):
+        """What the Trainer's `evaluate` asks for and logs; the dev clips are decoded as test sets are."""
         accelerate.utils.broadcast(dict(self.model.named_buffers()))  # each process has BatchNorm statistics of its own
         emissions, loss = self.decoder.emissions(self.dev, self.encoder)
         if not np.isfinite(loss):
@@ -2601,14 +2572,12 @@ class CTCTrainer:
             scores[f"wer_by_domain/{domain}"] = corpus_rate(part["text"], part["hypothesis"])
         shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]].map(markdown_text)
         scores["transcriptions"] = "\n".join(markdown_table(["accent", "reference", "hypothesis"], shown.to_numpy()))
-        scores |= {"loss": loss, "runtime": round(time.monotonic() - start, 2)}
+        scores["loss"] = loss
         if not self.decoder.is_silent:
             shown = map(percent, (scores["wer"], scores["cer"]))
             tqdm.tqdm.write("  step {:>6}: dev WER {}, CER {}".format(self.state.global_step, *shown))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return Lazy("transformers.trainer_utils").EvalLoopOutput(None, None, metrics, len(table))
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -2645,18 +2614,14 @@ def choose_batch_size(model, collator, train, settings, limit):
         # AdamW keeps two averages, one in place of the trial's weights; processes exchange gradients in buckets.
         trial, copies = copy.deepcopy(model).train(), 1 + (settings.world_size > 1)
         trial.encoder.layerdrop = 0.0
-        try:
+        with contextlib.suppress(RuntimeError):  # of full memory; what else is wrong shows in training
             kept = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
             spare = int(0.05 * torch.cuda.get_device_properties(device).total_memory)  # other lengths leave pieces
             kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
             with torch.autocast(device.type, half, enabled=settings.fp16 or settings.bf16):
                 loss = trial(**model_inputs(collator([longest] * size), collator.extractor, device)).loss
             loss.backward()
-        except RuntimeError as error:
-            if not is_full_memory(error):
-                raise
-            return False
-        return True
+            return True
 
     size = agreed(next(size for size in sizes if size == 1 or device.type != "cuda" or fits(size)))
     torch.cuda.empty_cache()  # nothing where there is no GPU
@@ -2776,9 +2741,20 @@ class Run:
 
     def decode_tests(self, system):
         """{test set: {system: the model's text of each clip, with a language model system_lm: those with it}}."""
-        decoder, texts = self.decoder, {}
-        if self.settings.tune_lm:
-            record = tune_lm(decoder, self.clips["dev"])
+        decoder, texts, tried = self.decoder, {}, []
+        if self.settings.tune_lm:  # the weight and word score of the lowest WER on dev
+            clips = self.clips["dev"].some()
+            say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
+            emissions, references = decoder.emissions(clips)[0], clips.table["text"]
+            for weight, word_score in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)):
+                lm = decoder.lm._replace(weight=weight, word_score=word_score)
+                tried.append([weight, word_score, corpus_rate(references, decoder.texts(emissions, lm))])
+            weight, word_score, wer = min(tried, key=lambda entry: entry[-1])  # the first of equals
+            decoder.lm = decoder.lm._replace(weight=weight, word_score=word_score)
+            greedy = corpus_rate(references, decoder.texts(emissions))
+            shown = f"--lm_weight {weight:g} --lm_word_score {word_score:g}"
+            say(f"  {shown}: dev WER {percent(wer)}, greedy {percent(greedy)}")
+            record = {**decoder.lm.settings, "clips": len(clips), "wer": wer, "wer_greedy": greedy, "tried": tried}
             if self.settings.is_first:
                 write_text(self.results / "lm.json", json.dumps(record, indent=1))
         for name, clips in self.tests.items():
