@@ -455,8 +455,7 @@ def parse_settings(argv):
     threading.excepthook = lambda failed: is_full_disk(failed.exc_value) or threading.__excepthook__(failed)
     # OpenMP's waiting threads spin: many times slower where another process wants the core. The demo's needs but one.
     threads = "OMP_WAIT_POLICY=PASSIVE" + " OMP_NUM_THREADS=1" * ("--demo" in argv)
-    apple = "PYTORCH_ENABLE_MPS_FALLBACK=1"  # for torch's import: what Apple's GPUs lack, CTC, is done on the CPU
-    for variable in f"{quiet} {threads} {apple}".split():
+    for variable in f"{quiet} {threads}".split():
         os.environ.setdefault(*variable.split("="))
     transformers.logging.disable_progress_bar()
     argv = DEMO_FLAGS * ("--demo" in argv) + argv
@@ -1941,7 +1940,9 @@ def decode_recording(name):
                 block.tofile(file)
             samples = np.memmap(file, np.float32)
         return {"samples": samples, "num_samples": len(samples)}
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if is_full_disk(error):
+            raise
         warn(f"{name} cannot be read as audio: {one_line(error)}", "error")
     finally:
         for note in notes:
@@ -2572,11 +2573,10 @@ class CTCTrainer:
             scores[f"wer_by_domain/{domain}"] = corpus_rate(part["text"], part["hypothesis"])
         shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]].map(markdown_text)
         scores["transcriptions"] = "\n".join(markdown_table(["accent", "reference", "hypothesis"], shown.to_numpy()))
-        scores["loss"] = loss
         if not self.decoder.is_silent:
             shown = map(percent, (scores["wer"], scores["cer"]))
             tqdm.tqdm.write("  step {:>6}: dev WER {}, CER {}".format(self.state.global_step, *shown))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in {**scores, "loss": loss}.items()}
         return Lazy("transformers.trainer_utils").EvalLoopOutput(None, None, metrics, len(table))
 
     def log(self, logs, start_time=None):
@@ -2633,6 +2633,9 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None, own=N
     """The Trainer of training clips, those from `own` on replayed, and the dev `Clips`; raises RunError."""
     model, extractor, device = decoder.model, decoder.extractor, settings.device
     plain = CTCCollator(extractor, encoder, shortest=decoder.shortest)
+    if device.type == "mps":  # Apple's GPUs have no CTC
+        compute, to_cpu = model.loss_function, functools.partial(accelerate.utils.send_to_device, device="cpu")
+        model.loss_function = lambda **inputs: compute(**to_cpu(inputs)).to(device)
     if settings.gradient_checkpointing:
         model.encoder.layerdrop = 0.0  # under DDP it forbids unused parameters, which a dropped layer would leave
         model.activation_checkpointing_enable()  # now, for the trial of batch sizes; the Trainer does when it starts
@@ -2810,8 +2813,7 @@ class Run:
 
     def train(self, updates):
         settings, default, trainer, checkpoint = self.settings, TrainingFlags, None, self.checkpoint
-        train, dev = self.clips["train"].audio, self.clips["dev"]
-        own = settings.streaming or len(train)
+        train, dev, own = self.clips["train"].audio, self.clips["dev"], len(self.clips["train"])
         if settings.replay:
             train = datasets.concatenate_datasets([train, self.clips["replay"].audio])
         say(f"training: {plural(updates, 'update')}")
