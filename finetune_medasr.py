@@ -2284,6 +2284,7 @@ def write_results(folder, content, scores, title, notes=(), history=()):
     lines += ["## Between the base and the fine-tuned\n", *path_lines(metrics["path"])] if metrics.get("path") else []
     for name, part in parts.items():
         lines += [f"## Also scored: {markdown_text(name)}\n", *score_lines(part), *group_lines(part, "###", fewest=2)]
+
     lines.append("## What goes wrong\n")
     test, table, texts = scores["test"], scores["test"].table, scores["test"].texts[last]
     errors = count_errors("wer", table["text"], texts)[1]
@@ -2771,8 +2772,7 @@ class Run:
         """Give the model --interpolate's share of the way from the state_dict `base` to it (WiSE-FT, arXiv 2109.01903).
         Returns [{"share": ..., "wer": {"dev" or further test set: ...}}] of that way, empty without --also_score."""
         model, decoder, chosen, path = self.decoder.model, self.decoder, self.settings.interpolate, []
-        state = model.state_dict().items()
-        tuned = {name: value.cpu().clone() for name, value in state if value.is_floating_point()}
+        tuned = {name: value.cpu().clone() for name, value in model.state_dict().items() if value.is_floating_point()}
         sets = {name: self.clips[name].some() for name in ["dev", *self.tests] if name != "test"}
         has_path = len(sets) > 1
         for share in [*sorted({*PATH_SHARES} - {chosen} if has_path else ()), chosen]:  # the model stays at the last
