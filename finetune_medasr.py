@@ -2430,8 +2430,8 @@ class TrainingOrder:
     def __iter__(self):
         others, chosen = len(self.lengths) - self.own, list(range(self.own))
         while len(chosen) < len(self):  # more than once through a small corpus
-            drawn = self.own + torch.randperm(others, generator=self.generator)[: len(self) - len(chosen)]
-            chosen += drawn.tolist()
+            drawn = self.own + torch.randperm(others, generator=self.generator)
+            chosen += drawn[: len(self) - len(chosen)].tolist()
         grouped, lengths = Lazy("transformers.trainer_pt_utils").get_length_grouped_indices, self.lengths
         order = grouped([lengths[clip] for clip in chosen], self.settings.clips_an_update, generator=self.generator)
         return (chosen[place] for place in order)
@@ -2575,8 +2575,8 @@ class CTCTrainer:
         shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]].map(markdown_text)
         scores["transcriptions"] = "\n".join(markdown_table(["accent", "reference", "hypothesis"], shown.to_numpy()))
         if not self.decoder.is_silent:
-            shown = map(percent, (scores["wer"], scores["cer"]))
-            tqdm.tqdm.write("  step {:>6}: dev WER {}, CER {}".format(self.state.global_step, *shown))
+            step, wer, cer = self.state.global_step, percent(scores["wer"]), percent(scores["cer"])
+            tqdm.tqdm.write(f"  step {step:>6}: dev WER {wer}, CER {cer}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in {**scores, "loss": loss}.items()}
         return Lazy("transformers.trainer_utils").EvalLoopOutput(None, None, metrics, len(table))
 
@@ -2794,7 +2794,8 @@ class Run:
         shared, notes = shared_speakers(clips, settings)
         data |= {"made_splits": made, "speakers_in_train_too": shared}
         data |= {"layout": self.source.layout, "characters_dropped_from_labels": self.encoder.dropped}
-        content = {"config": {**config, "command": settings.command, "training": training}, "data": data, "path": path}
+        content = {"config": {**config, "command": settings.command, "training": training}, "data": data}
+        content |= {"path": path} if path else {}
         longer = int((clips["test"].table["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum())
         windows = f"{plural(longer, 'clip')} over {settings.window_seconds:g} s scored in overlapping windows"
         notes = [f"{windows}; none left out for its length.", *notes]
