@@ -263,11 +263,8 @@ TRAINING_DEFAULTS |= dict(train_sampling_strategy="group_by_length", **FIXED)
 AUTO_BATCH_SIZE = 8  # clips a step without a GPU; times the accumulation steps, what an update has on each device
 MODES = ("prepare_only", "dry_run", "eval_only", "score_file", "transcribe")  # without training
 EXCLUSIVE = [MODES, ("also_score", "score_file", "transcribe"), ("lm", "score_file"), ("tune_lm", "transcribe")]
-EXCLUSIVE += [
-    ("max_train_samples", "streaming"),
-    ("replay", "streaming"),
-    *(("interpolate", mode) for mode in MODES[2:]),
-]
+EXCLUSIVE += [("max_train_samples", "streaming"), ("replay", "streaming")]
+EXCLUSIVE += [("interpolate", mode) for mode in MODES[2:]]
 NEEDS = dict.fromkeys(("transcript_dir", "transcript_format", "format_dictation"), "transcribe")
 NEEDS |= {"tune_lm": "lm", "streaming": "max_steps"}  # a stream has no epochs to count
 # What a run makes in --output_dir: it replaces these, and --overwrite_output_dir deletes them.
@@ -410,9 +407,8 @@ class ScriptFlags:
             yield is_on and f"--{name} is not supported: this model needs no sharding; torchrun gives each GPU a copy"
         by_length = self.train_sampling_strategy == "group_by_length"
         yield self.replay and not by_length and "--replay mixes clips by length: leave --train_sampling_strategy out"
-        name, count = Counter([*SPLITS, "replay", *map(file_stem, map(public, self.also_score or ()))]).most_common(1)[
-            0
-        ]
+        sets = Counter([*SPLITS, "replay", *map(file_stem, map(public, self.also_score or ()))])
+        name, count = sets.most_common(1)[0]
         yield count > 1 and f"--also_score has {name} twice, or it is the name of a split or replay; give another path"
 
         output, written = Path(self.output_dir).expanduser().resolve(), ("output_dir", "data_dir", "transcript_dir")
@@ -1611,11 +1607,8 @@ def log_mels(waveforms, lengths, extractor):
 
 def model_inputs(batch, extractor, device):
     """What the model's forward takes, on `device`, of a batch of CTCCollator: the log-mels are computed there."""
-    inputs = {
-        name: item.to(device, non_blocking=torch.device(device).type == "cuda")
-        for name, item in batch.items()
-        if torch.is_tensor(item)
-    }
+    tensors, is_cuda = {name: batch[name] for name in batch if torch.is_tensor(batch[name])}, "cuda" in str(device)
+    inputs = accelerate.utils.send_to_device(tensors, device, non_blocking=is_cuda)
     with torch.no_grad():
         features, mask = log_mels(inputs.pop("waveforms"), inputs.pop("num_samples"), extractor)
         for mels, is_real, seed in zip(features, mask, batch.get("mask_seeds", ())):
@@ -1841,21 +1834,6 @@ def load_lm(settings, processor, vocab_size):
     return LanguageModel(path.name, kenlm, numbers, counts_as, tokenizer.pad_token_id, *weights)
 
 
-def tune_lm(decoder, dev):
-    """Give the decoder's `lm` the weight and word score of the lowest WER on `dev`; returns what was tried."""
-    clips = dev.some()
-    say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
-    emissions, tried = decoder.emissions(clips)[0], []
-    for weight, word_score in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)):
-        lm = decoder.lm._replace(weight=weight, word_score=word_score)
-        tried.append([weight, word_score, corpus_rate(clips.table["text"], decoder.texts(emissions, lm))])
-    weight, word_score, wer = min(tried, key=lambda entry: entry[-1])  # the first of equals
-    decoder.lm = decoder.lm._replace(weight=weight, word_score=word_score)
-    greedy = corpus_rate(clips.table["text"], decoder.texts(emissions))
-    say(f"  --lm_weight {weight:g} --lm_word_score {word_score:g}: dev WER {percent(wer)}, greedy {percent(greedy)}")
-    return {**decoder.lm.settings, "clips": len(clips), "wer": wer, "wer_greedy": greedy, "tried": tried}
-
-
 # ---------------------------------------------------------------- transcribing
 
 
@@ -2035,16 +2013,12 @@ NUMBERS = re.compile(
     r"\w*\d\w*|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|"
     r"sixty|seventy|eighty|ninety|hundred|thousand|million|half|once|twice"
 )
+# medwer's normaliser, which is Whisper's for English, and the medical terms on which its medical WER is.
+protocol = functools.cache(lambda: medwer.Scorer())
 
 
 def keep(pattern):
     return lambda text: " ".join(filter(pattern.fullmatch, normalize_wer(text).split()))
-
-
-@functools.cache
-def protocol():
-    """medwer's normaliser, which is Whisper's for English, and the medical terms on which its medical WER is."""
-    return medwer.Scorer()
 
 
 def keep_medical(text):
@@ -2119,19 +2093,11 @@ class Scores:
         self.table, self.texts, self.counts = table, texts, pandas.DataFrame(columns)
         self.endings = [ending for ending in ("", "_lm") if any(system.endswith(ending) for system in texts)]
 
-    def metrics(self):
-        """metrics.json's part of a test set: {system, or "delta": rates of all clips, and "groups": of each group}."""
-        everything = self.metrics_of(self.table)
-        for kind in GROUP_KINDS:
-            for name, part in self.table.groupby(kind):
-                for key, figures in self.metrics_of(part).items():
-                    if figures:
-                        everything[key].setdefault("groups", {}).setdefault(kind, {})[name] = figures
-        return everything
-
-    def metrics_of(self, part):
-        """{system or "delta": rates}. Intervals resample whole speakers, paired (doi 10.1109/ICASSP.2004.1326009)."""
-        counts, generator, found = self.counts.loc[part.index], np.random.default_rng(0), {}
+    def metrics(self, part=None, kinds=GROUP_KINDS):
+        """metrics.json's part of a test set, or of a part of it: {system, or "delta": rates, and "groups" of `kinds`}.
+        Intervals resample whole speakers, paired (doi 10.1109/ICASSP.2004.1326009)."""
+        part, generator, found = self.table if part is None else part, np.random.default_rng(0), {}
+        counts = self.counts.loc[part.index]
         columns = list(itertools.product((*self.texts, "of"), WITH_INTERVALS))
         people, sums = counts[columns].groupby(part["speaker_or_clip"]).sum().to_numpy(float), counts.sum()
         draw = functools.partial(generator.integers, len(people), size=(100, len(people)), dtype=np.int32)
@@ -2139,27 +2105,28 @@ class Scores:
         drawn = dict(zip(columns, np.concatenate([people[draw()].sum(axis=1) for _ in range(100)]).T))
         drawn = {name: drawn[name] / np.maximum(drawn["of", name[1]], 1) for name in columns}
         sizes = {"clips": len(part), "speakers": len(people), "words": int(sums["of", "wer"])}
-        is_small = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
+        sizes["small"] = sizes["speakers"] < MIN_GROUP_SPEAKERS or sizes["words"] < MIN_GROUP_WORDS
         for ending in self.endings:
             before, after, delta = (f"{name}{ending}" for name in ("baseline", "finetuned", "delta"))
             found |= dict.fromkeys((before, after, delta))
             for system in [system for system in (before, after) if system in self.texts]:
                 rates = {rate: float(sums[system, rate] / of) if of else None for rate, of in sums["of"].items()}
-                kinds = {kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}
-                ends = self.intervals({rate: drawn[system, rate] for rate in WITH_INTERVALS}, sums)
-                found[system] = {**rates, **sizes, **ends, **kinds, "small": is_small}
+                found[system] = {**rates, **sizes, **{kind: int(sums[system, kind]) for kind in ERROR_KINDS.values()}}
             if found[before] and found[after]:
-                changes = {rate: drawn[after, rate] - drawn[before, rate] for rate in WITH_INTERVALS}
+                drawn |= {(delta, rate): drawn[after, rate] - drawn[before, rate] for rate in WITH_INTERVALS}
                 more = counts[after, "wer"] - counts[before, "wer"]
-                shares = (float(share.mean()) for share in (changes["wer"] < 0, more < 0, more == 0, more > 0))
+                shares = (float(share.mean()) for share in (drawn[delta, "wer"] < 0, more < 0, more == 0, more > 0))
                 found[delta] = {rate: found[after][rate] - found[before][rate] for rate in RATES if sums["of", rate]}
-                found[delta] |= {**self.intervals(changes, sums), **dict(zip(SHARES, shares))}
+                found[delta] |= dict(zip(SHARES, shares))
+        for system, rate in [key for key in drawn if key[0] != "of"]:
+            ends = np.percentile(drawn[system, rate], (2.5, 97.5)).tolist()
+            found[system][f"{rate}_ci95"] = ends if sums["of", rate] else None
+        for kind in kinds:
+            for name, group in part.groupby(kind):
+                for system, figures in self.metrics(group, kinds=()).items():
+                    if figures:
+                        found[system].setdefault("groups", {}).setdefault(kind, {})[name] = figures
         return found
-
-    @staticmethod
-    def intervals(drawn, sums):
-        ends = {rate: np.percentile(values, (2.5, 97.5)).tolist() for rate, values in drawn.items()}
-        return {f"{rate}_ci95": ends[rate] if sums["of", rate] else None for rate in ends}
 
 
 # ---------------------------------------------------------------- report
@@ -2214,9 +2181,7 @@ def score_lines(metrics):
 def path_lines(path):
     """A table of WERs of the models on the way from the base (share 0) to the fine-tuned one (share 1)."""
     rows = [[f"{point['share']:g}", *map(percent, point["wer"].values())] for point in path]
-    how = (
-        f"WER of up to {SOME_CLIPS} clips of each; --interpolate SHARE makes such a model, of a finished run at once.\n"
-    )
+    how = f"WER of up to {SOME_CLIPS} clips of each; --interpolate SHARE makes such a model of a finished run.\n"
     return [*markdown_table(["share", *map(markdown_text, path[0]["wer"])], rows), how]
 
 
@@ -2255,25 +2220,6 @@ def show_scores(metrics):
     say("\n".join(lines))
 
 
-def error_lines(scores):
-    lines, table, texts = [], scores.table, last_of(scores.texts)
-    errors = count_errors("wer", table["text"], texts)[1]
-    for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
-        common = ", ".join(f"{words} ({count})" for words, count in errors[kind].most_common(15))
-        lines.append(f"Commonest {label}: {common or 'none'}.\n")
-    lengths = np.array([len(normalize_wer(text).split()) for text in texts])
-    empty, runaway = sum(lengths == 0), sum(lengths > 2 * scores.counts["of", "wer"] + 5)
-    lines.append(f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.\n")
-    if {"baseline", "finetuned"} <= set(scores.texts):
-        more, rows = scores.counts["finetuned", "wer"] - scores.counts["baseline", "wer"], []
-        table = table.assign(errors=more, reference=table["text"], before=scores.texts["baseline"], now=texts)
-        header = ["errors", "accent", "reference", "before", "now"]
-        for errors, *cells in table.loc[more > 0, header].nlargest(10, "errors").itertuples(index=False):
-            rows.append([f"+{errors}", *(markdown_text(tidy(cell)[:200]) for cell in cells)])
-        lines += ["Clips that got worse most:\n", *markdown_table(header, rows)] if rows else []
-    return lines
-
-
 def draw_pictures(folder, metrics, history):
     """PNGs beside the report, of what the data allows; returns the Markdown lines that show them."""
     figure_of, pictures = functools.partial(Lazy("matplotlib.figure").Figure, dpi=110, layout="tight"), {}
@@ -2287,15 +2233,11 @@ def draw_pictures(folder, metrics, history):
         rates, ends = (100 * np.array([group[name] for group in chosen]).T for name in ("wer", "wer_ci95"))
         errors = np.abs(ends - rates) * [group["speakers"] >= MIN_GROUP_SPEAKERS for group in chosen]
         axes.errorbar(rates, np.arange(len(order)) + offset, xerr=errors, fmt="o", capsize=2, label=SYSTEMS[system])
-    labels = [group[:40] + " *" * groups[group]["small"] for group in order]
-    axes.set_yticks(range(len(order)), labels, parse_math=False)
-    axes.grid(axis="x", alpha=0.3)
+    axes.set_yticks(range(len(order)), [name[:40] + " *" * groups[name]["small"] for name in order], parse_math=False)
     axes.set(xlabel="WER, % (95 % interval over speakers; * too small to rank)", xlim=(0, None), title="WER by accent")
-    axes.legend()
     if evaluations := [(entry["step"], 100 * entry["eval_wer"]) for entry in history if "eval_wer" in entry]:
         axes = pictures["training.png"] = figure_of(figsize=(8, 3.5)).subplots()
-        axes.plot(*zip(*evaluations), "o-")
-        axes.grid(alpha=0.3)
+        axes.plot(*zip(*evaluations), "o-", label="dev WER")
         axes.set(xlabel="update", ylabel="dev WER, %", ylim=(0, None), title="Dev WER and training loss")
         losses = axes.twinx()
         losses.plot(*zip(*((entry["step"], entry["loss"]) for entry in history if "loss" in entry)), color="0.6")
@@ -2307,12 +2249,10 @@ def draw_pictures(folder, metrics, history):
             axes.plot(*wers.T, "o-", label=name[-40:])
             for point, place in zip(path, wers):
                 axes.annotate(f" {point['share']:g}", place)
-        axes.grid(alpha=0.3)
-        axes.set(
-            xlabel="dev WER, %", ylabel="WER of what is also scored, %", title="From the base (0) to the fine-tuned (1)"
-        )
-        axes.legend()
+        axes.set(xlabel="dev WER, %", ylabel="WER of what is also scored, %", title="From base (0) to fine-tuned (1)")
     for name, axes in pictures.items():
+        axes.grid(alpha=0.3)
+        axes.legend()
         with complete(folder / name) as partial:
             axes.figure.savefig(partial, format="png")
     return [f"![{axes.get_title()}]({name})\n" for name, axes in pictures.items()]
@@ -2344,7 +2284,24 @@ def write_results(folder, content, scores, title, notes=(), history=()):
     lines += ["## Between the base and the fine-tuned\n", *path_lines(metrics["path"])] if metrics.get("path") else []
     for name, part in parts.items():
         lines += [f"## Also scored: {markdown_text(name)}\n", *score_lines(part), *group_lines(part, "###", fewest=2)]
-    write_text(folder / "report.md", "\n".join([*lines, "## What goes wrong\n", *error_lines(scores["test"])]) + "\n")
+
+    lines.append("## What goes wrong\n")
+    test, table, texts = scores["test"], scores["test"].table, scores["test"].texts[last]
+    errors = count_errors("wer", table["text"], texts)[1]
+    for kind, label in (("substitute", "confusions"), ("insert", "insertions"), ("delete", "deletions")):
+        common = ", ".join(f"{words} ({count})" for words, count in errors[kind].most_common(15))
+        lines.append(f"Commonest {label}: {common or 'none'}.\n")
+    lengths = np.array([len(normalize_wer(text).split()) for text in texts])
+    empty, runaway = sum(lengths == 0), sum(lengths > 2 * test.counts["of", "wer"] + 5)
+    lines.append(f"Empty outputs: {empty}. Runaway outputs (over twice the reference's words): {runaway}.\n")
+    if before in test.texts:
+        more = test.counts[last, "wer"] - test.counts[before, "wer"]
+        worst = more[more > 0].nlargest(10).map("+{}".format)
+        told = table.assign(errors=worst, reference=table["text"], before=test.texts[before], now=texts)
+        told = told.loc[worst.index, ["errors", "accent", "reference", "before", "now"]]
+        told = told.map(lambda cell: markdown_text(tidy(cell)[:200]))
+        lines += ["Clips that got worse most:\n", *markdown_table(list(told), told.to_numpy())] if len(told) else []
+    write_text(folder / "report.md", "\n".join(lines) + "\n")
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, default=str))
     show_scores(metrics)
     return metrics
@@ -2363,10 +2320,8 @@ def write_model_card(final, results, settings, metrics):
     header = dict(language="en", license="other", license_name="health-ai-developer-foundations", pipeline_tag=task)
     header |= dict(license_link="https://developers.google.com/health-ai-developer-foundations/terms")
     header |= dict(base_model=base, datasets=corpus and [corpus], library_name="transformers", eval_results=found)
-    header |= dict(
-        tags=["medical", "ctc", *["african-accents"] * (not is_own)],
-        model_name=Path(settings.output_dir).resolve().name,
-    )
+    header["tags"] = ["medical", "ctc", *["african-accents"] * (not is_own)]
+    header["model_name"] = Path(settings.output_dir).resolve().name
     new_speakers = data["test"]["speakers"] and "test" not in data["speakers_in_train_too"]
     if lm := metrics.get("lm"):
         flags = {"lm": public(settings.lm), **{f"lm_{name}": lm[name] for name in ("weight", "word_score", "beam")}}
@@ -2438,46 +2393,24 @@ def score_file(settings):
 # ---------------------------------------------------------------- training
 
 
-def loss_on_cpu(function, logits, **options):
-    """`function` for a GPU that has no CTC, Apple's: the tensors go to the CPU, the loss comes back."""
-    tensors = {name: value.cpu() if torch.is_tensor(value) else value for name, value in options.items()}
-    return function(logits.cpu(), **tensors).to(logits.device)
-
-
-def in_float32(forward, *inputs, **options):
-    inputs, options = accelerate.utils.convert_to_fp32((inputs, options))
-    with torch.autocast([*inputs, *options.values()][0].device.type, enabled=False):
-        return forward(*inputs, **options)
-
-
-def with_finite_statistics(module, forward, *inputs, **options):
-    """A BatchNorm's forward that keeps out of its running statistics what overflows: evaluations would stay blank."""
-    before = [values.clone() for values in module.buffers()]
-    output = forward(*inputs, **options)
-    for values, kept in zip(module.buffers(), before):
-        values.data.copy_(values.where(values.isfinite(), kept))  # .data: autograd takes no notice
-    return output
-
-
 def guard_half_precision(model, batches, device):
     """Make `model` safe under float16, measured on `batches` (MedASR's subsampler reaches 1.1e5), or raise RunError."""
-    peaks = {module: 0.0 for module in model.modules() if list(module.parameters(recurse=False))}
+    peaks, kind = Counter(), torch.device(device).type
 
     def watch(module, inputs, output):
-        if module in peaks:
-            tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
-            peaks[module] = max([peaks[module], *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())])
+        tensors = [item for item in (*inputs, output) if torch.is_tensor(item) and item.is_floating_point()]
+        peaks[module] = max([peaks[module], *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())])
 
     model.to(device).eval()
     with torch.nn.modules.module.register_module_forward_hook(watch), torch.no_grad():
         for batch in batches:
             model(**batch)
     for name, module in model.named_modules():
-        if peaks.get(module, 0) > 65_504 / 8 or name == "encoder.subsampler":  # float16's end, and room to grow
-            module.forward = functools.partial(in_float32, module.forward)
-        if isinstance(module, torch.nn.BatchNorm1d):
-            module.forward = functools.partial(with_finite_statistics, module, module.forward)
-    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.float16):
+        is_large = peaks[module] > 65_504 / 8 and list(module.parameters(recurse=False))  # float16's end, room to grow
+        if is_large or name == "encoder.subsampler":
+            in_float32 = torch.amp.custom_fwd(type(module).forward, device_type=kind, cast_inputs=torch.float32)
+            module.forward = functools.partial(in_float32, module)
+    with torch.no_grad(), torch.autocast(kind, torch.float16):
         if not all(model(**batch).logits.isfinite().all() for batch in batches):
             raise RunError("the model overflows float16 even with its large activations in float32: use --bf16")
 
@@ -2492,13 +2425,13 @@ class TrainingOrder:
     generator: object
 
     def __len__(self):
-        return clips_an_epoch(self.settings, self.own)
+        return round(self.own / (1 - self.settings.replayed[1]))
 
     def __iter__(self):
         others, chosen = len(self.lengths) - self.own, list(range(self.own))
         while len(chosen) < len(self):  # more than once through a small corpus
-            drawn = self.own + torch.randperm(others, generator=self.generator)[: len(self) - len(chosen)]
-            chosen += drawn.tolist()
+            drawn = self.own + torch.randperm(others, generator=self.generator)
+            chosen += drawn[: len(self) - len(chosen)].tolist()
         grouped, lengths = Lazy("transformers.trainer_pt_utils").get_length_grouped_indices, self.lengths
         order = grouped([lengths[clip] for clip in chosen], self.settings.clips_an_update, generator=self.generator)
         return (chosen[place] for place in order)
@@ -2557,6 +2490,7 @@ class CTCTrainer:
         self.waited += time.monotonic() - start
         self.heard = self.heard + np.sum([batch["counts"] for batch in batches], axis=0)
         self.clips = [clip for batch in batches for clip in batch["clips"]]
+        self.statistics = [values.clone() for values in self.model.buffers()]  # BatchNorm's
         return [model_inputs(batch, self.decoder.extractor, device) for batch in batches], items
 
     def compute_loss(self, model, inputs, **options):
@@ -2566,10 +2500,14 @@ class CTCTrainer:
     def _get_grad_norm(self, model, grad_norm=None):
         """Here a gradient that is not finite shows; accelerate sees no skipped update of the default, fused AdamW."""
         norm = super()._get_grad_norm(model, grad_norm)
+        if np.isfinite(float(norm)):
+            self.skipped_in_a_row = 0
+            return norm
+        for values, before in zip(self.model.buffers(), self.statistics):  # infinite ones would stay so
+            values.copy_(before)
         # The gradient scaler halves its scale at each skipped update, so a run starts with a few; ten are overflow.
-        is_finite, most = bool(np.isfinite(float(norm))), 10 if self.args.fp16 else 1
-        self.skipped += not is_finite
-        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        most = 10 if self.args.fp16 else 1
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row == most:
             problem = f"float16 overflowed in {most} updates in a row" if most > 1 else "the gradient is not finite"
             self.refuse(f"{problem} (clips: {', '.join(self.clips)})")
@@ -2581,17 +2519,16 @@ class CTCTrainer:
 
     def _maybe_log_save_evaluate(self, *inputs, **options):
         """What follows an update. A signal ends the run here, or in the evaluation, with a checkpoint."""
-        start, stopped = time.monotonic(), agreed(STOP_SIGNALS.number, max)
+        start = time.monotonic()
         try:
-            if not stopped:
-                super()._maybe_log_save_evaluate(*inputs, **options)
-        except Stopped as error:  # in the evaluation
-            stopped = error.args[0]
-        if stopped:
+            if stopped := agreed(STOP_SIGNALS.number, max):
+                raise Stopped(stopped)
+            super()._maybe_log_save_evaluate(*inputs, **options)
+        except Stopped:
             self.control.should_save, self.control.should_evaluate = True, False
             super()._maybe_log_save_evaluate(*inputs, **options)
             say(f"  checkpoint-{self.state.global_step} written")
-            raise Stopped(stopped)
+            raise
         self.started += time.monotonic() - start
         if self.begun and self.state.global_step == self.begun[1] + 3:
             updates, (begun, _), self.begun = self.state.max_steps - self.state.global_step, self.begun, None
@@ -2620,34 +2557,28 @@ class CTCTrainer:
                 raise
         self.accelerator.wait_for_everyone()  # a process that stops here would have its launcher end the others
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        start = time.monotonic()
+    def evaluation_loop(self, *inputs, metric_key_prefix="eval", **options):
+        """What the Trainer's `evaluate` asks for and logs; the dev clips are decoded as test sets are."""
         accelerate.utils.broadcast(dict(self.model.named_buffers()))  # each process has BatchNorm statistics of its own
         emissions, loss = self.decoder.emissions(self.dev, self.encoder)
         if not np.isfinite(loss):
             self.refuse("the dev loss is not finite")
         table = self.dev.table.assign(hypothesis=self.decoder.texts(emissions))
-        pairs = {"references": table["text"].map(normalize_wer), "predictions": table["hypothesis"].map(normalize_wer)}
+        pairs = {"reference": table["text"].map(normalize_wer), "hypothesis": table["hypothesis"].map(normalize_wer)}
         texts = datasets.Features(dict.fromkeys(pairs, datasets.Value("string")))
         methods = {"_info": lambda _: evaluate.MetricInfo("WER and CER", citation="", features=texts)}
-        rates = {"wer": jiwer.wer, "cer": jiwer.cer}
-        methods["_compute"] = lambda _, references, predictions: {
-            it: rates[it](references, predictions) for it in rates
-        }
+        methods["_compute"] = lambda _, **pairs: {"wer": jiwer.wer(**pairs), "cer": jiwer.cer(**pairs)}
         metric = type("ErrorRates", (evaluate.Metric,), methods)  # evaluate.load("wer") would download its script
         scores = metric(keep_in_memory=True).compute(**pairs)
         for domain, part in table[table["domain"] != ""].groupby("domain"):
             scores[f"wer_by_domain/{domain}"] = corpus_rate(part["text"], part["hypothesis"])
         shown = table.iloc[:: max(1, len(table) // 5)][:5][["accent", "text", "hypothesis"]].map(markdown_text)
         scores["transcriptions"] = "\n".join(markdown_table(["accent", "reference", "hypothesis"], shown.to_numpy()))
-        scores |= {"loss": loss, "runtime": round(time.monotonic() - start, 2)}
         if not self.decoder.is_silent:
-            shown = map(percent, (scores["wer"], scores["cer"]))
-            tqdm.tqdm.write("  step {:>6}: dev WER {}, CER {}".format(self.state.global_step, *shown))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+            step, wer, cer = self.state.global_step, percent(scores["wer"]), percent(scores["cer"])
+            tqdm.tqdm.write(f"  step {step:>6}: dev WER {wer}, CER {cer}")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in {**scores, "loss": loss}.items()}
+        return Lazy("transformers.trainer_utils").EvalLoopOutput(None, None, metrics, len(table))
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -2663,14 +2594,10 @@ class CTCTrainer:
         super().log(logs, start_time)
 
 
-def clips_an_epoch(settings, own):
-    """How many clips an epoch of so many training clips has with those of --replay."""
-    return round(own / (1 - settings.replayed[1]))
-
-
 def planned_updates(settings, clips):
     """(updates in all, updates an epoch) of a run on so many training clips, --replay's aside."""
-    batches = -(-clips_an_epoch(settings, clips) // (settings.per_device_train_batch_size * settings.world_size))
+    with_replay = round(clips / (1 - settings.replayed[1]))
+    batches = -(-with_replay // (settings.per_device_train_batch_size * settings.world_size))
     an_epoch = max(1, -(-batches // settings.gradient_accumulation_steps))
     return settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * an_epoch), an_epoch
 
@@ -2688,18 +2615,14 @@ def choose_batch_size(model, collator, train, settings, limit):
         # AdamW keeps two averages, one in place of the trial's weights; processes exchange gradients in buckets.
         trial, copies = copy.deepcopy(model).train(), 1 + (settings.world_size > 1)
         trial.encoder.layerdrop = 0.0
-        try:
+        with contextlib.suppress(RuntimeError):  # of full memory; what else is wrong shows in training
             kept = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
             spare = int(0.05 * torch.cuda.get_device_properties(device).total_memory)  # other lengths leave pieces
             kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
             with torch.autocast(device.type, half, enabled=settings.fp16 or settings.bf16):
                 loss = trial(**model_inputs(collator([longest] * size), collator.extractor, device)).loss
             loss.backward()
-        except RuntimeError as error:
-            if not is_full_memory(error):
-                raise
-            return False
-        return True
+            return True
 
     size = agreed(next(size for size in sizes if size == 1 or device.type != "cuda" or fits(size)))
     torch.cuda.empty_cache()  # nothing where there is no GPU
@@ -2711,8 +2634,9 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None, own=N
     """The Trainer of training clips, those from `own` on replayed, and the dev `Clips`; raises RunError."""
     model, extractor, device = decoder.model, decoder.extractor, settings.device
     plain = CTCCollator(extractor, encoder, shortest=decoder.shortest)
-    if device.type == "mps":
-        model.loss_function = functools.partial(loss_on_cpu, model.loss_function)
+    if device.type == "mps":  # Apple's GPUs have no CTC
+        compute, to_cpu = model.loss_function, functools.partial(accelerate.utils.send_to_device, device="cpu")
+        model.loss_function = lambda **inputs: compute(**to_cpu(inputs)).to(device)
     if settings.gradient_checkpointing:
         model.encoder.layerdrop = 0.0  # under DDP it forbids unused parameters, which a dropped layer would leave
         model.activation_checkpointing_enable()  # now, for the trial of batch sizes; the Trainer does when it starts
@@ -2821,9 +2745,20 @@ class Run:
 
     def decode_tests(self, system):
         """{test set: {system: the model's text of each clip, with a language model system_lm: those with it}}."""
-        decoder, texts = self.decoder, {}
-        if self.settings.tune_lm:
-            record = tune_lm(decoder, self.clips["dev"])
+        decoder, texts, tried = self.decoder, {}, []
+        if self.settings.tune_lm:  # the weight and word score of the lowest WER on dev
+            clips = self.clips["dev"].some()
+            say(f"choosing --lm_weight and --lm_word_score on {plural(len(clips), 'dev clip')}")
+            emissions, references = decoder.emissions(clips)[0], clips.table["text"]
+            for weight, word_score in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0)):
+                lm = decoder.lm._replace(weight=weight, word_score=word_score)
+                tried.append([weight, word_score, corpus_rate(references, decoder.texts(emissions, lm))])
+            weight, word_score, wer = min(tried, key=lambda entry: entry[-1])  # the first of equals
+            decoder.lm = decoder.lm._replace(weight=weight, word_score=word_score)
+            greedy = corpus_rate(references, decoder.texts(emissions))
+            shown = f"--lm_weight {weight:g} --lm_word_score {word_score:g}"
+            say(f"  {shown}: dev WER {percent(wer)}, greedy {percent(greedy)}")
+            record = {**decoder.lm.settings, "clips": len(clips), "wer": wer, "wer_greedy": greedy, "tried": tried}
             if self.settings.is_first:
                 write_text(self.results / "lm.json", json.dumps(record, indent=1))
         for name, clips in self.tests.items():
@@ -2837,16 +2772,11 @@ class Run:
         """Give the model --interpolate's share of the way from the state_dict `base` to it (WiSE-FT, arXiv 2109.01903).
         Returns [{"share": ..., "wer": {"dev" or further test set: ...}}] of that way, empty without --also_score."""
         model, decoder, chosen, path = self.decoder.model, self.decoder, self.settings.interpolate, []
-        tuned = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-        sets = {
-            name: clips.some() for name, clips in {"dev": self.clips["dev"], **self.tests}.items() if name != "test"
-        }
+        tuned = {name: value.cpu().clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+        sets = {name: self.clips[name].some() for name in ["dev", *self.tests] if name != "test"}
         has_path = len(sets) > 1
         for share in [*sorted({*PATH_SHARES} - {chosen} if has_path else ()), chosen]:  # the model stays at the last
-            between = {
-                name: base[name].lerp(value, share) for name, value in tuned.items() if value.is_floating_point()
-            }
-            model.load_state_dict(tuned | between)
+            model.load_state_dict({name: base[name].lerp(tuned[name], share) for name in tuned}, strict=False)
             if has_path:
                 texts = {name: decoder.texts(decoder.emissions(clips)[0]) for name, clips in sets.items()}
                 wers = {name: corpus_rate(clips.table["text"], texts[name]) for name, clips in sets.items()}
@@ -2864,7 +2794,8 @@ class Run:
         shared, notes = shared_speakers(clips, settings)
         data |= {"made_splits": made, "speakers_in_train_too": shared}
         data |= {"layout": self.source.layout, "characters_dropped_from_labels": self.encoder.dropped}
-        content = {"config": {**config, "command": settings.command, "training": training}, "data": data, "path": path}
+        content = {"config": {**config, "command": settings.command, "training": training}, "data": data}
+        content |= {"path": path} if path else {}
         longer = int((clips["test"].table["num_samples"] > settings.window_seconds * SAMPLE_RATE).sum())
         windows = f"{plural(longer, 'clip')} over {settings.window_seconds:g} s scored in overlapping windows"
         notes = [f"{windows}; none left out for its length.", *notes]
@@ -2883,8 +2814,7 @@ class Run:
 
     def train(self, updates):
         settings, default, trainer, checkpoint = self.settings, TrainingFlags, None, self.checkpoint
-        train = self.clips["train"].audio
-        own = settings.streaming or len(train)
+        train, dev, own = self.clips["train"].audio, self.clips["dev"], len(self.clips["train"])
         if settings.replay:
             train = datasets.concatenate_datasets([train, self.clips["replay"].audio])
         say(f"training: {plural(updates, 'update')}")
@@ -2900,9 +2830,7 @@ class Run:
         greedy, advice = Decoder(self.decoder.model, self.decoder.processor, settings), "an older one is taken then"
         loading = explained(f"{checkpoint} cannot be loaded", f"delete it: {advice}")
         try:
-            trainer = make_trainer(
-                settings, greedy, self.encoder, train, self.clips["dev"], self.notes["batch_limit"], own
-            )
+            trainer = make_trainer(settings, greedy, self.encoder, train, dev, self.notes["batch_limit"], own)
             if checkpoint:
                 say(f"  going on from {checkpoint}, update {self.done} of {updates}")
             for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
@@ -2960,25 +2888,23 @@ class Run:
             for (name, part), system, rate in itertools.product(parts.items(), SYSTEMS, RATES):
                 if part.get(system) and part[system][rate] is not None:
                     writer.add_scalar(f"{file_stem(name)}_{system}/{rate}", part[system][rate], step)
-            for point, name in itertools.product(path, path[0]["wer"] if path else ()):
-                writer.add_scalar(
-                    f"interpolated_by_percent/{file_stem(name)}", point["wer"][name], round(100 * point["share"])
-                )
+            for point in path:
+                for name, wer in point["wer"].items():
+                    writer.add_scalar(f"interpolated_by_percent/{file_stem(name)}", wer, round(100 * point["share"]))
         self.save(reached=self.goal)
         self.finish()
 
 
 def computer(settings, trains):
     """What the model is run on, and in which precision, in words."""
-    kind = settings.device.type
-    name = (
-        torch.cuda.get_device_properties(settings.device).name if kind == "cuda" else {"mps": "Apple's GPU"}.get(kind)
-    )
+    device, name = settings.device, {"mps": "Apple's GPU"}.get(settings.device.type)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_properties(device).name
+        if settings.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            warn(f"{name} emulates bfloat16, which is slow: leave --bf16 out")
     precision = "float16" if settings.fp16 else "bfloat16" if settings.bf16 else "float32"
-    if settings.bf16 and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        warn(f"{name} emulates bfloat16, which is slow: leave --bf16 out")
     processes = f"{settings.world_size} x " if settings.world_size > 1 else ""
-    return f"{processes}{name or f'the {kind.upper()}'}, {precision if trains else 'float32'}"
+    return f"{processes}{name or f'the {device.type.upper()}'}, {precision if trains else 'float32'}"
 
 
 def run(settings):
