@@ -2615,7 +2615,7 @@ def choose_batch_size(model, collator, train, settings, limit):
         # AdamW keeps two averages, one in place of the trial's weights; processes exchange gradients in buckets.
         trial, copies = copy.deepcopy(model).train(), 1 + (settings.world_size > 1)
         trial.encoder.layerdrop = 0.0
-        with contextlib.suppress(RuntimeError):  # of full memory; what else is wrong shows in training
+        try:
             kept = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
             spare = int(0.05 * torch.cuda.get_device_properties(device).total_memory)  # other lengths leave pieces
             kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
@@ -2623,6 +2623,9 @@ def choose_batch_size(model, collator, train, settings, limit):
                 loss = trial(**model_inputs(collator([longest] * size), collator.extractor, device)).loss
             loss.backward()
             return True
+        except RuntimeError as error:
+            if not is_full_memory(error):
+                raise
 
     size = agreed(next(size for size in sizes if size == 1 or device.type != "cuda" or fits(size)))
     torch.cuda.empty_cache()  # nothing where there is no GPU
