@@ -120,9 +120,10 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(folder, straigh
 
 def test_a_killed_run_replays_the_same_clips_and_scores_the_same_models_on_the_way(folder, run_at):
     """A corpus without a split is one of test clips where it is also scored, and of training clips where replayed."""
-    if not (voices := folder / "voices").exists():
-        shutil.copytree(MODEL.parent / "us_english/test", voices)
-    flags, whole, output = ["--also_score", voices, "--replay", f"{voices}:0.5"], folder / "whole", folder / "replaying"
+    voices = shutil.copytree(MODEL.parent / "us_english/test", folder / "voices")
+    audio = shutil.copytree(folder / "audio", folder / "audio-and-voices")
+    flags, whole, output = ["--also_score", voices, "--data_dir", audio], folder / "whole", folder / "replaying"
+    flags += ["--replay", f"{voices}:0.5"]
     done = succeeded(run_at(whole, None, *flags))
     assert "3 speakers of voices in training too" in done.stderr
     metrics, state = load_json(whole / "results/metrics.json"), state_of(whole)

@@ -596,7 +596,7 @@ def test_speakers_of_two_given_splits_are_counted(tmp_path, warm):
     people = [(number, SPLITS[number % 3], f"speaker {number % 2}") for number in range(12)]
     rows = [{"file_name": f"{name}.wav", "text": TEXT, "split": split, "client_id": who} for name, split, who in people]
     done = warm.run(*flags_of(one_table(tmp_path / "own", rows), *TRAINING, "--skip_baseline"), cwd=tmp_path)
-    note = "2 speakers of test in train too: its scores are not those of new speakers."
+    note = "2 speakers of test in training too: its scores are not those of new speakers."
     assert f"warning: {note}" in succeeded(done).stderr
     assert load_json(tmp_path / "out/results/metrics.json")["data"]["speakers_in_train_too"] == {"dev": 2, "test": 2}
     assert note in (tmp_path / "out/results/report.md").read_text()
