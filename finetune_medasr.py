@@ -72,9 +72,8 @@ class Lazy:
 
 accelerate, datasets, evaluate, filelock, httpx2 = map(Lazy, "accelerate datasets evaluate filelock httpx2".split())
 jiwer, librosa, medwer, pandas, soundfile = map(Lazy, "jiwer librosa medwer pandas soundfile".split())
-torch, tqdm, transformers, yaml = map(Lazy, "torch tqdm transformers yaml".split())
+arrow_writer, torch, tqdm, transformers, yaml = map(Lazy, "datasets.arrow_writer torch tqdm transformers yaml".split())
 hub, hub_errors, parquet = map(Lazy, "huggingface_hub huggingface_hub.errors pyarrow.parquet".split())
-arrow_writer = Lazy("datasets.arrow_writer")
 
 PROGRAM = "finetune_medasr.py"
 FIXTURES = Path(__file__).resolve().parent / "tests" / "fixtures"
@@ -784,8 +783,7 @@ LAYOUTS = [  # of a corpus: its kind, and files of which it has one
 
 class Source:
     """A corpus as `shards`, or a RunError. `rows` is the table of all clips with their `part`, `announced` the same by
-    planned splits: those `made` come from train. Flags on the corpus are not of those scored or replayed beside it
-    (`is_extra`)."""
+    planned splits: those `made` come from train. Flags on the corpus are not for one beside it (`is_extra`)."""
 
     def __init__(self, dataset, settings, splits, is_extra=False):
         is_folder = Path(dataset).expanduser().is_dir()  # :NAME is a configuration of what is not in a folder's name
@@ -1596,11 +1594,15 @@ def spec_augment(mels, seed):
 def log_mels(waveforms, lengths, extractor):
     """(log-mels (clips, frames, bins), mask (clips, frames)): LasrFeatureExtractor's but for float32, within 1e-3."""
     window = torch.hann_window(extractor.win_length, False, dtype=torch.float64).to(waveforms)
-    frames = waveforms.unfold(-1, extractor.win_length, extractor.hop_length) * window
-    power = torch.fft.rfft(frames, n=extractor.n_fft).abs().square_()
     # On a GPU in float64, because TF32, where a user has it on, would keep three digits.
-    filters = extractor.mel_filters.to(power.device, torch.float64 if power.is_cuda else torch.float32)
-    features = (power.to(filters.dtype) @ filters).float().clamp_(min=1e-5).log_()
+    filters = extractor.mel_filters.to(waveforms.device, torch.float64 if waveforms.is_cuda else torch.float32)
+    features = []
+    for part in waveforms.split(len(waveforms) if waveforms.is_cuda else 1):  # a CPU's cache holds one clip's frames
+        frames = part.unfold(-1, extractor.win_length, extractor.hop_length) * window
+        spectrum = torch.fft.rfft(frames, n=extractor.n_fft)
+        power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # abs() would take a root
+        features.append((power.to(filters.dtype) @ filters).float().clamp_(min=1e-5).log_())
+    features = torch.cat(features)
     ends = torch.arange(features.shape[1], device=features.device) * extractor.hop_length + extractor.win_length
     return features, ends <= lengths[:, None]
 
@@ -2193,15 +2195,16 @@ def group_lines(metrics, heading="##", fewest=1, most=None):
         rows = []
         for name, now in sorted(groups.items(), key=lambda item: -item[1]["words"]):
             has_interval = now["words"] and now["speakers"] >= MIN_GROUP_SPEAKERS
-            row = [markdown_text(name) + "\\*" * now["small"]]
-            row += [f"{now[size]:,}" for size in ("clips", "speakers", "words")]
-            row += [percent(metrics["baseline"]["groups"][kind][name]["wer"]) if delta else "-", percent(now["wer"])]
-            row += ["[{}, {}]".format(*map(percent, now["wer_ci95"])) if has_interval else "-"]
-            row += [points(delta["groups"][kind][name], has_interval=has_interval) if delta and now["words"] else "-"]
+            ends = "[{}, {}]".format(*map(percent, now["wer_ci95"])) if has_interval else "-"
+            change = points(delta["groups"][kind][name], has_interval=has_interval) if delta and now["words"] else "-"
+            row = [markdown_text(name) + "\\*" * now["small"], f"{now['clips']:,}", f"{now['speakers']:,}"]
+            row += [f"{now['words']:,}", percent(delta and metrics["baseline"]["groups"][kind][name]["wer"])]
+            row += [percent(now["wer"]), ends, change, percent(now["wer_whisper"]), percent(now["wer_medical"])]
             rows.append(row + ([percent(with_lm["groups"][kind][name]["wer"])] if with_lm else []))
         label, large = kind.replace("_", " "), {name: now["wer"] for name, now in groups.items() if not now["small"]}
         header = [label, "clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"]
-        lines += [f"{heading} By {label}\n", *markdown_table(header + ["WER, LM"] * bool(with_lm), rows)]
+        header += ["Whisper's", "medical", *["WER, LM"] * bool(with_lm)]
+        lines += [f"{heading} By {label}\n", *markdown_table(header, rows)]
         summary = f"Fewer than two groups have {MIN_GROUP_SPEAKERS} speakers and {MIN_GROUP_WORDS} words: no ranking."
         if len(large) > 1:
             worst, mean = max(large, key=large.get), percent(np.mean(list(large.values())))
@@ -2246,7 +2249,7 @@ def draw_pictures(folder, metrics, history):
         axes = pictures["path.png"] = figure_of(figsize=(8, 5)).subplots()
         for name in list(path[0]["wer"])[1:]:
             wers = 100 * np.array([[point["wer"]["dev"], point["wer"][name]] for point in path], float)
-            axes.plot(*wers.T, "o-", label=name[-40:])
+            axes.plot(*wers.T, "o-", label=name[-40:].replace("$", "\\$"))
             for point, place in zip(path, wers):
                 axes.annotate(f" {point['share']:g}", place)
         axes.set(xlabel="dev WER, %", ylabel="WER of what is also scored, %", title="From base (0) to fine-tuned (1)")
@@ -2534,8 +2537,7 @@ class CTCTrainer:
             updates, (begun, _), self.begun = self.state.max_steps - self.state.global_step, self.begun, None
             hours = updates * (time.monotonic() - begun) / 3 / 3600
             if hours > 1 and self.args.device.type == "cpu":
-                shorter = "a GPU, fewer --accents or --max_train_samples make it shorter"
-                say(f"  training takes some {hours:,.0f} h more on this machine; {shorter}")
+                say(f"  training takes {hours:,.0f} h more here; a GPU, --accents or --max_train_samples shorten it")
         self.bar.update(self.state.global_step - self.bar.n)
         self.stop_early()
 
@@ -2803,8 +2805,7 @@ class Run:
         windows = f"{plural(longer, 'clip')} over {settings.window_seconds:g} s scored in overlapping windows"
         notes = [f"{windows}; none left out for its length.", *notes]
         if settings.replay and not settings.eval_only:
-            name, share = settings.replayed
-            notes += [f"{percent(share)} of the training clips are of {public(name)} (--replay)."]
+            notes += ["{1:.0%} of the training clips are of {0} (--replay).".format(*public(settings.replayed))]
         if not settings.eval_only and settings.interpolate < 1:
             notes += [f"The final model is {settings.interpolate:g} of the way from the base to the fine-tuned one."]
         notes += [f"{' and '.join(made)} made of the train split by speaker."] * bool(made)

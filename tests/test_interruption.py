@@ -128,7 +128,7 @@ def test_a_killed_run_replays_the_same_clips_and_scores_the_same_models_on_the_w
     assert "3 speakers of voices in training too" in done.stderr
     metrics, state = load_json(whole / "results/metrics.json"), state_of(whole)
     assert metrics["data"]["replay"]["clips"] == 16 and state["epoch"] == 1, "8 updates of 4, half of them replayed"
-    assert "50.0 % of the training clips are of voices" in (whole / "final/README.md").read_text()
+    assert "50% of the training clips are of voices" in (whole / "final/README.md").read_text()
     for moment in ((STEP, 6), (DECODE, 5)):  # with a checkpoint amid an epoch; of the first model on the way
         killed = run_at(output, [*moment, KILL], *flags)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
