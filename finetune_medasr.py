@@ -1561,26 +1561,28 @@ def logit_count(config, extractor, samples):
 def skip_reasons(config, extractor, encoder, max_train_seconds, table):
     """Why each clip of a table cannot be used, or ""; dev and test clips are never left out for their length."""
 
-    def reason(problem, split, text, samples, room, labels):
-        seconds = samples / SAMPLE_RATE
+    def reason(problem, split, text, samples, room, is_roomy, labels):
         needed = len(labels) + sum(left == right for left, right in zip(labels, labels[1:]))  # a blank parts equal ones
         reasons = (
             (problem, problem),
             ("empty text", not tidy(text)),
             ("", split != "train"),
-            (f"too short: {seconds:.2f} s", room < 1),
-            (f"over --max_train_seconds: {seconds:.1f} s", seconds > max_train_seconds),
+            (f"too short: {samples / SAMPLE_RATE:.2f} s", room < 1),
+            (f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s", samples > max_train_seconds * SAMPLE_RATE),
             (f"more labels than frames: {needed} labels, {room} logits", needed > room),
-            ("no text left that the tokenizer covers", not labels),
+            ("no text left that the tokenizer covers", not labels and not is_roomy),
         )
         return next((words for words, applies in reasons if applies), "")
 
-    names = ["problem", "split", "text", "num_samples"]
-    columns = [*(table[name] for name in names), logit_count(config, extractor, table["num_samples"])]
-    texts = table["text"].where((table["split"] == "train") & (table["problem"] == ""), "").tolist()
+    columns = [table[name] for name in ("problem", "split", "text", "num_samples")]
+    columns.append(logit_count(config, extractor, table["num_samples"]))
+    # Of these characters each is a label at most: most texts need no tokenizer to show that they fit.
+    is_plain, doubles = re.compile(r"[a-zA-Z0-9][^&@=<>\x80-\U0010ffff]*").fullmatch, re.compile(r"(.)(?=\1)").findall
+    roomy = [bool(is_plain(text)) and len(text) < room - len(doubles(text)) for text, room in zip(*columns[2::2])]
+    texts = table["text"].where((table["split"] == "train") & (table["problem"] == "") & ~np.array(roomy, bool), "")
     # A thousand at a time: the tokenizer takes one almost as long.
-    labels = (ids for start in range(0, len(texts), 1000) for ids in encoder(texts[start : start + 1000]))
-    return list(map(reason, *columns, labels))
+    labels = (ids for start in range(0, len(texts), 1000) for ids in encoder(texts.iloc[start : start + 1000]))
+    return list(map(reason, *columns, roomy, labels))
 
 
 def spec_augment(mels, seed):
@@ -2202,8 +2204,8 @@ def group_lines(metrics, heading="##", fewest=1, most=None):
             row += [percent(now["wer"]), ends, change, percent(now["wer_whisper"]), percent(now["wer_medical"])]
             rows.append(row + ([percent(with_lm["groups"][kind][name]["wer"])] if with_lm else []))
         label, large = kind.replace("_", " "), {name: now["wer"] for name, now in groups.items() if not now["small"]}
-        header = [label, "clips", "speakers", "words", "before", "WER", "95 % interval", "change, points"]
-        header += ["Whisper's", "medical", *["WER, LM"] * bool(with_lm)]
+        header = "clips|speakers|words|before|WER|95 % interval|change, points|Whisper's|medical".split("|")
+        header = [label, *header, *["WER, LM"] * bool(with_lm)]
         lines += [f"{heading} By {label}\n", *markdown_table(header, rows)]
         summary = f"Fewer than two groups have {MIN_GROUP_SPEAKERS} speakers and {MIN_GROUP_WORDS} words: no ranking."
         if len(large) > 1:
@@ -2466,7 +2468,7 @@ class CTCTrainer:
     def on_train_begin(self, args, state, control, **kwargs):
         looks = {"desc": "training", "unit": "update", "disable": self.decoder.is_silent}
         self.bar = tqdm.tqdm(total=state.max_steps, initial=state.global_step, **looks)
-        self.begun = time.monotonic(), state.global_step
+        self.begun, self.third = time.monotonic(), state.global_step + 3
         self.skipped = max((entry.get("skipped_updates", 0) for entry in state.log_history), default=0)
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"  # the folder may have been moved
         state.best_model_checkpoint = str(best) if best.exists() else state.best_model_checkpoint
@@ -2533,9 +2535,8 @@ class CTCTrainer:
             say(f"  checkpoint-{self.state.global_step} written")
             raise
         self.started += time.monotonic() - start
-        if self.begun and self.state.global_step == self.begun[1] + 3:
-            updates, (begun, _), self.begun = self.state.max_steps - self.state.global_step, self.begun, None
-            hours = updates * (time.monotonic() - begun) / 3 / 3600
+        if self.state.global_step == self.third:  # the third update of this start
+            hours, self.third = (self.state.max_steps - self.third) * (time.monotonic() - self.begun) / 3 / 3600, None
             if hours > 1 and self.args.device.type == "cpu":
                 say(f"  training takes {hours:,.0f} h more here; a GPU, --accents or --max_train_samples shorten it")
         self.bar.update(self.state.global_step - self.bar.n)
@@ -2654,8 +2655,7 @@ def make_trainer(settings, decoder, encoder, train, dev, batch_limit=None, own=N
     if settings.auto_train_batch:
         choose_batch_size(model.to(device), plain, train, settings, batch_limit)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.output_dir) / "runs")
-    seed = train.seed if settings.streaming else settings.seed
-    collator = dataclasses.replace(plain, seed=seed if settings.spec_augment else None)
+    collator = dataclasses.replace(plain, seed=getattr(train, "seed", settings.seed) if settings.spec_augment else None)
     kind = mixed(CTCTrainer, transformers.TrainerCallback, transformers.Trainer)
     trainer = kind(model, settings, collator, train, dev.audio, decoder.processor)  # whose tokenizer is saved too
     trainer.dev, trainer.decoder, trainer.encoder, trainer.order = dev, decoder, encoder, torch.Generator()
