@@ -1568,7 +1568,7 @@ def skip_reasons(config, extractor, encoder, max_train_seconds, table):
             ("empty text", not tidy(text)),
             ("", split != "train"),
             (f"too short: {samples / SAMPLE_RATE:.2f} s", room < 1),
-            (f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s", samples > max_train_seconds * SAMPLE_RATE),
+            (f"over --max_train_seconds: {samples / SAMPLE_RATE:.1f} s", samples / SAMPLE_RATE > max_train_seconds),
             (f"more labels than frames: {needed} labels, {room} logits", needed > room),
             ("no text left that the tokenizer covers", not labels and not is_roomy),
         )
