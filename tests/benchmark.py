@@ -370,7 +370,7 @@ def evaluation(folder):
 def start(folder):
     """From the command to one update with many prepared clips, beyond what 100 clips take; padding of an epoch."""
     flags = "--max_steps 1 --eval_strategy no --save_strategy no --load_best_model_at_end false".split()
-    counts, found, rows = [100, 58_000, 400_000, 1_000_000], {}, []
+    counts, found, rows = [100, 58_000, 400_000], {}, []
     for count in counts:
         make_silent_corpus(folder / str(count), count)
     for count in counts * 3:
