@@ -864,8 +864,9 @@ class Source:
             table["accent"] = table["accent"].replace("", accent)
             table = table[table["clip"] != ""].drop(columns=TIMES)
             table = table[~self.second_rows(table)]
+            listed = table.to_csv(index=False)
             for path in [path for path in archives if path.startswith(f"audio/{accent}/{split}/")]:
-                self.add_shard(path, [path], number, table.to_csv(index=False), [split])
+                self.add_shard(path, [path], number, listed, [split])
             yield table
 
     def add_tables(self, paths, splits):
@@ -1066,7 +1067,6 @@ def read_audio(source, notes):
         size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
         mend = "if they are audio, ffmpeg -ignore_length 1 -i FILE new.wav mends it"
         raise ValueError(f"no audio samples: its header tells of none in {size:,} bytes; {mend}")
-
     channels, weights = file.channels, np.full(file.channels, 1 / file.channels, np.float32)  # what each counts in mono
     if channels > 1 or file.subtype in ("FLOAT", "DOUBLE"):
         for _, block in decoded_blocks(source) if len(head) == 2 else head:  # the whole tells how they go together
@@ -1372,7 +1372,6 @@ def select_all(sources, settings, check):
         parts = [table[wanted & (table["split"] == split)] for split in splits]
         if not settings.streaming:
             source.rows = source.announced = table = None  # a million clips are some hundred megabytes
-
         for split, table in zip(splits, parts):
             reasons = pandas.Series(check(table), table.index, "str")
             reasons = reasons.mask((reasons == "") & table["clip"].where(reasons == "").duplicated(), "a second copy")
@@ -2019,6 +2018,7 @@ NUMBERS = re.compile(
 )
 # medwer's normaliser, which is Whisper's for English, and the medical terms on which its medical WER is.
 protocol = functools.cache(lambda: medwer.Scorer())
+normalize_whisper = functools.lru_cache(2**16)(lambda text: protocol().norm(text))  # two rates ask for each text
 
 
 def keep(pattern):
@@ -2027,13 +2027,13 @@ def keep(pattern):
 
 def keep_medical(text):
     """The medical terms of a text, each phrase one word."""
-    return medwer.keep_medical(protocol().norm(text), protocol().entries, protocol().max_tokens)
+    return medwer.keep_medical(normalize_whisper(text), protocol().entries, protocol().max_tokens)
 
 
 # A rate is a normaliser, text in and words to be compared out, and its name in tables.
 RATES = {
     "wer": (normalize_wer, "WER"),
-    "wer_whisper": (lambda text: protocol().norm(text), "WER, Whisper's normalisation"),
+    "wer_whisper": (normalize_whisper, "WER, Whisper's normalisation"),
     "wer_medical": (keep_medical, "WER of medical terms alone, by medwer"),
     "wer_spoken": (normalize_wer, "WER, spoken punctuation set aside"),
     "wer_paper": (normalize_paper, "WER, the AfriSpeech authors' normalisation"),
@@ -2051,9 +2051,9 @@ SYSTEMS = dict(baseline="before", finetuned="fine-tuned", baseline_lm="before, L
 def count_errors(rate, references, hypotheses):
     """(ints (clips, 4): substitutions, deletions, insertions, the reference's length; {kind: Counter of them})"""
     normalize, process = RATES[rate][0], jiwer.process_characters if rate == "cer" else jiwer.process_words
-    originals, references, hypotheses = references, list(map(normalize, references)), list(map(normalize, hypotheses))
     if rate in ("wer_whisper", "wer_medical"):  # their protocol: a reference without a word does not count
-        hypotheses = [text * bool(protocol().norm(before)) for before, text in zip(originals, hypotheses)]
+        hypotheses = [text * bool(normalize_whisper(before)) for before, text in zip(references, hypotheses)]
+    references, hypotheses = list(map(normalize, references)), list(map(normalize, hypotheses))
     for index, text in enumerate(hypotheses if rate == "wer_spoken" else ()):
         written = set(SPOKEN_PUNCTUATION.findall(references[index]))  # what the reference lacks is no error
         hypotheses[index] = SPOKEN_PUNCTUATION.sub(lambda sign, kept=written: sign[0] * (sign[0] in kept), text)
